@@ -1,0 +1,379 @@
+"""Run configuration: pydantic models, YAML in and out, `--set a.b=c` overrides, and every validation.
+
+One value has one home here; numbers that follow from others are properties. A wrong or unknown
+field raises `InputError` naming the field, the value, the bound, and the nearest known name.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from gavamoe.errors import InputError
+
+MAX_CONFIG_BYTES = 2**20
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Stage1Config(_Model):
+    """The VAE with a Gaussian-mixture latent (section 3.2) and how it is trained (section 4.2)."""
+
+    clusters: Annotated[int, Field(ge=1, le=64)] = 3
+    """K: mixture components, and so the gates of stage 2. Its only home."""
+    embedding_size: PositiveInt = 768
+    """Width of the user and item embeddings and of the encoder."""
+    latent_size: PositiveInt = 128
+    """Dimensions of z."""
+    encoder_layers: PositiveInt = 2
+    encoder_heads: PositiveInt = 8
+    encoder_feedforward: PositiveInt = 1536
+    """Width of the encoder's feed-forward layers."""
+    decoder_hidden: PositiveInt = 256
+    """Width of the 2-layer MLP decoder."""
+    dropout: Rate = 0.1
+    likelihood: Literal["auto", "categorical", "bernoulli", "gaussian"] = "auto"
+    """p(x|z). auto: categorical over a small rating scale, Gaussian over others, Bernoulli (Eq. 7) without ratings."""
+    negatives: PositiveInt = 4
+    """Sampled unobserved items per observed pair and epoch; only without ratings."""
+    unknown_id_rate: Rate = 0.05
+    """Share of ids replaced by the unknown id in training, so that users never seen can be served."""
+
+    batch_size: PositiveInt = 1024
+    """Pairs per optimizer step, all workers together."""
+    learning_rate: Positive = 1e-3
+    mixture_learning_rate: Positive = 2e-3
+    weight_decay: NonNegative = 1e-4
+    clip_norm: Positive = 5.0
+    pretrain_epochs: Count = 8
+    """Epochs as a plain autoencoder before the mixture is fitted to the latents."""
+    epochs: PositiveInt = 8
+    """Epochs on the ELBO (Eq. 12)."""
+    beta: NonNegative = 0.1
+    """Weight of the KL term (Eq. 16)."""
+    beta_warmup_epochs: Count = 2
+    """Epochs over which beta grows from 0."""
+    mixture_init: Literal["gmm", "random"] = "gmm"
+    """gmm: fit a Gaussian mixture to training latents; random: none, which collapses (a control)."""
+    mixture_restarts: PositiveInt = 4
+    patience: Count = 0
+    """Stop after this many ELBO epochs without a better validation ELBO; 0: never."""
+    min_cluster_share: Rate = 0.02
+    """A cluster with a smaller share of training pairs counts as collapsed."""
+    on_collapse: Literal["warn", "stop"] = "warn"
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Stage1Config":
+        if self.embedding_size % self.encoder_heads:
+            raise ValueError(
+                f"encoder_heads: {self.encoder_heads} does not divide embedding_size {self.embedding_size}"
+            )
+        return self
+
+
+class ScratchModelConfig(_Model):
+    """The small LLaMA, with a tokenizer of its own, that `base_model: scratch` trains from nothing."""
+
+    hidden_size: PositiveInt = 192
+    layers: PositiveInt = 4
+    heads: PositiveInt = 4
+    intermediate_size: PositiveInt = 512
+    vocabulary: Annotated[int, Field(ge=300, le=200_000)] = 2000
+    """Byte-level BPE tokens, special ones included."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ScratchModelConfig":
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"heads: hidden_size {self.hidden_size} is no multiple of 2 x heads {self.heads}")
+        return self
+
+
+class ExpertsConfig(_Model):
+    """Fine-grained experts behind K gates (section 3.3)."""
+
+    enabled: bool = True
+    """False keeps the dense feed-forward layers: the paper's Base."""
+    count: PositiveInt = 12
+    """rN: experts per block."""
+    top_k: PositiveInt = 2
+    """Experts that see a token."""
+    intermediate_size: Count = 0
+    """Width of one expert; 0: the dense width divided by `count`."""
+    conversion: Literal["random", "split", "shared"] = "shared"
+    """How a dense checkpoint becomes experts. random: new weights (the paper's). split: slices of the dense FFN.
+    shared: the dense FFN stays as a shared expert, routed ones add to it and start at zero output."""
+    renormalise: bool = False
+    """Divide the kept gate values by their sum; Eq. 11 as printed does not."""
+    multi_gate: bool = True
+    """False: one gate for all clusters (the paper's ablation without multi-gating)."""
+    implementation: Literal["grouped_mm", "batched_mm", "eager"] = "grouped_mm"
+    """transformers' expert kernel."""
+    load_balance_weight: NonNegative = 0.0
+    router_z_weight: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _top_k_within_count(self) -> "ExpertsConfig":
+        if self.top_k > self.count:
+            raise ValueError(f"top_k: {self.top_k} is above count {self.count}")
+        return self
+
+
+class PromptConfig(_Model):
+    """What the language model reads before it writes; never any part of the answer."""
+
+    rating: bool = True
+    """The sentiment word that the rating stands for."""
+    features: bool = True
+    max_features: PositiveInt = 5
+    title: bool = True
+    """The item's title, where the dataset has one."""
+    max_tokens: Annotated[int, Field(ge=16)] = 96
+    """Longest prompt; titles, then features, are shortened to fit, the slots never."""
+    max_explanation_tokens: Annotated[int, Field(ge=4)] = 64
+    """Longest explanation in training, end of text included."""
+
+
+class Stage2Config(_Model):
+    """The explainer (sections 3.3 and 3.4.2) and how it is trained."""
+
+    base_model: str = "scratch"
+    """"scratch", a Hugging Face folder, a hub id, or a .gguf file."""
+    scratch: ScratchModelConfig = ScratchModelConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    prompt: PromptConfig = PromptConfig()
+    alpha: Share = 0.1
+    """Weight of the ELBO in the joint loss (Eq. 13)."""
+    elbo_batch_size: PositiveInt = 256
+    """Stage-1 pairs per stage-2 step and worker, for the ELBO term."""
+
+    batch_size: PositiveInt = 16
+    """Rows per forward pass and worker."""
+    gradient_accumulation: PositiveInt = 1
+    learning_rate: Positive = 1e-3
+    stage1_learning_rate: Positive = 1e-4
+    """For stage 1's own parameters and the shared embeddings."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup_share: Rate = 0.05
+    """Share of all steps over which the learning rate grows from 0."""
+    weight_decay: NonNegative = 0.01
+    clip_norm: Positive = 1.0
+    epochs: PositiveInt = 3
+    max_steps: Count = 0
+    """Optimizer steps at most; 0: as many as `epochs` take."""
+    validation_rows: PositiveInt = 512
+    """Rows of the validation split on which the loss is measured, at most."""
+    evaluate_every: Count = 200
+    """Optimizer steps between validations; 0: only at the end."""
+    checkpoint_every: Count = 200
+    """Optimizer steps between checkpoints; 0: only at the end."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """DeepSpeed ZeRO stage."""
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> "Stage2Config":
+        if self.offload_parameters and self.zero_stage < 3:
+            raise ValueError(f"offload_parameters: needs zero_stage 3, not {self.zero_stage}")
+        if self.offload_optimizer and self.zero_stage < 1:
+            raise ValueError("offload_optimizer: needs zero_stage 1 or more, not 0")
+        return self
+
+
+class GenerationConfig(_Model):
+    """How text is made, in evaluation and in serving."""
+
+    max_new_tokens: PositiveInt = 48
+    batch_size: PositiveInt = 64
+    temperature: NonNegative = 0.0
+    """0: greedy."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    beams: PositiveInt = 1
+    no_repeat_ngram: Count = 0
+    """Refuse to repeat n-grams of this length; 0: off."""
+
+
+class EvaluationConfig(_Model):
+    """What is measured on a split."""
+
+    rows: Count = 0
+    """Rows of the split, chosen by the seed; 0: all."""
+    protocol: Literal["given", "predicted"] = "given"
+    """given: rating and features of the row (the paper's); predicted: stage 1's rating, the item's usual features."""
+    bertscore_model: str = ""
+    """Hub id or folder of the model for BERTScore; empty: not measured."""
+    bertscore_layer: Count = 0
+    """Layer whose states are compared; 0: bert-score's own choice for a known id, the last layer for a folder."""
+
+
+class RuntimeConfig(_Model):
+    """Where it runs. Nothing here changes what is computed, but for float rounding."""
+
+    workers: PositiveInt = 1
+    threads_per_worker: PositiveInt = 1
+    gpu: bool = False
+    """One GPU per worker."""
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """Of stage 2. torch: one worker, plain data types, no compiler needed."""
+    max_failures: Count = 2
+    """Times that training is restarted from its last checkpoint after a worker died."""
+
+
+class RunConfig(_Model):
+    """Everything that decides a run, apart from the data."""
+
+    seed: Count = 0
+    stage1: Stage1Config = Stage1Config()
+    stage2: Stage2Config = Stage2Config()
+    generation: GenerationConfig = GenerationConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def gates(self) -> int:
+        """Gates of the explainer: one per cluster, or one in all without multi-gating."""
+        return self.stage1.clusters if self.stage2.experts.multi_gate else 1
+
+    @model_validator(mode="after")
+    def _runtime_fits(self) -> "RunConfig":
+        workers = self.runtime.workers
+        if self.runtime.engine == "torch" and workers > 1:
+            raise ValueError(f"runtime.engine: torch runs one worker, not {workers}; use deepspeed")
+        return self
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file or a shipped preset by name, apply `a.b=c` overrides, validate.
+
+    Raises:
+        InputError: one line naming file, field, value, bound and the nearest known name.
+    """
+    path = find_config(source)
+    return parse_config(_read_yaml(path), str(path), overrides)
+
+
+def parse_config(values: Any, source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Build a config from parsed YAML; `source` is named in errors."""
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: expected fields and values, found {type(values).__name__}")
+    for override in overrides:
+        values = _apply_override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_describe(error)}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The complete config as YAML; `load_config` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def find_config(source: str | Path) -> Path:
+    """Path of a config file, or of a preset shipped with the package ("quickstart", "paper", ...)."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    presets = presets_folder()
+    named = presets / f"{source}.yaml"
+    if path.name == str(source) and named.is_file():
+        return named
+    known = sorted(file.stem for file in presets.glob("*.yaml"))
+    raise InputError(f"{source}: no such config file, nor one of the presets {', '.join(known)}")
+
+
+def presets_folder() -> Path:
+    """`configs/` of the checkout, or its copy inside an installed wheel."""
+    installed = Path(__file__).parent / "_configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def _read_yaml(path: Path) -> Any:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise InputError(f"{path}: larger than the {MAX_CONFIG_BYTES} bytes a config may have")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        detail = " ".join(str(error).split())
+        raise InputError(f"{path}: not valid YAML ({detail})") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise InputError(f"--set {override}: expected FIELD=VALUE, such as stage1.clusters=4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: {text!r} is not a YAML value") from error
+    result = dict(values)
+    node = result
+    for key in keys[:-1]:
+        child = node.get(key)
+        node[key] = dict(child) if isinstance(child, dict) else {}
+        node = node[key]
+    node[keys[-1]] = value
+    return result
+
+
+def _describe(error: ValidationError) -> str:
+    """One line for the first problem, with the count of the others."""
+    problems = error.errors(include_url=False, include_context=False)
+    first = problems[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        text = f"{field}: unknown field{_nearest(first['loc'])}"
+    elif first["type"] == "value_error":
+        text = f"{field}.{first['msg']}" if field else first["msg"]
+        text = text.replace("Value error, ", "")
+    else:
+        text = f"{field}: {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    others = len(problems) - 1
+    return text + (f" (and {others} more)" if others else "")
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    """The known name closest to an unknown one, looked for in its own section and then everywhere."""
+    model: type[BaseModel] = RunConfig
+    for part in location[:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        model = annotation
+    name = str(location[-1])
+    close = difflib.get_close_matches(name, list(model.model_fields), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]}?"
+    elsewhere = [path for path in field_paths(RunConfig) if path.rsplit(".", 1)[-1] == name]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return f"; known here: {', '.join(model.model_fields)}"
+
+
+def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted paths of all leaf fields of a config model."""
+    paths = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            paths += field_paths(annotation, f"{prefix}{name}.")
+        else:
+            paths.append(prefix + name)
+    return paths
