@@ -64,8 +64,13 @@ class Stage1Config(_Model):
     """Weight of the KL term (Eq. 16)."""
     beta_warmup_epochs: Count = 2
     """Epochs over which beta grows from 0."""
+    embedding_init: Literal["spectral", "random"] = "spectral"
+    """spectral: from the singular vectors of the training ratings; random: small normal values (the paper's)."""
     mixture_init: Literal["gmm", "random"] = "gmm"
-    """gmm: fit a Gaussian mixture to training latents; random: none, which collapses (a control)."""
+    """gmm: from a Gaussian mixture fitted after pretraining; random: none, which collapses (a control)."""
+    user_agreement: NonNegative = 1.0
+    """Weight of KL(q(c|u) || gamma): how strongly a pair's responsibilities (Eq. 8) follow its user's cluster, so that
+    clusters are of users. 0: the bound alone (the paper's), and the mixture is fitted to pairs, not to users."""
     mixture_restarts: PositiveInt = 4
     patience: Count = 0
     """Stop after this many ELBO epochs without a better validation ELBO; 0: never."""
@@ -109,7 +114,7 @@ class ExpertsConfig(_Model):
     top_k: PositiveInt = 2
     """Experts that see a token."""
     intermediate_size: Count = 0
-    """Width of one expert; 0: the dense width divided by `count`."""
+    """Width of one expert; 0: the dense width divided by `count`, or the multiple of 8 nearest to that."""
     conversion: Literal["random", "split", "shared"] = "shared"
     """How a dense checkpoint becomes experts. random: new weights (the paper's). split: slices of the dense FFN.
     shared: the dense FFN stays as a shared expert, routed ones add to it and start at zero output."""
@@ -148,7 +153,7 @@ class Stage2Config(_Model):
     """The explainer (sections 3.3 and 3.4.2) and how it is trained."""
 
     base_model: str = "scratch"
-    """"scratch", a Hugging Face folder, a hub id, or a .gguf file."""
+    """"scratch", a Hugging Face folder, a hub id, a .gguf file, or package:NAME for the one inside a Python package."""
     scratch: ScratchModelConfig = ScratchModelConfig()
     experts: ExpertsConfig = ExpertsConfig()
     prompt: PromptConfig = PromptConfig()
@@ -278,6 +283,11 @@ def parse_config(values: Any, source: str, overrides: Sequence[str] = ()) -> Run
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{source}: {_describe(error)}") from error
+
+
+def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A copy of `config` with `a.b=c` overrides applied and validated."""
+    return parse_config(config.model_dump(mode="json"), "--set", overrides)
 
 
 def dump_config(config: RunConfig) -> str:

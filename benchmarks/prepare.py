@@ -1,0 +1,137 @@
+"""How fast `data prepare` is and how much memory it takes, on files it generates.
+
+    python benchmarks/prepare.py [--rows 2000000] [--table-rows 300000] [--keep DIR]
+
+Amazon-style JSON lines (one file of --rows rows) and, of --table-rows rows each, CSV, Parquet and JSON lines
+tables with and without a feature column. Each source is prepared in a process of its own (prepare starts no other);
+reported are rows a second and the peak resident memory. Linux only.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+NOUNS = """
+battery screen case cable charger sound keyboard price shipping packaging colour size button strap lens
+""".split()  # noqa: SIM905 - a list of words reads better as words
+WORDS = """
+the a this my it is was and but for with really after two weeks of use I think that looks feels good great poor
+nice cheap solid broke works as expected would buy again never more than one reason to like
+""".split()  # noqa: SIM905
+SECONDS_AND_MEMORY = """
+import json, resource, sys, time
+from pathlib import Path
+from gavamoe.reviews import prepare
+source, out, format, columns = sys.argv[1:]
+start = time.perf_counter()
+summary = prepare(Path(source), Path(out), format, columns=json.loads(columns))
+seconds = time.perf_counter() - start
+cpu = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+# not ru_maxrss, in which a new process inherits the peak of the one that started it
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps({"seconds": seconds, "cpu": cpu, "kept": summary.kept, "peak_mib": peak / 1024}))
+"""
+
+
+def texts(rng: random.Random, sentences: int) -> str:
+    """A review of some sentences, each around one noun."""
+    parts = []
+    for _ in range(sentences):
+        words = rng.choices(WORDS, k=rng.randint(6, 16))
+        words.insert(rng.randrange(len(words)), "the " + rng.choice(NOUNS))
+        parts.append(" ".join(words).capitalize() + ".")
+    return " ".join(parts)
+
+
+def rows(count: int, sentences: int, seed: int = 0) -> Iterator[dict[str, object]]:
+    """Rows with long-tailed users and items; texts are drawn from a pool, since making them takes longest."""
+    rng = random.Random(seed)
+    pool = [texts(rng, rng.randint(1, 2 * sentences - 1)) for _ in range(20_000)]
+    for number in range(count):
+        yield {
+            "user": f"A{int(rng.paretovariate(0.3)) % (count // 5 + 10):09d}",
+            "item": f"B{int(rng.paretovariate(0.4)) % (count // 20 + 10):09d}",
+            "rating": float(rng.randint(1, 5)),
+            "text": rng.choice(pool) + f" {number}",
+            "features": rng.choice(NOUNS),
+        }
+
+
+def write_amazon(path: Path, count: int) -> None:
+    """Reviews of about 45 words under Amazon's 2018 field names."""
+    with open(path, "w", encoding="utf-8") as file:
+        for number, row in enumerate(rows(count, sentences=4)):
+            record = {
+                "overall": row["rating"],
+                "verified": True,
+                "reviewTime": "06 17, 2018",
+                "reviewerID": row["user"],
+                "asin": row["item"],
+                "reviewerName": "somebody",
+                "reviewText": row["text"],
+                "summary": "Five Stars",
+                "unixReviewTime": 1_500_000_000 + number,
+            }
+            file.write(json.dumps(record) + "\n")
+
+
+def write_tables(folder: Path, count: int) -> list[tuple[str, Path]]:
+    """The same explanations of about 12 words as CSV, Parquet and JSON lines, with and without features."""
+    table = pa.Table.from_pylist(list(rows(count, sentences=1)))
+    made = []
+    for name, part in (("with features", table), ("features extracted", table.drop_columns(["features"]))):
+        stem = name.replace(" ", "_")
+        pq.write_table(part, folder / f"{stem}.parquet")
+        pa_csv.write_csv(part, folder / f"{stem}.csv")
+        with open(folder / f"{stem}.jsonl", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in part.to_pylist())
+        made += [(f"{kind}, {name}", folder / f"{stem}.{kind}") for kind in ("parquet", "csv", "jsonl")]
+    return made
+
+
+def measure(name: str, source: Path, format: str, count: int) -> None:
+    """Prepare `source` in a new process and print its rate and peak memory."""
+    out = source.with_suffix(".dataset")
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-c", SECONDS_AND_MEMORY, str(source), str(out), format, "{}"]
+    result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    shutil.rmtree(out)
+    rate = count / result["seconds"]
+    size = source.stat().st_size / 2**20
+    print(
+        f"{name:32} {count:>9,} rows {size:7.0f} MiB {result['seconds']:7.1f} s (CPU {result['cpu']:5.1f}) "
+        f"{rate:>9,.0f} rows/s, peak {result['peak_mib']:6.0f} MiB"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=2_000_000, help="rows of the JSON-lines file")
+    parser.add_argument("--table-rows", type=int, default=300_000, help="rows of each table")
+    parser.add_argument("--keep", type=Path, help="generate the files here and leave them")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, path in write_tables(folder, options.table_rows):
+            measure(name, path, "table", options.table_rows)
+        amazon = folder / "amazon.jsonl"
+        start = time.perf_counter()
+        write_amazon(amazon, options.rows)
+        print(f"(generated {options.rows:,} reviews in {time.perf_counter() - start:.0f} s)")
+        measure("amazon reviews, json lines", amazon, "amazon", options.rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Speed of stage 1, and how well it finds planted groups.
+
+    python benchmarks/stage1.py speed [--threads 2]     one training step at the size of the paper's Yelp
+    python benchmarks/stage1.py workers                 1 worker against 2, one thread each
+    python benchmarks/stage1.py seeds [--seeds 0,1,2]   the quickstart's stage 1 on planted data
+    python benchmarks/stage1.py controls                settings that must fail, and do
+
+Prints one line per result; nothing is asserted.
+"""
+
+import argparse
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from gavamoe.config import RunConfig, load_config
+from gavamoe.context import LocalContext
+from gavamoe.dataset import PairArrays, open_dataset
+from gavamoe.pairs import PairSource, global_batches
+from gavamoe.stage1 import train_stage1
+from gavamoe.stage1_trainer import Trainer
+from gavamoe.synthetic import synthesize
+
+USERS, ITEMS, PAIRS, BATCH = 27_147, 20_266, 200_000, 1024
+REFERENCE = 400
+"""Pairs per second of the research code, repaired, on two threads of such a machine."""
+
+
+def yelp_size(implicit: bool = False) -> Any:
+    """Random pairs behind the interface of a dataset, with the paper's numbers of users and items."""
+    random = np.random.default_rng(0)
+    user, item = (random.integers(high, size=PAIRS).astype(np.int32) for high in (USERS, ITEMS))
+    arrays = PairArrays(user, item, random.integers(1, 6, PAIRS).astype(np.float32))
+    catalog = SimpleNamespace(known_users=USERS, known_items=ITEMS, n_users=USERS, n_items=ITEMS)
+    return SimpleNamespace(
+        arrays=lambda split: arrays if split == "train" else PairArrays(*(column[:0] for column in arrays)),
+        catalog=catalog, implicit=implicit, rating_values=(1, 2, 3, 4, 5), rating_range=(1, 5), path=Path("random"),
+        fingerprint="random",
+    )  # fmt: skip
+
+
+def paper_size(**changes: Any) -> RunConfig:
+    sizes = {"embedding_size": 768, "latent_size": 128, "clusters": 3, "batch_size": BATCH, "embedding_init": "random"}
+    return RunConfig.model_validate({"stage1": {**sizes, **changes}})
+
+
+def seconds_per_step(trainer: Trainer, steps: int) -> float:
+    """Median over some training steps, after two that warm up."""
+    pairs = trainer.source.epoch(0)
+    batches = list(global_batches(pairs.size, BATCH))
+    trainer.model.train()
+    times = []
+    for rows in batches[: steps + 2]:
+        noise_BL = torch.randn(rows.stop - rows.start, trainer.config.latent_size)
+        started = time.perf_counter()
+        trainer._train_step(pairs, rows, 0.1, noise_BL)
+        times.append(time.perf_counter() - started)
+    return float(np.median(times[2:]))
+
+
+def speed(threads: int) -> None:
+    torch.set_num_threads(threads)
+    for changes in ({}, {"dropout": 0.0}, {"encoder_feedforward": 768}):
+        seconds = seconds_per_step(Trainer(paper_size(**changes), yelp_size(), LocalContext()), steps=8)
+        rate = BATCH / seconds
+        print(f"step, {threads} threads, {changes or 'defaults'}: {seconds:.3f} s, {rate:,.0f} pairs/s", end=" ")
+        print(f"({rate / REFERENCE:.1f} times {REFERENCE})")
+    source = PairSource(yelp_size(), negatives=4, unknown_rate=0.05, seed=0)
+    print(f"feeding: {timed(lambda: source.epoch(1)):.3f} s an epoch of {PAIRS:,} pairs", end=" ")
+    print(f"({PAIRS / timed(lambda: source.epoch(2)):,.0f} pairs/s)")
+    dense_adam(threads)
+
+
+def dense_adam(threads: int) -> None:
+    """What a dense optimizer step over the embedding tables alone would cost."""
+    table = torch.nn.Parameter(torch.randn(USERS + ITEMS + 2, 768))
+    table.grad = torch.zeros_like(table)
+    optimizer = torch.optim.AdamW([table], fused=True)
+    optimizer.step()
+    print(f"dense AdamW over both tables, {threads} threads: {timed(optimizer.step):.3f} s a step")
+
+
+def timed(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _worker(rank: int, world_size: int, port: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    trainer = Trainer(paper_size(), yelp_size(), LocalContext(rank=rank, world_size=world_size))
+    seconds = seconds_per_step(trainer, steps=8)
+    if rank == 0:
+        out.write_text(str(seconds))
+
+
+def workers() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = []
+        for count in (1, 2):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            torch.multiprocessing.spawn(_worker, (count, port, Path(folder) / "seconds"), nprocs=count)
+            seconds.append(float((Path(folder) / "seconds").read_text()))
+            print(f"{count} worker(s), one thread each: {seconds[-1]:.3f} s, {BATCH / seconds[-1]:,.0f} pairs/s")
+        print(f"speed-up {seconds[0] / seconds[1]:.2f}")
+
+
+def planted(title: str, seed: int, changes: dict[str, Any], **data: Any) -> None:
+    """Train on fresh planted data of a seed and print what was found."""
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = synthesize(Path(folder) / "data", seed=seed, **data)
+        values = load_config("quickstart").model_dump()
+        values |= {"seed": seed, "stage1": values["stage1"] | changes}
+        metrics = train_stage1(RunConfig.model_validate(values), dataset, Path(folder) / "stage1", LocalContext())
+        truth = open_dataset(dataset).truth()
+    assert truth is not None
+    rmse = metrics["test"]["rmse"]
+    print(
+        f"{title}, seed {seed}: RMSE {rmse:.3f}, {rmse / truth.noise_floor_rmse:.3f} of the noise floor,"
+        f" {rmse / truth.bias_rmse:.3f} of the bias model; user ARI {metrics['user_ari']:.3f};"
+        f" smallest cluster {metrics['smallest_cluster_share']:.1%}; {metrics['seconds']:.0f} s",
+        flush=True,
+    )
+
+
+PAPER_RATES = {
+    "batch_size": 4096, "learning_rate": 1e-5, "mixture_learning_rate": 1e-5, "pretrain_epochs": 0, "epochs": 30,
+}  # fmt: skip
+PLAIN = {"embedding_init": "random", "user_agreement": 0.0}
+
+
+def controls(seeds: list[int]) -> None:
+    for seed in seeds:
+        planted("gap halved", seed, {}, gap=0.5)
+        planted("no agreement with the user's cluster", seed, {"user_agreement": 0.0})
+        planted("random embeddings", seed, {"embedding_init": "random"})
+        planted("no mixture fitted, nothing else either", seed, {**PLAIN, "mixture_init": "random"})
+        planted("the paper's printed rates", seed, {**PLAIN, **PAPER_RATES})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["speed", "workers", "seeds", "controls"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seeds", default="0,1,2")
+    options = parser.parse_args()
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    if options.what == "speed":
+        speed(options.threads)
+    elif options.what == "workers":
+        workers()
+    else:
+        torch.set_num_threads(options.threads)
+        if options.what == "controls":
+            controls(seeds)
+        for seed in seeds if options.what == "seeds" else []:
+            planted("quickstart", seed, {})
+
+
+if __name__ == "__main__":
+    main()

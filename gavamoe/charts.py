@@ -1,0 +1,140 @@
+"""Line charts as inline SVG, for the report: no script, no image files, colours from the page's style sheet."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+WIDTH, HEIGHT = 360, 200
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
+MAX_POINTS = 240
+COLOURS = 6
+"""Series beyond this many share the last colour of the style sheet (.s0 to .s5)."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart: points (x, y) in drawing order; y None or not finite breaks the line."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+
+
+def line_chart(title: str, series: Sequence[Series], *, x_label: str = "", ticks: Sequence[str] = ()) -> Markup:
+    """A chart with a title, a legend when it has several series, and `ticks` as names of x = 0, 1, 2, ...
+
+    With `ticks`, which compare groups, the vertical axis takes in 0, so that small differences look small.
+
+    Returns an empty string when no series has a point.
+    """
+    shown = [_thinned(one) for one in series]
+    points = [(x, y) for one in shown for x, y in zip(one.x, one.y, strict=True) if _finite(y)]
+    if not points:
+        return Markup("")
+    low_x, high_x = _bounds([x for x, _ in points])
+    heights = [float(y) for _, y in points if y is not None]
+    marks = _marks(*_bounds([*heights, 0.0] if ticks else heights))
+    scale = _Scale(low_x, high_x, marks[0], marks[-1])
+    parts = [_grid(scale, marks), _x_axis(scale, ticks, x_label)]
+    parts += [_line(scale, one, min(index, COLOURS - 1)) for index, one in enumerate(shown)]
+    legend = Markup("").join(
+        Markup('<span><i class="k{}"></i>{}</span>').format(min(index, COLOURS - 1), one.label)
+        for index, one in enumerate(shown)
+        if len(shown) > 1
+    )
+    return Markup(
+        '<figure class="chart"><figcaption>{}</figcaption><svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
+        '<div class="legend">{}</div></figure>'
+    ).format(title, WIDTH, HEIGHT, title, Markup("").join(parts), legend)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    low_x: float
+    high_x: float
+    low_y: float
+    high_y: float
+
+    def x(self, value: float) -> float:
+        return LEFT + (value - self.low_x) / (self.high_x - self.low_x) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        return HEIGHT - BOTTOM - (value - self.low_y) / (self.high_y - self.low_y) * (HEIGHT - TOP - BOTTOM)
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _thinned(series: Series) -> Series:
+    """At most MAX_POINTS evenly chosen points, the last among them."""
+    size = len(series.x)
+    if size <= MAX_POINTS:
+        return series
+    chosen = [round(i * (size - 1) / (MAX_POINTS - 1)) for i in range(MAX_POINTS)]
+    return Series(series.label, [series.x[i] for i in chosen], [series.y[i] for i in chosen])
+
+
+def _bounds(values: Sequence[float]) -> tuple[float, float]:
+    """Smallest and largest value, apart even when all are equal."""
+    low, high = min(values), max(values)
+    pad = 0.0 if high > low else max(abs(low) * 0.1, 0.5)
+    return low - pad, high + pad
+
+
+def _marks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers from at or below `low` to at or above `high`."""
+    rough = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
+    first = math.floor(low / step)
+    last = math.ceil(high / step)
+    return [index * step for index in range(first, last + 1)]
+
+
+def _mark(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _grid(scale: _Scale, marks: Sequence[float]) -> Markup:
+    return Markup("").join(
+        Markup(
+            '<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/><text x="{}" y="{:.1f}" class="ty">{}</text>'
+        ).format(LEFT, WIDTH - RIGHT, y, y, LEFT - 6, y + 4, _mark(mark))
+        for mark in marks
+        for y in [scale.y(mark)]
+    )
+
+
+def _x_axis(scale: _Scale, ticks: Sequence[str], label: str) -> Markup:
+    places = [(float(x), name) for x, name in enumerate(ticks)] or [
+        (end, f"{end:.6g}") for end in (scale.low_x, scale.high_x)
+    ]
+    inside = [(x, name) for x, name in places if scale.low_x <= x <= scale.high_x]
+    texts = [_x_text(scale.x(x), name) for x, name in inside]
+    if label and not ticks:
+        texts.append(_x_text((LEFT + WIDTH - RIGHT) / 2, label))
+    return Markup("").join(texts)
+
+
+def _x_text(x: float, name: str) -> Markup:
+    anchor = "start" if x < LEFT + 20 else "end" if x > WIDTH - RIGHT - 20 else "middle"
+    return Markup('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>').format(x, HEIGHT - 8, anchor, name)
+
+
+def _line(scale: _Scale, series: Series, colour: int) -> Markup:
+    """A path with a gap wherever y is missing; a dot for a series of one point."""
+    path: list[str] = []
+    pen_down, last = False, (0.0, 0.0)
+    for x, y in zip(series.x, series.y, strict=True):
+        if y is None or not math.isfinite(y):
+            pen_down = False
+            continue
+        last = (scale.x(x), scale.y(y))
+        path.append(f"{'L' if pen_down else 'M'}{last[0]:.1f} {last[1]:.1f}")
+        pen_down = True
+    dot = Markup('<circle class="d{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(colour, *last)
+    line = Markup('<path class="s{}" d="{}"><title>{}</title></path>').format(colour, " ".join(path), series.label)
+    return line + (dot if path else Markup(""))

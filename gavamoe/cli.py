@@ -1,0 +1,407 @@
+"""The `gavamoe` command: parse, call one function, print. Exit codes: 0 done, 1 failed, 2 wrong input or usage.
+
+Heavy imports stand inside the commands, so that `gavamoe --help` answers at once.
+"""
+
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gavamoe import __version__
+from gavamoe.errors import InputError, RunError
+
+app = typer.Typer(
+    name="gavamoe",
+    help="Train and serve a recommender that says WHY, in a sentence written for one user.\n\n"
+    "Start with [bold]gavamoe quickstart[/]; then bring your own reviews: "
+    "data prepare, train, evaluate, explain, report.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Make and look at datasets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON document on standard output.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a config field, e.g. stage1.beta=0.2")
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `gavamoe train` makes it.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gavamoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and library logs.")] = False,
+) -> None:
+    del version, debug  # read by _print_version, and by main(), which must know it before parsing fails
+
+
+@app.command()
+def quickstart(
+    run_dir: Annotated[Path, typer.Option(help="Where everything goes; an interrupted run there is continued.")] = Path(
+        "runs/quickstart"
+    ),
+    config: Annotated[str, typer.Option(help="Config file or preset.")] = "quickstart",
+    overrides: Set = None,
+    data_seed: Annotated[int, typer.Option(help="Seed of the synthetic reviews.")] = 0,
+) -> None:
+    """The main job on embedded data, end to end: reviews, stage 1, stage 2, scores, report; minutes on 2 cores."""
+    from gavamoe import summary
+    from gavamoe.config import load_config
+    from gavamoe.pipeline import quickstart as run_quickstart
+    from gavamoe.terminal import TerminalProgress
+
+    with TerminalProgress() as progress:
+        run = run_quickstart(run_dir, load_config(config, overrides or []), data_seed=data_seed, progress=progress)
+    summary.print_quickstart(run)
+
+
+@data_app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(help="Review file, or the folder that holds it (peter).")],
+    out: Annotated[Path, typer.Argument(help="Dataset folder to make.")],
+    format: Annotated[str, typer.Option("--format", help="amazon, yelp, peter, or table (CSV, JSONL, Parquet).")],
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=NAME", help="table: the column of user, item, rating, text, features or title."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Shares of train, valid and test.")] = "8:1:1",
+    index_dir: Annotated[
+        Path | None, typer.Option(help="Folder with train.index, validation.index, test.index to split by.")
+    ] = None,
+    titles: Annotated[Path | None, typer.Option(help="amazon, yelp: the file with the items' titles.")] = None,
+    text_mode: Annotated[
+        str | None,
+        typer.Option(help="review: choose a sentence with a feature; explanation: take the text; none: no text."),
+    ] = None,
+    rating_scale: Annotated[str | None, typer.Option(metavar="LOW:HIGH", help="Ratings outside are rejected.")] = None,
+    max_rejected_share: Annotated[float, typer.Option(min=0, max=1, help="Fail above this share of bad rows.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Turn raw reviews into a dataset folder: ids, splits, features, one explanation a row."""
+    from gavamoe import summary
+    from gavamoe.reviews import prepare as prepare_reviews
+    from gavamoe.terminal import TerminalProgress
+
+    with TerminalProgress() as progress:
+        progress.step("Prepare reviews")
+        result = prepare_reviews(
+            source,
+            out,
+            format,
+            columns=_pairs("--column", column),
+            split=_shares(split),
+            index_dir=index_dir,
+            titles=titles,
+            text_mode=text_mode,
+            rating_scale=_bounds(rating_scale),
+            max_rejected_share=max_rejected_share,
+            seed=seed,
+            progress=progress.rows,
+        )
+    summary.print_prepared(result, out, as_json=json_output)
+
+
+@data_app.command()
+def synthesize(
+    out: Annotated[Path, typer.Argument(help="Dataset folder to make.")],
+    users: Annotated[int, typer.Option(min=10)] = 2000,
+    items: Annotated[int, typer.Option(min=10)] = 1000,
+    ratings: Annotated[int, typer.Option(min=100)] = 60000,
+    groups: Annotated[int, typer.Option(min=1, max=16, help="Planted user groups.")] = 3,
+    gap: Annotated[float, typer.Option(min=0, help="How far the groups' tastes differ; 0.5 is hard.")] = 1.0,
+    noise: Annotated[float | None, typer.Option(min=0, help="Standard deviation of the rating noise.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Make reviews with planted user groups, and the truth about them in truth.json."""
+    from gavamoe.synthetic import synthesize as make
+    from gavamoe.terminal import console
+
+    extra = {} if noise is None else {"noise": noise}
+    make(out, users=users, items=items, ratings=ratings, groups=groups, gap=gap, seed=seed, **extra)
+    console.print(f"dataset: {out}", markup=False)
+
+
+@data_app.command("describe")
+def describe_data(dataset: Annotated[Path, typer.Argument(help="Dataset folder.")], json_output: Json = False) -> None:
+    """The paper's Table 1 for a dataset, and more: density, ratings, cold users, features."""
+    from gavamoe import summary
+    from gavamoe.dataset import open_dataset
+    from gavamoe.describe import describe
+
+    summary.print_description(describe(open_dataset(dataset)), as_json=json_output)
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="Config file, or a preset: quickstart, smollm2, gpt2, paper.")],
+    dataset: Annotated[Path, typer.Option(help="Dataset folder.")],
+    run_dir: Annotated[Path | None, typer.Option(help="Run folder; default runs/CONFIG-DATASET.")] = None,
+    overrides: Set = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run folder.")] = False,
+    stage: Annotated[str, typer.Option(help="1, 2 or all.")] = "all",
+    json_output: Json = False,
+) -> None:
+    """Train both stages (or one) on a dataset; progress and metrics go to the run folder."""
+    from gavamoe import summary
+    from gavamoe.config import load_config
+    from gavamoe.pipeline import train_run
+    from gavamoe.terminal import TerminalProgress
+
+    if stage not in ("1", "2", "all"):
+        raise InputError(f"--stage {stage}: expected 1, 2 or all")
+    settings = load_config(config, overrides or [])
+    folder = run_dir or Path("runs") / f"{Path(config).stem}-{dataset.resolve().name}"
+    with TerminalProgress() as progress:
+        metrics = train_run(settings, dataset, folder, stage=stage, resume=resume, progress=progress)
+    summary.print_training(metrics, folder, as_json=json_output)
+
+
+@app.command()
+def tune(
+    space: Annotated[
+        str, typer.Argument(help="Space file, or gates, gates_beta, stage1, experts, joint, quality_cost.")
+    ],
+    config: Annotated[str, typer.Argument(help="Config that the space's values are laid over: a file or a preset.")],
+    dataset: Annotated[Path, typer.Option(help="Dataset folder.")],
+    run_dir: Annotated[Path | None, typer.Option(help="Search folder; default runs/tune-SPACE-DATASET.")] = None,
+    overrides: Set = None,
+    trials: Annotated[int | None, typer.Option(help="Configurations to train; default: the space's budget.")] = None,
+    concurrent: Annotated[int | None, typer.Option(help="Trials at once; default: as many as fit.")] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each configuration, for mean and spread.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the search in the folder.")] = False,
+    final: Annotated[bool, typer.Option(help="Train the best in full and score it, once, on test.")] = True,
+    json_output: Json = False,
+) -> None:
+    """Search a space of configurations on train and validation; test scores the best one, once."""
+    from gavamoe import tune_summary
+    from gavamoe.config import load_config
+    from gavamoe.tune import run_search
+
+    folder = run_dir or Path("runs") / f"tune-{Path(space).stem}-{dataset.resolve().name}"
+    with tune_summary.SearchTerminal() as terminal:
+        result = run_search(
+            space,
+            load_config(config, overrides or []),
+            dataset,
+            folder,
+            trials=trials,
+            concurrent=concurrent,
+            seeds=seeds,
+            resume=resume,
+            final=final,
+            progress=terminal,
+        )
+    tune_summary.print_search(result, as_json=json_output)
+    if result.interrupted:
+        raise KeyboardInterrupt
+
+
+@app.command()
+def route(
+    run: RunPath,
+    user: Annotated[str | None, typer.Option(help="Raw user id, with --item: the route of one pair.")] = None,
+    item: Annotated[str | None, typer.Option(help="Raw item id.")] = None,
+    json_output: Json = False,
+) -> None:
+    """The clusters: sizes, what tells each apart, and the latent map (Figure 5); or the route of one pair."""
+    from gavamoe import summary
+    from gavamoe.pipeline import open_run
+
+    if (user is None) != (item is None):
+        raise InputError("--user and --item go together")
+    opened = open_run(run)
+    if user is None or item is None:
+        summary.print_clusters(opened, as_json=json_output)
+    else:
+        summary.print_route(opened, user, item, as_json=json_output)
+
+
+@app.command()
+def explain(
+    run: RunPath,
+    user: Annotated[str, typer.Option(help="Raw user id; an unknown one is served, and said so.")],
+    item: Annotated[str, typer.Option(help="Raw item id.")],
+    features: Annotated[str | None, typer.Option(help="Comma-separated; default: the item's usual ones.")] = None,
+    rating: Annotated[float | None, typer.Option(help="Default: the predicted rating.")] = None,
+    overrides: Set = None,
+    seed: Annotated[int, typer.Option(min=0, help="For sampling; greedy by default.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Write the explanation for one user and one item."""
+    from gavamoe import summary
+    from gavamoe.pipeline import open_run
+
+    words = None if features is None else tuple(word.strip() for word in features.split(",") if word.strip())
+    summary.print_explanation(
+        open_run(run), user, item, words, rating, overrides=overrides or [], seed=seed, as_json=json_output
+    )
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    protocol: Annotated[
+        str | None, typer.Option(help="given: the row's rating and features; predicted: what serving faces.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="At most this many rows, chosen by the seed.")] = None,
+    bertscore_model: Annotated[str | None, typer.Option(help="Hub id or folder; default: not measured.")] = None,
+    bertscore_layer: Annotated[int | None, typer.Option(min=1, help="Layer to compare.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Write explanations for a split and score them."""
+    from gavamoe import summary
+    from gavamoe.pipeline import evaluate_and_report
+    from gavamoe.terminal import TerminalProgress
+
+    with TerminalProgress() as progress:
+        metrics = evaluate_and_report(
+            run,
+            progress=progress,
+            split=split,
+            protocol=protocol,
+            rows=rows,
+            bertscore_model=bertscore_model,
+            bertscore_layer=bertscore_layer,
+        )
+    summary.print_evaluation(metrics, run, as_json=json_output)
+
+
+@app.command()
+def score(
+    predictions: Annotated[Path, typer.Argument(help="Text (a line a row), JSONL, CSV or Parquet.")],
+    references: Annotated[
+        Path | None, typer.Argument(help="The same; default: another column of the predictions' file.")
+    ] = None,
+    prediction_column: Annotated[str | None, typer.Option(help="Default: prediction or generated.")] = None,
+    reference_column: Annotated[str | None, typer.Option(help="Default: reference, explanation or text.")] = None,
+    features_column: Annotated[str | None, typer.Option(help="Feature words of each row, for FMR, FCR, DIV.")] = None,
+    bertscore_model: Annotated[str | None, typer.Option(help="Hub id or folder; default: not measured.")] = None,
+    bertscore_layer: Annotated[int | None, typer.Option(min=1, help="Layer to compare.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Score any system's texts through the same metrics."""
+    from gavamoe import summary
+    from gavamoe.scoring import score_files
+    from gavamoe.terminal import TerminalProgress
+
+    with TerminalProgress() as progress:
+        progress.step("Score texts")
+        result = score_files(
+            predictions,
+            references,
+            prediction_column=prediction_column,
+            reference_column=reference_column,
+            features_column=features_column,
+            bertscore_model=bertscore_model or "",
+            bertscore_layer=bertscore_layer or 0,
+            on_progress=progress.count,
+        )
+    summary.print_scores(result, as_json=json_output)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Evaluated run folders.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the (first) run folder.")] = None,
+) -> None:
+    """Tables and figures of one or more runs, side by side, as one self-contained HTML page."""
+    from gavamoe.report import write_report
+    from gavamoe.terminal import console
+
+    console.print(f"report: {write_report(runs, out or runs[0] / 'report.html')}", markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: runs the app and turns errors into one line and an exit code."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    _quiet_libraries(debug)
+    try:
+        app()
+    except (InputError, RunError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted; --resume continues a training run", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        sys.exit(1)
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Libraries log to standard error by default, in the middle of progress bars."""
+    if debug:
+        return
+    logging.basicConfig(level=logging.ERROR)
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "ERROR")
+
+
+def _pairs(option: str, values: list[str] | None) -> dict[str, str] | None:
+    """["user=uid"] -> {"user": "uid"}."""
+    if not values:
+        return None
+    pairs: dict[str, str] = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not (name and equals and text):
+            raise InputError(f"{option} {value}: expected FIELD=NAME, such as user=uid")
+        pairs[name] = text
+    return pairs
+
+
+def _shares(text: str) -> tuple[float, float, float]:
+    numbers = _numbers("--split", text, 3, "8:1:1")
+    if min(numbers) < 0 or numbers[0] == 0:
+        raise InputError(f"--split {text}: shares are not negative, and that of train is above 0")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _bounds(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    low, high = _numbers("--rating-scale", text, 2, "1:5")
+    if low >= high:
+        raise InputError(f"--rating-scale {text}: the first number must be below the second")
+    return low, high
+
+
+def _numbers(option: str, text: str, count: int, example: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(":")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count or not all(abs(number) < 1e9 for number in numbers):
+        raise InputError(f"{option} {text}: expected {count} numbers such as {example}")
+    return numbers
+
+
+def entry(argv: list[str]) -> Any:
+    """Run the app on `argv` in this process; raises instead of exiting. For tests and jobs."""
+    return app(argv, standalone_mode=False)

@@ -1,0 +1,256 @@
+"""What takes an optimizer step: DeepSpeed on any number of workers, or plain torch on one, behind one surface.
+
+Inputs: a `JointModel`, `Stage2Config`, batches as dicts of tensors. Outputs: losses, checkpoints, the consolidated
+state. `make_engine` picks one. Losses, clipping, accumulation and rates mean the same in both: gradients are means over
+the accumulated batches and the workers, clipped by their joint norm, then AdamW.
+
+Checkpoints of DeepSpeed hold pickles: resume only from folders of your own runs.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, distributed
+
+from gavamoe.batches import Batch
+from gavamoe.config import Stage2Config
+from gavamoe.errors import InputError
+from gavamoe.joint import JointModel, Losses, mean_losses, parameter_groups
+
+_TAG = "engine"
+_TORCH_FILE = "engine.pt"
+_MAX_BUCKET = 2 * 10**8
+"""Elements that ZeRO reduces or gathers at once; also the size of a buffer, so no larger than the model."""
+
+
+class Engine(Protocol):
+    """The surface that the training loop sees."""
+
+    module: JointModel
+
+    def train_step(self, batches: Sequence[Batch], rate: float) -> Losses:
+        """One optimizer step over accumulated batches, at `rate` times each group's peak learning rate."""
+
+    def evaluate(self, batch: Batch) -> Losses:
+        """Losses without gradients, in evaluation mode."""
+
+    def save(self, folder: Path) -> None:
+        """Write everything that resuming needs; every rank calls it, each may give a folder of its own."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, from one folder with all ranks' files."""
+
+    def state_dict(self, prefix: str = "", *, everywhere: bool = False) -> dict[str, Tensor]:
+        """The module's whole state on the CPU, names that start with `prefix`; empty on ranks above 0
+        unless `everywhere`. Every rank calls it."""
+
+    def close(self) -> None:
+        """Release what the engine set up for itself."""
+
+
+def make_engine(kind: str, module: JointModel, config: Stage2Config, *, world_size: int, device: str) -> Engine:
+    """Build the engine `kind` ("deepspeed" or "torch") around `module`, which moves to `device`."""
+    if kind == "deepspeed":
+        return DeepSpeedEngine(module, config, world_size=world_size, device=device)
+    if world_size > 1:
+        raise InputError(f"runtime.engine: torch runs one worker, not {world_size}; use deepspeed")
+    return TorchEngine(module, config, device=device)
+
+
+class TorchEngine:
+    """One process, no ZeRO: for tests, and machines without a compiler."""
+
+    def __init__(self, module: JointModel, config: Stage2Config, *, device: str = "cpu") -> None:
+        self.module = module.to(device)
+        self._device, self._clip = device, config.clip_norm
+        self._optimizer = torch.optim.AdamW(parameter_groups(module, config), fused=True)
+        self._trainable = [p for p in module.parameters() if p.requires_grad]
+
+    def train_step(self, batches: Sequence[Batch], rate: float) -> Losses:
+        self.module.train()
+        _set_rate(self._optimizer, rate)
+        found = []
+        for batch in batches:
+            losses = self.module(**_moved(batch, self._device))
+            (losses["loss"] / len(batches)).backward()
+            found.append(losses)
+        torch.nn.utils.clip_grad_norm_(self._trainable, self._clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return mean_losses(found)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Losses:
+        self.module.eval()
+        losses: Losses = self.module(**_moved(batch, self._device))
+        return losses
+
+    def save(self, folder: Path) -> None:
+        state = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
+        torch.save(state, folder / _TORCH_FILE)
+
+    def load(self, folder: Path) -> None:
+        state = torch.load(folder / _TORCH_FILE, map_location=self._device, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def state_dict(self, prefix: str = "", *, everywhere: bool = False) -> dict[str, Tensor]:
+        del everywhere  # there is one rank
+        return _on_cpu(self.module, prefix)
+
+    def close(self) -> None:
+        pass
+
+
+class DeepSpeedEngine:
+    """DeepSpeed at any ZeRO stage. With one worker and no process group it makes one for itself."""
+
+    def __init__(self, module: JointModel, config: Stage2Config, *, world_size: int, device: str = "cpu") -> None:
+        self.module = module
+        self._device, self._stage = device, config.zero_stage
+        self._owns_group = _join_group(world_size, device)
+        with _output_to_stderr():
+            import deepspeed
+
+            deepspeed.logger.setLevel("WARNING")
+            # An operation for inference only, which every first start would else compile: minutes, and a compiler.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+            self._deepspeed = deepspeed
+            if config.zero_stage == 3:
+                for parameter in module.read_outside_forward():
+                    deepspeed.zero.register_external_parameter(module, parameter)
+            self._engine = deepspeed.initialize(
+                model=module,
+                optimizer=self._make_optimizer(module, config),
+                config=deepspeed_config(config, module),
+                dist_init_required=False,
+            )[0]
+        self.rank: int = distributed.get_rank()
+
+    def _make_optimizer(self, module: JointModel, config: Stage2Config) -> torch.optim.Optimizer:
+        groups = parameter_groups(module, config)
+        if config.offload_optimizer and self._device != "cpu":
+            # Compiled at first use; the only Adam that is fast on states kept in host memory.
+            cpu_adam: torch.optim.Optimizer = self._deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True)
+            return cpu_adam
+        return torch.optim.AdamW(groups, fused=True)
+
+    def train_step(self, batches: Sequence[Batch], rate: float) -> Losses:
+        self._engine.train()
+        _set_rate(self._engine.optimizer, rate)
+        found = []
+        for batch in batches:
+            losses = self._engine(**_moved(batch, self._device))
+            self._engine.backward(losses["loss"])
+            self._engine.step()  # acts at the last of the accumulated batches
+            found.append(losses)
+        return mean_losses(found)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Losses:
+        self._engine.eval()
+        losses: Losses = self._engine(**_moved(batch, self._device))
+        return losses
+
+    def save(self, folder: Path) -> None:
+        (folder / _TAG).mkdir(parents=True, exist_ok=True)  # DeepSpeed makes it on rank 0 alone
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        self._engine.load_checkpoint(str(folder), tag=_TAG)
+
+    def state_dict(self, prefix: str = "", *, everywhere: bool = False) -> dict[str, Tensor]:
+        wanted = everywhere or self.rank == 0
+        if self._stage < 3:
+            return _on_cpu(self.module, prefix) if wanted else {}
+        # One parameter at a time: the whole model need not fit on a device.
+        return _on_cpu(self.module, prefix, lambda tensor: self._deepspeed.zero.GatheredParameters([tensor]), wanted)
+
+    def close(self) -> None:
+        self._engine.destroy()
+        if self._owns_group:
+            self._deepspeed.comm.destroy_process_group()
+
+
+def deepspeed_config(config: Stage2Config, module: JointModel) -> dict[str, Any]:
+    """DeepSpeed's configuration for ours. bf16 is autocast inside the model, over float32 weights, in both engines."""
+    sizes = [parameter.numel() for parameter in module.parameters() if parameter.requires_grad]
+    bucket = min(sum(sizes), max(_MAX_BUCKET, max(sizes)))
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": bucket, "overlap_comm": False}
+    if config.zero_stage in (1, 2):
+        zero["allgather_bucket_size"] = bucket
+    if config.zero_stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": _MAX_BUCKET}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "gradient_clipping": config.clip_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: its fused kernel exists on CPU, DeepSpeed's does not
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": sys.maxsize,
+    }
+
+
+def _join_group(world_size: int, device: str) -> bool:
+    """Make sure that a process group exists; True if it was made here, which is for one worker only."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    if distributed.is_initialized():
+        if distributed.get_world_size() != world_size:
+            raise RuntimeError(f"a process group of {distributed.get_world_size()} exists, {world_size} wanted")
+        return False
+    if world_size > 1:
+        raise RuntimeError(f"{world_size} workers need a process group before the engine is built")
+    backend = "gloo" if device == "cpu" else "nccl"
+    # A store in memory needs no port.
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    return True
+
+
+@contextlib.contextmanager
+def _output_to_stderr() -> Iterator[None]:
+    """DeepSpeed prints while it starts; standard output belongs to the commands' results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _set_rate(optimizer: Any, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["peak_lr"]
+
+
+def _moved(batch: Batch, device: str) -> Batch:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _on_cpu(
+    module: torch.nn.Module,
+    prefix: str,
+    gathered: Callable[[Tensor], contextlib.AbstractContextManager[Any]] | None = None,
+    wanted: bool = True,
+) -> dict[str, Tensor]:
+    """Copies of a module's state; one tensor under two names stays one tensor.
+
+    `gathered` makes a sharded parameter whole while its context lasts; all ranks must enter it, `wanted` or not.
+    """
+    copies: dict[int, Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if not name.startswith(prefix):
+            continue
+        if id(tensor) not in copies:
+            sharded = gathered is not None and hasattr(tensor, "ds_id")
+            with gathered(tensor) if gathered is not None and sharded else contextlib.nullcontext():
+                copies[id(tensor)] = tensor.detach().to("cpu", copy=True) if wanted else tensor
+        if wanted:
+            found[name] = copies[id(tensor)]
+    return found

@@ -1,0 +1,229 @@
+"""Explanations from a trained model: the only way text is made, for evaluation and serving alike.
+
+Inputs: a stage-2 folder, which is complete in itself, and requests by index (`catalog` maps raw ids).
+Outputs: one `Explanation` per request, in order. How to run: `Explainer.load(folder).explain(requests, generation)`.
+
+Stage 1 routes each pair and predicts its rating in one pass. A rating that is not given is that prediction, moved to
+the nearest rating of the scale; features that are not given are the item's usual ones.
+
+Shape letters: B rows of a batch, T tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+
+from gavamoe.base_model import special_ids
+from gavamoe.catalog import Catalog
+from gavamoe.checkpoint import load_vae_gmm, read_manifest
+from gavamoe.config import GenerationConfig
+from gavamoe.errors import InputError
+from gavamoe.explainer import GavamoeForCausalLM, load_explainer
+from gavamoe.files import read_json
+from gavamoe.prompts import ExplanationRequest, PromptBuilder, PromptColumns, PromptSpec, left_padded
+from gavamoe.routes import Routes, route_pairs
+from gavamoe.vae_gmm import VaeGmm
+
+CATALOG_FOLDER = "catalog"
+PROMPT_FILE = "prompt.json"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A text and everything that went into it."""
+
+    text: str
+    """May be empty, if the model wrote nothing: it is kept and counted, never dropped."""
+    cluster: int
+    responsibilities: tuple[float, ...]
+    """(K,) of Eq. 8."""
+    rating: float | None
+    """Whose sentiment word the prompt held; None for implicit data."""
+    rating_given: bool
+    predicted_rating: float
+    """Stage 1's expectation, off the scale's grid; the probability of interaction for implicit data."""
+    features: tuple[str, ...]
+    """Named in the prompt, as far as they fitted."""
+    features_given: bool
+    user_known: bool
+    item_known: bool
+    new_tokens: int
+    """Tokens written, the end of text included."""
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """What the language model made of one prompt."""
+
+    text: str
+    new_tokens: int
+
+
+class Explainer:
+    """A trained model, ready to explain."""
+
+    def __init__(
+        self,
+        model: GavamoeForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        vae_gmm: VaeGmm,
+        catalog: Catalog,
+        spec: PromptSpec,
+        device: str = "cpu",
+    ) -> None:
+        self.model = model.to(device).eval()
+        self.tokenizer, self.catalog, self.spec, self.device = tokenizer, catalog, spec, device
+        self.vae_gmm = vae_gmm.to(device).eval()
+        self.builder = PromptBuilder(tokenizer, model.user_token, model.item_token, spec.prompt, spec.scale)
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> "Explainer":
+        """Read a stage-2 artifact.
+
+        Raises:
+            InputError: it is missing, of another kind, damaged or not whole.
+        """
+        folder = Path(folder)
+        read_manifest(folder, "stage2")
+        try:
+            spec = PromptSpec.model_validate(read_json(folder / PROMPT_FILE))
+        except ValidationError as error:
+            raise InputError(
+                f"{folder / PROMPT_FILE}: not a prompt description ({error.error_count()} problems)"
+            ) from error
+        model, tokenizer = load_explainer(folder)
+        return cls(model, tokenizer, load_vae_gmm(folder), Catalog.load(folder / CATALOG_FOLDER), spec, device)
+
+    def explain(
+        self,
+        requests: Sequence[ExplanationRequest],
+        generation: GenerationConfig,
+        seed: int = 0,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Explanation]:
+        """One explanation per request, in their order.
+
+        Args:
+            seed: of sampling; greedy and beam search don't use it.
+            on_progress: called after each batch with requests done and requests in all.
+
+        Raises:
+            InputError: a rating off the scale, or one for a model of data without ratings.
+        """
+        if not requests:
+            return []
+        users = np.array([request.user for request in requests], dtype=np.int64)
+        items = np.array([request.item for request in requests], dtype=np.int64)
+        routes = route_pairs(self.vae_gmm, users, items, device=self.device)
+        ratings = [self._rating(request, routes.rating[row]) for row, request in enumerate(requests)]
+        features = [self._features(request) for request in requests]
+        titles = [self.catalog.item_title(request.item) for request in requests]
+        prompts = self.builder.prompts(PromptColumns(users.tolist(), items.tolist(), ratings, features, titles))
+        written = self._write(prompts, routes.cluster, generation, seed, on_progress)
+        return [
+            self._explanation(request, written[row], routes, row, ratings[row], features[row])
+            for row, request in enumerate(requests)
+        ]
+
+    def _rating(self, request: ExplanationRequest, predicted: float) -> float | None:
+        scale = self.spec.scale
+        if request.rating is None:
+            return None if scale is None else scale.nearest(float(predicted))
+        if scale is None:
+            raise InputError(f"rating {request.rating:g}: this model's dataset has no ratings; leave it out")
+        scale.check(request.rating)
+        return request.rating
+
+    def _features(self, request: ExplanationRequest) -> tuple[str, ...]:
+        if not self.spec.prompt.features:
+            return ()
+        if request.features is not None:
+            return tuple(request.features[: self.spec.prompt.max_features])
+        return self.catalog.usual_features(request.user, request.item, self.spec.usual_features)
+
+    def _explanation(
+        self,
+        request: ExplanationRequest,
+        written: _Writing,
+        routes: Routes,
+        row: int,
+        rating: float | None,
+        features: tuple[str, ...],
+    ) -> Explanation:
+        return Explanation(
+            text=written.text,
+            cluster=int(routes.cluster[row]),
+            responsibilities=tuple(map(float, routes.responsibilities[row])),
+            rating=rating,
+            rating_given=request.rating is not None,
+            predicted_rating=float(routes.rating[row]),
+            features=features,
+            features_given=request.features is not None,
+            user_known=0 <= request.user < self.catalog.known_users,
+            item_known=0 <= request.item < self.catalog.known_items,
+            new_tokens=written.new_tokens,
+        )
+
+    def _write(
+        self,
+        prompts: list[list[int]],
+        cluster_N: np.ndarray,
+        generation: GenerationConfig,
+        seed: int,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> list[_Writing]:
+        """Decode all prompts in batches of similar length; the results are in the order of `prompts`."""
+        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+        options = self._options(generation)
+        written: dict[int, _Writing] = {}
+        devices = [self.device] if self.device != "cpu" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for start in range(0, len(order), generation.batch_size):
+                rows = order[start : start + generation.batch_size]
+                batch = self._write_batch([prompts[row] for row in rows], cluster_N[rows], options)
+                written.update(zip(rows, batch, strict=True))
+                if on_progress is not None:
+                    on_progress(len(written), len(prompts))
+        return [written[row] for row in range(len(prompts))]
+
+    @torch.inference_mode()
+    def _write_batch(
+        self, prompts: list[list[int]], cluster_B: np.ndarray, options: transformers.GenerationConfig
+    ) -> list[_Writing]:
+        ids_BT, mask_BT = left_padded(prompts, options.pad_token_id)
+        output_BT = self.model.generate(
+            torch.from_numpy(ids_BT).to(self.device),
+            attention_mask=torch.from_numpy(mask_BT).to(self.device),
+            cluster_ids=torch.from_numpy(cluster_B.astype(np.int64)).to(self.device),
+            generation_config=options,
+        )
+        answers = [self._until_end(row) for row in output_BT[:, ids_BT.shape[1] :].tolist()]
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [_Writing(" ".join(text.split()), len(answer)) for text, answer in zip(texts, answers, strict=True)]
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        """A row's own tokens, its end of text included; what follows is padding to the batch's longest."""
+        end = self.builder.end
+        return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+    def _options(self, generation: GenerationConfig) -> transformers.GenerationConfig:
+        """Our settings in transformers' words. Special tokens, other than the end, can't be written."""
+        sampling = {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": 0}
+        end, pad = self.builder.end, self.tokenizer.pad_token_id
+        return transformers.GenerationConfig(
+            max_new_tokens=generation.max_new_tokens,
+            do_sample=generation.temperature > 0,
+            num_beams=generation.beams,
+            no_repeat_ngram_size=generation.no_repeat_ngram,
+            suppress_tokens=sorted(special_ids(self.tokenizer) - {end}) or None,
+            eos_token_id=end,
+            pad_token_id=end if pad is None else pad,
+            **(sampling if generation.temperature > 0 else {}),
+        )

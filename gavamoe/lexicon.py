@@ -1,0 +1,114 @@
+"""English word lists for the feature extractor: what a feature is not, and what stands around one."""
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+DETERMINERS = _words(
+    """
+    a an another any both each every her his its my no our s some such the their these this those whose your
+    """
+)
+"""Come right before a noun, or before its adjectives; "s" is the possessive."""
+
+VERB_CUES = _words(
+    """
+    also always can could d did do does he i it just ll m may might must never not please re she should t that
+    they to ve we which who will would you
+    """
+)
+"""Come right before a verb; "t", "ll", "ve", "d", "m" are what an apostrophe leaves."""
+
+JOINING = _words(
+    """
+    and but nor or plus yet
+    """
+)
+"""May stand between two adjectives."""
+
+DESCRIBERS = _words(
+    """
+    amazing attentive authentic awesome awful bad beautiful best better big boring cheap clean cold comfortable
+    cozy cute decent delicious different dirty easy entire excellent expensive fantastic fast favorite favourite
+    few first free fresh friendly funny good gorgeous great high horrible hot huge impressive incredible
+    interesting large last little lovely low many new next nice old only other outstanding overall perfect poor
+    quick same second several slow small solid spacious superb tasty terrible unique variety warm whole wonderful
+    worse worst
+    """
+)
+"""Adjectives common enough before a noun to be evidence of one."""
+
+OPINIONS = _words(
+    """
+    adorable affordable annoyed annoying appreciate appreciated attractive average bland bored brilliant broken
+    charming cheaply complaint complaints convenient cool correct crappy crazy crowded dead delightful detailed
+    disappointed disappointing disappointment disaster disgusting dislike diverse dry easier easiest efficient
+    enjoyable exceptional exciting fabulous fail failed familiar fan fancy fans fine flavorful flawless fun gem
+    generous genuine glad greasy happier happy hate hated helpful honest ideal impressed indoor inviting joke joy
+    junk knowledgeable lame lighter longer lousy love loves luck magical mediocre memorable mess mistake nasty
+    neat negative normal odd ok okay outdoor overpriced overrated perfection perfectly pleasant pleased pleasure
+    polite positive pretty problem problems professional quiet reasonable recommend relaxing reliable ridiculous
+    romantic rude sad satisfied satisfying scam shame sharp shocked shorter sick simple skilled sloppy smoky
+    smooth sorry spectacular stunning stupid super sweet talented terrific thoughtful thrilled trouble ugly
+    unacceptable unbelievable uncomfortable underwhelming unfamiliar unhappy useful useless vibrant waste wasted
+    weak weird welcoming wow yummy
+    """
+)
+"""Words of judgement that are not among DESCRIBERS."""
+
+FUNCTION_WORDS = _words(
+    """
+    able about above absolutely across actually add added adds after again against ago ain alike all allowed
+    almost along already although am among amongst amp and anyone anything anytime anyway anywhere apparently are
+    aren around arrive arrived arriving as ask asked at ate attached available away back basically be became
+    because become been before behind being below beneath beside besides between beyond big bit bless bought br
+    bring brought but buy buying by call called came certain certainly choose chose chosen clearly closer com come
+    comes coming compared completely couldn couple credited currently deep definitely delivers despite didn
+    different doesn don done down drink drinking due during early easily eat eating eight either else enjoy
+    enjoyed enjoying enjoys enough ensure ensures enthusiast enthusiasts entire entirely especially etc even ever
+    everybody everyone everything exactly exceeded extra extremely fairly far feel feels felt few finally find
+    first five for found four from full fully further gave generally get gets getting give given gives giving go
+    goes going gone got had hadn half has hasn have haven having help helps hence here hers herself high highly
+    him himself honestly how however http https if immediately in inc include included includes including indicate
+    indicates inside instead intended into is isn itself joe john keep kept kind knew know known lack laid large
+    last late lately later least leave led left less let lets like liked likely literally little live long look
+    looked looking looks lot lots loved lover lovers low made main make makes making many maybe me mean means mine
+    more most mostly mr mrs much multiple myself nbsp near nearly need needed needs neither new next nine nobody
+    non none nor normally nothing now obviously of off offer offered offering offers often old on once one ones
+    online only onto open or order ordered ordering other others otherwise ought ours ourselves out outside over
+    own paid particular particularly past pay per perhaps picked played playing plus possible possibly pre
+    previous probably provide provided provides providing purchase purchased purchasing put quick quickly quite
+    quot rarely rather read reading ready real really receive received receiving recent recently recommend
+    recommended redeem redeemed regular remind reminds reminiscent right said same saw say says second see seem
+    seemed seems seen self send sending sent seriously serve served serves serving seven several short shouldn
+    simply since single six slightly small so somebody someone something sometimes soon sort special started stay
+    stayed still sure surely take taken takes taking tasted tell ten than thank thanks them themselves then there
+    therefore thin think third though thought three through throughout thus together told too took top totally
+    toward towards tried true truly try trying turned twice two under unfortunately unless until up upon us use
+    used uses using usually various very via visit visited wait waited waiting want wanted wants was wasn watch
+    watched well went were weren what when whenever where whereas wherever whether while whole whom why wish with
+    within without won wont work worked working works worth worthwhile wouldn wrong www yes yet yours yourself
+    """
+)
+"""Prepositions, auxiliaries, adverbs, numbers and the commonest verbs."""
+
+VAGUE_NOUNS = _words(
+    """
+    afternoon amount answer anyone april august aunt baby beginning boy boyfriend boys brother business businesses
+    case cents child children choice choices cousin customer customers dad daughter day days deal december dollar
+    dollars end evening everyone example experience experiences fact family father february folks friday friend
+    friends girl girlfriend girls grandchildren granddaughter grandkids grandma grandson guy guys hand hands head
+    hour hours husband idea issue issues item items january july june kid kids level life line list man march
+    matter max may men middle minute minutes mom moment monday month months morning mother name need needs nephew
+    nephews niece nieces night nights november number october opinion option options parents part parts people
+    percent person place places point product products question questions range rating ratings reason reasons rest
+    review reviewer reviewers reviews saturday september side sister someone son spot spots star stars stuff
+    sunday thing things thursday time times today tomorrow total tuesday type types uncle use user users way ways
+    wednesday week weekend weeks while wife woman women word words world year years yesterday
+    """
+)
+"""Nouns that are no aspect of an item: time, people, quantities, the review itself."""
+
+STOP_WORDS = DETERMINERS | VERB_CUES | JOINING | FUNCTION_WORDS
+NEVER_FEATURES = STOP_WORDS | DESCRIBERS | OPINIONS | VAGUE_NOUNS

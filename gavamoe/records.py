@@ -1,0 +1,263 @@
+"""Raw review records as readers hand them on: batches of columns by field, rows that could not be read, bounded reads.
+
+A reader turns a source into `RawBatch`es and judges nothing but whether a row can be read at all; what a good
+row is, `reviews` decides.
+
+Shape letters: R rows of a batch.
+"""
+
+import difflib
+import gzip
+import io
+import math
+import reprlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gavamoe.errors import InputError
+
+FIELDS = ("user", "item", "rating", "text", "title", "features", "time")
+REQUIRED = ("user", "item")
+BATCH_ROWS = 32_768
+BATCH_BYTES = 32 * 2**20
+MAX_RECORD_BYTES = 16 * 2**20
+MAX_SHOWN_CHARS = 300
+
+
+class Rejection(NamedTuple):
+    """A row that is not taken."""
+
+    row: int
+    """From 1: line of a text file, record of another."""
+    reason: str
+    raw: str
+    """The row, shortened to MAX_SHOWN_CHARS."""
+
+
+class RawBatch(NamedTuple):
+    """Some rows of a source."""
+
+    row: np.ndarray
+    """int64 (R,), rising"""
+    columns: dict[str, pa.Array]
+    """By field, (R,): user, item, text, title string; rating double or string; features list<string> or string;
+    time double. A field that the source lacks is absent, a missing value is null."""
+    show: Callable[[int], str]
+    """One of the R rows as text, shortened."""
+    broken: list[Rejection]
+    """Rows between these that could not be read."""
+
+
+Numbered = tuple[int, int, "dict[str, Any] | Rejection"]
+"""Row number, size in bytes, and the record or why there is none."""
+
+
+def batch_records(
+    source: Path,
+    records: Iterable[Numbered],
+    fields: Mapping[str, Sequence[str]],
+    named: frozenset[str] = frozenset(),
+) -> Iterator[RawBatch]:
+    """Gather records into batches.
+
+    Args:
+        fields: the keys under which each field may stand in a record; the first that is there wins.
+        named: fields whose keys the user named, which must therefore be there, as required ones must.
+
+    Raises:
+        InputError: none of the first batch's records has a required field, or one that the user named.
+    """
+    good: list[dict[str, Any]] = []
+    rows: list[int] = []
+    broken: list[Rejection] = []
+    size = 0
+    needed: Set[str] = named | set(REQUIRED)
+    for row, row_bytes, record in records:
+        if isinstance(record, Rejection):
+            broken.append(record)
+        else:
+            good.append(record)
+            rows.append(row)
+        size += row_bytes
+        if len(good) + len(broken) >= BATCH_ROWS or size >= BATCH_BYTES:
+            yield _record_batch(source, good, rows, broken, fields, needed)
+            needed = needed if not good else frozenset()
+            good, rows, broken, size = [], [], [], 0
+    if good or broken:
+        yield _record_batch(source, good, rows, broken, fields, needed)
+
+
+def _record_batch(
+    source: Path,
+    good: list[dict[str, Any]],
+    rows: list[int],
+    broken: list[Rejection],
+    fields: Mapping[str, Sequence[str]],
+    needed: Set[str],
+) -> RawBatch:
+    columns = {}
+    for field, keys in fields.items():
+        present = [key for key in keys if any(key in record for record in good)]
+        if present:
+            columns[field] = _COLUMNS[field](_values(good, present))
+        elif good and field in needed:
+            raise missing_column(source, field, keys, list(good[0]))
+        elif field in REQUIRED:
+            columns[field] = pa.nulls(len(good), pa.string())
+    return RawBatch(np.asarray(rows, dtype=np.int64), columns, lambda index: shorten(good[index]), broken)
+
+
+def _values(records: list[dict[str, Any]], keys: list[str]) -> list[Any]:
+    if len(keys) == 1:
+        key = keys[0]
+        return [record.get(key) for record in records]
+    return [next((record[key] for key in keys if record.get(key) is not None), None) for record in records]
+
+
+def missing_column(source: Path, field: str, wanted: Sequence[str], available: Sequence[str]) -> InputError:
+    """The error for a source without any column of a field."""
+    known = [str(name)[:60] for name in available[:30]]
+    lowered = {name.lower(): name for name in known}
+    # a name that the user gave may be misspelt; a field's own name is no guess at a column
+    near = difflib.get_close_matches(wanted[0].lower(), list(lowered), n=1, cutoff=0.5) if wanted[0] != field else []
+    hint = f" (nearest: {lowered[near[0]]})" if near else ""
+    return InputError(
+        f"{source}: no column {' or '.join(repr(name) for name in wanted)} for the {field}{hint}; "
+        f"it has {', '.join(known) or 'none'}; name one with --column {field}=NAME (format table)"
+    )
+
+
+def as_strings(values: list[Any]) -> pa.Array:
+    """string (R,): text as it is, numbers in digits, anything else null."""
+    if all(value is None or type(value) is str for value in values):
+        try:
+            return pa.array(values, pa.string())
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
+            pass
+    return pa.array([_string(value) for value in values], pa.string())
+
+
+def _string(value: Any) -> str | None:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value == int(value) else str(value)
+    if isinstance(value, int) and abs(value) < 10**100:
+        return str(value)
+    return None
+
+
+def as_ratings(values: list[Any]) -> pa.Array:
+    """double (R,) where all values are numbers or missing, else string (R,) with "?" for what is neither."""
+    if all(value is None or type(value) in (int, float) for value in values):
+        try:
+            return pa.array(values, pa.float64())
+        except (OverflowError, pa.ArrowException):  # an integer beyond a double
+            pass
+    return pa.array([None if value is None else _rating_text(value) for value in values], pa.string())
+
+
+def _rating_text(value: Any) -> str:
+    text = str(value) if isinstance(value, float) else _string(value)
+    return "?" if text is None else text
+
+
+def as_features(values: list[Any]) -> pa.Array:
+    """list<string> (R,) where all values are lists, else string (R,) in which lists are joined by commas."""
+    if all(value is None or isinstance(value, (list, tuple)) for value in values):
+        return pa.array(
+            [None if value is None else [_string(part) for part in value] for value in values], pa.list_(pa.string())
+        )
+    return as_strings(
+        [",".join(filter(None, map(_string, value))) if isinstance(value, (list, tuple)) else value for value in values]
+    )
+
+
+def as_times(values: pa.Array) -> pa.Array:
+    """double (R,), seconds or whatever the source counts in, from numbers, timestamps, or ISO dates; else null."""
+    if pa.types.is_temporal(values.type):
+        return values.cast(pa.timestamp("us")).cast(pa.int64()).cast(pa.float64())
+    if not pa.types.is_string(values.type):
+        return values.cast(pa.float64())
+    number, _ = parse_numbers(values)
+    for pattern in ("%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d"):
+        parsed = pc.strptime(values, format=pattern, unit="s", error_is_null=True)
+        number = pc.coalesce(number, parsed.cast(pa.int64()).cast(pa.float64()))
+    return number
+
+
+def parse_numbers(values: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """double (R,), null where a string is not a finite decimal number, and bool (R,): there is something else."""
+    if not pa.types.is_string(values.type):
+        number = values.cast(pa.float64())
+        bad = pc.fill_null(pc.invert(pc.is_finite(number)), False)
+    else:
+        text = pc.utf8_trim_whitespace(values)
+        good = pc.match_substring_regex(text, r"^[+-]?(\d{1,30}\.?\d{0,30}|\.\d{1,30})([eE][+-]?\d{1,2})?$")
+        bad = pc.fill_null(pc.invert(good), False)
+        number = pc.if_else(bad, None, text).cast(pa.float64())
+    return pc.if_else(bad, None, number), bad
+
+
+_COLUMNS: dict[str, Callable[[list[Any]], pa.Array]] = {
+    "user": as_strings,
+    "item": as_strings,
+    "rating": as_ratings,
+    "text": as_strings,
+    "title": as_strings,
+    "features": as_features,
+    "time": lambda values: as_times(as_strings(values)),
+}
+
+_SHORT = reprlib.Repr()
+_SHORT.maxdict, _SHORT.maxlist, _SHORT.maxtuple = 12, 4, 4
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def shorten(value: object) -> str:
+    """A value as text of at most MAX_SHOWN_CHARS, printable, one line."""
+    text = value if isinstance(value, str) else _SHORT.repr(value)
+    cut = text[:MAX_SHOWN_CHARS].encode("utf-8", "replace").decode("utf-8")
+    return "".join(char if char.isprintable() else " " for char in cut)
+
+
+def check_file(path: Path) -> None:
+    """Raise InputError unless `path` is a file with something in it."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    if not path.is_file():
+        raise InputError(f"{path}: not a file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+
+
+@contextmanager
+def open_source(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading, decompressing gzip whatever the file is called.
+
+    Raises:
+        InputError: the file is missing, empty, unreadable, or compressed and damaged (also while it is read).
+    """
+    check_file(path)
+    try:
+        with open(path, "rb") as file:
+            if file.peek(2)[:2] == b"\x1f\x8b":
+                with gzip.open(file) as unpacked:
+                    yield io.BufferedReader(unpacked, 2**20)
+            else:
+                yield file
+    except EOFError as error:
+        raise InputError(f"{path}: the gzip file is cut off before its end; copy or download it again") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path}: the gzip file is damaged ({error}); copy or download it again") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -1,0 +1,103 @@
+"""What a report reads of a run folder: config, scores, texts, the stages' metrics and their logs. Never the dataset."""
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gavamoe.checkpoint import Manifest, read_manifest
+from gavamoe.config import RunConfig, load_config
+from gavamoe.errors import InputError
+from gavamoe.evaluate import GENERATIONS_FILE, METRICS_FILE
+from gavamoe.files import read_json
+
+MAX_LOG_BYTES = 64 * 2**20
+MAX_PICTURE_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All that a report needs of a run."""
+
+    name: str
+    config: RunConfig
+    manifest: Manifest
+    metrics: dict[str, Any]
+    generations: pa.Table
+    stages: dict[str, dict[str, Any]]
+    """metrics.json of stage1 and stage2, where they are."""
+    logs: dict[str, list[dict[str, Any]]]
+    """Lines of logs/stage1.jsonl and logs/stage2.jsonl, where they are."""
+
+    latent_map: str | None
+    """clusters.png, as `gavamoe route` leaves it in the run folder, in base 64."""
+
+    def score(self, name: str) -> float | None:
+        value = self.metrics["metrics"].get(name)
+        return None if value is None else float(value)
+
+    def constant(self, name: str) -> float | None:
+        """The score of the most frequent training explanation; for ratings, of the user + item bias model."""
+        baselines = self.metrics["baselines"]
+        if name in ("rmse", "mae"):
+            return baselines["ratings"]["bias_model"][name] if baselines["ratings"] else None
+        value = baselines["constant"]["metrics"].get(name)
+        return None if value is None else float(value)
+
+
+def read_run(run: Path) -> RunData:
+    """Read what a run folder has for a report.
+
+    Raises:
+        InputError: it is no run folder, or its evaluation is missing, damaged or of another format.
+    """
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: not a run folder (config.yaml is missing); `gavamoe train` makes one")
+    manifest = read_manifest(run / "evaluation", "evaluation")
+    stages = {
+        stage: read_json(run / stage / METRICS_FILE)
+        for stage in ("stage1", "stage2")
+        if (run / stage / METRICS_FILE).is_file()
+    }
+    return RunData(
+        name=run.resolve().name,
+        config=load_config(run / "config.yaml"),
+        manifest=manifest,
+        metrics=read_json(run / "evaluation" / METRICS_FILE),
+        generations=pq.read_table(run / "evaluation" / GENERATIONS_FILE),
+        stages=stages,
+        latent_map=_read_picture(run / "clusters.png"),
+        logs={stage: _read_log(run / "logs" / f"{stage}.jsonl") for stage in ("stage1", "stage2")},
+    )
+
+
+def _read_picture(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    if path.stat().st_size > MAX_PICTURE_BYTES:
+        raise InputError(f"{path}: larger than the {MAX_PICTURE_BYTES} bytes that a report takes in")
+    return base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines log; a last line that was cut off by a crash is left out. [] without the file."""
+    if not path.is_file():
+        return []
+    if path.stat().st_size > MAX_LOG_BYTES:
+        raise InputError(f"{path}: larger than the {MAX_LOG_BYTES} bytes that a report reads")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
+    return [line for line in found if isinstance(line, dict)]

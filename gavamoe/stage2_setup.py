@@ -1,0 +1,193 @@
+"""What stage 2's loop starts from: the joint model, the tokenised rows, and each row's cluster.
+
+Inputs: the config, a dataset folder, a stage-1 folder. Output: a `Setup`, the same on every worker.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from gavamoe.base_model import load_base
+from gavamoe.batches import Ragged, TextRows
+from gavamoe.checkpoint import Manifest
+from gavamoe.config import RunConfig
+from gavamoe.dataset import Dataset, open_dataset
+from gavamoe.errors import InputError
+from gavamoe.explainer import GavamoeForCausalLM, build_explainer
+from gavamoe.joint import JointModel
+from gavamoe.pairs import PairSource
+from gavamoe.prompts import PromptBuilder, PromptColumns, PromptSpec, RatingScale, template_texts
+from gavamoe.routes import ROUTES_FILE, read_routes
+from gavamoe.stage1 import load_stage1
+from gavamoe.vae_gmm import VaeGmm
+
+_TEXTS_PER_TEMPLATE = 10
+"""The scratch tokenizer sees the prompts' constant text once per so many explanations."""
+
+Split = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that the training loop and the artifact need."""
+
+    data: Dataset
+    stage1: Manifest
+    model: JointModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: PromptSpec
+    train: TextRows
+    valid: TextRows
+    """At most `validation_rows`, chosen by the seed."""
+    routed: dict[str, Split]
+    """Users and items of the rows of `train` and `valid`, by split name."""
+    clusters: dict[str, np.ndarray]
+    """Stage 1's cluster of each of these rows: int64."""
+    pairs: PairSource
+    pad: int
+    parameters: int
+    """Of explainer and stage 1 together, shared tables once."""
+
+
+def prepare(config: RunConfig, dataset: Path, stage1: Path) -> Setup:
+    """Load, build and tokenise.
+
+    Raises:
+        InputError: stage 1 was trained on another dataset or with other clusters; no row has a text.
+    """
+    data = open_dataset(dataset)
+    vae_gmm, manifest = load_stage1(stage1)
+    _check_stage1(config, data, Path(dataset), vae_gmm, manifest, Path(stage1))
+    explainer, tokenizer = _build_explainer(config, data, vae_gmm)
+    model = JointModel(explainer, vae_gmm, config.stage2.alpha, bf16=config.stage2.precision == "bf16")
+    explainer.calibrate_slots()
+    spec = PromptSpec(
+        prompt=config.stage2.prompt,
+        scale=rating_scale(data),
+        usual_features=_usual_features(data, config.stage2.prompt.max_features),
+    )
+    builder = PromptBuilder(tokenizer, explainer.user_token, explainer.item_token, spec.prompt, spec.scale)
+    chosen = {"train": _rows_with_text(data, "train"), "valid": _validation_rows(config, data)}
+    arrays = {split: data.arrays(split) for split in chosen}
+    return Setup(
+        data=data,
+        stage1=manifest,
+        model=model,
+        tokenizer=tokenizer,
+        spec=spec,
+        train=encode_rows(builder, data, "train", chosen["train"]),
+        valid=encode_rows(builder, data, "valid", chosen["valid"]),
+        routed={split: (arrays[split].user[rows], arrays[split].item[rows]) for split, rows in chosen.items()},
+        clusters={split: _clusters(data, Path(stage1), split)[rows] for split, rows in chosen.items()},
+        pairs=PairSource(
+            data, negatives=config.stage1.negatives, unknown_rate=config.stage1.unknown_id_rate, seed=config.seed
+        ),
+        pad=tokenizer.pad_token_id,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def rating_scale(data: Dataset) -> RatingScale | None:
+    """The dataset's ratings as prompts understand them; None for implicit data."""
+    if data.rating_range is None:
+        return None
+    low, high = data.rating_range
+    return RatingScale(low=low, high=high, values=data.rating_values)
+
+
+def _usual_features(data: Dataset, most: int) -> int:
+    """The number of features that a quarter of the training rows with any have at least; at most `most`."""
+    counts = (
+        data.table("train", ["features"])["features"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+    )
+    some = counts[counts > 0]
+    return min(int(np.percentile(some, 75, method="higher")), most) if len(some) else 1
+
+
+def encode_rows(builder: PromptBuilder, data: Dataset, split: str, rows: np.ndarray) -> TextRows:
+    """Prompts and answers of the given rows (ascending) of a split; the file is read in parts."""
+    titles = [data.catalog.item_title(item) for item in range(data.catalog.n_items)]
+    prompts, answers = [Ragged.pack([])], [Ragged.pack([])]
+    start = 0
+    for batch in data.batches(split):
+        wanted = rows[(rows >= start) & (rows < start + batch.num_rows)] - start
+        start += batch.num_rows
+        part = batch.take(wanted).to_pydict()
+        columns = PromptColumns(
+            users=part["user"],
+            items=part["item"],
+            ratings=part["rating"],
+            features=[words or () for words in part["features"]],
+            titles=[titles[item] for item in part["item"]],
+        )
+        prompts.append(Ragged.pack(builder.prompts(columns)))
+        answers.append(Ragged.pack(builder.answers(part["text"])))
+    return TextRows(Ragged.join(prompts), Ragged.join(answers))
+
+
+def _check_stage1(
+    config: RunConfig, data: Dataset, dataset: Path, vae_gmm: VaeGmm, manifest: Manifest, stage1: Path
+) -> None:
+    if manifest.inputs.get("dataset") != data.fingerprint:
+        raise InputError(f"{stage1}: was trained on another dataset than {dataset}; train stage 1 on this one")
+    if vae_gmm.config.clusters != config.stage1.clusters:
+        raise InputError(
+            f"{stage1}: has {vae_gmm.config.clusters} clusters, the config has"
+            f" stage1.clusters {config.stage1.clusters}; set it to the same value or train stage 1 again"
+        )
+
+
+def _build_explainer(
+    config: RunConfig, data: Dataset, vae_gmm: VaeGmm
+) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
+    stage2 = config.stage2
+    base, tokenizer = load_base(stage2.base_model, stage2.scratch, _tokenizer_texts(data), config.seed)
+    explainer = build_explainer(
+        config, base, vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates
+    )
+    if stage2.gradient_checkpointing:
+        explainer.activation_checkpointing_enable()
+    return explainer, tokenizer
+
+
+def _tokenizer_texts(data: Dataset) -> Iterator[str]:
+    """What the scratch tokenizer learns its words from: training texts, features, titles, the prompts' constants."""
+    templates = template_texts()
+    for number, (text, words) in enumerate(_texts_and_features(data)):
+        yield text
+        yield " " + ", ".join(words)
+        if number % _TEXTS_PER_TEMPLATE == 0:
+            yield from templates
+    for item in range(data.catalog.n_items):
+        yield " " + (data.catalog.item_title(item) or "")
+
+
+def _texts_and_features(data: Dataset) -> Iterator[tuple[str, list[str]]]:
+    for batch in data.batches("train", ["text", "features"]):
+        for text, words in zip(batch["text"].to_pylist(), batch["features"].to_pylist(), strict=True):
+            yield text or "", words or []
+
+
+def _rows_with_text(data: Dataset, split: str) -> np.ndarray:
+    """Row numbers of a split whose explanation is not empty, ascending: int64."""
+    texts = data.table(split, ["text"])["text"].to_pylist()
+    rows = np.array([row for row, text in enumerate(texts) if text and text.strip()], dtype=np.int64)
+    if split == "train" and not len(rows):
+        raise InputError(f"{data.path}: no training row has a text, so there is no explanation to learn from")
+    return rows
+
+
+def _validation_rows(config: RunConfig, data: Dataset) -> np.ndarray:
+    rows = _rows_with_text(data, "valid")
+    count = min(len(rows), config.stage2.validation_rows)
+    return np.sort(np.random.default_rng(config.seed).choice(rows, count, replace=False))
+
+
+def _clusters(data: Dataset, stage1: Path, split: str) -> np.ndarray:
+    clusters = read_routes(stage1 / ROUTES_FILE, split).cluster.astype(np.int64)
+    if len(clusters) != data.size(split):
+        raise InputError(f"{stage1 / ROUTES_FILE}: {len(clusters)} {split} rows, the dataset has {data.size(split)}")
+    return clusters

@@ -1,0 +1,111 @@
+"""What people see: rich tables and progress bars, on standard error; JSON for machines goes to standard output."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+console = Console(stderr=True, highlight=False)
+
+
+class TerminalProgress:
+    """A `gavamoe.pipeline.Progress` that draws one bar per step.
+
+    Where standard error is no terminal (CI, a log file), each step is one line when it begins and one when it ends.
+    """
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._title = ""
+        self._note = ""
+
+    def __enter__(self) -> "TerminalProgress":
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._finish()
+        self._bars.stop()
+
+    def step(self, title: str) -> None:
+        self._finish()
+        self._title, self._note = title, ""
+        self._task = self._bars.add_task(title, total=None, note="")
+        if self._bars.disable:
+            console.print(f"{title} ...", markup=False)
+
+    def line(self, line: dict[str, Any]) -> None:
+        if "warning" in line:
+            console.print(f"[yellow]warning:[/] {escape(str(line['warning']))}")
+        numbers = [
+            f"{name.removesuffix('_loss').replace('_', ' ')} {line[name]:.3f}"
+            for name in ("loss", "validation_loss", "elbo", "rmse")
+            if isinstance(line.get(name), int | float)
+        ]
+        self._note = ", ".join([str(line.get("phase", "")), *numbers])
+        if isinstance(line.get("step"), int):
+            self._update(line["step"], line.get("steps"))
+
+    def count(self, done: int, total: int) -> None:
+        self._update(done, total)
+
+    def rows(self, phase: str, rows: int) -> None:
+        """Rows done in a phase of unknown length."""
+        self._note = phase
+        self._update(rows, None)
+
+    def _update(self, done: int, total: int | None) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, completed=done, total=total, note=self._note)
+
+    def _finish(self) -> None:
+        if self._task is None:
+            return
+        task = self._bars.tasks[self._task]
+        if self._bars.disable:
+            console.print(f"{self._title}: done {self._note}".rstrip(), markup=False)
+        elif task.total is None:
+            self._bars.update(self._task, total=1, completed=1)
+        self._task = None
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A titled table on standard error; the first column is text, the others are right-aligned."""
+    table = Table()
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*[escape(_cell(value)) for value in row])
+    console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
+    console.print(table)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 10 else f"{value:.2f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,42 @@
+"""Shared fixtures: a tiny prepared dataset, and one Ray for the whole session."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray's workers unpickle functions of test modules by name.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic dataset of 60 users, 40 items, 1,500 ratings, 3 planted groups."""
+    from gavamoe.synthetic import synthesize
+
+    out = tmp_path_factory.mktemp("data") / "tiny"
+    synthesize(out, users=60, items=40, ratings=1500, groups=3, seed=0)
+    return out
+
+
+@pytest.fixture(scope="session")
+def extensions_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this session for DeepSpeed's compiled operations: a lock left by a killed build can't hang it."""
+    folder = tmp_path_factory.mktemp("torch_extensions")
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_two_workers(extensions_dir: Path) -> Iterator[None]:
+    """A Ray on this machine with two CPUs, started once; `ray_session` inside the tests then uses it."""
+    del extensions_dir
+    from gavamoe.config import RuntimeConfig
+    from gavamoe.runtime import ray_session
+
+    with ray_session(RuntimeConfig(workers=2, threads_per_worker=1)):
+        yield

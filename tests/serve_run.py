@@ -1,0 +1,35 @@
+"""A tiny trained artifact for the tests of serving, trained once a session."""
+
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+from test_stage2 import tiny
+
+from gavamoe.context import LocalContext
+from gavamoe.generate import Explainer
+from gavamoe.stage1 import train_stage1
+from gavamoe.stage2 import train_stage2
+from gavamoe.synthetic import synthesize
+
+
+@functools.cache
+def tiny_artifact() -> Path:
+    """A stage-2 folder of 60 users and 40 items, K = 3."""
+    work = Path(tempfile.mkdtemp(prefix="gavamoe-serve-"))
+    synthesize(work / "data", users=60, items=40, ratings=1500, groups=3, seed=0)
+    config = tiny("stage2.max_steps=150", "stage2.evaluate_every=0", "stage2.checkpoint_every=0")
+    train_stage1(config, work / "data", work / "stage1", LocalContext())
+    train_stage2(config, work / "data", work / "stage1", work / "stage2", LocalContext())
+    return work / "stage2"
+
+
+def exact_explainer(folder: Path) -> Explainer:
+    """The artifact in float64, with experts that say something: texts are long, differ by cluster, and have no ties."""
+    loaded = Explainer.load(folder)
+    with torch.no_grad():
+        for layer in loaded.model.model.layers:
+            torch.nn.init.normal_(layer.mlp.experts.down_proj, std=0.3, generator=torch.Generator().manual_seed(0))
+    loaded.model.double().set_experts_implementation("eager")
+    return loaded

@@ -1,0 +1,196 @@
+"""The report page: what it shows, what it survives, and that no text of a user becomes markup."""
+
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from test_evaluate import FakeExplainer, bare_dataset, parrot
+
+from gavamoe.charts import Series, line_chart
+from gavamoe.config import RunConfig, dump_config, parse_config
+from gavamoe.dataset import Dataset, open_dataset
+from gavamoe.errors import InputError
+from gavamoe.evaluate import evaluate, write_evaluation
+from gavamoe.files import write_json
+from gavamoe.report import write_report
+
+HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>'
+VOID = {"meta", "img", "br", "line", "circle", "path", "link", "input"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails on tags that don't nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID or tag == "path":
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def make_run(folder: Path, dataset: Dataset, text: str | None = None, settings: RunConfig | None = None) -> Path:
+    """An evaluated run folder with logs, as training and evaluation leave it."""
+    settings = settings or RunConfig()
+    (folder / "logs").mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(settings))
+    writer = FakeExplainer(dataset, parrot(dataset) if text is None else lambda _: text)
+    write_evaluation(folder / "evaluation", evaluate(writer, dataset, settings), settings, {})
+    (folder / "stage1").mkdir()
+    write_json(folder / "stage1" / "metrics.json", {"test": {"rmse": 0.123, "mae": 0.045}})
+    lines = [{"phase": "stage1", "step": step, "loss": 1 / (step + 1), "kl": math.nan} for step in range(20)]
+    lines.append({"phase": "stage1", "step": 20, "warning": f"collapse {HOSTILE}"})
+    (folder / "logs" / "stage1.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planted(tiny_dataset: Path) -> Dataset:
+    return open_dataset(tiny_dataset)
+
+
+def read(path: Path) -> Page:
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_page_is_self_contained_and_shows_the_run(tmp_path: Path, planted: Dataset) -> None:
+    run = make_run(tmp_path / "first", planted)
+    out = write_report([run], run / "report.html")
+    assert out == run / "report.html"
+    page = read(out)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    loaded = [value for name, value in page.attributes if name in ("src", "href", "srcset", "action")]
+    assert all(value is not None and value.startswith("#") for value in loaded)
+    assert "http" not in out.read_text().replace('http-equiv="Content-Security-Policy"', "")
+    targets = {value for name, value in page.attributes if name == "id"}
+    assert {value[1:] for value in loaded if value} <= targets
+    shown = {words.strip() for words in page.words}
+    assert {"first", "BLEU-4 ↑", "loss", "ds1 (most frequent)", "User + item bias model"} <= shown
+    assert "Stage 1 alone, whole test split 0.123 0.045" in page.text
+    assert "Recovery of the 3 planted user groups" in page.text
+    assert "No training log" not in page.text
+    assert "people were not asked" in page.text
+
+
+def test_latent_map_is_embedded_where_there_is_one(tmp_path: Path, planted: Dataset) -> None:
+    run = make_run(tmp_path / "run", planted)
+    (run / "clusters.png").write_bytes(b"\x89PNG")
+    page = read(write_report([run], tmp_path / "report.html"))
+    assert [value for name, value in page.attributes if name == "src"] == ["data:image/png;base64,iVBORw=="]
+
+
+def test_text_of_users_stays_text(tmp_path: Path, planted: Dataset) -> None:
+    run = make_run(tmp_path / "hostile<script>", planted, HOSTILE)
+    page = read(write_report([run], tmp_path / "report.html"))
+    assert not {"script", "img"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert page.text.count(HOSTILE) >= 2  # in the samples and in the warning
+    assert "hostile<script>" in page.text
+
+
+def test_runs_stand_side_by_side_with_the_best_marked(tmp_path: Path, planted: Dataset) -> None:
+    good = make_run(tmp_path / "a" / "run", planted)
+    bad = make_run(tmp_path / "b" / "run", planted, "bad text")
+    page = read(write_report([good, bad], tmp_path / "two.html"))
+    assert "run (1)" in page.text
+    assert "run (2)" in page.text
+    assert page.text.count("Reference:") <= 7  # one reference for both runs' texts
+    assert page.text.count("bad text") >= 6
+    assert [value for name, value in page.attributes if name == "class"].count("best") >= 5
+
+
+def test_runs_on_other_rows_show_their_own_samples(tmp_path: Path, planted: Dataset) -> None:
+    few = parse_config({"evaluation": {"rows": 4}}, "test")
+    one, two = make_run(tmp_path / "all", planted), make_run(tmp_path / "few", planted, settings=few)
+    page = read(write_report([one, two], tmp_path / "two.html"))
+    assert page.text.count("Reference:") >= 10
+
+
+def test_implicit_data_without_features_or_logs(tmp_path: Path) -> None:
+    dataset = bare_dataset(tmp_path / "data", [f"text number {n}" for n in range(10)])
+    run = make_run(tmp_path / "run", dataset, "")
+    (run / "logs" / "stage1.jsonl").unlink()
+    page = read(write_report([run], tmp_path / "report.html"))
+    assert "The dataset has no ratings." in page.text
+    assert "No training log in the run folder." in page.text
+    assert "1 of them are empty" in page.text
+    assert "(empty)" in page.text
+
+
+def test_long_texts_are_cut(tmp_path: Path, planted: Dataset) -> None:
+    run = make_run(tmp_path / "run", planted, "word " * 5000, parse_config({"evaluation": {"rows": 8}}, "test"))
+    out = write_report([run], tmp_path / "report.html")
+    assert out.stat().st_size < 100_000
+    assert "(25,000 characters)" in read(out).text
+
+
+def test_what_is_not_evaluated_is_named_and_nothing_is_written(tmp_path: Path, planted: Dataset) -> None:
+    with pytest.raises(InputError, match="name at least one run"):
+        write_report([], tmp_path / "report.html")
+    with pytest.raises(InputError, match="not a run folder"):
+        write_report([tmp_path], tmp_path / "report.html")
+    run = make_run(tmp_path / "run", planted)
+    (run / "evaluation" / "metrics.json").write_text("{}")
+    with pytest.raises(InputError, match="content differs"):
+        write_report([run], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_log_cut_by_a_crash_is_read_and_a_damaged_one_named(tmp_path: Path, planted: Dataset) -> None:
+    run = make_run(tmp_path / "run", planted)
+    log = run / "logs" / "stage1.jsonl"
+    log.write_text('{"phase": "a", "step": 1, "loss": 2}\n{"phase": "a", "st')
+    write_report([run], tmp_path / "report.html")
+    log.write_text('{"phase": "a"\n{"phase": "a", "step": 1}\n')
+    with pytest.raises(InputError, match=r"stage1.jsonl, line 1: not valid JSON"):
+        write_report([run], tmp_path / "report.html")
+
+
+def test_chart_breaks_at_missing_values_and_names_groups() -> None:
+    chart = str(
+        line_chart("T <x>", [Series("a", [0, 1, 2, 3], [1.0, None, math.nan, 2.0])], ticks=["p", "q", "r", "s"])
+    )
+    assert "T &lt;x&gt;" in chart
+    path = chart.split('class="s0" d="')[1].split('"')[0]
+    assert path.count("M") == 2
+    assert "L" not in path
+    assert all(f">{name}</text>" in chart for name in "pqrs")
+    assert ">0</text>" in chart  # charts of groups start at 0
+    assert str(line_chart("none", [Series("a", [0.0], [None])])) == ""
+
+
+def test_chart_scales_points_into_its_frame() -> None:
+    values = [1e-9 * n for n in range(1000)]
+    chart = str(line_chart("t", [Series("a", range(1000), values), Series("b", [5], [1e-7])], x_label="step"))
+    numbers = [pair.split() for pair in chart.split('class="s0" d="M')[1].split('"')[0].split("L")]
+    assert len(numbers) <= 240
+    assert all(0 <= float(x) <= 360 and 0 <= float(y) <= 200 for x, y in numbers)
+    heights = [float(y) for _, y in numbers]
+    assert heights == sorted(heights, reverse=True)
+    assert math.isfinite(heights[-1])
+    assert "<span>" in chart  # two lines have a legend
+    assert "nan" not in str(line_chart("t", [Series("a", [3.0], [5.0])]))

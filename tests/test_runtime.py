@@ -1,0 +1,79 @@
+"""Ray Train plumbing: return value, logs, checkpoints, restart after a killed worker, errors that are not retried."""
+
+import json
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gavamoe.config import RuntimeConfig
+from gavamoe.context import Context
+from gavamoe.errors import InputError, RunError
+from gavamoe.runtime import run_training
+
+TWO = RuntimeConfig(workers=2, threads_per_worker=1, max_failures=1)
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_two_workers")]
+
+
+def counting_loop(*, context: Context, steps: int, die_at: int | None = None, always: bool = False) -> dict[str, Any]:
+    """Counts steps with a collective in each; checkpoints every third; rank 1 may be killed."""
+    start = 0 if context.resume_from is None else int((context.resume_from / "step").read_text())
+    for step in range(start, steps):
+        ranks = torch.ones(1)
+        torch.distributed.all_reduce(ranks)
+        context.log({"phase": "count", "step": step + 1, "steps": steps, "ranks": float(ranks)})
+        if step == die_at and context.rank == 1 and (always or start == 0):
+            time.sleep(1)  # the controller registers a checkpoint at its next poll; death is to come after that
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step % 3 == 2:
+            with tempfile.TemporaryDirectory() as folder:
+                if context.rank == 0:
+                    (Path(folder) / "step").write_text(str(step + 1))
+                context.checkpoint(Path(folder), {"step": step + 1})
+    return {"start": start, "threads": torch.get_num_threads(), "rank": context.rank}
+
+
+def refusing_loop(*, context: Context, marker: Path) -> None:
+    with open(marker, "a") as file:
+        file.write(f"{context.rank}\n")
+    raise InputError("the loop says no")
+
+
+def log_steps(folder: Path, name: str) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "logs" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def test_killed_worker_resumes_without_lost_or_doubled_log_lines(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    result = run_training(
+        counting_loop, {"steps": 8, "die_at": 4}, placement=TWO, folder=tmp_path, name="count", on_line=seen.append
+    )
+    assert result == {"start": 3, "threads": 1, "rank": 0}
+    assert log_steps(tmp_path, "count") == list(range(1, 9))
+    assert {line["ranks"] for line in seen} == {2.0}
+    assert seen[-1]["step"] == 8
+    assert list((tmp_path / "logs" / "tensorboard" / "count").glob("events.*"))
+    assert not (tmp_path / "checkpoints" / "count").exists()
+
+
+def test_too_many_deaths_fail_and_resume_continues(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"count: .*continue with --resume"):
+        run_training(
+            counting_loop, {"steps": 8, "die_at": 4, "always": True}, placement=TWO, folder=tmp_path, name="count"
+        )
+    result = run_training(counting_loop, {"steps": 8}, placement=TWO, folder=tmp_path, name="count", resume=True)
+    assert result["start"] == 3
+    assert log_steps(tmp_path, "count") == list(range(1, 9))
+
+
+def test_input_error_reaches_the_caller_once(tmp_path: Path) -> None:
+    marker = tmp_path / "calls"
+    with pytest.raises(InputError, match="the loop says no"):
+        run_training(refusing_loop, {"marker": marker}, placement=TWO, folder=tmp_path, name="refuse")
+    assert sorted(marker.read_text().split()) == ["0", "1"]
