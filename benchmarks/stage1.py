@@ -153,7 +153,7 @@ def controls(seeds: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["speed", "workers", "seeds", "controls"])
+    parser.add_argument("what", nargs="?", default="speed", choices=["speed", "workers", "seeds", "controls"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", default="0,1,2")
     options = parser.parse_args()

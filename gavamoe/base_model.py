@@ -94,9 +94,15 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     if not texts:
         return []
     special = special_ids(tokenizer)
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,  # no advice about the length: callers bound it
+    )
     # A tokenizer that ignores split_special_tokens must not let a special id through either.
-    return [[token for token in ids if token not in special] for ids in encoded]
+    return [[token for token in ids if token not in special] for ids in encoded["input_ids"]]
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

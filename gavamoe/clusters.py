@@ -182,14 +182,14 @@ def _typical_users(dataset: Dataset, means_UK: np.ndarray, cluster: int, top: in
     return [dataset.catalog.user_id(int(user)) for user in order]
 
 
-def plot_latents(model: VaeGmm, dataset: Dataset, out: Path, seed: int = 0) -> None:
-    """Write a PNG: a seeded sample of the training pairs' latents, by t-SNE, coloured by cluster."""
+def plot_latents(model: VaeGmm, dataset: Dataset, out: Path, seed: int = 0, sample: int = MAP_PAIRS) -> None:
+    """Write a PNG: the latents of a seeded sample of the training pairs, by t-SNE, coloured by cluster."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     pairs = dataset.arrays("train")
-    rows = np.sort(np.random.default_rng(seed).permutation(len(pairs.user))[:MAP_PAIRS])
+    rows = np.sort(np.random.default_rng(seed).permutation(len(pairs.user))[:sample])
     user, item = pairs.user[rows], pairs.item[rows]
     cluster = route_pairs(model, user, item).cluster
     with torch.no_grad():

@@ -16,7 +16,7 @@ ORDER = """
     lexicon texts features catalog dataset dataset_writer describe records jsonlines pickles tables readers splits
     intake reviews grammar synthetic simple_baselines
     checkpoint base_model prompts pairs batches explainer
-    routes clusters planted row_adam spectral mixture stage1_checks stage1 generate joint engines stage2_setup
+    routes clusters planted row_adam spectral mixture stage1_checks stage1_trainer stage1 generate joint engines stage2_setup
     stage2_artifact stage2
     evaluate charts run_data report runtime pipeline terminal summary cli
 """.split()

@@ -250,7 +250,7 @@ def test_validation_does_not_depend_on_the_workers(tiny_dataset: Path) -> None:
 
 def test_implicit_data_train_with_sampled_negatives(implicit_dataset: Path, tmp_path: Path) -> None:
     metrics = train_stage1(
-        small_run(epochs=8, batch_size=64, learning_rate=3e-3), implicit_dataset, tmp_path / "stage1", LocalContext()
+        small_run(epochs=4, batch_size=64, learning_rate=3e-3), implicit_dataset, tmp_path / "stage1", LocalContext()
     )
     model, _ = load_stage1(tmp_path / "stage1")
     assert model.likelihood == "bernoulli"
