@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 
 NOUNS = """
 battery screen case cable charger sound keyboard price shipping packaging colour size button strap lens
-""".split()  # noqa: SIM905 - a list of words reads better as words
+""".split()
 WORDS = """
 the a this my it is was and but for with really after two weeks of use I think that looks feels good great poor
 nice cheap solid broke works as expected would buy again never more than one reason to like
-""".split()  # noqa: SIM905
+""".split()
 SECONDS_AND_MEMORY = """
 import json, resource, sys, time
 from pathlib import Path

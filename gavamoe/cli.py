@@ -8,12 +8,16 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from gavamoe import __version__
 from gavamoe.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from gavamoe.pipeline import Stage
+    from gavamoe.readers import TextMode
 
 app = typer.Typer(
     name="gavamoe",
@@ -109,7 +113,7 @@ def prepare(
             split=_shares(split),
             index_dir=index_dir,
             titles=titles,
-            text_mode=text_mode,
+            text_mode=cast("TextMode | None", text_mode),  # checked there, with the other arguments
             rating_scale=_bounds(rating_scale),
             max_rejected_share=max_rejected_share,
             seed=seed,
@@ -169,7 +173,7 @@ def train(
     settings = load_config(config, overrides or [])
     folder = run_dir or Path("runs") / f"{Path(config).stem}-{dataset.resolve().name}"
     with TerminalProgress() as progress:
-        metrics = train_run(settings, dataset, folder, stage=stage, resume=resume, progress=progress)
+        metrics = train_run(settings, dataset, folder, stage=cast("Stage", stage), resume=resume, progress=progress)
     summary.print_training(metrics, folder, as_json=json_output)
 
 
@@ -218,6 +222,10 @@ def route(
     run: RunPath,
     user: Annotated[str | None, typer.Option(help="Raw user id, with --item: the route of one pair.")] = None,
     item: Annotated[str | None, typer.Option(help="Raw item id.")] = None,
+    sweep_clusters: Annotated[
+        str | None,
+        typer.Option(metavar="LOW:HIGH", help="Train the run's stage 1 for each K; say which to take."),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """The clusters: sizes, what tells each apart, and the latent map (Figure 5); or the route of one pair."""
@@ -226,8 +234,13 @@ def route(
 
     if (user is None) != (item is None):
         raise InputError("--user and --item go together")
+    if sweep_clusters is not None and user is not None:
+        raise InputError("--sweep-clusters and --user exclude each other")
+    counts = None if sweep_clusters is None else _counts(sweep_clusters)
     opened = open_run(run)
-    if user is None or item is None:
+    if counts is not None:
+        summary.print_cluster_sweep(opened, counts, as_json=json_output)
+    elif user is None or item is None:
         summary.print_clusters(opened, as_json=json_output)
     else:
         summary.print_route(opened, user, item, as_json=json_output)
@@ -329,6 +342,27 @@ def report(
     console.print(f"report: {write_report(runs, out or runs[0] / 'report.html')}", markup=False, soft_wrap=True)
 
 
+@app.command()
+def serve(
+    run: RunPath,
+    host: Annotated[str, typer.Option(help="127.0.0.1: this machine only; 0.0.0.0: everyone who can reach it.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    settings: Annotated[
+        Path | None, typer.Option(help="YAML with the app builder's arguments (docs/serve.md).")
+    ] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Generator replicas.")] = None,
+    api_keys: Annotated[Path | None, typer.Option(help="File with one sha256:HEX of an API key a line.")] = None,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Prometheus metrics, on 127.0.0.1.")] = 8001,
+    update: Annotated[bool, typer.Option("--update", help="Put RUN into the service that is up.")] = False,
+) -> None:
+    """Serve explanations over HTTP with Ray Serve: a page at /, the interface's description at /docs."""
+    from gavamoe.serving.launch import serve_command
+
+    serve_command(run, host, port, settings, replicas, api_keys, metrics_port, update=update)
+
+
 def main() -> None:
     """Entry point: runs the app and turns errors into one line and an exit code."""
     debug = "--debug" in sys.argv
@@ -390,6 +424,13 @@ def _bounds(text: str | None) -> tuple[float, float] | None:
     if low >= high:
         raise InputError(f"--rating-scale {text}: the first number must be below the second")
     return low, high
+
+
+def _counts(text: str) -> list[int]:
+    low, high = _numbers("--sweep-clusters", text, 2, "2:8")
+    if not (low.is_integer() and high.is_integer() and 1 <= low < high):
+        raise InputError(f"--sweep-clusters {text}: expected two whole numbers, the first below the second")
+    return list(range(int(low), int(high) + 1))
 
 
 def _numbers(option: str, text: str, count: int, example: str) -> list[float]:

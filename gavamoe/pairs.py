@@ -15,6 +15,8 @@ from gavamoe.errors import InputError
 _NEGATIVE_ROUNDS = 30
 """Rounds of drawing again what was observed; a user who has seen nearly everything gets fewer negatives."""
 
+_PIECE = 2**20
+
 _ORDER, _NEGATIVES, _HIDDEN, _HELD_OUT = range(4)  # one random stream each
 
 
@@ -65,10 +67,10 @@ class PairSource:
         if self._train_keys is not None:
             pairs = self._with_negatives(pairs, self._train_keys, self._random(_NEGATIVES, epoch))
         pairs = pairs.take(self._random(_ORDER, epoch).permutation(pairs.size))
-        hidden = self._random(_HIDDEN, epoch).random((2, pairs.size)) < self._unknown_rate
-        user = np.where(hidden[0], self._known[0], pairs.user).astype(np.int32)
-        item = np.where(hidden[1], self._known[1], pairs.item).astype(np.int32)
-        return Pairs(user, item, pairs.rating)
+        random = self._random(_HIDDEN, epoch)
+        for index, unknown in zip((pairs.user, pairs.item), self._known, strict=True):
+            _hide(index, unknown, self._unknown_rate, random)
+        return pairs
 
     def observed(self) -> Pairs:
         """The training pairs in row order, without negatives."""
@@ -128,6 +130,13 @@ def worker_slices(rows: slice, world_size: int) -> list[slice]:
     size = rows.stop - rows.start
     cuts = [rows.start + size * rank // world_size for rank in range(world_size + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(cuts)]
+
+
+def _hide(index: np.ndarray, unknown: int, rate: float, random: np.random.Generator) -> None:
+    """Replace a share of the ids in place; piece by piece, for draws take twice the memory of the ids."""
+    for start in range(0, len(index), _PIECE):
+        piece = index[start : start + _PIECE]
+        piece[random.random(len(piece)) < rate] = unknown
 
 
 def _contains(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:

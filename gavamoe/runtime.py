@@ -9,13 +9,13 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from gavamoe.config import RuntimeConfig
-from gavamoe.context import Metrics
+from gavamoe.context import LocalContext, Metrics
 from gavamoe.errors import InputError, RunError
 
 Line = dict[str, Any]
@@ -128,6 +128,59 @@ def run_training(
     if isinstance(outcome, _Refused):
         raise outcome.error
     return outcome
+
+
+def run_tasks(
+    loop: Callable[..., Any],
+    jobs: Sequence[dict[str, Any]],
+    placement: RuntimeConfig,
+    on_done: Callable[[int, int], None] | None = None,
+) -> list[Any]:
+    """Call `loop(context=..., **job)` for every job, side by side as Ray tasks; returns the results in jobs' order.
+
+    As many run at once as the cluster has room for, each a single worker with `placement.threads_per_worker` CPUs.
+
+    Args:
+        loop: module-level function that needs no checkpoints; a task whose process died starts anew.
+        on_done: called in this process with (jobs done, jobs) whenever one ends.
+
+    Raises:
+        InputError, RunError: as raised by a job; the other jobs are cancelled.
+        RunError: a job failed otherwise, or its process died more often than `placement.max_failures`.
+    """
+    import ray
+
+    task = ray.remote(_task).options(
+        num_cpus=placement.threads_per_worker,
+        num_gpus=1 if placement.gpu else 0,
+        max_retries=placement.max_failures,
+        runtime_env={"env_vars": _worker_environment(placement)},
+    )
+    results = [task.remote(loop, job, placement) for job in jobs]
+    waiting = results
+    try:
+        while waiting:
+            ended, waiting = ray.wait(waiting)
+            ray.get(ended)
+            if on_done is not None:
+                on_done(len(jobs) - len(waiting), len(jobs))
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, InputError | RunError):
+            raise cause from None
+        raise RunError(f"{loop.__name__}: {_failure(error)}") from error
+    finally:
+        for result in waiting:
+            ray.cancel(result, force=True)
+    return list(ray.get(results))
+
+
+def _task(loop: Callable[..., Any], job: dict[str, Any], placement: RuntimeConfig) -> Any:
+    """One job's life; runs in a Ray worker process."""
+    import torch
+
+    torch.set_num_threads(placement.threads_per_worker)
+    return loop(context=LocalContext(device="cuda" if placement.gpu else "cpu"), **job)
 
 
 class _Refused:

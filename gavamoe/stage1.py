@@ -84,11 +84,18 @@ def _split_metrics(trainer: Trainer, pairs: Pairs) -> dict[str, Any]:
     alone = _Alone(trainer.context)
     numbers = validate(trainer.model, pairs, trainer.config.beta, alone).numbers()
     if trainer.dataset.implicit:
-        from sklearn.metrics import roc_auc_score
-
         scores = route_pairs(trainer.model, pairs.user, pairs.item, device=alone.device).rating
-        numbers["auc"] = float(roc_auc_score(pairs.rating, scores))
+        numbers["auc"] = _auc(pairs, scores)
+        popularity = np.bincount(trainer.source.observed().item, minlength=trainer.dataset.catalog.n_items)
+        numbers["popularity_auc"] = _auc(pairs, popularity[pairs.item])
     return numbers
+
+
+def _auc(pairs: Pairs, scores: np.ndarray) -> float:
+    """How often a chosen pair scores above a sampled negative: .5 by chance, 1 perfect."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(pairs.rating, scores))
 
 
 class _Alone:

@@ -54,8 +54,7 @@ def print_training(metrics: dict[str, Any], run_dir: Path, *, as_json: bool) -> 
     if as_json:
         print_json(metrics)
     for stage, values in metrics.items():
-        flat = [(name.replace("_", " "), value) for name, value in values.items() if _is_number(value)]
-        print_table(f"{run_dir / stage}", ["", ""], flat)
+        print_table(f"{run_dir / stage}", ["", ""], _flat(values))
     console.print(f"run: {run_dir}   next: gavamoe evaluate {run_dir}", markup=False, soft_wrap=True)
 
 
@@ -100,6 +99,29 @@ def print_clusters(run: Run, *, as_json: bool) -> None:
         number, *cells = cluster.row()
         print_table(f"Cluster {number}", ["", ""], zip(cluster.labels(), cells, strict=True))
     console.print(f"latent map: {picture}", markup=False, soft_wrap=True)
+
+
+def print_cluster_sweep(run: Run, counts: Sequence[int], *, as_json: bool) -> None:
+    """`gavamoe route RUN --sweep-clusters LOW:HIGH`: one row per K, and which to take."""
+    from gavamoe.cluster_sweep import sweep_clusters
+    from gavamoe.terminal import TerminalProgress
+
+    with TerminalProgress() as progress:
+        progress.step("Train stage 1 for each number of clusters, two seeds each")
+        sweep, picture = sweep_clusters(run, counts, on_done=progress.count)
+    if as_json:
+        print_json(sweep.model_dump(mode="json"))
+    columns = ["clusters", "valid ELBO", "reconstruction", "RMSE", "smallest cluster", "stability (ARI)", "seconds"]
+    planted = sweep.rows[0].user_ari is not None
+    rows = [
+        (str(r.clusters), r.elbo, r.reconstruction, r.rmse, f"{r.smallest_share:.1%}", r.stability, round(r.seconds))
+        + ((r.user_ari,) if planted else ())
+        for r in sweep.rows
+    ]
+    print_table("Stage 1 by number of clusters", columns + (["planted groups (ARI)"] if planted else []), rows)
+    console.print(f"recommended: {sweep.recommended} clusters, {sweep.reason}", markup=False, soft_wrap=True)
+    console.print(f"rule: {sweep.rule}", markup=False, soft_wrap=True)
+    console.print(f"plot: {picture}", markup=False, soft_wrap=True)
 
 
 def print_route(run: Run, user: str, item: str, *, as_json: bool) -> None:
@@ -241,6 +263,18 @@ def _print_samples(samples: Sequence[dict[str, Any]]) -> None:
         )
         console.print(f"  ours:      {row['generated']}", markup=False, soft_wrap=True)
         console.print(f"  reference: {row['reference']}", markup=False, soft_wrap=True)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    """The numbers in nested metrics, as ("test rmse", .75) rows; series and lists are left to the files."""
+    rows: list[tuple[str, object]] = []
+    for name, value in values.items():
+        label = prefix + name.replace("_", " ")
+        if isinstance(value, dict):
+            rows += _flat(value, f"{label} ")
+        elif _is_number(value):
+            rows.append((label, value))
+    return rows
 
 
 def _is_number(value: object) -> bool:

@@ -1,6 +1,7 @@
 """What people see: rich tables and progress bars, on standard error; JSON for machines goes to standard output."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -33,6 +34,7 @@ class TerminalProgress:
         self._task: TaskID | None = None
         self._title = ""
         self._note = ""
+        self._warned: set[str] = set()
 
     def __enter__(self) -> "TerminalProgress":
         self._bars.start()
@@ -48,13 +50,14 @@ class TerminalProgress:
     def step(self, title: str) -> None:
         self._finish()
         self._title, self._note = title, ""
+        self._warned.clear()
         self._task = self._bars.add_task(title, total=None, note="")
         if self._bars.disable:
             console.print(f"{title} ...", markup=False)
 
     def line(self, line: dict[str, Any]) -> None:
         if "warning" in line:
-            console.print(f"[yellow]warning:[/] {escape(str(line['warning']))}")
+            self._warn(str(line["warning"]))
         numbers = [
             f"{name.removesuffix('_loss').replace('_', ' ')} {line[name]:.3f}"
             for name in ("loss", "validation_loss", "elbo", "rmse")
@@ -63,6 +66,13 @@ class TerminalProgress:
         self._note = ", ".join([str(line.get("phase", "")), *numbers])
         if isinstance(line.get("step"), int):
             self._update(line["step"], line.get("steps"))
+
+    def _warn(self, text: str) -> None:
+        """Print a warning once per step of the job, however often it comes with other numbers; logs keep them all."""
+        kind = re.sub(r"[\d.]+", "", text)
+        if kind not in self._warned:
+            self._warned.add(kind)
+            console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
     def count(self, done: int, total: int) -> None:
         self._update(done, total)

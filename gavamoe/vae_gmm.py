@@ -4,7 +4,8 @@ In: indices of known users and items (anything above is the unknown id). Out: th
 log-variance (Eq. 1), cluster responsibilities (Eq. 8), the predicted rating (Eq. 3), the ELBO (Eq. 12).
 The derivation, term by term, is in docs/stage1.md.
 
-Shape letters: B pairs, T the two tokens of a pair, E embedding, L latent, K clusters, R decoder outputs, H heads.
+Shape letters: B pairs, T the two tokens of a pair, E embedding, L latent, K clusters, R decoder outputs, H heads,
+Q queries.
 """
 
 import math
@@ -49,7 +50,12 @@ class ElboTerms(NamedTuple):
 
 
 class PairLayer(nn.Module):
-    """A pre-norm transformer layer over the two tokens of ONE pair; pairs never see each other."""
+    """A pre-norm transformer layer over the two tokens of ONE pair; pairs never see each other.
+
+    Softmax over two scores is the sigmoid of their difference, and the difference of two keys is the key of the
+    difference: one product with the key weights instead of two, and none of the tiny ones of queries with keys. A bias
+    of the keys cancels out.
+    """
 
     def __init__(self, size: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -63,18 +69,25 @@ class PairLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens_BTE: Tensor, queries: int) -> Tensor:
-        """New states of the first `queries` tokens, each of which attends to all T: (B, queries, E)."""
-        normed_BTE = self.attention_norm(tokens_BTE)
-        query = self._split(self.query(normed_BTE[:, :queries]))
-        key, value = (self._split(part) for part in self.key_value(normed_BTE).chunk(2, dim=-1))
-        scores = (query @ key.transpose(-1, -2)) / math.sqrt(query.shape[-1])
-        mixed = (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
-        states = tokens_BTE[:, :queries] + self.dropout(self.output(mixed))
+        """New states of the first `queries` tokens, each of which attends to both: (B, queries, E)."""
+        mixed_BQE = self._attend(self.attention_norm(tokens_BTE), queries)
+        states = tokens_BTE[:, :queries] + self.dropout(self.output(mixed_BQE))
         return states + self.dropout(self.feedforward(self.feedforward_norm(states)))
 
-    def _split(self, states_BTE: Tensor) -> Tensor:
-        """(B, T, E) to (B, H, T, E/H)."""
-        return states_BTE.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def _attend(self, normed_BTE: Tensor, queries: int) -> Tensor:
+        """Values of both tokens, mixed for each query: (B, queries, E)."""
+        key_weight, value_weight = self.key_value.weight.chunk(2)
+        query_BQHD = self._split(self.query(normed_BTE[:, :queries]))
+        key_gap_BHD = self._split(F.linear(normed_BTE[:, 0] - normed_BTE[:, 1], key_weight))
+        value_BTHD = self._split(F.linear(normed_BTE, value_weight, self.key_value.bias.chunk(2)[1]))
+        scale = 1 / math.sqrt(query_BQHD.shape[-1])
+        first_BQH1 = (scale * (query_BQHD * key_gap_BHD.unsqueeze(1)).sum(dim=-1, keepdim=True)).sigmoid()
+        first_value, second_value = value_BTHD.split(1, dim=1)
+        return torch.lerp(second_value, first_value, first_BQH1).flatten(2)
+
+    def _split(self, states: Tensor) -> Tensor:
+        """(..., E) to (..., H, D) with D = E / H."""
+        return states.unflatten(-1, (self.heads, -1))
 
 
 class PairEncoder(nn.Module):

@@ -1,17 +1,24 @@
-"""A tiny trained artifact for the tests of serving, trained once a session."""
+"""For the tests of serving: a tiny artifact, trained once a session, and a client of the interface in one process."""
 
 import functools
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from starlette.testclient import TestClient
 from test_stage2 import tiny
 
 from gavamoe.context import LocalContext
 from gavamoe.generate import Explainer
+from gavamoe.serving.api import create_api
+from gavamoe.serving.settings import ServeArgs
 from gavamoe.stage1 import train_stage1
 from gavamoe.stage2 import train_stage2
 from gavamoe.synthetic import synthesize
+
+PAIR = {"user": "U000001", "item": "I000001"}
 
 
 @functools.cache
@@ -33,3 +40,18 @@ def exact_explainer(folder: Path) -> Explainer:
             torch.nn.init.normal_(layer.mlp.experts.down_proj, std=0.3, generator=torch.Generator().manual_seed(0))
     loaded.model.double().set_experts_implementation("eager")
     return loaded
+
+
+def client(backend: Any, **values: Any) -> TestClient:
+    """Of an interface over `backend`; `values` are arguments of the server."""
+    args = ServeArgs(run="unused", **values)
+    return TestClient(create_api(backend, args), raise_server_exceptions=False)
+
+
+def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Name and data of each server-sent event."""
+    found = []
+    for block in text.strip().split("\n\n"):
+        name, data = block.split("\n")
+        found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found

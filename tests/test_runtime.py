@@ -14,7 +14,7 @@ import torch
 from gavamoe.config import RuntimeConfig
 from gavamoe.context import Context
 from gavamoe.errors import InputError, RunError
-from gavamoe.runtime import run_training
+from gavamoe.runtime import run_tasks, run_training
 
 TWO = RuntimeConfig(workers=2, threads_per_worker=1, max_failures=1)
 
@@ -77,3 +77,34 @@ def test_input_error_reaches_the_caller_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the loop says no"):
         run_training(refusing_loop, {"marker": marker}, placement=TWO, folder=tmp_path, name="refuse")
     assert sorted(marker.read_text().split()) == ["0", "1"]
+
+
+def squaring_job(*, context: Context, number: int, marker: Path | None = None) -> dict[str, Any]:
+    """Squares; the negative is refused; with a marker, the first process that takes the job dies."""
+    if number < 0:
+        raise InputError(f"{number} is negative")
+    if marker is not None and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"square": number**2, "rank": context.rank, "threads": torch.get_num_threads(), "device": context.device}
+
+
+def test_tasks_return_in_the_order_of_their_jobs_and_survive_a_death(tmp_path: Path) -> None:
+    jobs: list[dict[str, Any]] = [{"number": number} for number in (3, 1, 2)]
+    jobs[1]["marker"] = tmp_path / "died"
+    done: list[tuple[int, int]] = []
+    found = run_tasks(squaring_job, jobs, TWO, on_done=lambda count, total: done.append((count, total)))
+    assert [one["square"] for one in found] == [9, 1, 4]
+    assert found[0] == {"square": 9, "rank": 0, "threads": 1, "device": "cpu"}
+    assert done == [(1, 3), (2, 3), (3, 3)]
+    assert (tmp_path / "died").exists()
+
+
+def test_a_tasks_input_error_reaches_the_caller() -> None:
+    with pytest.raises(InputError, match="-1 is negative"):
+        run_tasks(squaring_job, [{"number": 1}, {"number": -1}], TWO)
+
+
+def test_a_tasks_own_failure_is_named() -> None:
+    with pytest.raises(RunError, match=r"squaring_job: .*not supported between"):
+        run_tasks(squaring_job, [{"number": 1}, {"number": "x"}], TWO)

@@ -256,6 +256,9 @@ def test_implicit_data_train_with_sampled_negatives(implicit_dataset: Path, tmp_
     assert model.likelihood == "bernoulli"
     # About a third of the negatives are unobserved items of the user's own half, which nothing tells apart.
     assert metrics["test"]["auc"] > 0.7
+    # Every item is drawn alike, so its count tells nothing.
+    assert 0.4 < metrics["test"]["popularity_auc"] < 0.6
+    assert metrics["test"]["auc"] > metrics["test"]["popularity_auc"] + 0.1
     assert metrics["test"]["rmse"] < metrics["test"]["constant_rmse"]
     routes = read_routes(tmp_path / "stage1" / "routes.parquet", "test")
     assert routes.rating.min() >= 0

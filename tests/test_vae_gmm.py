@@ -10,7 +10,7 @@ from sklearn.mixture import GaussianMixture
 from gavamoe.checkpoint import load_vae_gmm, save_vae_gmm
 from gavamoe.config import Stage1Config
 from gavamoe.errors import InputError
-from gavamoe.vae_gmm import Likelihood, MixturePrior, VaeGmm
+from gavamoe.vae_gmm import Likelihood, MixturePrior, PairLayer, VaeGmm
 
 STARS = (1.0, 2.0, 3.0, 4.0, 5.0)
 SAMPLES = 100_000
@@ -222,6 +222,21 @@ def test_a_pair_does_not_see_its_batch() -> None:
         torch.testing.assert_close(alone, log_var, atol=1e-6, rtol=1e-5)
         grown = model.encode(torch.cat([user, user.flip(0)]), torch.cat([item, item]))[0]
         torch.testing.assert_close(grown[:12], mu, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_pair_attention_is_softmax_attention(queries: int) -> None:
+    """The sigmoid of one score difference against torch's attention over both tokens, with its key bias."""
+    torch.manual_seed(0)
+    layer = PairLayer(size=12, heads=3, feedforward=8, dropout=0.0).double()
+    tokens_BTE = torch.randn(5, 2, 12, dtype=torch.double)
+    key_BTE, value_BTE = layer.key_value(tokens_BTE).chunk(2, dim=-1)
+    heads = [
+        part.unflatten(-1, (3, 4)).transpose(1, 2)
+        for part in (layer.query(tokens_BTE[:, :queries]), key_BTE, value_BTE)
+    ]
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layer._attend(tokens_BTE, queries), expected)
 
 
 def test_user_and_item_both_matter_and_are_told_apart() -> None:

@@ -1,0 +1,368 @@
+"""The HTTP interface: FastAPI over a `Backend`. docs/serve.md describes it for clients."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from importlib.resources import files
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.responses import HTMLResponse, StreamingResponse
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gavamoe import __version__
+from gavamoe.errors import InputError
+from gavamoe.serving import errors, schema
+from gavamoe.serving.backend import Backend, Interrupted, Overloaded
+from gavamoe.serving.reference import render_reference
+from gavamoe.serving.router import Pair, RoutedPair
+from gavamoe.serving.security import ApiKeys, Guard, page_policy
+from gavamoe.serving.settings import Limits, ServeArgs
+from gavamoe.serving.writer import Piece, TextRequest, Written
+
+T = TypeVar("T")
+Observe = Callable[[str, schema.Explanation], None]
+"""Told the route and every finished answer: for metrics."""
+
+
+class Service:
+    """The requests' logic: admission, time limit, routing, writing, answers."""
+
+    def __init__(self, backend: Backend, limits: Limits, observe: Observe | None = None) -> None:
+        self.backend, self.limits = backend, limits
+        self.in_flight = 0
+        self._observe = observe or (lambda route, answer: None)
+
+    def enter(self) -> None:
+        """Count a request in, or turn it away; `leave` counts it out."""
+        if self.in_flight >= self.limits.max_in_flight:
+            raise Overloaded("too many requests are in progress")
+        self.in_flight += 1
+
+    def leave(self) -> None:
+        """The end of a request that entered."""
+        self.in_flight -= 1
+
+    async def admitted(self) -> AsyncIterator[None]:
+        """FastAPI dependency: the request counts until it is answered."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+    async def explain(self, request: schema.ExplainRequest) -> schema.Explanation:
+        """One whole explanation."""
+        started = time.perf_counter()
+        text = self.text_request(request)
+        async with asyncio.timeout(self.limits.request_timeout_s):
+            [routed] = await self.backend.route([_pair(request)])
+            return await self._answer("explain", routed, text, started)
+
+    async def explain_batch(self, request: schema.BatchRequest) -> schema.BatchResponse:
+        """Many explanations, written side by side."""
+        started = time.perf_counter()
+        if len(request.requests) > self.limits.max_batch:
+            raise InputError(f"requests: {len(request.requests)} pairs; this server takes {self.limits.max_batch}")
+        text = self.text_request(request)
+        async with asyncio.timeout(self.limits.request_timeout_s):
+            routed = await self.backend.route([_pair(item) for item in request.requests])
+            return schema.BatchResponse(results=await self._answers("batch", routed, text, started))
+
+    async def recommend(self, request: schema.RecommendRequest) -> schema.RecommendResponse:
+        """Ranked items, explained unless only ranks are wanted."""
+        started = time.perf_counter()
+        if request.explain and request.k > self.limits.max_batch:
+            raise InputError(f"k: {request.k} explanations; this server writes {self.limits.max_batch} at once")
+        text = self.text_request(request)
+        async with asyncio.timeout(self.limits.request_timeout_s):
+            ranking = await self.backend.rank(request.user, request.k, request.candidates, request.exclude_seen)
+            pairs = [Pair(request.user, item) for item in ranking.items]
+            routed = await self.backend.route(pairs) if pairs else []
+            answers: list[Any] = [None] * len(routed)
+            if request.explain:
+                answers = await self._answers("recommend", routed, text, started)
+        return schema.RecommendResponse(
+            user=request.user,
+            user_known=ranking.user_known,
+            ranked=ranking.compared,
+            unknown_candidates=ranking.unknown,
+            items=[
+                schema.RankedItem(
+                    rank=rank,
+                    item=pair.pair.item,
+                    title=pair.title,
+                    predicted_rating=pair.predicted_rating,
+                    cluster=pair.cluster,
+                    explanation=answer,
+                )
+                for rank, (pair, answer) in enumerate(zip(routed, answers, strict=True), 1)
+            ],
+            model_version=routed[0].model_version if routed else (await self.backend.info()).model_version,
+        )
+
+    async def route(self, request: schema.PairRequest) -> schema.RouteResponse:
+        """Stage 1 alone."""
+        async with asyncio.timeout(self.limits.request_timeout_s):
+            [routed] = await self.backend.route([Pair(request.user, request.item)])
+        return schema.RouteResponse(**_route(routed))
+
+    async def look_up(self, answer: Awaitable[T]) -> T:
+        """An answer from the catalog, within the time limit."""
+        async with asyncio.timeout(self.limits.request_timeout_s):
+            return await answer
+
+    async def open_stream(self, request: schema.ExplainRequest, request_id: str | None) -> Response:
+        """Begin to write; whatever goes wrong up to here is an ordinary error answer."""
+        started = time.perf_counter()
+        text = self.text_request(request)
+        self.enter()
+        try:
+            async with asyncio.timeout(self.limits.request_timeout_s):
+                [routed] = await self.backend.route([_pair(request)])
+                events = self.backend.stream(routed, text)
+                first = await anext(events)
+        except BaseException:
+            self.leave()
+            raise
+        body = self._events(first, events, started, request_id)
+        return EventStream(body, events, self.leave)
+
+    async def _events(
+        self, first: Any, events: AsyncIterator[RoutedPair | Piece | Written], started: float, request_id: str | None
+    ) -> AsyncIterator[str]:
+        """Server-sent events: route, token (many), and last either done or error."""
+        limit = self.limits.request_timeout_s - (time.perf_counter() - started)
+        try:
+            async with asyncio.timeout(limit):
+                yield self._event(first, started)
+                async for event in events:
+                    yield self._event(event, started)
+        except Interrupted:
+            body = errors.detail("interrupted", "the replica that wrote this text was lost; ask again", request_id)
+            yield _sse("error", body.model_dump())
+        except Exception as error:  # noqa: BLE001 - headers are sent: the stream itself must say that it failed
+            _, body = errors.describe(error, self.limits.request_timeout_s, request_id)
+            yield _sse("error", body.model_dump())
+
+    def _event(self, event: RoutedPair | Piece | Written, started: float) -> str:
+        if isinstance(event, RoutedPair):
+            return _sse("route", _route(event))
+        if isinstance(event, Piece):
+            return _sse("token", {"text": event.text, "tokens": event.tokens})
+        answer = explanation(event, event.routed.seconds, time.perf_counter() - started)
+        self._observe("stream", answer)
+        return _sse("done", answer.model_dump())
+
+    def text_request(self, options: schema.TextOptions) -> TextRequest:
+        """The server's own limit on length, applied."""
+        limit = self.limits.max_new_tokens
+        if options.max_new_tokens is not None and options.max_new_tokens > limit:
+            raise InputError(f"max_new_tokens: {options.max_new_tokens} is above this server's {limit}")
+        return TextRequest(options.max_new_tokens, options.temperature, options.top_p, options.seed, options.trace)
+
+    async def _answer(self, route: str, routed: RoutedPair, text: TextRequest, started: float) -> schema.Explanation:
+        written = await self.backend.write(routed, text)
+        answer = explanation(written, routed.seconds, time.perf_counter() - started)
+        self._observe(route, answer)
+        return answer
+
+    async def _answers(
+        self, route: str, routed: list[RoutedPair], text: TextRequest, started: float
+    ) -> list[schema.Explanation]:
+        """Texts side by side; the first that fails ends the others."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._answer(route, pair, text, started)) for pair in routed]
+        except ExceptionGroup as errors_of_tasks:
+            raise errors_of_tasks.exceptions[0] from errors_of_tasks
+        return [task.result() for task in tasks]
+
+
+class EventStream(StreamingResponse):
+    """A stream that is closed behind, even when its client was gone before the first byte."""
+
+    def __init__(self, body: AsyncIterator[str], events: Any, leave: Callable[[], None]) -> None:
+        super().__init__(body, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+        self._events, self._leave = events, leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
+            await self._events.aclose()
+
+
+def explanation(written: Written, route_s: float, total_s: float) -> schema.Explanation:
+    """The answer for a finished text."""
+    routed, timings = written.routed, written.timings
+    return schema.Explanation(
+        **_route(routed),
+        text=written.text,
+        rating=routed.rating,
+        rating_given=routed.pair.rating is not None,
+        features=list(routed.features),
+        features_given=routed.pair.features is not None,
+        new_tokens=written.new_tokens,
+        finish_reason=written.finish_reason,
+        experts=written.experts,
+        timings_ms=schema.TimingsMs(
+            route=_ms(route_s),
+            queue=_ms(timings.queue),
+            prefill=_ms(timings.prefill),
+            decode=_ms(timings.decode),
+            total=_ms(total_s),
+        ),
+    )
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)
+
+
+def _route(routed: RoutedPair) -> dict[str, Any]:
+    return {
+        "user": routed.pair.user,
+        "item": routed.pair.item,
+        "item_title": routed.title,
+        "user_known": routed.user_known,
+        "item_known": routed.item_known,
+        "cluster": routed.cluster,
+        "responsibilities": list(routed.responsibilities),
+        "predicted_rating": routed.predicted_rating,
+        "model_version": routed.model_version,
+    }
+
+
+def _pair(item: schema.ExplainItem) -> Pair:
+    return Pair(item.user, item.item, item.rating, None if item.features is None else tuple(item.features))
+
+
+def _sse(event: str, data: dict[str, Any]) -> str:
+    return f"event: {event}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def create_api(backend: Backend, args: ServeArgs, observe: Observe | None = None) -> ASGIApp:
+    """The whole ASGI application.
+
+    Raises:
+        InputError: the file of API keys can't be used.
+    """
+    service = Service(backend, args.limits, observe)
+    app = FastAPI(
+        title="GaVaMoE",
+        version=__version__,
+        summary="Why is this recommended to me?",
+        docs_url=None,
+        redoc_url=None,
+    )
+    errors.install(app, args.limits.request_timeout_s, args.limits.retry_after_s)
+    app.include_router(_interface(service, ApiKeys.read(args)))
+    app.include_router(_health(backend))
+    if args.page:
+        app.include_router(_pages(app))
+    if args.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(args.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-api-key"],
+        )
+    return Guard(app, args.limits.max_body_bytes)
+
+
+def _interface(service: Service, keys: ApiKeys) -> APIRouter:
+    def checked(request: Request) -> None:
+        bearer = request.headers.get("authorization", "")
+        key = bearer[7:] if bearer[:7].lower() == "bearer " else request.headers.get("x-api-key")
+        if not keys.accept(key):
+            raise HTTPException(401, "an API key is needed", {"WWW-Authenticate": "Bearer"})
+
+    router = APIRouter(prefix="/v1", dependencies=[Depends(checked)], responses=errors.DOCUMENTED)  # type: ignore[arg-type]
+    busy = [Depends(service.admitted)]
+
+    @router.post("/explain", response_model=schema.Explanation, summary="Explain one pair")
+    async def explain(request: schema.ExplainRequest, raw: Request) -> Any:
+        if request.stream:
+            return await service.open_stream(request, raw.state.request_id)
+        service.enter()
+        try:
+            return await service.explain(request)
+        finally:
+            service.leave()
+
+    @router.post("/explain/batch", dependencies=busy, summary="Explain many pairs")
+    async def explain_batch(request: schema.BatchRequest) -> schema.BatchResponse:
+        return await service.explain_batch(request)
+
+    @router.post("/recommend", dependencies=busy, summary="Rank items for a user and explain the first")
+    async def recommend(request: schema.RecommendRequest) -> schema.RecommendResponse:
+        return await service.recommend(request)
+
+    @router.post("/route", dependencies=busy, summary="Cluster and predicted rating of one pair")
+    async def route(request: schema.PairRequest) -> schema.RouteResponse:
+        return await service.route(request)
+
+    _browsing(router, service)
+    return router
+
+
+def _browsing(router: APIRouter, service: Service) -> None:
+    Search = Annotated[str, Query(max_length=schema.MAX_ID)]
+    Limit = Annotated[int, Query(ge=1, le=100)]
+
+    @router.get("/items", summary="Find items by id or title")
+    async def items(query: Search = "", limit: Limit = 20) -> schema.CatalogResponse:
+        return await service.look_up(service.backend.search("items", query, limit))
+
+    @router.get("/users", summary="Find users by id")
+    async def users(query: Search = "", limit: Limit = 20) -> schema.CatalogResponse:
+        return await service.look_up(service.backend.search("users", query, limit))
+
+    @router.get("/info", summary="What is being served, and what its clusters are about")
+    async def info() -> schema.ServerInfo:
+        return await service.look_up(service.backend.info())
+
+
+def _health(backend: Backend) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/healthz", summary="This process answers")
+    async def healthz() -> schema.Status:
+        return schema.Status(status="ok")
+
+    @router.get("/readyz", summary="A request could be answered now", responses={503: {"model": schema.Status}})
+    async def readyz(response: Response) -> schema.Status:
+        try:
+            async with asyncio.timeout(5):
+                return schema.Status(status="ready", detail=await backend.ready())
+        except Exception as error:  # noqa: BLE001 - whatever it is, the answer is "not ready"
+            response.status_code = 503
+            return schema.Status(status="not ready", detail=type(error).__name__)
+
+    return router
+
+
+def _pages(app: FastAPI) -> APIRouter:
+    router = APIRouter(include_in_schema=False)
+    page = files("gavamoe.serving").joinpath("page.html").read_text(encoding="utf-8")
+    reference: list[str] = []
+
+    @router.get("/")
+    async def index() -> HTMLResponse:
+        return _page(page)
+
+    @router.get("/docs")
+    async def docs() -> HTMLResponse:
+        if not reference:
+            reference.append(render_reference(app.openapi()))
+        return _page(reference[0])
+
+    return router
+
+
+def _page(html: str) -> HTMLResponse:
+    return HTMLResponse(html, headers={"Content-Security-Policy": page_policy(html)})

@@ -1,0 +1,95 @@
+"""What the HTTP interface stands on: routing and writing, wherever they run.
+
+`LocalBackend` has both in this process; `deployments.RayBackend` calls other replicas.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from gavamoe.serving.engine import EngineFull
+from gavamoe.serving.router import Pair, Ranking, RoutedPair, Router
+from gavamoe.serving.schema import CatalogResponse, ServerInfo
+from gavamoe.serving.settings import ServeArgs
+from gavamoe.serving.writer import Piece, TextRequest, Writer, Written
+
+
+class Overloaded(Exception):
+    """No room for the request now; it was not begun."""
+
+
+class Unavailable(Exception):
+    """The replicas that were tried could not be reached."""
+
+
+class Interrupted(Exception):
+    """A text broke off after some of it had been sent."""
+
+
+class Backend(Protocol):
+    """Routing and writing. Every method may raise InputError, Overloaded or Unavailable."""
+
+    async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
+        """Route pairs."""
+
+    async def rank(self, user: str, k: int, candidates: Sequence[str] | None, exclude_seen: bool) -> Ranking:
+        """The best items of a user."""
+
+    async def search(self, kind: str, query: str, limit: int) -> CatalogResponse:
+        """Look for users or items."""
+
+    async def info(self) -> ServerInfo:
+        """What is being served."""
+
+    async def write(self, routed: RoutedPair, request: TextRequest) -> Written:
+        """One whole text."""
+
+    def stream(self, routed: RoutedPair, request: TextRequest) -> AsyncIterator[RoutedPair | Piece | Written]:
+        """One text piece by piece; also raises Interrupted."""
+
+    async def ready(self) -> str:
+        """The version that is served; raises if a request could not be answered now."""
+
+
+class LocalBackend:
+    """Both stages in this process."""
+
+    def __init__(self, router: Router, writer: Writer) -> None:
+        self._router, self.writer = router, writer
+
+    @classmethod
+    def load(cls, args: ServeArgs) -> "LocalBackend":
+        """Read the artifact; see `Writer.load` for errors."""
+        folder: Path = args.artifact
+        return cls(Router.load(folder), Writer.load(folder, args.generator, args.limits.max_new_tokens))
+
+    async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
+        return self._router.route(pairs)
+
+    async def rank(self, user: str, k: int, candidates: Sequence[str] | None, exclude_seen: bool) -> Ranking:
+        return await asyncio.to_thread(self._router.rank, user, k, candidates, exclude_seen=exclude_seen)
+
+    async def search(self, kind: str, query: str, limit: int) -> CatalogResponse:
+        return self._router.browser.search(kind, query, limit)
+
+    async def info(self) -> ServerInfo:
+        about = self.writer.info
+        return self._router.info(about.max_new_tokens, about.layers, about.experts)
+
+    async def write(self, routed: RoutedPair, request: TextRequest) -> Written:
+        try:
+            return await self.writer.write(routed, request)
+        except EngineFull as error:
+            raise Overloaded(str(error)) from error
+
+    async def stream(self, routed: RoutedPair, request: TextRequest) -> AsyncIterator[RoutedPair | Piece | Written]:
+        try:
+            async for event in self.writer.stream(routed, request):
+                yield event
+        except EngineFull as error:
+            raise Overloaded(str(error)) from error
+
+    async def ready(self) -> str:
+        self.writer.check()
+        return self._router.version

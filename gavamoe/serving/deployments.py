@@ -1,0 +1,255 @@
+"""The service as Ray Serve deployments: `ClusterRouter`, `Generator`, and `Ingress` in front of them.
+
+`build` is the app builder for `serve deploy`, KubeRay and `gavamoe serve`; each part scales by its own settings.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.metrics import Counter, Gauge, Histogram
+from starlette.types import ASGIApp
+
+from gavamoe.errors import InputError, RunError
+from gavamoe.serving import schema
+from gavamoe.serving.api import create_api
+from gavamoe.serving.backend import Interrupted, Overloaded, Unavailable
+from gavamoe.serving.engine import EngineFull
+from gavamoe.serving.router import Pair, Ranking, RoutedPair, Router
+from gavamoe.serving.settings import GeneratorSettings, Scaling, ServeArgs
+from gavamoe.serving.writer import Piece, TextRequest, Writer, WriterInfo, Written
+
+_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
+_RETRY_PAUSE_S = 0.05
+
+
+class ClusterRouter:
+    """Stage 1: routes, ranks, and the catalog."""
+
+    def __init__(self, artifact: str) -> None:
+        self._router = Router.load(Path(artifact))
+
+    async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
+        """Route the pairs of one request."""
+        return self._router.route(pairs)
+
+    async def rank(self, user: str, k: int, candidates: Sequence[str] | None, exclude_seen: bool) -> Ranking:
+        """The best items of a user; in a thread, as it may look at all items."""
+        return await asyncio.to_thread(self._router.rank, user, k, candidates, exclude_seen=exclude_seen)
+
+    async def search(self, kind: str, query: str, limit: int) -> schema.CatalogResponse:
+        """Look for users or items."""
+        return await asyncio.to_thread(self._router.browser.search, kind, query, limit)
+
+    async def info(self, about: WriterInfo) -> schema.ServerInfo:
+        """What is being served."""
+        return await asyncio.to_thread(self._router.info, about.max_new_tokens, about.layers, about.experts)
+
+
+class Generator:
+    """Stage 2: an engine that writes the texts of many requests at once."""
+
+    def __init__(self, artifact: str, settings: GeneratorSettings, max_new_tokens: int) -> None:
+        self._writer = Writer.load(Path(artifact), settings, max_new_tokens)
+        self._active = Gauge("gavamoe_engine_rows", "Texts being written by a generator replica.")
+        self._waiting = Gauge("gavamoe_engine_waiting", "Texts that wait for a slot of a generator replica.")
+
+    async def write(self, routed: RoutedPair, request: TextRequest) -> Written:
+        """One whole text."""
+        return await self._writer.write(routed, request)
+
+    async def stream(self, routed: RoutedPair, request: TextRequest) -> AsyncIterator[RoutedPair | Piece | Written]:
+        """One text, piece by piece."""
+        async for event in self._writer.stream(routed, request):
+            yield event
+
+    async def info(self) -> WriterInfo:
+        """About the model; fails when no answer can be expected."""
+        self._writer.check()
+        return self._writer.info
+
+    async def load(self) -> tuple[int, int]:
+        """Texts being written, and texts that wait."""
+        return self._writer.engine.load
+
+    def check_health(self) -> None:
+        """Called by Ray Serve every few seconds: a replica that fails is replaced."""
+        active, waiting = self._writer.engine.load
+        self._active.set(active)
+        self._waiting.set(waiting)
+        self._writer.check()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_writer"):  # not if loading failed
+            self._writer.engine.close()
+
+
+@serve.ingress()
+class Ingress:
+    """HTTP in front of the other two."""
+
+    def __init__(self, args: ServeArgs, router: DeploymentHandle, generator: DeploymentHandle) -> None:
+        self._args = args
+        self._backend = RayBackend(router, generator, args.limits.retries)
+        self._metrics = Metrics()
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Called by Ray Serve when the replica starts."""
+        return create_api(self._backend, self._args, self._metrics.observe)
+
+
+class Metrics:
+    """Prometheus metrics of finished answers, in seconds; Ray exports them on each node's metrics port."""
+
+    def __init__(self) -> None:
+        self._parts = {
+            part: Histogram(f"gavamoe_{part}_seconds", f"Seconds of an answer: {part}.", _SECONDS, tag_keys=("route",))
+            for part in ("route", "queue", "prefill", "decode", "total")
+        }
+        self._tokens = Counter("gavamoe_new_tokens", "Tokens written.", tag_keys=("route",))
+        self._answers = Counter("gavamoe_answers", "Finished answers.", tag_keys=("route", "user_known"))
+
+    def observe(self, route: str, answer: schema.Explanation) -> None:
+        """Count one finished answer."""
+        for part, histogram in self._parts.items():
+            histogram.observe(getattr(answer.timings_ms, part) / 1000, tags={"route": route})
+        self._tokens.inc(answer.new_tokens, tags={"route": route})
+        self._answers.inc(tags={"route": route, "user_known": str(answer.user_known).lower()})
+
+
+class RayBackend:
+    """`backend.Backend` over deployment handles: tries another replica when one dies."""
+
+    def __init__(self, router: DeploymentHandle, generator: DeploymentHandle, retries: int) -> None:
+        self._router, self._generator, self._retries = router, generator, retries
+        self._streaming = generator.options(stream=True)
+
+    async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
+        return await self._call(self._router.route, pairs)
+
+    async def rank(self, user: str, k: int, candidates: Sequence[str] | None, exclude_seen: bool) -> Ranking:
+        return await self._call(self._router.rank, user, k, candidates, exclude_seen)
+
+    async def search(self, kind: str, query: str, limit: int) -> schema.CatalogResponse:
+        return await self._call(self._router.search, kind, query, limit)
+
+    async def info(self) -> schema.ServerInfo:
+        return await self._call(self._router.info, await self._call(self._generator.info))
+
+    async def write(self, routed: RoutedPair, request: TextRequest) -> Written:
+        return await self._call(self._generator.write, routed, request)
+
+    async def ready(self) -> str:
+        about: WriterInfo = await self._call(self._generator.info)
+        await self._call(self._router.route, [Pair("", "")])
+        return about.model_version
+
+    async def stream(self, routed: RoutedPair, request: TextRequest) -> AsyncIterator[RoutedPair | Piece | Written]:
+        """Another replica takes over until the first piece of text was sent."""
+        announced = wrote = False
+        for attempt in range(self._retries + 1):
+            responses = self._streaming.stream.remote(routed, request)
+            try:
+                async for event in responses:
+                    if isinstance(event, RoutedPair):
+                        if not announced:
+                            yield event
+                        announced = True
+                        continue
+                    wrote = True
+                    yield event
+                return
+            except RayActorError as error:
+                if wrote:
+                    raise Interrupted from error
+                await asyncio.sleep(_RETRY_PAUSE_S * 2**attempt)
+            except Exception as error:
+                raise _translated(error) from error
+            finally:
+                responses.cancel()  # frees the row when the client has gone; of no effect on a finished one
+        raise Unavailable
+
+    async def _call(self, method: Any, *arguments: Any) -> Any:
+        for attempt in range(self._retries + 1):
+            response = method.remote(*arguments)
+            try:
+                return await response
+            except RayActorError:
+                await asyncio.sleep(_RETRY_PAUSE_S * 2**attempt)
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except Exception as error:
+                raise _translated(error) from error
+        raise Unavailable
+
+
+def _translated(error: Exception) -> Exception:
+    """An error of a handle in the service's own terms; those of user code come wrapped with their traceback."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, InputError):
+        return InputError(str(cause))
+    if isinstance(cause, EngineFull | BackPressureError):
+        return Overloaded(str(cause))
+    if isinstance(cause, DeploymentUnavailableError | RequestCancelledError | TaskCancelledError):
+        return Unavailable(str(cause))
+    if isinstance(cause, RunError):
+        return Unavailable(str(cause))
+    return error
+
+
+def build(args: ServeArgs) -> serve.Application:
+    """The application: `import_path: gavamoe.serving.deployments:build` in a Serve config file."""
+    artifact, limits, generator = str(args.artifact.absolute()), args.limits, args.generator
+    environment = {"OMP_NUM_THREADS": str(generator.threads), "TOKENIZERS_PARALLELISM": "false"}
+    router = serve.deployment(
+        ClusterRouter,
+        max_ongoing_requests=256,
+        max_queued_requests=limits.max_in_flight,
+        **_scaled(args.router_scaling, environment),
+    ).bind(artifact)
+    writers = serve.deployment(
+        Generator,
+        max_ongoing_requests=generator.slots + generator.max_waiting,
+        max_queued_requests=max(generator.max_waiting, 1),
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=limits.request_timeout_s + 5,
+        **_scaled(args.generator_scaling, environment),
+    ).bind(artifact, generator, limits.max_new_tokens)
+    ingress = serve.deployment(
+        Ingress,
+        # Above what the ingress itself admits: it answers 429 in the interface's own form. Ray's is the second line.
+        max_ongoing_requests=limits.max_in_flight + 64,
+        max_queued_requests=limits.max_in_flight,
+        backpressure_config={"status_code": 429, "retry_after_s": limits.retry_after_s},
+        graceful_shutdown_timeout_s=limits.request_timeout_s + 5,
+        **_scaled(args.ingress_scaling, environment),
+    )
+    return ingress.bind(args, router, writers)
+
+
+def _scaled(scaling: Scaling, environment: dict[str, str]) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "ray_actor_options": {
+            "num_cpus": scaling.num_cpus,
+            "num_gpus": scaling.num_gpus,
+            "runtime_env": {"env_vars": environment},
+        },
+        "max_surge_percent": scaling.max_surge_percent,
+        "rolling_update_percentage": 1.0 if scaling.max_surge_percent == 100 else 0.2,
+    }
+    if scaling.min_replicas == scaling.max_replicas:
+        return options | {"num_replicas": scaling.min_replicas}
+    return options | {
+        "autoscaling_config": {
+            "min_replicas": scaling.min_replicas,
+            "max_replicas": scaling.max_replicas,
+            "target_ongoing_requests": scaling.target_ongoing_requests,
+        }
+    }

@@ -1,0 +1,183 @@
+"""`gavamoe serve`: the service on this machine, and a new run into a service that is up."""
+
+import logging
+import math
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from gavamoe.errors import InputError, RunError
+from gavamoe.serving.router import Router
+from gavamoe.serving.security import ApiKeys
+from gavamoe.serving.settings import ServeArgs
+from gavamoe.serving.writer import generation_defaults
+
+APP_NAME = "gavamoe"
+_TOKEN_FILE = Path.home() / ".ray" / "auth_token"
+"""Where Ray keeps the token that guards its own ports."""
+
+
+def serve_command(
+    run: Path,
+    host: str,
+    port: int,
+    settings: Path | None,
+    replicas: int | None,
+    api_keys: Path | None,
+    metrics_port: int,
+    *,
+    update: bool,
+) -> None:
+    """`gavamoe serve`; see `run_service` and `update_service`."""
+    from gavamoe.terminal import console
+
+    changes: dict[str, Any] = {}
+    if replicas is not None:
+        changes["generator_scaling"] = {"min_replicas": replicas, "max_replicas": replicas}
+    if api_keys is not None:
+        changes["api_keys_file"] = str(api_keys.absolute())
+    args = read_args(run, settings, changes)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    if update:
+        update_service(args, say=say)
+    else:
+        run_service(args, host=host, port=port, metrics_port=metrics_port, say=say)
+
+
+def read_args(run: Path, settings: Path | None, changes: dict[str, Any]) -> ServeArgs:
+    """Arguments for `run`: those of a YAML file, if one is given, with `changes` on top.
+
+    Raises:
+        InputError: a wrong field or value, or a run that can't be served.
+    """
+    values: Any = {} if settings is None else _read_yaml(settings)
+    if not isinstance(values, dict):
+        raise InputError(f"{settings}: expected the arguments of the app builder, such as limits and generator")
+    for name, change in changes.items():
+        values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
+    try:
+        args = ServeArgs.model_validate(values | {"run": str(Path(run).absolute())})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InputError(f"{settings or 'serve'}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    check_args(args)
+    return args
+
+
+def check_args(args: ServeArgs) -> None:
+    """Refuse here what would only fail in the replicas, where Ray Serve tries again and again."""
+    generation_defaults(args.artifact)
+    Router.load(args.artifact)
+    ApiKeys.read(args)
+
+
+def run_service(args: ServeArgs, *, host: str, port: int, metrics_port: int, say: Callable[[str], None]) -> None:
+    """Start Ray and the service, and stay until SIGINT or SIGTERM.
+
+    Raises:
+        InputError: the port is taken.
+        RunError: the service did not come up.
+    """
+    _check_port(host, port)
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, math.ceil(2 * args.reserved_cpus)),  # 2: an update starts beside the old
+        include_dashboard=False,
+        logging_level="ERROR",
+        log_to_driver=False,
+        _metrics_export_port=metrics_port,
+    )
+    _protect_token()
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        _deploy(args)
+        address = ray.get_runtime_context().gcs_address
+        say(f"serving {args.run} at http://{host}:{port}/  (documentation: /docs)")
+        say(f"a new run: RAY_ADDRESS={address} gavamoe serve RUN --update   metrics: http://127.0.0.1:{metrics_port}/")
+        stop.wait()
+        say("stopping: requests in progress are finished first")
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def update_service(args: ServeArgs, *, say: Callable[[str], None]) -> None:
+    """Replace the run of the service at RAY_ADDRESS (or the only one of this machine), without a failed request.
+
+    Raises:
+        RunError: no service there, or the new run did not come up; the old one then goes on.
+    """
+    if _TOKEN_FILE.exists() or "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        # Ray itself uses a token for the address "auto" only, never for one that is named.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+
+    try:
+        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), logging_level="ERROR", log_to_driver=False)
+    except ConnectionError as error:
+        raise RunError("no Ray cluster to update: start a service first, or set RAY_ADDRESS") from error
+    try:
+        if APP_NAME not in serve.status().applications:
+            raise RunError(f"no service named {APP_NAME} on this cluster; start one without --update")
+        _deploy(args)
+        say(f"now serving {args.run}")
+    finally:
+        ray.shutdown()
+
+
+def _deploy(args: ServeArgs) -> None:
+    from ray import serve
+
+    from gavamoe.serving.deployments import build
+
+    try:
+        serve.run(build(args), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        message = serve.status().applications[APP_NAME].message
+        raise RunError(f"the service did not come up: {' '.join(message.split())[:500]}") from error
+
+
+def _protect_token() -> None:
+    """Ray writes its token with the umask's permissions, which often lets everyone on the machine read it."""
+    if _TOKEN_FILE.exists():
+        _TOKEN_FILE.chmod(0o600)
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(f"--host {host} --port {port}: can't listen there ({error.strerror})") from error
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not readable as YAML ({' '.join(str(error).split())[:200]})") from error

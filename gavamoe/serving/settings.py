@@ -1,0 +1,110 @@
+"""Everything that a deployed service can be told: the typed arguments of the app builder, in YAML and in Python."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Limits(_Model):
+    """Bounds that protect the service."""
+
+    request_timeout_s: Positive = 30.0
+    """A request that takes longer is answered with 504, and its rows are freed."""
+    max_body_bytes: Count = 64 * 1024
+    max_new_tokens: Annotated[int, Field(ge=1, le=512)] = 128
+    """Largest that a request may ask for."""
+    max_batch: Annotated[int, Field(ge=1, le=64)] = 32
+    """Pairs of one batch request."""
+    max_in_flight: Count = 256
+    """Requests that one ingress replica works on; more are answered with 429."""
+    retry_after_s: Count = 1
+    """What a client that was turned away is told to wait."""
+    retries: Annotated[int, Field(ge=0, le=10)] = 4
+    """Other replicas that are tried when one dies with a request that has not answered anything yet."""
+
+
+class GeneratorSettings(_Model):
+    """The engine of each generator replica."""
+
+    slots: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Texts that are written at the same time."""
+    max_waiting: Annotated[int, Field(ge=0, le=10_000)] = 64
+    """Texts that may wait for a slot, per replica."""
+    prefill_rows: Count = 8
+    """New texts a step."""
+    threads: Count = 1
+    """CPU threads of a replica."""
+    device: str = "cpu"
+    """"cpu" or "cuda"."""
+    stuck_after_s: Positive = 30.0
+    """A step that takes longer makes the replica unhealthy, and Ray Serve replaces it."""
+
+
+class Scaling(_Model):
+    """Replicas of one deployment: a fixed number, or between two numbers by load."""
+
+    min_replicas: Count = 1
+    max_replicas: Count = 1
+    target_ongoing_requests: Positive = 12.0
+    """Requests in progress per replica that autoscaling aims at."""
+    num_cpus: Annotated[float, Field(ge=0)] = 0.5
+    """Reserved of the cluster per replica."""
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    max_surge_percent: Annotated[int, Field(ge=0, le=100)] = 100
+    """Extra replicas during an update: with 100 the new ones are up before the old ones go, so that nobody waits;
+    0 where there is no room for them (GPUs): old ones go first."""
+
+
+class ServeArgs(_Model):
+    """Arguments of the app builder."""
+
+    run: str
+    """A run folder, or a stage-2 artifact folder; on a path that all nodes share."""
+    limits: Limits = Limits()
+    generator: GeneratorSettings = GeneratorSettings()
+    router_scaling: Scaling = Scaling(num_cpus=0.25, target_ongoing_requests=64)
+    generator_scaling: Scaling = Scaling()
+    ingress_scaling: Scaling = Scaling(num_cpus=0.25, target_ongoing_requests=128)
+    api_key_hashes: tuple[str, ...] = ()
+    """SHA-256 of each accepted key, in hex; with none and no file, everyone may ask."""
+    api_keys_file: str | None = None
+    """A file with one "sha256:HEX" (or bare hex) a line, read when a replica starts; # begins a comment."""
+    allowed_origins: tuple[str, ...] = ()
+    """Other sites whose pages may call the interface; none by default."""
+    page: bool = True
+    """Serve the page at / and the documentation at /docs."""
+
+    @field_validator("api_key_hashes")
+    @classmethod
+    def _hex(cls, hashes: tuple[str, ...]) -> tuple[str, ...]:
+        for value in hashes:
+            if not re.fullmatch("[0-9a-f]{64}", value):
+                raise ValueError("expected the SHA-256 of a key in 64 hex digits, never the key itself")
+        return hashes
+
+    @property
+    def artifact(self) -> Path:
+        """The stage-2 folder of `run`."""
+        path = Path(self.run)
+        return path / "stage2" if (path / "stage2").is_dir() else path
+
+    @property
+    def reserved_cpus(self) -> float:
+        """CPUs that the replicas reserve at most."""
+        parts = (self.router_scaling, self.generator_scaling, self.ingress_scaling)
+        return sum(part.num_cpus * part.max_replicas for part in parts)
+
+
+def hash_key(key: str) -> str:
+    """SHA-256 of an API key. Keys are long random strings, so that a fast hash is enough."""
+    return hashlib.sha256(key.encode()).hexdigest()

@@ -1,0 +1,87 @@
+"""The Serve config files say what the app builder takes; the app has the parts and limits that they ask for."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gavamoe.serving.settings import ServeArgs
+
+FOLDER = Path(__file__).parent.parent / "serve"
+
+
+def configs() -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in sorted(FOLDER.glob("*.yaml")):
+        document = yaml.safe_load(path.read_text())
+        found[path.name] = yaml.safe_load(document["spec"]["serveConfigV2"]) if "spec" in document else document
+    return found
+
+
+@pytest.mark.parametrize("name", configs())
+def test_config_files_are_valid(name: str) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = configs()[name]
+    schema = ServeDeploySchema.model_validate(config)
+    [application] = schema.applications
+    module, _, function = application.import_path.partition(":")
+    assert (module, function) == ("gavamoe.serving.deployments", "build")
+    args = ServeArgs.model_validate(application.args)
+    for scaling in (args.router_scaling, args.generator_scaling, args.ingress_scaling):
+        assert scaling.min_replicas <= scaling.max_replicas
+    assert "kuberay" in name or config["http_options"]["host"] == "127.0.0.1"
+
+
+def test_the_app_is_built_as_asked(tmp_path: Path) -> None:
+    from gavamoe.serving.deployments import build
+
+    args = ServeArgs.model_validate(
+        {
+            "run": str(tmp_path),
+            "generator": {"slots": 5, "max_waiting": 7, "threads": 3},
+            "generator_scaling": {"min_replicas": 1, "max_replicas": 4, "num_gpus": 1},
+        }
+    )
+    app = build(args)
+    ingress = app._bound_deployment
+    router, generator = (bound._bound_deployment for bound in ingress.init_args[1:])
+    assert [ingress.name, router.name, generator.name] == ["Ingress", "ClusterRouter", "Generator"]
+    assert generator.max_ongoing_requests == 12
+    scaling = generator._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
+    options = generator.ray_actor_options
+    assert options["num_gpus"] == 1
+    assert options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "3"
+    assert ingress._deployment_config.backpressure_config.status_code == 429
+
+
+def test_builder_arguments_are_typed() -> None:
+    for wrong in ({"run": "x", "slots": 3}, {"run": "x", "limits": {"max_batch": 65}}, {}):
+        with pytest.raises(ValueError, match=r"slots|max_batch|run"):
+            ServeArgs.model_validate(wrong)
+
+
+ORDER = [
+    "settings", "schema", "kv_cache", "sampling", "engine", "worker", "text_stream", "browse", "router", "writer",
+    "backend", "security", "errors", "reference", "api", "deployments", "launch",
+]  # fmt: skip
+"""A module of `gavamoe.serving` may import only modules that stand before it."""
+
+
+def test_imports_point_one_way_and_two_modules_know_ray() -> None:
+    package = FOLDER.parent / "gavamoe" / "serving"
+    assert {path.stem for path in package.glob("*.py")} == {*ORDER, "__init__"}
+    with_ray = set()
+    for name in ORDER:
+        for node in ast.walk(ast.parse((package / f"{name}.py").read_text())):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                siblings = node.module == "gavamoe.serving"
+                modules = [f"{node.module}.{alias.name}" for alias in node.names] if siblings else [node.module]
+            with_ray |= {name for module in modules if module.split(".")[0] == "ray"}
+            own = {module.split(".")[2] for module in modules if module.startswith("gavamoe.serving.")}
+            assert own <= set(ORDER[: ORDER.index(name)]), f"{name} imports {own}"
+    assert with_ray == {"deployments", "launch"}
