@@ -9,6 +9,7 @@ go on from, and Tune's state is thrown away after every session.
 import json
 import os
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ _NEVER_ENOUGH = 1_000_000
 """Samples that Tune may ask for; the searcher says when to stop."""
 
 _RAY_FOLDER = "ray"
+_MEBIBYTE = 2**20
 
 
 class Watch(Protocol):
@@ -97,18 +99,33 @@ def _ray(job: Job, placement: RuntimeConfig) -> Iterator[None]:
         with ray_session(placement):
             yield
         return
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, placement.workers * placement.threads_per_worker),
-        include_dashboard=True,
-        logging_level="ERROR",
-        log_to_driver=False,
-    )
+    # What frees the places asks the State API, which gives up where several Rays run on the machine and none is named;
+    # the environment of the workers must name this one, so its port is chosen before it starts.
+    port = _free_port()
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, placement.workers * placement.threads_per_worker),
+            include_dashboard=True,
+            logging_level="ERROR",
+            log_to_driver=False,
+            runtime_env={"env_vars": {"RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}},
+        )
+    finally:
+        del os.environ["RAY_GCS_SERVER_PORT"]
     try:
         with ray_session(placement):
             yield
     finally:
         ray.shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def _slots(placement: RuntimeConfig, concurrent: int | None) -> int:
@@ -136,8 +153,9 @@ def _slots(placement: RuntimeConfig, concurrent: int | None) -> int:
 def _fit(job: Job, session: "_Session", placement: RuntimeConfig) -> None:
     storage = job.folder.absolute() / _RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)  # of a killed session
-    # With Ray Train inside, the trial itself only waits.
-    resources = {"CPU": float(placement.threads_per_worker) if job.in_process else 0.01}
+    # With Ray Train inside, the trial itself only waits. It must reserve something; a share of a CPU would keep the
+    # workers from a machine that they fill.
+    resources: dict[str, float] = {"CPU": placement.threads_per_worker} if job.in_process else {"memory": _MEBIBYTE}
     if placement.gpu and job.in_process:
         resources["GPU"] = 1.0
     trainable = tune.with_resources(tune.with_parameters(_trainable, job=job), resources)
@@ -245,6 +263,7 @@ class _Session:
         elif "failed" in result:
             self.study.fail(number, result["failed"])
         else:
+            self.reported(result)  # the value it was stopped for, which Tune tells only here
             seconds = time.monotonic() - self._since[number]
             self.study.prune(number, f"stopped at {result['percent']} % of its way: others did better there", seconds)
         discard_work(self.job, number)

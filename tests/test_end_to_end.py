@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from test_cli import Runner
 
+from gavamoe.dataset import open_dataset
+
 TINY = """
 stage1: {embedding_size: 16, latent_size: 4, encoder_heads: 2, encoder_feedforward: 32, decoder_hidden: 16,
          batch_size: 128, pretrain_epochs: 1, epochs: 1, mixture_restarts: 1}
@@ -61,16 +63,18 @@ def test_train_evaluate_explain_route_report(gavamoe: Runner, tiny_dataset: Path
     assert json.loads(evaluated.out)["rows"] == 20
     assert (run_dir / "report.html").stat().st_size > 1000
 
-    known = json.loads(gavamoe("explain", run_dir, "--user", "U1", "--item", "I1", "--json").out)
-    assert known["rating_given"] is False
+    catalog = open_dataset(tiny_dataset).catalog
+    pair = ["--user", catalog.user_id(0), "--item", catalog.item_id(0)]
+    known = json.loads(gavamoe("explain", run_dir, *pair, "--json").out)
+    assert (known["user_known"], known["item_known"], known["rating_given"]) == (True, True, False)
     unknown = gavamoe("explain", run_dir, "--user", "nobody", "--item", "nothing", "--rating", 5)
     assert unknown.code == 0, unknown.err
     assert "user not seen in training" in unknown.err
     assert "item not seen in training" in unknown.err
 
-    routed = json.loads(gavamoe("route", run_dir, "--user", "nobody", "--item", "I1", "--json").out)
+    routed = json.loads(gavamoe("route", run_dir, "--user", "nobody", "--item", catalog.item_id(0), "--json").out)
     assert sum(routed["responsibilities"]) == pytest.approx(1, abs=1e-5)
-    assert routed["user_known"] is False
+    assert (routed["user_known"], routed["item_known"]) == (False, True)
     clusters = gavamoe("route", run_dir, "--json")
     assert clusters.code == 0, clusters.err
     assert len(json.loads(clusters.out)) == 3

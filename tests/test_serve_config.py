@@ -1,12 +1,16 @@
 """The Serve config files say what the app builder takes; the app has the parts and limits that they ask for."""
 
 import ast
+import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from gavamoe.errors import InputError
+from gavamoe.serving.router import Pair
 from gavamoe.serving.settings import ServeArgs
 
 FOLDER = Path(__file__).parent.parent / "serve"
@@ -62,6 +66,32 @@ def test_builder_arguments_are_typed() -> None:
     for wrong in ({"run": "x", "slots": 3}, {"run": "x", "limits": {"max_batch": 65}}, {}):
         with pytest.raises(ValueError, match=r"slots|max_batch|run"):
             ServeArgs.model_validate(wrong)
+
+
+def test_requests_that_come_during_a_call_share_the_next_one() -> None:
+    from gavamoe.serving.deployments import Together
+
+    calls: list[list[str]] = []
+
+    async def call(pairs: Sequence[Any]) -> list[Any]:
+        calls.append([pair.user for pair in pairs])
+        await asyncio.sleep(0.02)
+        if any(pair.rating == 9 for pair in pairs):
+            raise InputError("rating 9")
+        return [f"route of {pair.user}" for pair in pairs]
+
+    async def ask() -> list[Any]:
+        together = Together(call)
+        first = asyncio.create_task(together.route([Pair("a", "i")]))
+        await asyncio.sleep(0.005)
+        others = [together.route([Pair("b", "i"), Pair("c", "i")]), together.route([Pair("d", "i", 9)])]
+        found = await asyncio.gather(first, *others, return_exceptions=True)
+        return [*found, await together.route([Pair("e", "i")])]
+
+    one, two, wrong, later = asyncio.run(ask())
+    assert (one, two, later) == (["route of a"], ["route of b", "route of c"], ["route of e"])
+    assert isinstance(wrong, InputError), "and it alone"
+    assert calls == [["a"], ["b", "c", "d"], ["b", "c"], ["d"], ["e"]]
 
 
 ORDER = [

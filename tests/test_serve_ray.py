@@ -155,7 +155,7 @@ def test_no_request_fails_when_a_generator_is_killed(service: Service) -> None:
     service.wait_for_replicas("Generator", without=victim.pid)
 
 
-def test_no_request_fails_when_the_router_is_killed(service: Service) -> None:
+def test_a_killed_router_is_waited_for_or_said_to_be_away(service: Service) -> None:
     victim = service.replicas("ClusterRouter")[0]
 
     async def kill(done: Callable[[], int]) -> None:

@@ -107,6 +107,7 @@ def test_trials_that_fall_behind_are_stopped_and_told_so(tiny_dataset: Path, tmp
     assert found.records[1].reason == "stopped at 50 % of its way: others did better there"
     study = optuna.load_study(study_name="space", storage=storage_url(tmp_path / "search"))
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+    assert [set(trial.intermediate_values) for trial in study.trials] == [{25, 50, 75}, {25, 50}]
     assert not (tmp_path / "search" / "trials" / "0001" / "seed_0" / "checkpoints").exists()
 
 

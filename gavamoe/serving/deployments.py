@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from gavamoe.serving.writer import Piece, TextRequest, Writer, WriterInfo, Writt
 
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 _RETRY_PAUSE_S = 0.05
+_TOGETHER = 64
+"""Requests whose pairs are routed by one call, at most."""
 
 
 class ClusterRouter:
@@ -122,15 +124,57 @@ class Metrics:
         self._answers.inc(tags={"route": route, "user_known": str(answer.user_known).lower()})
 
 
+class Together:
+    """Sends the pairs of all requests that came while a call was under way as one call: a call costs as much as many
+    pairs. A request that comes alone is sent at once."""
+
+    def __init__(self, call: Callable[[Sequence[Pair]], Awaitable[list[RoutedPair]]]) -> None:
+        self._call = call
+        self._waiting: list[tuple[Sequence[Pair], asyncio.Future[list[RoutedPair]]]] = []
+        self._sender: asyncio.Task[None] | None = None
+
+    async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
+        """The routes of one request's pairs; raises what their call raises."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((pairs, future))
+        if self._sender is None:
+            self._sender = asyncio.create_task(self._send())
+        found: list[RoutedPair] = await future
+        return found
+
+    async def _send(self) -> None:
+        while self._waiting:
+            requests, self._waiting = self._waiting[:_TOGETHER], self._waiting[_TOGETHER:]
+            if not await self._answer(requests) and len(requests) > 1:
+                for request in requests:  # one of them is wrong: the others must not suffer
+                    await self._answer([request])
+        self._sender = None
+
+    async def _answer(self, requests: list[tuple[Sequence[Pair], "asyncio.Future[list[RoutedPair]]"]]) -> bool:
+        """Whether the requests were answered; an error is the answer of one that stands alone."""
+        try:
+            routed = await self._call([pair for pairs, _ in requests for pair in pairs])
+        except Exception as error:  # noqa: BLE001 - it belongs to the request that waits, whatever it is
+            if len(requests) == 1 and not requests[0][1].done():
+                requests[0][1].set_exception(error)
+            return False
+        for pairs, future in requests:
+            part, routed = routed[: len(pairs)], routed[len(pairs) :]
+            if not future.done():  # its client may have gone
+                future.set_result(part)
+        return True
+
+
 class RayBackend:
     """`backend.Backend` over deployment handles: tries another replica when one dies."""
 
     def __init__(self, router: DeploymentHandle, generator: DeploymentHandle, retries: int) -> None:
         self._router, self._generator, self._retries = router, generator, retries
         self._streaming = generator.options(stream=True)
+        self._together = Together(lambda pairs: self._call(self._router.route, pairs))
 
     async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
-        return await self._call(self._router.route, pairs)
+        return await self._together.route(pairs)
 
     async def rank(self, user: str, k: int, candidates: Sequence[str] | None, exclude_seen: bool) -> Ranking:
         return await self._call(self._router.rank, user, k, candidates, exclude_seen)
