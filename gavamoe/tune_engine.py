@@ -81,10 +81,9 @@ def run_trials(job: Job, study: Study, watch: Watch, *, concurrent: int | None) 
 
 @contextmanager
 def _ray(job: Job, placement: RuntimeConfig) -> Iterator[None]:
-    """A Ray session; with the dashboard where Ray Train runs inside trials that may be stopped.
+    """A Ray session; with the dashboard where Ray Train runs inside trials.
 
-    Without the dashboard Ray does not free the placement group of a stopped trial's workers, and a search that fills
-    the machine hangs.
+    Without the dashboard Ray does not free the placement group of a lost trial's workers.
     """
     # Not wanted: Tune's log files for each trial; its check that every report has the metric (the last has none);
     # tracebacks of dead workers in the middle of the live table; the trial folder as working directory.
@@ -181,7 +180,7 @@ def _fit(job: Job, session: "_Session", placement: RuntimeConfig) -> None:
 
 def _scheduler(job: Job) -> TrialScheduler | None:
     pruning = job.space.pruning
-    if pruning is None:
+    if pruning is None or not job.in_process:  # seen: a stopped trial of Ray Train workers left the next one waiting
         return None
     return ASHAScheduler(
         time_attr="percent",

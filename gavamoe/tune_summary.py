@@ -65,6 +65,8 @@ class SearchTerminal:
     def line(self, line: dict[str, Any]) -> None:
         if self._bars is not None:
             self._bars.line(line)
+        elif "warning" in line:
+            console.print(f"[yellow]warning:[/] {escape(str(line['warning']))}", soft_wrap=True)
 
     def count(self, done: int, total: int) -> None:
         if self._bars is not None:

@@ -209,19 +209,16 @@ def test_an_ended_driver_loses_nothing(signal_number: int, tiny_dataset: Path, t
 
 
 @pytest.mark.slow
-def test_trials_of_several_workers_are_stopped_and_free_their_places(tiny_dataset: Path, tmp_path: Path) -> None:
-    """Ray Train inside Tune: a stopped trial's placement group must go, or the next trial waits for ever.
-
-    Its own process, for the session's Ray has no dashboard.
-    """
+def test_trials_of_several_workers_run_ray_train_and_are_not_pruned(tiny_dataset: Path, tmp_path: Path) -> None:
+    """In its own process, for such a search starts Ray with the dashboard."""
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"stage1": STAGE1, "runtime": {"workers": 2}}))
-    rates = {"stage1.learning_rate": {"type": "choice", "values": [0.01, 1.0e-9, 2.0e-9, 0.02]}}
-    space = write_space(tmp_path, parameters=rates, budget={"trials": 4}, pruning={"grace": 30, "reduction": 2})
+    rates = {"stage1.learning_rate": {"type": "choice", "values": [0.01, 1.0e-9]}}
+    space = write_space(tmp_path, parameters=rates, pruning={"grace": 30, "reduction": 2})
     command = [
         sys.executable, "-c", "from gavamoe.cli import main; main()", "tune", str(space), str(tmp_path / "config.yaml"),
         "--dataset", str(tiny_dataset), "--run-dir", str(tmp_path / "search"), "--no-final", "--json",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr
-    states = [trial["state"] for trial in json.loads(done.stdout)["trials"]]
-    assert states[:3] == ["complete", "pruned", "pruned"]
+    assert "pruning is off for this search" in done.stderr
+    assert [trial["state"] for trial in json.loads(done.stdout)["trials"]] == ["complete", "complete"]
