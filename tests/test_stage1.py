@@ -174,12 +174,12 @@ def test_two_workers_equal_one(tiny_dataset: Path, tmp_path: Path) -> None:
 
 
 def test_the_best_state_is_the_one_kept(tiny_dataset: Path, tmp_path: Path) -> None:
-    """A learning rate that ruins the model: the artifact holds the epoch with the best validation ELBO."""
-    config = small_run(learning_rate=0.1, epochs=4)
+    """So many epochs that the model overfits: the artifact holds the one with the best validation ELBO."""
+    config = small_run(seed=1, learning_rate=0.02, epochs=30)
     metrics = train_stage1(config, tiny_dataset, tmp_path / "stage1", LocalContext())
     elbos = {row["epoch"]: row["elbo"] for row in metrics["history"] if row["phase"] == "elbo"}
     assert metrics["best_epoch"] == max(elbos, key=lambda epoch: elbos[epoch])
-    assert metrics["best_epoch"] != max(elbos)
+    assert metrics["best_epoch"] < max(elbos) - 5  # no accident of rounding: it overfits from the middle on
     assert metrics["valid"]["elbo"] == elbos[metrics["best_epoch"]]
 
 
