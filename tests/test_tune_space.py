@@ -152,8 +152,8 @@ def test_conditions_in_a_circle_are_refused(tiny_dataset: Path) -> None:
 
 def test_draws_keep_conditions_and_constraints() -> None:
     experts = parse_space(EXPERTS, "s.yaml")
-    study = optuna.create_study()
-    drawn = [experts.draw(study.ask(), {}) for _ in range(60)]
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))  # unseeded, a rare top_k may stay away
+    drawn = [experts.draw(study.ask(), {}) for _ in range(200)]
     on = [values for values in drawn if values["stage2.experts.enabled"]]
     assert on
     assert len(on) < len(drawn)
