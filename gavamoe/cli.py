@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from gavamoe import __version__
+from gavamoe.cli_data import data_app
+from gavamoe.cli_options import Json, RunPath, Set, counts_of
 from gavamoe.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from gavamoe.pipeline import Stage
-    from gavamoe.readers import TextMode
 
 app = typer.Typer(
     name="gavamoe",
@@ -29,14 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Make and look at datasets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Json = Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON document on standard output.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a config field, e.g. stage1.beta=0.2")
-]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `gavamoe train` makes it.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -73,83 +67,6 @@ def quickstart(
     with TerminalProgress() as progress:
         run = run_quickstart(run_dir, load_config(config, overrides or []), data_seed=data_seed, progress=progress)
     summary.print_quickstart(run)
-
-
-@data_app.command()
-def prepare(
-    source: Annotated[Path, typer.Argument(help="Review file, or the folder that holds it (peter).")],
-    out: Annotated[Path, typer.Argument(help="Dataset folder to make.")],
-    format: Annotated[str, typer.Option("--format", help="amazon, yelp, peter, or table (CSV, JSONL, Parquet).")],
-    column: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD=NAME", help="table: the column of user, item, rating, text, features or title."),
-    ] = None,
-    split: Annotated[str, typer.Option(help="Shares of train, valid and test.")] = "8:1:1",
-    index_dir: Annotated[
-        Path | None, typer.Option(help="Folder with train.index, validation.index, test.index to split by.")
-    ] = None,
-    titles: Annotated[Path | None, typer.Option(help="amazon, yelp: the file with the items' titles.")] = None,
-    text_mode: Annotated[
-        str | None,
-        typer.Option(help="review: choose a sentence with a feature; explanation: take the text; none: no text."),
-    ] = None,
-    rating_scale: Annotated[str | None, typer.Option(metavar="LOW:HIGH", help="Ratings outside are rejected.")] = None,
-    max_rejected_share: Annotated[float, typer.Option(min=0, max=1, help="Fail above this share of bad rows.")] = 0.1,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
-    json_output: Json = False,
-) -> None:
-    """Turn raw reviews into a dataset folder: ids, splits, features, one explanation a row."""
-    from gavamoe import summary
-    from gavamoe.reviews import prepare as prepare_reviews
-    from gavamoe.terminal import TerminalProgress
-
-    with TerminalProgress() as progress:
-        progress.step("Prepare reviews")
-        result = prepare_reviews(
-            source,
-            out,
-            format,
-            columns=_pairs("--column", column),
-            split=_shares(split),
-            index_dir=index_dir,
-            titles=titles,
-            text_mode=cast("TextMode | None", text_mode),  # checked there, with the other arguments
-            rating_scale=_bounds(rating_scale),
-            max_rejected_share=max_rejected_share,
-            seed=seed,
-            progress=progress.rows,
-        )
-    summary.print_prepared(result, out, as_json=json_output)
-
-
-@data_app.command()
-def synthesize(
-    out: Annotated[Path, typer.Argument(help="Dataset folder to make.")],
-    users: Annotated[int, typer.Option(min=10)] = 2000,
-    items: Annotated[int, typer.Option(min=10)] = 1000,
-    ratings: Annotated[int, typer.Option(min=100)] = 60000,
-    groups: Annotated[int, typer.Option(min=1, max=16, help="Planted user groups.")] = 3,
-    gap: Annotated[float, typer.Option(min=0, help="How far the groups' tastes differ; 0.5 is hard.")] = 1.0,
-    noise: Annotated[float | None, typer.Option(min=0, help="Standard deviation of the rating noise.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-) -> None:
-    """Make reviews with planted user groups, and the truth about them in truth.json."""
-    from gavamoe.synthetic import synthesize as make
-    from gavamoe.terminal import console
-
-    extra = {} if noise is None else {"noise": noise}
-    make(out, users=users, items=items, ratings=ratings, groups=groups, gap=gap, seed=seed, **extra)
-    console.print(f"dataset: {out}", markup=False)
-
-
-@data_app.command("describe")
-def describe_data(dataset: Annotated[Path, typer.Argument(help="Dataset folder.")], json_output: Json = False) -> None:
-    """The paper's Table 1 for a dataset, and more: density, ratings, cold users, features."""
-    from gavamoe import summary
-    from gavamoe.dataset import open_dataset
-    from gavamoe.describe import describe
-
-    summary.print_description(describe(open_dataset(dataset)), as_json=json_output)
 
 
 @app.command()
@@ -236,7 +153,7 @@ def route(
         raise InputError("--user and --item go together")
     if sweep_clusters is not None and user is not None:
         raise InputError("--sweep-clusters and --user exclude each other")
-    counts = None if sweep_clusters is None else _counts(sweep_clusters)
+    counts = None if sweep_clusters is None else counts_of(sweep_clusters)
     opened = open_run(run)
     if counts is not None:
         summary.print_cluster_sweep(opened, counts, as_json=json_output)
@@ -395,52 +312,6 @@ def _quiet_libraries(debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "ERROR")
-
-
-def _pairs(option: str, values: list[str] | None) -> dict[str, str] | None:
-    """["user=uid"] -> {"user": "uid"}."""
-    if not values:
-        return None
-    pairs: dict[str, str] = {}
-    for value in values:
-        name, equals, text = value.partition("=")
-        if not (name and equals and text):
-            raise InputError(f"{option} {value}: expected FIELD=NAME, such as user=uid")
-        pairs[name] = text
-    return pairs
-
-
-def _shares(text: str) -> tuple[float, float, float]:
-    numbers = _numbers("--split", text, 3, "8:1:1")
-    if min(numbers) < 0 or numbers[0] == 0:
-        raise InputError(f"--split {text}: shares are not negative, and that of train is above 0")
-    return numbers[0], numbers[1], numbers[2]
-
-
-def _bounds(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    low, high = _numbers("--rating-scale", text, 2, "1:5")
-    if low >= high:
-        raise InputError(f"--rating-scale {text}: the first number must be below the second")
-    return low, high
-
-
-def _counts(text: str) -> list[int]:
-    low, high = _numbers("--sweep-clusters", text, 2, "2:8")
-    if not (low.is_integer() and high.is_integer() and 1 <= low < high):
-        raise InputError(f"--sweep-clusters {text}: expected two whole numbers, the first below the second")
-    return list(range(int(low), int(high) + 1))
-
-
-def _numbers(option: str, text: str, count: int, example: str) -> list[float]:
-    try:
-        numbers = [float(part) for part in text.split(":")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != count or not all(abs(number) < 1e9 for number in numbers):
-        raise InputError(f"{option} {text}: expected {count} numbers such as {example}")
-    return numbers
 
 
 def entry(argv: list[str]) -> Any:

@@ -24,7 +24,7 @@ ORDER = """
     serving.schema serving.settings serving.text_stream serving.sampling serving.kv_cache serving.engine serving.worker
     serving.browse serving.router serving.writer serving.backend serving.errors serving.security serving.reference
     serving.api serving.deployments serving.launch
-    cli
+    cli_options cli_data cli
 """.split()
 
 MODELS = {"vae_gmm", "moe", "decoders", "conversion", "explainer", "serving.engine", "serving.kv_cache"}
