@@ -1,18 +1,20 @@
 """The service: its engine against bare `generate()`, and the whole of it over HTTP.
 
-    python -m benchmarks.serve [--run runs/quickstart] [--url http://127.0.0.1:8000] [--rounds 3] [--json]
+    python -m benchmarks.serve [--run runs/quickstart] [--url http://127.0.0.1:8000] [--proxy] [--rounds 3] [--json]
 
 Engine, in this process: tokens a second of 16 rows at a time, by `generate()` on batches of 16 and by the engine with
 16 slots, on the same prompts, in turns; then requests that arrive at random, in batches that wait for each other
 (static) and continuously. Over HTTP (a service that `gavamoe serve RUN` has started, named by --url): closed loop at
-1, 8 and 32 clients, open loop at half of the rate found there, time to the first token, `/v1/route` alone, and Serve's
-overhead: what a client waits beyond the engine's own times.
+1, 8, 16 and 32 clients, open loop at shares of the best rate found there, time to the first token, `/v1/route` alone,
+and Serve's overhead: what a client waits beyond the engine's own times. --proxy: Serve's proxy before a deployment that
+does nothing, which is the limit of whatever stands behind it.
 """
 
 import argparse
 import asyncio
 import json
 import random
+import socket
 import statistics
 import time
 from collections.abc import Awaitable, Callable
@@ -31,6 +33,7 @@ from gavamoe.serving.engine import Engine, Row
 from gavamoe.serving.sampling import Sampling
 
 SLOTS, NEW_TOKENS = 16, 32
+CLIENTS = (1, 8, SLOTS, 32)
 Results = dict[str, float]
 Ask = Callable[[], Awaitable[Any]]
 
@@ -216,6 +219,50 @@ async def open_loop(client: Client, rate: float, requests: int, options: dict[st
     return {"offered requests/s": rate} | quantiles("answer", list(await asyncio.gather(*tasks)))
 
 
+async def measure_path(url: str, requests: int) -> dict[str, Results]:
+    """GET of one address, closed loop."""
+    results: dict[str, Results] = {}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def ask() -> None:
+            async with session.get(url) as response:
+                await response.read()
+
+        await closed_loop(8, 100, ask)  # warms up
+        for clients in (1, 32):
+            _, seconds, spent = await closed_loop(clients, requests, ask)
+            results[f"proxy, {clients} clients"] = {"requests/s": requests / spent} | quantiles("answer", seconds)
+    return results
+
+
+def measure_proxy(requests: int) -> dict[str, Results]:
+    """Serve's proxy, set up as `gavamoe serve` does, before a deployment that does nothing."""
+    from gavamoe.serving.launch import prepare_environment
+
+    prepare_environment()
+    import ray
+    from ray import serve
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    @serve.deployment(max_ongoing_requests=256)
+    class Empty:
+        async def __call__(self, request: Request) -> Response:
+            return Response("{}")
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ray.init(address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        serve.run(Empty.bind())
+        return asyncio.run(measure_path(f"http://127.0.0.1:{port}/", requests))
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
 async def measure_http(url: str, requests: int, options: dict[str, Any]) -> dict[str, Results]:
     """All HTTP measurements."""
     results: dict[str, Results] = {}
@@ -224,21 +271,22 @@ async def measure_http(url: str, requests: int, options: dict[str, Any]) -> dict
         users, items = ([entry["id"] for entry in found["results"]] for found in listed)
         client = Client(session, url, users, items)
         await closed_loop(8, 40, lambda: client.explain(**options))  # warms up
-        rate = 1.0
-        for clients in (1, 8, 32):
+        best = 0.0
+        for clients in CLIENTS:
             count = requests // 4 if clients == 1 else requests
             answers, seconds, spent = await closed_loop(clients, count, lambda: client.explain(**options))
             engine = [sum(a["timings_ms"][part] for part in ("route", "queue", "prefill", "decode")) for a in answers]
             overhead = [a["client_ms"] - ms for a, ms in zip(answers, engine, strict=True)]
-            rate = count / spent
+            best = max(best, count / spent)
             results[f"explain, {clients} clients"] = {
-                "requests/s": rate,
+                "requests/s": count / spent,
                 "tokens/s": sum(a["new_tokens"] for a in answers) / spent,
                 "overhead p50 ms": statistics.median(overhead),
             } | quantiles("answer", seconds)
             firsts, _, _ = await closed_loop(clients, count // 2, lambda: client.first_token(**options))
             results[f"stream, {clients} clients"] = quantiles("first token", firsts)
-        results["explain, open loop"] = await open_loop(client, rate / 2, requests, options)
+        for share in (0.25, 0.5, 0.8):
+            results[f"explain, open loop at {share:.0%}"] = await open_loop(client, share * best, requests, options)
         for clients in (1, 32):
             _, seconds, spent = await closed_loop(
                 clients, requests * 2, lambda: client.post("/v1/route", client.pair())
@@ -252,6 +300,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--url", help="of a running service; without it, HTTP is not measured")
+    parser.add_argument("--proxy", action="store_true", help="also Serve's proxy alone; starts a Ray of its own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=96, help="of the engine's measurements")
     parser.add_argument("--requests", type=int, default=400)
@@ -272,6 +321,11 @@ def main() -> None:
     if arguments.url:
         options = {"max_new_tokens": arguments.new_tokens} if arguments.new_tokens else {}
         results |= asyncio.run(measure_http(arguments.url.rstrip("/"), arguments.requests, options))
+        bare, served = results.get("engine, 16 rows"), results[f"explain, {SLOTS} clients"]
+        if bare:
+            served["of generate()"] = served["tokens/s"] / bare["generate tokens/s"]
+    if arguments.proxy:
+        results |= measure_proxy(2 * arguments.requests)
     if arguments.json:
         print(json.dumps(results, indent=2))
         return

@@ -8,6 +8,7 @@ TensorBoard beside it, checkpoints to `FOLDER/checkpoints/NAME` until the step i
 import json
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,11 +27,19 @@ _CONTROLLER_RESTARTS = 3
 """A worker group that cannot start is retried without limit by Ray's default, which looks like a hang."""
 
 
+class Stopped(RunError):
+    """The training ended early because it was asked to."""
+
+
 @contextmanager
-def ray_session(placement: RuntimeConfig) -> Iterator[None]:
+def ray_session(placement: RuntimeConfig, *, dashboard: bool = False) -> Iterator[None]:
     """Connect to the cluster of RAY_ADDRESS, or start a Ray on this machine and stop it at the end.
 
     A Ray that is already connected in this process is used as it is and left running.
+
+    Args:
+        dashboard: a Ray started here has its dashboard (on the loopback interface). Without it Ray does not free what
+            the workers of a training held whose caller, such as a trial of a search, was killed.
     """
     # ray.train.report blocks for one poll of the controller: 2 s by default, paid at every checkpoint.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
@@ -44,18 +53,41 @@ def ray_session(placement: RuntimeConfig) -> Iterator[None]:
     if address:
         ray.init(address=address, logging_level="WARNING", log_to_driver=False)
     else:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, placement.workers * placement.threads_per_worker),
-            include_dashboard=False,
-            logging_level="ERROR",
-            log_to_driver=False,
-            runtime_env={"env_vars": _worker_environment(placement)},
-        )
+        _start_ray(placement, dashboard=dashboard)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray(placement: RuntimeConfig, *, dashboard: bool) -> None:
+    import ray
+
+    environment = _worker_environment(placement)
+    if dashboard:
+        # What frees places asks Ray's State API, which gives up where several Rays run on the machine and none is
+        # named: the workers' environment names this one, so its port is chosen before it starts.
+        port = _free_port()
+        os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+        environment["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, placement.workers * placement.threads_per_worker),
+            include_dashboard=dashboard,
+            logging_level="ERROR",
+            log_to_driver=False,
+            runtime_env={"env_vars": environment},
+        )
+    finally:
+        os.environ.pop("RAY_GCS_SERVER_PORT", None)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def run_training(
@@ -67,6 +99,7 @@ def run_training(
     name: str,
     resume: bool = False,
     on_line: OnLine | None = None,
+    stop_file: Path | None = None,
 ) -> Any:
     """Run `loop` on Ray Train workers and return what rank 0's call returned.
 
@@ -75,8 +108,10 @@ def run_training(
         folder: the run folder; logs and checkpoints go below it.
         resume: continue from the last registered checkpoint of an earlier call, where there is one.
         on_line: called in this process with each log line, as it appears.
+        stop_file: once it exists, the workers end together at their next log line.
 
     Raises:
+        Stopped: because of `stop_file`.
         InputError, RunError: as raised by the loop; these are not retried.
         RunError: the workers died more often than `placement.max_failures`.
     """
@@ -101,6 +136,7 @@ def run_training(
             "placement": placement,
             "log_file": str(log_file),
             "tensorboard": str(folder / "logs" / "tensorboard" / name),
+            "stop_file": stop_file,
         },
         torch_config=TorchConfig(backend="nccl" if placement.gpu else "gloo"),
         scaling_config=train.ScalingConfig(
@@ -196,7 +232,8 @@ def _worker(job: dict[str, Any]) -> Any:
 
     placement: RuntimeConfig = job["placement"]
     torch.set_num_threads(placement.threads_per_worker)
-    with _RayContext(Path(job["log_file"]), Path(job["tensorboard"]), gpu=placement.gpu) as context:
+    log_file, tensorboard, stop_file = Path(job["log_file"]), Path(job["tensorboard"]), job["stop_file"]
+    with _RayContext(log_file, tensorboard, stop_file, gpu=placement.gpu) as context:
         try:
             return job["loop"](context=context, **job["arguments"])
         except (InputError, RunError) as error:
@@ -206,7 +243,7 @@ def _worker(job: dict[str, Any]) -> Any:
 class _RayContext:
     """`gavamoe.context.Context` backed by Ray Train."""
 
-    def __init__(self, log_file: Path, tensorboard: Path, *, gpu: bool) -> None:
+    def __init__(self, log_file: Path, tensorboard: Path, stop_file: Path | None, *, gpu: bool) -> None:
         from ray import train
 
         ray_context = train.get_context()
@@ -216,7 +253,7 @@ class _RayContext:
         self.resume_from: Path | None = None
         self._resources = ExitStack()
         self._tensorboard_folder = tensorboard
-        self._log_path = log_file
+        self._log_path, self._stop_file = log_file, stop_file
         self._log: IO[str] | None = None
         self._board: Any = None
 
@@ -234,14 +271,28 @@ class _RayContext:
         self._resources.close()
 
     def log(self, metrics: Metrics) -> None:
-        if self._log is None:
-            return
-        self._log.write(json.dumps(dict(metrics)) + "\n")
-        self._log.flush()
+        if self._log is not None:
+            self._write(self._log, metrics)
+        if self._stop_file is not None:
+            self._stop_if_asked(self._stop_file)
+
+    def _write(self, log: IO[str], metrics: Metrics) -> None:
+        log.write(json.dumps(dict(metrics)) + "\n")
+        log.flush()
         step = metrics.get("step")
         for key, value in metrics.items():
             if isinstance(step, int) and isinstance(value, int | float) and key not in ("step", "steps"):
                 self._board.add_scalar(f"{metrics.get('phase', 'train')}/{key}", value, step)
+
+    def _stop_if_asked(self, stop_file: Path) -> None:
+        """All workers log at the same steps, and rank 0's look decides for all: none waits for one that has left."""
+        import torch
+
+        asked = torch.tensor([int(self.rank == 0 and stop_file.exists())], device=self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(asked)
+        if asked:
+            raise Stopped(f"asked to by {stop_file}")
 
     def checkpoint(self, folder: Path, metrics: Metrics) -> None:
         from ray import train

@@ -83,10 +83,6 @@ def run_search(
     with claimed_folder(folder, loaded, config, opened, seeds, resume=resume):
         view = withhold_test(opened, folder / "search_data")
         job = Job(loaded, config, view.path, view.fingerprint, folder, seeds)
-        if loaded.pruning and not job.in_process:
-            progress.line(
-                {"warning": "trials of several workers are not stopped early: pruning is off for this search"}
-            )
         fixed = config_values(trial_config(config, loaded, {}))
         study = Study(folder, loaded, fixed, seed=config.seed, name=Path(space).stem)
         finished = run_trials(job, study, progress, concurrent=concurrent)

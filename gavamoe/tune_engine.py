@@ -9,7 +9,6 @@ go on from, and Tune's state is thrown away after every session.
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +23,11 @@ from ray.tune.search import Searcher
 
 from gavamoe.config import RuntimeConfig
 from gavamoe.errors import InputError, RunError
-from gavamoe.runtime import ray_session
+from gavamoe.runtime import Stopped, ray_session
 from gavamoe.tune_checks import trial_config
 from gavamoe.tune_space import Space, Values
 from gavamoe.tune_study import Record, Study
-from gavamoe.tune_trial import Job, discard_work, run_trial
+from gavamoe.tune_trial import Job, ask_to_stop, asked_at, discard_work, run_trial
 
 _CONFIGURATION_ERRORS = (InputError, RunError, RuntimeError, ValueError, ArithmeticError, MemoryError)
 """What a configuration can bring about (torch's out-of-memory is a RuntimeError): recorded as the trial's result.
@@ -81,10 +80,7 @@ def run_trials(job: Job, study: Study, watch: Watch, *, concurrent: int | None) 
 
 @contextmanager
 def _ray(job: Job, placement: RuntimeConfig) -> Iterator[None]:
-    """A Ray session; with the dashboard where Ray Train runs inside trials.
-
-    Without the dashboard Ray does not free the placement group of a lost trial's workers.
-    """
+    """A Ray session; with the dashboard where Ray Train runs inside trials, which may be killed."""
     # Not wanted: Tune's log files for each trial; its check that every report has the metric (the last has none);
     # tracebacks of dead workers in the middle of the live table; the trial folder as working directory.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
@@ -92,39 +88,8 @@ def _ray(job: Job, placement: RuntimeConfig) -> Iterator[None]:
     os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    import ray
-
-    if ray.is_initialized() or os.environ.get("RAY_ADDRESS") or job.in_process:
-        with ray_session(placement):
-            yield
-        return
-    # What frees the places asks the State API, which gives up where several Rays run on the machine and none is named;
-    # the environment of the workers must name this one, so its port is chosen before it starts.
-    port = _free_port()
-    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
-    try:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, placement.workers * placement.threads_per_worker),
-            include_dashboard=True,
-            logging_level="ERROR",
-            log_to_driver=False,
-            runtime_env={"env_vars": {"RAY_ADDRESS": f"{ray.util.get_node_ip_address()}:{port}"}},
-        )
-    finally:
-        del os.environ["RAY_GCS_SERVER_PORT"]
-    try:
-        with ray_session(placement):
-            yield
-    finally:
-        ray.shutdown()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    with ray_session(placement, dashboard=not job.in_process):
+        yield
 
 
 def _slots(placement: RuntimeConfig, concurrent: int | None) -> int:
@@ -162,7 +127,7 @@ def _fit(job: Job, session: "_Session", placement: RuntimeConfig) -> None:
         trainable,
         tune_config=TuneConfig(
             search_alg=_StudySearcher(session),
-            scheduler=_scheduler(job),
+            scheduler=_scheduler(session),
             num_samples=_NEVER_ENOUGH,
             reuse_actors=job.in_process,
         ),
@@ -178,18 +143,41 @@ def _fit(job: Job, session: "_Session", placement: RuntimeConfig) -> None:
     shutil.rmtree(storage, ignore_errors=True)
 
 
-def _scheduler(job: Job) -> TrialScheduler | None:
-    pruning = job.space.pruning
-    if pruning is None or not job.in_process:  # seen: a stopped trial of Ray Train workers left the next one waiting
+def _scheduler(session: "_Session") -> TrialScheduler | None:
+    pruning = session.job.space.pruning
+    if pruning is None:
         return None
-    return ASHAScheduler(
-        time_attr="percent",
-        metric="value",
-        mode="max" if job.space.objectives[0].direction == "higher" else "min",
-        max_t=100,
-        grace_period=pruning.grace,
-        reduction_factor=pruning.reduction,
-    )
+    arguments: dict[str, Any] = {
+        "time_attr": "percent",
+        "metric": "value",
+        "mode": "max" if session.job.space.objectives[0].direction == "higher" else "min",
+        "max_t": 100,
+        "grace_period": pruning.grace,
+        "reduction_factor": pruning.reduction,
+    }
+    return ASHAScheduler(**arguments) if session.job.in_process else _AskingAsha(session, **arguments)
+
+
+class _AskingAsha(ASHAScheduler):
+    """ASHA for trials of several workers: asks a trial to end, where ASHA has it killed.
+
+    A killed trial leaves its Ray Train workers behind: they keep their places until a clean-up finds them, and the
+    next trial, which needs the places, was seen to wait without end. A trial that is asked ends like any other.
+    """
+
+    def __init__(self, session: "_Session", **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._session = session
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        if decision != TrialScheduler.STOP:
+            return decision
+        ask_to_stop(self._session.job, result["number"], result["percent"])
+        return str(TrialScheduler.CONTINUE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as the searcher's
 
 
 def _trainable(config: dict[str, Any], job: Job) -> None:
@@ -201,6 +189,8 @@ def _trainable(config: dict[str, Any], job: Job) -> None:
 
     try:
         outcome = run_trial(job, number, config["values"], report)
+    except Stopped:
+        tune.report({"number": number, "stopped": asked_at(job, number)})
     except _CONFIGURATION_ERRORS as error:
         tune.report({"number": number, "failed": f"{type(error).__name__}: {' '.join(str(error).split())}"})
     else:
@@ -262,9 +252,10 @@ class _Session:
         elif "failed" in result:
             self.study.fail(number, result["failed"])
         else:
-            self.reported(result)  # the value it was stopped for, which Tune tells only here
+            self.reported(result)  # the value a killed one was stopped for, which Tune tells only here
+            percent = result["stopped"] if "stopped" in result else result["percent"]
             seconds = time.monotonic() - self._since[number]
-            self.study.prune(number, f"stopped at {result['percent']} % of its way: others did better there", seconds)
+            self.study.prune(number, f"stopped at {percent} % of its way: others did better there", seconds)
         discard_work(self.job, number)
         self.show()
 

@@ -141,11 +141,25 @@ def _write_plots(out: Path, study: Study, space: Space, complete: Sequence[Recor
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from optuna.exceptions import ExperimentalWarning
+
+    with write_folder(out, replace=True) as folder, warnings.catch_warnings():
+        # Optuna marks its matplotlib plots as experimental, on every call.
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        # "importances of params to achieve low values": which is what `_low_is_good` makes of any objective
+        warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator", category=UserWarning)
+        for name, draw in _wanted_plots(study, space, complete).items():
+            draw()
+            _shorten_labels(plt.gcf(), list(space.parameters))
+            plt.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+            plt.close("all")
+
+
+def _wanted_plots(study: Study, space: Space, complete: Sequence[Record]) -> dict[str, Callable[[], Any]]:
     from optuna.visualization import matplotlib as plots
 
-    several = len(space.objectives) > 1
-    target = (lambda trial: trial.values[0]) if several else None
-    named: dict[str, Any] = {"target": target, "target_name": f"{space.objectives[0].label} (validation)"}
+    first, several = space.objectives[0], len(space.objectives) > 1
+    title = f"{first.label} {first.arrow} (validation)"
+    named: dict[str, Any] = {"target": (lambda trial: trial.values[0]) if several else None, "target_name": title}
     # A parameter that took one value has no axis, and no influence that could be estimated.
     varied = [name for name in space.parameters if len({record.values.get(name) for record in complete}) > 1]
     wanted: dict[str, Callable[[], Any]] = {
@@ -157,16 +171,29 @@ def _write_plots(out: Path, study: Study, space: Space, complete: Sequence[Recor
     if len(always) > 1:
         wanted["parallel_coordinates"] = lambda: plots.plot_parallel_coordinate(study.study, params=always, **named)
         if len(complete) > 3 and len({tuple(record.objectives or ()) for record in complete}) > 1:
-            wanted["importance"] = lambda: plots.plot_param_importances(study.study, params=always, **named)
+            low = {"target": _low_is_good(first), "target_name": title} if several else named
+            wanted["importance"] = lambda: plots.plot_param_importances(study.study, params=always, **low)
     if len(space.objectives) in (2, 3):
-        names = [measure.label for measure in space.objectives]
+        names = [f"{measure.label} {measure.arrow}" for measure in space.objectives]
         wanted["pareto"] = lambda: plots.plot_pareto_front(study.study, target_names=names)
     if not several and any(record.steps for record in study.records):
         wanted["curves"] = lambda: plots.plot_intermediate_values(study.study)
-    with write_folder(out, replace=True) as folder, warnings.catch_warnings():
-        # Optuna marks its matplotlib plots as experimental, on every call.
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        for name, draw in wanted.items():
-            draw()
-            plt.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
-            plt.close("all")
+    return wanted
+
+
+def _low_is_good(measure: Measure) -> Callable[[Any], float]:
+    """A trial's first value, turned so that low is good."""
+    sign = -1.0 if measure.direction == "higher" else 1.0
+    return lambda trial: sign * float(trial.values[0])
+
+
+def _shorten_labels(figure: Any, names: Sequence[str]) -> None:
+    """Full field paths run into each other below the axes."""
+    for axes in figure.axes:
+        if axes.get_xlabel() in names:
+            axes.set_xlabel(short_name(axes.get_xlabel(), names))
+        ticks = axes.get_xticklabels()
+        labels = [tick.get_text() for tick in ticks]
+        if any(label.endswith("...") or label in names for label in labels):
+            whole = [next((n for n in names if n.startswith(label.removesuffix("..."))), label) for label in labels]
+            axes.set_xticks(axes.get_xticks(), [short_name(n, names) if n in names else n for n in whole])

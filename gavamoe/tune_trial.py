@@ -6,6 +6,7 @@ inside the trial. All it knows of the data is the search's view, which has no te
     FOLDER/stage1_cache/KEY/              stage-1 results, shared between trials
     FOLDER/trials/0007/config.yaml        what was trained (first seed)
     FOLDER/trials/0007/seed_0/            result.json, logs/; while it runs checkpoints/ and stage2/
+    FOLDER/trials/0007/stop               while it runs: it is to end early (trials of several workers)
 """
 
 import json
@@ -78,6 +79,7 @@ def run_trial(job: Job, number: int, values: Values, report: Report) -> Outcome:
     """Train and measure all seeds; those that an earlier attempt finished are read, not repeated.
 
     Raises:
+        Stopped: it was asked to (`ask_to_stop`).
         InputError, RunError: this configuration can't be trained, or a metric came out undefined.
     """
     started = time.perf_counter()
@@ -88,14 +90,37 @@ def run_trial(job: Job, number: int, values: Values, report: Report) -> Outcome:
     results = []
     for index, config in enumerate(configs):
         # Seeds after the first are trained only once the first has survived, so pruning looks at it alone.
-        seed = _Seed(job, config, folder / f"seed_{index}", report if index == 0 else None)
+        first = index == 0
+        seed = _Seed(
+            job,
+            config,
+            folder / f"seed_{index}",
+            report if first else None,
+            _stop_file(job, number) if first else None,
+        )
         results.append(seed.result())
     measured = {name: [result[name] for result in results] for name in results[0]}
     return Outcome(measured, time.perf_counter() - started)
 
 
+def ask_to_stop(job: Job, number: int, percent: int) -> None:
+    """Have a trial of several workers end at its next log line, because of its value at `percent` of its way."""
+    with write_file(_stop_file(job, number)) as aside:
+        aside.write_text(str(percent), encoding="utf-8")
+
+
+def asked_at(job: Job, number: int) -> int:
+    """The `percent` of `ask_to_stop`."""
+    return int(_stop_file(job, number).read_text(encoding="utf-8"))
+
+
+def _stop_file(job: Job, number: int) -> Path:
+    return job.trial_folder(number) / "stop"
+
+
 def discard_work(job: Job, number: int) -> None:
     """Remove what an ended trial no longer needs, and a stopped one could not: weights and checkpoints."""
+    _stop_file(job, number).unlink(missing_ok=True)
     for folder in job.trial_folder(number).glob("seed_*"):
         _discard(folder)
 
@@ -108,8 +133,11 @@ def _discard(folder: Path) -> None:
 class _Seed:
     """One training of a trial."""
 
-    def __init__(self, job: Job, config: RunConfig, folder: Path, report: Report | None) -> None:
-        self._job, self._config, self._folder, self._report = job, config, folder, report
+    def __init__(
+        self, job: Job, config: RunConfig, folder: Path, report: Report | None, stop_file: Path | None
+    ) -> None:
+        self._job, self._config, self._folder = job, config, folder
+        self._report, self._stop_file = report, stop_file
 
     def result(self) -> dict[str, float]:
         """Everything measured, by name."""
@@ -175,6 +203,7 @@ class _Seed:
             name=name,
             resume=True,
             on_line=self._on_line,
+            stop_file=self._stop_file,
         )
 
     def _on_line(self, line: Mapping[str, Any]) -> None:

@@ -3,9 +3,15 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from starlette.testclient import TestClient
+
+    from gavamoe.serving.backend import LocalBackend
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,3 +50,25 @@ def ray_two_workers(extensions_dir: Path) -> Iterator[None]:
 
     with ray_session(RuntimeConfig(workers=2, threads_per_worker=1)):
         yield
+
+
+@pytest.fixture(scope="module")
+def backend() -> Iterator["LocalBackend"]:
+    """Both stages of serving in this process, over `serve_run.tiny_artifact`."""
+    from serve_run import tiny_artifact
+
+    from gavamoe.serving.backend import LocalBackend
+    from gavamoe.serving.settings import ServeArgs
+
+    loaded = LocalBackend.load(ServeArgs(run=str(tiny_artifact())))
+    yield loaded
+    loaded.writer.engine.close()
+
+
+@pytest.fixture(scope="module")
+def http(backend: "LocalBackend") -> Iterator["TestClient"]:
+    """The HTTP interface over `backend`, without a server."""
+    from serve_run import client
+
+    with client(backend) as opened:
+        yield opened

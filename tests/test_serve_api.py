@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,13 @@ from gavamoe.prompts import ExplanationRequest
 from gavamoe.serving.api import Service
 from gavamoe.serving.backend import Interrupted, LocalBackend, Overloaded, Unavailable
 from gavamoe.serving.router import Pair, RoutedPair
-from gavamoe.serving.settings import Limits, ServeArgs
+from gavamoe.serving.settings import Limits
 from gavamoe.serving.writer import Piece, TextRequest, Written
 
 
 @pytest.fixture(scope="module")
 def artifact() -> Path:
     return tiny_artifact()
-
-
-@pytest.fixture(scope="module")
-def backend(artifact: Path) -> Iterator[LocalBackend]:
-    loaded = LocalBackend.load(ServeArgs(run=str(artifact)))
-    yield loaded
-    loaded.writer.engine.close()
-
-
-@pytest.fixture(scope="module")
-def http(backend: LocalBackend) -> Iterator[TestClient]:
-    with client(backend) as opened:
-        yield opened
 
 
 def test_explain_says_what_explain_says(http: TestClient, artifact: Path) -> None:

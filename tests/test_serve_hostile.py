@@ -2,14 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serve_run import PAIR, client, events_of, tiny_artifact
+from serve_run import PAIR, client, events_of
 from starlette.testclient import TestClient
 
 from gavamoe.errors import InputError
@@ -18,19 +17,6 @@ from gavamoe.serving.router import Pair
 from gavamoe.serving.security import ApiKeys, page_policy
 from gavamoe.serving.settings import ServeArgs, hash_key
 from gavamoe.serving.writer import TextRequest
-
-
-@pytest.fixture(scope="module")
-def backend() -> Iterator[LocalBackend]:
-    loaded = LocalBackend.load(ServeArgs(run=str(tiny_artifact())))
-    yield loaded
-    loaded.writer.engine.close()
-
-
-@pytest.fixture(scope="module")
-def http(backend: LocalBackend) -> Iterator[TestClient]:
-    with client(backend) as opened:
-        yield opened
 
 
 def test_text_from_users_is_text(http: TestClient, backend: LocalBackend) -> None:

@@ -209,10 +209,12 @@ def test_an_ended_driver_loses_nothing(signal_number: int, tiny_dataset: Path, t
 
 
 @pytest.mark.slow
-def test_trials_of_several_workers_run_ray_train_and_are_not_pruned(tiny_dataset: Path, tmp_path: Path) -> None:
+def test_trials_of_several_workers_are_stopped_too_and_leave_room(tiny_dataset: Path, tmp_path: Path) -> None:
     """In its own process, for such a search starts Ray with the dashboard."""
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"stage1": STAGE1, "runtime": {"workers": 2}}))
-    rates = {"stage1.learning_rate": {"type": "choice", "values": [0.01, 1.0e-9]}}
+    (tmp_path / "config.yaml").write_text(
+        yaml.safe_dump({"stage1": STAGE1 | {"epochs": 30}, "runtime": {"workers": 2}})
+    )
+    rates = {"stage1.learning_rate": {"type": "choice", "values": [0.005, 1.0e-9, 0.01]}}
     space = write_space(tmp_path, parameters=rates, pruning={"grace": 30, "reduction": 2})
     command = [
         sys.executable, "-c", "from gavamoe.cli import main; main()", "tune", str(space), str(tmp_path / "config.yaml"),
@@ -220,5 +222,7 @@ def test_trials_of_several_workers_run_ray_train_and_are_not_pruned(tiny_dataset
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr
-    assert "pruning is off for this search" in done.stderr
-    assert [trial["state"] for trial in json.loads(done.stdout)["trials"]] == ["complete", "complete"]
+    trials = json.loads(done.stdout)["trials"]
+    assert [trial["state"] for trial in trials] == ["complete", "pruned", "complete"]
+    assert trials[1]["reason"].endswith("of its way: others did better there")
+    assert not (tmp_path / "search" / "trials" / "0001" / "stop").exists()

@@ -89,8 +89,7 @@ def run_service(args: ServeArgs, *, host: str, port: int, metrics_port: int, say
         RunError: the service did not come up.
     """
     _check_port(host, port)
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    prepare_environment()
     import ray
     from ray import serve
 
@@ -119,6 +118,12 @@ def run_service(args: ServeArgs, *, host: str, port: int, metrics_port: int, say
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def prepare_environment() -> None:
+    """Settings that Ray reads when it is imported or started, and that replicas inherit; what is set already stays."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def update_service(args: ServeArgs, *, say: Callable[[str], None]) -> None:
