@@ -149,7 +149,9 @@ def _write_plots(out: Path, study: Study, space: Space, complete: Sequence[Recor
         warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator", category=UserWarning)
         for name, draw in _wanted_plots(study, space, complete).items():
             draw()
-            _shorten_labels(plt.gcf(), list(space.parameters))
+            _make_readable(plt.gcf(), list(space.parameters))
+            if name == "parallel_coordinates":
+                plt.gcf().set_figwidth(2 + 1.8 * len(space.parameters))
             plt.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
             plt.close("all")
 
@@ -177,7 +179,9 @@ def _wanted_plots(study: Study, space: Space, complete: Sequence[Record]) -> dic
         names = [f"{measure.label} {measure.arrow}" for measure in space.objectives]
         wanted["pareto"] = lambda: plots.plot_pareto_front(study.study, target_names=names)
     if not several and any(record.steps for record in study.records):
-        wanted["curves"] = lambda: plots.plot_intermediate_values(study.study)
+        wanted["curves"] = lambda: plots.plot_intermediate_values(study.study).set(
+            title="Early stopping", xlabel="% of its stage's way", ylabel=title
+        )
     return wanted
 
 
@@ -187,9 +191,15 @@ def _low_is_good(measure: Measure) -> Callable[[Any], float]:
     return lambda trial: sign * float(trial.values[0])
 
 
-def _shorten_labels(figure: Any, names: Sequence[str]) -> None:
-    """Full field paths run into each other below the axes."""
+def _make_readable(figure: Any, names: Sequence[str]) -> None:
+    """Full field paths run into each other below the axes, and so do the minor ticks of a log scale."""
+    from matplotlib.ticker import NullFormatter
+
     for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = axis.get_view_interval()
+            if axis.get_scale() == "log" and high > 10 * low:
+                axis.set_minor_formatter(NullFormatter())
         if axes.get_xlabel() in names:
             axes.set_xlabel(short_name(axes.get_xlabel(), names))
         ticks = axes.get_xticklabels()

@@ -7,6 +7,7 @@ States: complete (all seeds measured), pruned (stopped early, with the values on
 running. Draws that were not worth a trial (repeated, or refused by the config) are failed ones with `draw` set.
 """
 
+import random
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ class Study:
             fixed: the config's values by path, for conditions and constraints on fields that are not searched.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._space, self._fixed = space, fixed
+        self._space, self._fixed, self._seed = space, fixed, seed
         self._points = space.points(fixed)
         self._names = [measure.name for measure in space.objectives]
         directions = [
@@ -112,8 +113,10 @@ class Study:
         return None
 
     def _queue_untried(self, accept: Callable[[Values], str | None]) -> bool:
-        """Make the next draw one of the points that were not tried; False when there is none."""
-        for values in self._points or []:
+        """Make the next draw one of the points that were not tried, any of them; False when there is none."""
+        points = self._points or []
+        # The first in order would walk along one edge of the space.
+        for values in random.Random(self._seed + len(self.study.trials)).sample(points, len(points)):
             if self._repeated(values) is None and accept(values) is None:
                 self.study.enqueue_trial(values)
                 return True

@@ -123,7 +123,12 @@ def print_search(result: SearchResult, *, as_json: bool) -> None:
         print_json(search_json(result))
     heads, rows = table_rows(result.records, result.space)
     if rows:
-        fitting = _fitting(heads, rows, len(result.space.parameters) + len(result.space.objectives) + 1)
+        parameters, objectives = len(result.space.parameters), len(result.space.objectives)
+        # What was searched for comes first: a narrow terminal cuts columns off at the right.
+        order = [0, *range(1 + parameters, 1 + parameters + objectives), *range(1, 1 + parameters)]
+        order += range(len(order), len(heads))
+        heads, rows = [heads[at] for at in order], [[row[at] for at in order] for row in rows]
+        fitting = _fitting(heads, rows, 1 + objectives)
         title = "Trials on the validation split"
         if fitting < len(heads):
             title += f" (all {len(heads)} columns: {result.folder / TABLE_FILE})"
@@ -145,7 +150,8 @@ def print_search(result: SearchResult, *, as_json: bool) -> None:
     if result.test is not None:
         _print_test(result.test)
     if result.best is not None:
-        console.print(f"best: trial {result.best.number}, {result.folder / 'best.yaml'}", markup=False, soft_wrap=True)
+        console.print(f"best: {trial_line(result.best, result.space)}", markup=False, soft_wrap=True)
+        console.print(f"its config: {result.folder / 'best.yaml'}", markup=False, soft_wrap=True)
     console.print(f"study: optuna-dashboard {storage_url(result.folder)}", markup=False, soft_wrap=True)
     if result.interrupted:
         console.print("interrupted; --resume goes on where it was", markup=False)

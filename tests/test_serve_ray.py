@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import httpx
 import psutil
 import pytest
+import test_serve_hostile as hostile
 from serve_run import tiny_artifact
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 LONG = {"temperature": 5.0, "max_new_tokens": 128}
 """Texts that hardly ever end early."""
+ENDLESS = LONG | {"max_new_tokens": 512}
 
 
 @dataclass
@@ -79,7 +82,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     settings.write_text(
         "generator: {slots: 16, max_waiting: 40, stuck_after_s: 5}\n"
         "generator_scaling: {min_replicas: 2, max_replicas: 2, num_cpus: 0.5}\n"
-        "limits: {request_timeout_s: 60, max_in_flight: 60}\n"
+        "ingress_scaling: {min_replicas: 2, max_replicas: 2, num_cpus: 0.25}\n"
+        "limits: {request_timeout_s: 60, max_in_flight: 60, max_new_tokens: 512}\n"
     )
     port, metrics_port, log = free_port(), free_port(), work / "log"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
@@ -155,6 +159,23 @@ def test_no_request_fails_when_a_generator_is_killed(service: Service) -> None:
     service.wait_for_replicas("Generator", without=victim.pid)
 
 
+def test_a_killed_ingress_takes_no_more_with_it_than_it_had(service: Service) -> None:
+    """Ray's proxy does not ask again; what the replica was working on is lost, all else is answered by the other."""
+    victim = service.replicas("Ingress")[0]
+
+    async def kill(done: Callable[[], int]) -> None:
+        while done() < 200:
+            await asyncio.sleep(0.05)
+        victim.kill()
+
+    statuses = asyncio.run(load(service, 1000, 32, during=kill))
+    print("ingress killed:", statuses)
+    assert statuses.total() == 1000
+    assert set(statuses) <= {200, 500, 503}
+    assert statuses[200] >= 1000 - 32
+    service.wait_for_replicas("Ingress", without=victim.pid)
+
+
 def test_a_killed_router_is_waited_for_or_said_to_be_away(service: Service) -> None:
     victim = service.replicas("ClusterRouter")[0]
 
@@ -209,7 +230,7 @@ def test_what_is_too_much_is_turned_away_at_once(service: Service) -> None:
                     hints.add(response.headers.get("Retry-After"))
 
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            await asyncio.gather(*[ask(session, number) for number in range(150)])
+            await asyncio.gather(*[ask(session, number) for number in range(300)])
         return statuses, hints
 
     statuses, hints = asyncio.run(flood())
@@ -217,6 +238,43 @@ def test_what_is_too_much_is_turned_away_at_once(service: Service) -> None:
     assert statuses[200] >= 60
     assert hints == {"1"}
     assert asyncio.run(load(service, 10, 2)) == {200: 10}, "and then it answers again"
+
+
+def test_clients_that_go_away_free_their_rows(service: Service) -> None:
+    """The generators have room for 2 x 56 texts: 80 more are admitted only once the first 80 are gone."""
+
+    async def fill(then: Callable[[], Awaitable[None]] | None = None) -> Counter[int]:
+        """Statuses of 80 endless streams, whose clients go away when all have begun and `then` is done."""
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            bodies = [pair(number) | ENDLESS | {"stream": True, "seed": number} for number in range(80)]
+            answers = await asyncio.gather(*[session.post(service.url + "/v1/explain", json=body) for body in bodies])
+            if then is not None:
+                await then()
+            for answer in answers:
+                answer.close()
+        return Counter(answer.status for answer in answers)
+
+    async def too_many() -> None:
+        assert (await fill())[429] > 20, "the first 80 fill most of the room"
+
+    assert asyncio.run(fill(too_many)) == {200: 80}
+    for _ in range(5):  # written to their end, the texts would take longer than that
+        time.sleep(1)
+        again = asyncio.run(fill())
+        if again == {200: 80}:
+            break
+    assert again == {200: 80}
+
+
+def test_hostile_requests_through_the_proxy(service: Service) -> None:
+    """The thousand of test_serve_hostile, and no replica dies of them."""
+    before = [replica.pid for part in ("Ingress", "ClusterRouter", "Generator") for replica in service.replicas(part)]
+    with httpx.Client(base_url=service.url, timeout=30) as http:
+        hostile.test_hostile_bodies(http=http)
+        hostile.test_hostile_bytes(http=http)
+        hostile.test_hostile_queries(http=http)
+    after = [replica.pid for part in ("Ingress", "ClusterRouter", "Generator") for replica in service.replicas(part)]
+    assert after == before
 
 
 def test_rolling_update_without_a_failed_request(service: Service, tmp_path: Path) -> None:

@@ -88,7 +88,8 @@ def test_result_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     for part in (
         "2 complete, 1 pruned, 1 failed, 1 running",
         "RunError: collapsed",
-        "best: trial 2, /runs/s/best.yaml",
+        "best: trial 2: ",
+        "its config: /runs/s/best.yaml",
         "trained in full, on the test split",
         "optuna-dashboard sqlite:////runs/s/study.db",
         "--resume",
