@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import httpx
+import httpx2
 import psutil
 import pytest
 import test_serve_hostile as hostile
@@ -269,7 +269,7 @@ def test_clients_that_go_away_free_their_rows(service: Service) -> None:
 def test_hostile_requests_through_the_proxy(service: Service) -> None:
     """The thousand of test_serve_hostile, and no replica dies of them."""
     before = [replica.pid for part in ("Ingress", "ClusterRouter", "Generator") for replica in service.replicas(part)]
-    with httpx.Client(base_url=service.url, timeout=30) as http:
+    with httpx2.Client(base_url=service.url, timeout=30) as http:
         hostile.test_hostile_bodies(http=http)
         hostile.test_hostile_bytes(http=http)
         hostile.test_hostile_queries(http=http)
