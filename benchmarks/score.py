@@ -54,16 +54,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictions", nargs="?", type=Path)
     parser.add_argument("--rows", type=int, default=0, help="default: 3000, or the file's")
+    parser.add_argument("--style", default="both", help="sacrebleu, peter or both")
     options = parser.parse_args()
     if options.predictions:
         candidates, references = from_file(options.predictions, options.rows)
     else:
         candidates, references = made_up(options.rows or 3000)
 
-    from gavamoe.text_metrics import aggregate, intervals, measure
+    from gavamoe.significance import intervals
+    from gavamoe.text_metrics import aggregate, measure
 
     times = {"load and read": time.perf_counter() - START}
-    rows = timed(times, "measure rows", lambda: measure(candidates, references))
+    rows = timed(times, "measure rows", lambda: measure(candidates, references, style=options.style))
     scores = timed(times, "aggregate", lambda: aggregate(rows))
     timed(times, "intervals, 1000 resamples", lambda: intervals(rows))
     total = time.perf_counter() - START

@@ -14,11 +14,12 @@ import typer
 
 from gavamoe import __version__
 from gavamoe.cli_data import data_app
-from gavamoe.cli_options import Json, RunPath, Set, counts_of
+from gavamoe.cli_options import Json, RunPath, ScoreStyle, Set, counts_of
 from gavamoe.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from gavamoe.pipeline import Stage
+    from gavamoe.text_metrics import Style
 
 app = typer.Typer(
     name="gavamoe",
@@ -189,7 +190,11 @@ def evaluate(
     run: RunPath,
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     protocol: Annotated[
-        str | None, typer.Option(help="given: the row's rating and features; predicted: what serving faces.")
+        str | None, typer.Option(help="given: the row's rating and features; predicted: what serving faces; or both.")
+    ] = None,
+    style: ScoreStyle = None,
+    probe_rows: Annotated[
+        int | None, typer.Option(min=0, help="Rows to swap users and gates on; 0: nothing beyond n-grams.")
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="At most this many rows, chosen by the seed.")] = None,
     bertscore_model: Annotated[str | None, typer.Option(help="Hub id or folder; default: not measured.")] = None,
@@ -207,6 +212,8 @@ def evaluate(
             progress=progress,
             split=split,
             protocol=protocol,
+            style=style,
+            probe_rows=probe_rows,
             rows=rows,
             bertscore_model=bertscore_model,
             bertscore_layer=bertscore_layer,
@@ -223,13 +230,17 @@ def score(
     prediction_column: Annotated[str | None, typer.Option(help="Default: prediction or generated.")] = None,
     reference_column: Annotated[str | None, typer.Option(help="Default: reference, explanation or text.")] = None,
     features_column: Annotated[str | None, typer.Option(help="Feature words of each row, for FMR, FCR, DIV.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Another system's texts for the same rows: which differences are chance?")
+    ] = None,
+    style: ScoreStyle = None,
     bertscore_model: Annotated[str | None, typer.Option(help="Hub id or folder; default: not measured.")] = None,
     bertscore_layer: Annotated[int | None, typer.Option(min=1, help="Layer to compare.")] = None,
     json_output: Json = False,
 ) -> None:
     """Score any system's texts through the same metrics."""
     from gavamoe import summary
-    from gavamoe.scoring import score_files
+    from gavamoe.scoring import Reading, score_files
     from gavamoe.terminal import TerminalProgress
 
     with TerminalProgress() as progress:
@@ -237,9 +248,9 @@ def score(
         result = score_files(
             predictions,
             references,
-            prediction_column=prediction_column,
-            reference_column=reference_column,
-            features_column=features_column,
+            against=against,
+            reading=Reading(prediction_column, reference_column, features_column),
+            style=cast("Style", style or "sacrebleu"),  # checked there
             bertscore_model=bertscore_model or "",
             bertscore_layer=bertscore_layer or 0,
             on_progress=progress.count,

@@ -11,6 +11,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print the numbers as one JSO
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a config field, e.g. stage1.beta=0.2")
 ]
+ScoreStyle = Annotated[
+    str | None,
+    typer.Option(
+        "--style",
+        help="BLEU and ROUGE: sacrebleu (and rouge-score; the default), peter (as the PETER line of papers), or both.",
+    ),
+]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `gavamoe train` makes it.")]
 
 

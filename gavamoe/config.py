@@ -217,8 +217,12 @@ class EvaluationConfig(_Model):
 
     rows: Count = 0
     """Rows of the split, chosen by the seed; 0: all."""
-    protocol: Literal["given", "predicted"] = "given"
+    protocol: Literal["given", "predicted", "both"] = "given"
     """given: rating and features of the row (the paper's); predicted: stage 1's rating, the item's usual features."""
+    style: Literal["sacrebleu", "peter", "both"] = "sacrebleu"
+    """Family of BLEU and ROUGE: the libraries sacrebleu and rouge-score, or the PETER line of papers."""
+    probe_rows: Count = 200
+    """Rows whose user is swapped and that are read through every gate, at most; 0: nothing beyond n-grams."""
     bertscore_model: str = ""
     """Hub id or folder of the model for BERTScore; empty: not measured."""
     bertscore_layer: Count = 0

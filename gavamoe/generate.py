@@ -58,6 +58,17 @@ class Explanation:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """N prompts, and what went into them."""
+
+    prompts: list[list[int]]
+    """Token ids."""
+    routes: Routes
+    ratings: list[float | None]
+    features: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class _Writing:
     """What the language model made of one prompt."""
 
@@ -118,6 +129,16 @@ class Explainer:
         """
         if not requests:
             return []
+        asked = self.prepare(requests)
+        routes = asked.routes
+        written = self._write(asked.prompts, routes.cluster, generation, seed, on_progress)
+        return [
+            self._explanation(request, written[row], routes, row, asked.ratings[row], asked.features[row])
+            for row, request in enumerate(requests)
+        ]
+
+    def prepare(self, requests: Sequence[ExplanationRequest]) -> Prepared:
+        """What the model reads for N requests; raises as `explain` does."""
         users = np.array([request.user for request in requests], dtype=np.int64)
         items = np.array([request.item for request in requests], dtype=np.int64)
         routes = route_pairs(self.vae_gmm, users, items, device=self.device)
@@ -125,11 +146,7 @@ class Explainer:
         features = [self._features(request) for request in requests]
         titles = [self.catalog.item_title(request.item) for request in requests]
         prompts = self.builder.prompts(PromptColumns(users.tolist(), items.tolist(), ratings, features, titles))
-        written = self._write(prompts, routes.cluster, generation, seed, on_progress)
-        return [
-            self._explanation(request, written[row], routes, row, ratings[row], features[row])
-            for row, request in enumerate(requests)
-        ]
+        return Prepared(prompts, routes, ratings, features)
 
     def _rating(self, request: ExplanationRequest, predicted: float) -> float | None:
         scale = self.spec.scale

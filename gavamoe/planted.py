@@ -3,12 +3,14 @@
 Shapes: N rows, U users.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gavamoe import grammar
 from gavamoe.dataset import Dataset, Truth
 from gavamoe.metrics import FeatureMatcher
 
@@ -25,6 +27,17 @@ def sentiment_agreement(texts: Sequence[str], ratings: np.ndarray, truth: Truth)
         named = {name for name, matcher in matchers.items() if matcher.find(texts[i])}
         agreeing += named == {truth.sentiment_of(float(ratings[i]))}
     return 100 * agreeing / len(rated) if rated else None
+
+
+def style_of(text: str) -> int | None:
+    """Which group's sentiment words a text has: the group whose style it is in; None for none's, or two groups'."""
+    named = [group for group, matcher in enumerate(_style_words()) if matcher.find(text)]
+    return named[0] if len(named) == 1 else None
+
+
+@functools.cache
+def _style_words() -> list[FeatureMatcher]:
+    return [FeatureMatcher([*style.positive, *style.neutral, *style.negative]) for style in grammar.STYLES]
 
 
 def recovered(

@@ -8,14 +8,17 @@ import csv
 import difflib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gavamoe.bertscore import BertScore, bert_score
 from gavamoe.errors import InputError
-from gavamoe.text_metrics import aggregate, bert_score, count, intervals, measure
+from gavamoe.significance import RESAMPLES, compare, intervals
+from gavamoe.text_metrics import RowStatistics, Style, aggregate, count, measure
 
 PREDICTION_COLUMNS = ("prediction", "generated")
 REFERENCE_COLUMNS = ("reference", "explanation", "text")
@@ -25,16 +28,37 @@ Columns = dict[str, list[Any]]
 _LONGEST_FIELD = 2**27
 
 
+@dataclass(frozen=True)
+class _Pairs:
+    """One system's texts and what they are scored against, row by row."""
+
+    path: Path
+    said: list[str]
+    source: Path
+    meant: list[str]
+    features: list[list[str]] | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which columns of the files hold what; None: by the usual names."""
+
+    prediction: str | None = None
+    reference: str | None = None
+    features: str | None = None
+    """Of either table, lists or words split at commas; the scores then have FMR, FCR and DIV."""
+
+
 def score_files(
     predictions: Path,
     references: Path | None = None,
     *,
-    prediction_column: str | None = None,
-    reference_column: str | None = None,
-    features_column: str | None = None,
+    against: Path | None = None,
+    reading: Reading | None = None,
+    style: Style = "sacrebleu",
     bertscore_model: str = "",
     bertscore_layer: int = 0,
-    resamples: int = 1000,
+    resamples: int = RESAMPLES,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -42,42 +66,91 @@ def score_files(
 
     Args:
         references: None or the same path: `predictions` is one table with both columns.
-        prediction_column, reference_column: default: `prediction` or `generated`; `reference`, `explanation` or
-            `text`; or the only column. Ignored in plain text files, which have none.
-        features_column: of either table, lists or words split at commas; the scores then have FMR, FCR and DIV.
+        against: another system's texts for the same rows; the result then says which differences are chance.
+        reading: default: columns `prediction` or `generated`; `reference`, `explanation` or `text`; or the only column.
+            Plain text files have none.
+        style: which family of BLEU and ROUGE.
         resamples: of the bootstrap intervals; 0: none.
 
     Returns:
-        {"predictions", "references", "counts", "metrics", "intervals", "bertscore"}, all JSON-safe.
+        {"predictions", "references", "style", "counts", "metrics", "intervals", "bertscore", "against"}, JSON-safe;
+        "against" is None or {"predictions", "counts", "metrics", "differences": by name as `significance.compare`}.
 
     Raises:
         InputError: a file is missing, empty or broken, a column is unknown, or the row counts differ.
     """
-    predictions = Path(predictions)
-    source = predictions if references is None else Path(references)
-    said_table = read_columns(predictions)
-    meant_table = said_table if _same(predictions, source) else read_columns(source)
-    said = _texts(said_table, _pick(said_table, prediction_column, PREDICTION_COLUMNS, predictions), predictions)
-    meant = _texts(meant_table, _pick(meant_table, reference_column, REFERENCE_COLUMNS, source), source)
+    reading = reading or Reading()
+    pairs = [_read_pairs(Path(predictions), references, reading)]
+    if against is not None:
+        pairs.append(_read_rival(Path(against), references, reading, pairs[0]))
+    bert = _bert_scores(pairs, bertscore_model, bertscore_layer, seed)
+    measured = [
+        measure(
+            each.said, each.meant, style=style, features=pairs[0].features, bertscore=scored, on_progress=on_progress
+        )
+        for each, scored in zip(pairs, bert, strict=True)
+    ]
+    return {
+        "predictions": str(pairs[0].path),
+        "references": str(pairs[0].source),
+        "style": style,
+        **_scored(measured[0]),
+        "intervals": intervals(measured[0], resamples=resamples, seed=seed) if resamples else {},
+        "bertscore": bert[0].described() if bert[0] else None,
+        "against": None
+        if against is None
+        else {
+            "predictions": str(pairs[1].path),
+            **_scored(measured[1]),
+            "differences": compare(*measured, resamples=max(resamples, 1), seed=seed),
+        },
+    }
+
+
+def _scored(rows: RowStatistics) -> dict[str, Any]:
+    return {"counts": count(rows), "metrics": aggregate(rows)}
+
+
+def _bert_scores(pairs: Sequence[_Pairs], model: str, layer: int, seed: int) -> list[BertScore | None]:
+    """One call for all systems: bert-score encodes a text that occurs twice only once."""
+    if not model:
+        return [None] * len(pairs)
+    size = len(pairs[0].said)
+    said, meant = ([text for each in pairs for text in getattr(each, name)] for name in ("said", "meant"))
+    together = bert_score(said, meant, model, layer, seed=seed)
+    return [together.rows(slice(start, start + size)) for start in range(0, len(said), size)]
+
+
+def _read_pairs(path: Path, references: Path | None, reading: Reading) -> _Pairs:
+    source = path if references is None else Path(references)
+    said_table = read_columns(path)
+    meant_table = said_table if _same(path, source) else read_columns(source)
+    said = _texts(said_table, _pick(said_table, reading.prediction, PREDICTION_COLUMNS, path), path)
+    meant = _texts(meant_table, _pick(meant_table, reading.reference, REFERENCE_COLUMNS, source), source)
     if len(said) != len(meant):
         raise InputError(
-            f"{predictions} has {len(said)} rows, {source} has {len(meant)}; they must pair up row by row"
+            f"{path} has {len(said)} rows, {source} has {len(meant)}; they must pair up row by row"
             " (in text files every line is a row, empty lines too)"
         )
     features = None
-    if features_column is not None:
-        holder, path = (said_table, predictions) if features_column in said_table else (meant_table, source)
-        features = _features(holder, _pick(holder, features_column, (), path), path)
-    bert = bert_score(said, meant, bertscore_model, bertscore_layer) if bertscore_model else None
-    rows = measure(said, meant, features=features, bertscore=bert, on_progress=on_progress)
-    return {
-        "predictions": str(predictions),
-        "references": str(source),
-        "counts": count(rows),
-        "metrics": aggregate(rows),
-        "intervals": intervals(rows, resamples=resamples, seed=seed) if resamples else {},
-        "bertscore": {"model": bert.model, "layer": bert.layer} if bert else None,
-    }
+    if reading.features is not None:
+        holder, owner = (said_table, path) if reading.features in said_table else (meant_table, source)
+        features = _features(holder, _pick(holder, reading.features, (), owner), owner)
+    return _Pairs(path, said, source, meant, features)
+
+
+def _read_rival(path: Path, references: Path | None, reading: Reading, first: _Pairs) -> _Pairs:
+    """Another system's texts for the rows of `first`; references of its own must be the same ones."""
+    table = read_columns(path)
+    own = references is None and any(name in table for name in (reading.reference, *REFERENCE_COLUMNS))
+    said = _texts(table, _pick(table, reading.prediction, PREDICTION_COLUMNS, path), path)
+    meant = _texts(table, _pick(table, reading.reference, REFERENCE_COLUMNS, path), path) if own else first.meant
+    if len(said) != len(first.said):
+        raise InputError(f"{path} has {len(said)} rows, {first.path} has {len(first.said)}; compare the same rows")
+    for row, (one, other) in enumerate(zip(meant, first.meant, strict=True), start=1):
+        if one != other:
+            raise InputError(f"{path}, row {row}: another reference than in {first.source}; compare the same rows")
+    return _Pairs(path, said, first.source, first.meant, first.features)
 
 
 def read_columns(path: Path) -> Columns:

@@ -8,10 +8,11 @@ from typing import Any
 import pyarrow.parquet as pq
 from rich.markup import escape
 
+from gavamoe.beyond import BEYOND
 from gavamoe.catalog import Catalog
 from gavamoe.describe import Description
 from gavamoe.files import read_json
-from gavamoe.metrics import METRICS
+from gavamoe.metrics import METRICS, Metric
 from gavamoe.pipeline import Run
 from gavamoe.reviews import PrepareSummary
 from gavamoe.terminal import console, print_json, print_table
@@ -63,6 +64,7 @@ def print_evaluation(metrics: dict[str, Any], run_dir: Path, *, as_json: bool) -
     if as_json:
         print_json(metrics)
     _print_scores(metrics, run_dir)
+    _print_beyond(metrics)
     console.print(f"report: {run_dir / 'report.html'}", markup=False, soft_wrap=True)
 
 
@@ -73,13 +75,37 @@ def print_scores(result: dict[str, Any], *, as_json: bool) -> None:
     counts = result["counts"]
     title = f"{counts['rows']:,} rows, {counts['empty_generations']:,} of them without a generated text"
     rows = [
-        (f"{METRICS[name].label} {METRICS[name].arrow}", value, METRICS[name].unit)
+        (_label(METRICS[name]), value, _span(result["intervals"].get(name)), METRICS[name].unit)
         for name, value in result["metrics"].items()
         if value is not None
     ]
-    print_table(title, ["metric", "value", "unit"], rows)
+    print_table(title, ["metric", "value", "95 % of row samples", "unit"], rows)
+    if result["against"]:
+        _print_differences(result)
     if result["bertscore"]:
         console.print(f"BERTScore: {result['bertscore']}", markup=False)
+
+
+def _print_differences(result: dict[str, Any]) -> None:
+    """Two systems side by side, and whether their difference is more than chance."""
+    other = result["against"]
+    rows = []
+    for name, ours in result["metrics"].items():
+        found = other["differences"].get(name)
+        cells = (found["difference"], _span(found["interval"]), f"{found['p']:.3f}") if found else (None, "", "")
+        if ours is not None:
+            rows.append((_label(METRICS[name]), ours, other["metrics"][name], *cells))
+    title = f"{result['predictions']} against {other['predictions']}"
+    print_table(title, ["metric", "first", "second", "difference", "95 % interval", "p"], rows)
+    console.print("p: approximate randomisation over rows, two-sided; it knows nothing of training seeds", markup=False)
+
+
+def _label(metric: Metric) -> str:
+    return f"{metric.label} {metric.arrow}"
+
+
+def _span(interval: list[float] | None) -> str:
+    return f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else ""
 
 
 def print_clusters(run: Run, *, as_json: bool) -> None:
@@ -216,14 +242,35 @@ def _print_unknown(user_known: bool, item_known: bool) -> None:
 
 def _print_scores(metrics: dict[str, Any], run_dir: Path) -> None:
     constant = metrics["baselines"]["constant"]["metrics"]
-    rows = [
-        (f"{METRICS[name].label} {METRICS[name].arrow}", value, constant.get(name))
-        for name, value in metrics["metrics"].items()
-        if value is not None
+    names = [name for name, value in metrics["metrics"].items() if value is not None]
+    rows: list[tuple[object, ...]] = [
+        (_label(METRICS[name]), metrics["metrics"][name], constant.get(name)) for name in names
     ]
     title = f"{run_dir}: {metrics['rows']:,} rows of {metrics['split']}, rating and features {metrics['protocol']}"
-    print_table(title, ["metric", "ours", "constant text"], rows)
+    if metrics["predicted"]:
+        other = metrics["predicted"]["metrics"]
+        rows = [(*row[:2], other[name], row[2]) for name, row in zip(names, rows, strict=True)]
+        print_table(title + " and predicted", ["metric", metrics["protocol"], "predicted", "constant text"], rows)
+    else:
+        print_table(title, ["metric", "ours", "constant text"], rows)
     _print_truth(metrics)
+
+
+def _print_beyond(metrics: dict[str, Any]) -> None:
+    """What n-gram scores hide, with each protocol's own column where both were evaluated."""
+    sections = {metrics["protocol"]: metrics["beyond"]}
+    if metrics["predicted"]:
+        sections["predicted"] = metrics["predicted"]["beyond"]
+    if not all(sections.values()):
+        return
+    rows = []
+    for name, metric in BEYOND.items():
+        found = [section["scores"][name] for section in sections.values()]
+        if found[0] is not None:
+            cells = [cell for each in found for cell in (each["value"], _span(each["interval"]))]
+            rows.append((_label(metric), *cells, found[0]["references"], found[0]["chance"], metric.unit))
+    columns = [cell for protocol in sections for cell in (protocol, "95 %")]
+    print_table("Beyond n-grams", ["", *columns, "references", "chance", ""], rows)
 
 
 def _print_truth(metrics: dict[str, Any]) -> None:

@@ -182,7 +182,9 @@ class _Seed:
 
         explainer = Explainer.load(stage2, device=_device(self._config))
         data = open_dataset(self._job.dataset)
-        return text_values(evaluate(explainer, data, self._config, split="valid").metrics)
+        # Nothing beyond the registry's scores: a trial has no use for it, and it runs the model again.
+        quick = override_config(self._config, ["evaluation.probe_rows=0"])
+        return text_values(evaluate(explainer, data, quick, split="valid").metrics)
 
     def _run(self, loop: Callable[..., Any], name: str, out: Path, extra: Mapping[str, Path]) -> None:
         """Run one stage's loop here, or on Ray Train workers; a killed attempt's last checkpoint is gone on from."""

@@ -9,18 +9,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from gavamoe.bertscore import BertScore
 from gavamoe.checkpoint import read_manifest, write_manifest
 from gavamoe.config import GenerationConfig, RunConfig, dump_config, parse_config
 from gavamoe.dataset import Dataset, PairArrays, open_dataset
 from gavamoe.dataset_writer import DatasetWriter, Rows
 from gavamoe.errors import InputError
-from gavamoe.evaluate import evaluate, evaluate_run, sparsity_thirds
+from gavamoe.evaluate import evaluate, evaluate_run
+from gavamoe.evaluation_rows import sparsity_thirds
 from gavamoe.files import write_json
 from gavamoe.generate import Explainer, Explanation
 from gavamoe.planted import sentiment_agreement
 from gavamoe.prompts import ExplanationRequest
 from gavamoe.simple_baselines import bias_model, most_frequent_text
-from gavamoe.text_metrics import BertScore
 
 
 class FakeExplainer:
@@ -60,14 +61,15 @@ class FakeExplainer:
 
 
 def config(**evaluation: object) -> RunConfig:
-    return parse_config({"evaluation": evaluation}, "test")
+    """Without the section "beyond", unless `probe_rows` asks for it."""
+    return parse_config({"evaluation": {"probe_rows": 0} | evaluation}, "test")
 
 
 def parrot(dataset: Dataset, split: str = "test") -> Callable[[ExplanationRequest], str]:
-    """Says the reference of the request's pair."""
+    """Says the reference of the request's pair; nothing for other pairs."""
     table = dataset.table(split, ["user", "item", "text"]).to_pydict()
     known = {(u, i): text for u, i, text in zip(table["user"], table["item"], table["text"], strict=True)}
-    return lambda request: known[request.user, request.item]
+    return lambda request: known.get((request.user, request.item), "")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def test_saying_the_references_is_perfect(planted: Dataset) -> None:
 def test_bertscore_is_asked_once_for_both_systems(planted: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[list[str], list[str], str, int]] = []
 
-    def score(candidates: list[str], references: list[str], model: str, layer: int) -> BertScore:
+    def score(candidates: list[str], references: list[str], model: str, layer: int, *, seed: int) -> BertScore:
         calls.append((candidates, references, model, layer))
         ours = np.arange(len(candidates)) < len(candidates) / 2
         return BertScore(np.where(ours, 0.9, 0.2)[:, None].repeat(3, axis=1), model, 4)
@@ -107,7 +109,7 @@ def test_bertscore_is_asked_once_for_both_systems(planted: Dataset, monkeypatch:
     assert candidates == ["x"] * 6 + [metrics["baselines"]["constant"]["text"]] * 6
     assert references[:6] == references[6:]
     assert (model, layer) == ("some/model", 4)
-    assert metrics["bertscore"] == {"model": "some/model", "layer": 4}
+    assert metrics["bertscore"] == {"model": "some/model", "layer": 4, "floor": None, "floor_pairs": 0}
     assert metrics["metrics"]["bertscore_f"] == pytest.approx(0.9)
     assert metrics["baselines"]["constant"]["metrics"]["bertscore_f"] == pytest.approx(0.2)
     assert "BERTScore" not in {gap["what"] for gap in metrics["not_measured"]}
@@ -148,7 +150,7 @@ def test_given_shows_the_row_and_predicted_shows_nothing(planted: Dataset) -> No
 
 def test_a_subset_is_drawn_by_the_seed_and_keeps_the_order(planted: Dataset) -> None:
     def drawn(seed: int) -> list[int]:
-        chosen = parse_config({"seed": seed, "evaluation": {"rows": 20}}, "test")
+        chosen = parse_config({"seed": seed, "evaluation": {"rows": 20, "probe_rows": 0}}, "test")
         return evaluate(FakeExplainer(planted, lambda _: "x"), planted, chosen).generations["row"].to_pylist()
 
     one = drawn(1)
@@ -226,9 +228,9 @@ def test_implicit_data_without_features(tmp_path: Path) -> None:
     metrics = result.metrics
     json.dumps(metrics, allow_nan=False)
     assert metrics["metrics"]["bleu_4"] == pytest.approx(100.0)
-    assert {name for name, value in metrics["metrics"].items() if value is None} == {
-        *("bertscore_p", "bertscore_r", "bertscore_f", "fmr", "fcr", "div", "rmse", "mae")
-    }
+    missing = {name for name, value in metrics["metrics"].items() if value is None}
+    assert {"bertscore_f", "fmr", "fcr", "div", "rmse", "mae", "peter_bleu_4", "distinct_1_at_1000"} <= missing
+    assert not {"bleu_1", "bleu_4", "rouge_1", "rouge_l", "distinct_1", "usr"} & missing
     assert metrics["planted"] is None
     assert metrics["baselines"]["ratings"] is None
     missing = {gap["what"] for gap in metrics["not_measured"]}
@@ -275,6 +277,7 @@ def make_run(folder: Path, dataset: Dataset, settings: RunConfig | None = None) 
 @pytest.fixture
 def run(tmp_path: Path, planted: Dataset, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(Explainer, "load", lambda folder, device="cpu": FakeExplainer(planted, parrot(planted)))
+    monkeypatch.setattr("gavamoe.gate_use.measure_gates", lambda *_: None)  # the fake has no gates
     return make_run(tmp_path / "run", planted)
 
 
@@ -282,6 +285,7 @@ def test_evaluate_run_writes_a_whole_artifact_and_replaces_it(run: Path) -> None
     calls: list[tuple[int, int]] = []
     metrics = evaluate_run(run, rows=7, on_progress=lambda done, total: calls.append((done, total)))
     assert calls == [(7, 7)]
+    assert metrics["beyond"]["gates"] is None
     folder = run / "evaluation"
     assert {path.name for path in folder.iterdir()} == {"metrics.json", "generations.parquet", "artifact.json"}
     assert json.loads((folder / "metrics.json").read_text()) == metrics

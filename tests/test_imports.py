@@ -11,14 +11,17 @@ PACKAGE = ROOT / "gavamoe"
 
 # A module may import only modules that stand before it.
 ORDER = """
-    errors files context config metrics text_metrics scoring
+    errors files context config
+    sequences metrics sacrebleu_style peter_style bertscore text_metrics significance scoring
     vae_gmm moe decoders conversion
-    lexicon texts features catalog dataset dataset_writer describe records jsonlines pickles tables readers splits
+    lexicon texts features catalog dataset dataset_writer mentions copying
+    describe records jsonlines pickles tables readers splits
     intake reviews grammar synthetic simple_baselines
-    checkpoint base_model prompts pairs batches explainer
+    checkpoint base_model prompts pairs batches explainer sentiment
     routes clusters planted row_adam spectral mixture stage1_checks stage1_trainer stage1 generate joint engines
     stage2_setup stage2_artifact stage2
-    evaluate charts run_data report runtime pipeline cluster_sweep terminal summary
+    personalisation gate_use beyond evaluation_rows evaluate
+    charts run_data report runtime pipeline cluster_sweep terminal summary
     tune_metrics tune_space tune_study tune_checks tune_cache tune_data tune_folder tune_trial tune_engine tune_report
     tune tune_summary
     serving.schema serving.settings serving.text_stream serving.sampling serving.kv_cache serving.engine serving.worker
