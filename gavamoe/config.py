@@ -134,6 +134,17 @@ class ExpertsConfig(_Model):
         return self
 
 
+class LoraConfig(_Model):
+    """Low-rank adapters on the attention; the base model's own weights are then frozen."""
+
+    rank: Count = 0
+    """0: none, everything is trained."""
+    alpha: Positive = 16.0
+    """What an adapter adds is scaled by alpha / rank."""
+    dropout: Rate = 0.0
+    """On an adapter's input."""
+
+
 class PromptConfig(_Model):
     """What the language model reads before it writes; never any part of the answer."""
 
@@ -156,6 +167,7 @@ class Stage2Config(_Model):
     """"scratch", a Hugging Face folder, a hub id, a .gguf file, or package:NAME for the one inside a Python package."""
     scratch: ScratchModelConfig = ScratchModelConfig()
     experts: ExpertsConfig = ExpertsConfig()
+    lora: LoraConfig = LoraConfig()
     prompt: PromptConfig = PromptConfig()
     alpha: Share = 0.1
     """Weight of the ELBO in the joint loss (Eq. 13)."""
@@ -196,6 +208,12 @@ class Stage2Config(_Model):
             raise ValueError(f"offload_parameters: needs zero_stage 3, not {self.zero_stage}")
         if self.offload_optimizer and self.zero_stage < 1:
             raise ValueError("offload_optimizer: needs zero_stage 1 or more, not 0")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_needs_weights(self) -> "Stage2Config":
+        if self.lora.rank and self.base_model == "scratch":
+            raise ValueError("lora.rank: would freeze base_model scratch, which has learnt nothing yet; set 0")
         return self
 
 

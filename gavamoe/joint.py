@@ -27,7 +27,8 @@ class JointModel(nn.Module):
     """L = alpha * L_ELBO + (1 - alpha) * L_explanation (Eq. 13), with what each side owns and what they share.
 
     alpha 0 leaves stage 1's own parameters out of training, alpha 1 the explainer's own: they carry no gradient
-    and get into no optimizer (AdamW would decay even parameters without gradients). The embedding tables, stage 1's
+    and get into no optimizer (AdamW would decay even parameters without gradients). Parameters that come frozen, as
+    LoRA leaves the base model's, stay so. The embedding tables, stage 1's
     values in modules that both hold, are trained by whichever loss has weight.
     """
 
@@ -39,7 +40,8 @@ class JointModel(nn.Module):
         for name, parameter in self.named_parameters():
             own = not name.removeprefix(EXPLAINER).startswith(_TABLES)
             idle = VAE_GMM if alpha == 0 else EXPLAINER if alpha == 1 else None
-            parameter.requires_grad_(not (own and idle and name.startswith(idle)))
+            if own and idle and name.startswith(idle):
+                parameter.requires_grad_(False)
 
     def forward(
         self,

@@ -156,6 +156,7 @@ class Training:
             "tokens": progress.tokens,
             "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
             "parameters": self._setup.parameters,
+            "trained_parameters": self._setup.trained,
             "workers": self._context.world_size,
         }
 

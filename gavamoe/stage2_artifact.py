@@ -14,6 +14,7 @@ from gavamoe.config import RunConfig, dump_config
 from gavamoe.files import write_folder, write_json
 from gavamoe.generate import CATALOG_FOLDER, PROMPT_FILE
 from gavamoe.joint import EXPLAINER, VAE_GMM, part_of_state
+from gavamoe.lora import merged_state
 from gavamoe.routes import ROUTES_FILE, write_routes
 from gavamoe.stage2_setup import Setup
 from gavamoe.vae_gmm import VaeGmm
@@ -25,8 +26,11 @@ def write_artifact(
     """Write the folder whole, from the joint model's `state` (on the CPU) rather than from sharded modules."""
     vae_gmm = VaeGmm.from_spec(setup.model.vae_gmm.to_spec())
     vae_gmm.load_state_dict(part_of_state(state, VAE_GMM))
+    explainer_state = part_of_state(state, EXPLAINER)
+    if config.stage2.lora.rank:
+        explainer_state = merged_state(setup.model.explainer, explainer_state)
     with write_folder(out) as folder:
-        setup.model.explainer.save_pretrained(folder, state_dict=part_of_state(state, EXPLAINER))
+        setup.model.explainer.save_pretrained(folder, state_dict=explainer_state)
         setup.tokenizer.save_pretrained(folder)
         save_vae_gmm(folder, vae_gmm)
         setup.data.catalog.save(folder / CATALOG_FOLDER)
@@ -47,10 +51,12 @@ def model_card(config: RunConfig, setup: Setup, metrics: dict[str, Any]) -> str:
         if experts.enabled
         else "dense feed-forward layers, no experts"
     )
+    lora = f" (LoRA of rank {stage2.lora.rank} on attention, merged)" if stage2.lora.rank else ""
     rows = [
         ("base model", stage2.base_model),
         ("blocks", blocks),
         ("parameters", f"{setup.parameters:,}"),
+        ("parameters trained", f"{setup.trained:,}{lora}"),
         ("dataset", f"{meta.source}, {meta.rows['train']:,} training rows, fingerprint {setup.data.fingerprint[:12]}"),
         ("steps", f"{metrics['steps']:,} on {metrics['workers']} workers"),
         ("validation loss (nats per token)", _number(metrics["validation_loss"])),

@@ -18,6 +18,7 @@ from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.explainer import GavamoeForCausalLM, build_explainer
 from gavamoe.joint import JointModel
+from gavamoe.lora import add_lora
 from gavamoe.pairs import PairSource
 from gavamoe.prompts import PromptBuilder, PromptColumns, PromptSpec, RatingScale, template_texts
 from gavamoe.routes import ROUTES_FILE, read_routes
@@ -49,7 +50,9 @@ class Setup:
     pairs: PairSource
     pad: int
     parameters: int
-    """Of explainer and stage 1 together, shared tables once."""
+    """Of explainer and stage 1 together, shared tables once; adapters are not counted, which end merged."""
+    trained: int
+    """Parameters that get into the optimizer, adapters included."""
 
 
 def prepare(config: RunConfig, dataset: Path, stage1: Path) -> Setup:
@@ -64,6 +67,7 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path) -> Setup:
     explainer, tokenizer = _build_explainer(config, data, vae_gmm)
     model = JointModel(explainer, vae_gmm, config.stage2.alpha, bf16=config.stage2.precision == "bf16")
     explainer.calibrate_slots()
+    parameters = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)
     spec = PromptSpec(
         prompt=config.stage2.prompt,
         scale=rating_scale(data),
@@ -86,7 +90,8 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path) -> Setup:
             data, negatives=config.stage1.negatives, unknown_rate=config.stage1.unknown_id_rate, seed=config.seed
         ),
         pad=tokenizer.pad_token_id,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters,
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     )
 
 
@@ -148,6 +153,8 @@ def _build_explainer(
     explainer = build_explainer(
         config, base, vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates
     )
+    if stage2.lora.rank:
+        add_lora(explainer, stage2.lora, config.seed)
     if stage2.gradient_checkpointing:
         explainer.activation_checkpointing_enable()
     return explainer, tokenizer

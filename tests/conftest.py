@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from stage2_runs import Trained
     from starlette.testclient import TestClient
 
     from gavamoe.serving.backend import LocalBackend
@@ -72,3 +73,24 @@ def http(backend: "LocalBackend") -> Iterator["TestClient"]:
 
     with client(backend) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def stage1(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stage 1 trained on the tiny dataset for an epoch or two."""
+    from stage2_runs import tiny
+
+    from gavamoe.context import LocalContext
+    from gavamoe.stage1 import train_stage1
+
+    out = tmp_path_factory.mktemp("stage1") / "stage1"
+    train_stage1(tiny(), tiny_dataset, out, LocalContext())
+    return out
+
+
+@pytest.fixture(scope="session")
+def torch_run(tiny_dataset: Path, stage1: Path, tmp_path_factory: pytest.TempPathFactory) -> "Trained":
+    """A finished stage-2 run of 12 steps on the torch engine, with checkpoints at 6 and 12."""
+    from stage2_runs import Trained, tiny
+
+    return Trained(tiny(), tiny_dataset, stage1, tmp_path_factory.mktemp("torch"))

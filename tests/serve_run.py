@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stage2_runs import tiny
 from starlette.testclient import TestClient
-from test_stage2 import tiny
 
 from gavamoe.context import LocalContext
 from gavamoe.generate import Explainer

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_stage2 import tiny
+from stage2_runs import tiny
 
 from gavamoe.base_model import special_ids
 from gavamoe.config import GenerationConfig

@@ -17,7 +17,7 @@ ORDER = """
     lexicon texts features catalog dataset dataset_writer mentions copying
     describe records jsonlines pickles tables readers splits
     intake reviews grammar synthetic simple_baselines
-    checkpoint base_model prompts pairs batches explainer sentiment
+    checkpoint base_model prompts pairs batches explainer lora sentiment
     routes clusters planted row_adam spectral mixture stage1_checks stage1_trainer stage1 generate joint engines
     stage2_setup stage2_artifact stage2
     personalisation gate_use beyond evaluation_rows evaluate
@@ -30,7 +30,7 @@ ORDER = """
     cli_options cli_data cli
 """.split()
 
-MODELS = {"vae_gmm", "moe", "decoders", "conversion", "explainer", "serving.engine", "serving.kv_cache"}
+MODELS = {"vae_gmm", "moe", "decoders", "conversion", "explainer", "lora", "serving.engine", "serving.kv_cache"}
 KNOW_RAY = {"runtime", "pipeline", "tune_engine", "serving.deployments", "serving.launch"}
 
 
