@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_stage2 import tiny
+from stage2_runs import tiny
 
 from gavamoe.batches import Ragged, TextRows
 from gavamoe.context import LocalContext

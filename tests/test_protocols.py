@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from stage2_runs import tiny
 from test_evaluate import FakeExplainer, config, make_run, parrot
-from test_stage2 import tiny
 
 from gavamoe.config import GenerationConfig
 from gavamoe.context import LocalContext
