@@ -79,3 +79,20 @@ def test_interval_of_a_mean() -> None:
     assert low < values.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
     assert mean_interval(values[:1]) is None
+
+
+def test_p_is_uniform_where_nothing_differs() -> None:
+    """Two systems that draw from one distribution: p below .2 in a fifth of the trials, not more."""
+    random = np.random.default_rng(5)
+    words = ["the", "pool", "was", "cold", "and", "clean"]
+
+    def texts() -> list[str]:
+        return [" ".join(random.choice(words, size=6)) for _ in range(25)]
+
+    found = []
+    for _ in range(100):
+        references = texts()
+        ours, theirs = (measure(texts(), references) for _ in range(2))
+        found.append(compare(ours, theirs, resamples=39)["rouge_l"]["p"])
+    assert 0.08 < np.mean(np.array(found) <= 0.2) < 0.32
+    assert 0.35 < np.mean(found) < 0.65

@@ -207,3 +207,12 @@ def test_sacrebleu_style_equals_the_libraries(pairs: list[tuple[str, str]]) -> N
 def test_unknown_style_is_named() -> None:
     with pytest.raises(InputError, match="style meteor: unknown; known are sacrebleu, peter, both"):
         measure(["a"], ["a"], style="meteor")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["泳池 很 好 的", "Über größe naïve café", "😀 😀 ok 👍🏽", "a\u200bb c\u00a0d e f g"])
+def test_any_script_equals_itself(text: str) -> None:
+    found = scores([text, ""], [text, ""], "both")
+    assert [found["bleu_1"], found["peter_bleu_1"]] == pytest.approx([100.0, 100.0])
+    # The empty pair says nothing right.
+    assert [found["peter_rouge_l"], found["peter_rouge_1"]] == pytest.approx([50.0, 50.0])
+    assert 0 < (found["distinct_1_sentence"] or 0) <= 50
