@@ -27,12 +27,16 @@ class Mentions:
     """Reads features from texts, and knows those of each item."""
 
     def __init__(self, dataset: Dataset, features: set[str]) -> None:
-        """`features`: the dataset's `feature_set`."""
+        """`features`: the dataset's `feature_set`.
+
+        An item has the features of its training rows; in synthetic data, where features are planted, of all rows.
+        """
         self._matcher = FeatureMatcher(features)
         self._of_item: dict[int, set[int]] = {}
-        for batch in dataset.batches("train", ["item", "features"]):
-            for item, named in zip(batch["item"].to_pylist(), batch["features"].to_pylist(), strict=True):
-                self._of_item.setdefault(item, set()).update(self._matcher.ids(named or ()))
+        for split in ("train",) if dataset.truth() is None else tuple(dataset.meta.rows):
+            for batch in dataset.batches(split, ["item", "features"]):
+                for item, named in zip(batch["item"].to_pylist(), batch["features"].to_pylist(), strict=True):
+                    self._of_item.setdefault(item, set()).update(self._matcher.ids(named or ()))
 
     def precision(self, texts: Sequence[str], wanted: Sequence[frozenset[int]]) -> np.ndarray:
         """Share of a text's features that are wanted: (N,) 0 to 1, NaN for a text that names none."""
@@ -49,9 +53,9 @@ class Mentions:
         ]
 
     def mix_ups(self, texts: Sequence[str], items: np.ndarray, features: Sequence[Sequence[str]]) -> np.ndarray:
-        """Whether a text names a feature that only other items have: (N,) 1 or 0, NaN for items without training rows.
+        """Whether a text names a feature that only other items have: (N,) 1 or 0, NaN for items without a known one.
 
-        An item has the features of its training rows; the row's own are right as well.
+        The row's own features are right as well.
         """
         values = np.full(len(texts), np.nan)
         for row, (text, item) in enumerate(zip(texts, items.tolist(), strict=True)):

@@ -112,7 +112,7 @@ def test_feature_measures_by_hand(planted: Dataset) -> None:
 
 def test_mix_ups_by_hand(planted: Dataset) -> None:
     mentions = Mentions(planted, feature_set(planted))
-    train = planted.table("train").to_pylist()
+    train = [row for split in ("train", "valid", "test") for row in planted.table(split).to_pylist()]
     item = train[0]["item"]
     own = {word for row in train if row["item"] == item for word in row["features"]}
     foreign = sorted({word for row in train for word in row["features"]} - own)
