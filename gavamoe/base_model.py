@@ -1,7 +1,7 @@
 """The language model that the explainer starts from, and its tokenizer.
 
-`base_model` is "scratch" (a small LLaMA with a byte-level BPE tokenizer trained on the dataset's texts), a Hugging
-Face folder, a hub id, a .gguf file, or `package:NAME`, the one .gguf file inside an installed Python package.
+`base_model` is "scratch" (a small LLaMA or GPT-2 with a byte-level BPE tokenizer trained on the dataset's texts), a
+Hugging Face folder, a hub id, a .gguf file, or `package:NAME`, the one .gguf file inside an installed Python package.
 Supported architectures: the LLaMA family (`model_type` llama) and GPT-2. Code from a hub is never run.
 """
 
@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -32,7 +34,9 @@ SUPPORTED = ("llama", "gpt2")
 """Architectures by `model_type`; `decoders` has a GaVaMoE form of each."""
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SCRATCH_POSITIONS = 2048
-"""Longest sequence of the scratch model; rotary positions cost no weights."""
+"""Longest sequence of the scratch LLaMA; rotary positions cost no weights."""
+SCRATCH_LEARNED_POSITIONS = 512
+"""The same of the scratch GPT-2, where each one is a row of weights."""
 
 
 def load_base(
@@ -113,22 +117,28 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 def _scratch_model(
     scratch: ScratchModelConfig, vocabulary: int, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=scratch.hidden_size,
-        intermediate_size=scratch.intermediate_size,
-        num_hidden_layers=scratch.layers,
-        num_attention_heads=scratch.heads,
-        max_position_embeddings=SCRATCH_POSITIONS,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+) -> PreTrainedModel:
+    options: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": scratch.hidden_size,
+        "num_hidden_layers": scratch.layers,
+        "num_attention_heads": scratch.heads,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        if scratch.family == "gpt2":
+            # No dropout, as in the LLaMA: the two then differ in architecture alone.
+            dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+            positions = SCRATCH_LEARNED_POSITIONS
+            return GPT2LMHeadModel(
+                GPT2Config(n_inner=scratch.intermediate_size, n_positions=positions, **dropout, **options)
+            )
+        sizes = {"intermediate_size": scratch.intermediate_size, "max_position_embeddings": SCRATCH_POSITIONS}
+        return LlamaForCausalLM(LlamaConfig(**sizes, **options))
 
 
 def _load_pretrained(base_model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

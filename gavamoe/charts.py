@@ -8,6 +8,8 @@ from markupsafe import Markup
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
+ROW_HEIGHT, ROW_LABELS = 22, 150
+"""Of an interval chart: a line's height, and the width that labels get."""
 MAX_POINTS = 240
 COLOURS = 6
 """Series beyond this many share the last colour of the style sheet (.s0 to .s5)."""
@@ -51,14 +53,68 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str = "", ticks
 
 
 @dataclass(frozen=True)
+class Reading:
+    """One line of an interval chart."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    """The same as `value`, both of them, where there is no interval."""
+
+
+def interval_chart(title: str, readings: Sequence[Reading], *, marked: int = 0) -> Markup:
+    """A dot and its interval for each reading, from top to bottom, on one scale; the one at `marked` stands out.
+
+    Returns an empty string without readings.
+    """
+    if not readings:
+        return Markup("")
+    marks = _marks(*_bounds([bound for one in readings for bound in (one.low, one.high)]))
+    scale = _Scale(marks[0], marks[-1], 0.0, 1.0, left=ROW_LABELS)
+    height = ROW_HEIGHT * len(readings) + 24
+    parts = [
+        Markup(
+            '<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="4" y2="{1}"/><text x="{0:.1f}" y="{2}" '
+            'text-anchor="middle">{3}</text>'
+        ).format(scale.x(mark), height - 20, height - 6, _mark(mark))
+        for mark in marks[:: 1 + (len(marks) > 5)]
+    ]
+    for row, one in enumerate(readings):
+        y = ROW_HEIGHT * (row + 0.5) + 4
+        parts.append(
+            Markup(
+                '<text x="{}" y="{:.1f}" class="ty">{}</text><line class="s{c}" x1="{:.1f}" x2="{:.1f}" y1="{y:.1f}" '
+                'y2="{y:.1f}" stroke-width="2"/><g><title>{}</title><circle class="d{c}" cx="{:.1f}" cy="{y:.1f}" '
+                'r="4"/></g>'
+            ).format(
+                ROW_LABELS - 8,
+                y + 4,
+                one.label,
+                scale.x(one.low),
+                scale.x(one.high),
+                f"{one.label}: {one.value:.4g}",
+                scale.x(one.value),
+                c=0 if row == marked else COLOURS - 1,
+                y=y,
+            )
+        )
+    return Markup(
+        '<figure class="chart"><figcaption>{}</figcaption><svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
+        "</figure>"
+    ).format(title, WIDTH, height, title, Markup("").join(parts))
+
+
+@dataclass(frozen=True)
 class _Scale:
     low_x: float
     high_x: float
     low_y: float
     high_y: float
+    left: int = LEFT
 
     def x(self, value: float) -> float:
-        return LEFT + (value - self.low_x) / (self.high_x - self.low_x) * (WIDTH - LEFT - RIGHT)
+        return self.left + (value - self.low_x) / (self.high_x - self.low_x) * (WIDTH - self.left - RIGHT)
 
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.low_y) / (self.high_y - self.low_y) * (HEIGHT - TOP - BOTTOM)

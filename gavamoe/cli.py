@@ -14,6 +14,7 @@ import typer
 
 from gavamoe import __version__
 from gavamoe.cli_data import data_app
+from gavamoe.cli_human import human_app
 from gavamoe.cli_options import Json, RunPath, ScoreStyle, Set, counts_of
 from gavamoe.errors import InputError, RunError
 
@@ -32,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
+app.add_typer(human_app, name="human-eval")
 
 
 def _print_version(wanted: bool) -> None:
@@ -222,6 +224,45 @@ def evaluate(
 
 
 @app.command()
+def ablate(
+    config: Annotated[str, typer.Argument(help="Config of the full system: a file or a preset.")],
+    dataset: Annotated[Path, typer.Option(help="Dataset folder.")],
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the comparison; default runs/ablate-CONFIG-DATASET.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Trainings of each system.")] = 3,
+    only: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Systems: full, base, copy-item, gates-4 ...; default: all.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Start no further run after these; call again.")] = None,
+    overrides: Set = None,
+    json_output: Json = False,
+) -> None:
+    """Compare the full system with its ablations and with systems that copy (Figure 3, Tables 2 and 3), over seeds.
+
+    Every system has the config's budget. Runs that are there are kept: call it again to go on.
+    """
+    from gavamoe import systems_summary
+    from gavamoe.ablate import run_ablation
+    from gavamoe.config import load_config
+    from gavamoe.terminal import TerminalProgress
+
+    folder = run_dir or Path("runs") / f"ablate-{Path(config).stem}-{dataset.resolve().name}"
+    names = [name.strip() for name in only.split(",") if name.strip()] if only else []
+    with TerminalProgress() as progress:
+        comparison = run_ablation(
+            load_config(config, overrides or []),
+            dataset,
+            folder,
+            seeds=seeds,
+            only=names,
+            minutes=minutes,
+            progress=progress,
+        )
+    systems_summary.print_comparison(comparison, folder, as_json=json_output)
+
+
+@app.command()
 def score(
     predictions: Annotated[Path, typer.Argument(help="Text (a line a row), JSONL, CSV or Parquet.")],
     references: Annotated[
@@ -262,12 +303,17 @@ def score(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Evaluated run folders.")],
     out: Annotated[Path | None, typer.Option(help="HTML file; default: report.html in the (first) run folder.")] = None,
+    human: Annotated[Path | None, typer.Option(help="Result file of `gavamoe human-eval import`.")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder for the tables as CSV and the figures as PNG too.")
+    ] = None,
 ) -> None:
-    """Tables and figures of one or more runs, side by side, as one self-contained HTML page."""
+    """Tables and figures of one or more runs, or of an ablation, side by side: one self-contained HTML page."""
     from gavamoe.report import write_report
     from gavamoe.terminal import console
 
-    console.print(f"report: {write_report(runs, out or runs[0] / 'report.html')}", markup=False, soft_wrap=True)
+    written = write_report(runs, out or runs[0] / "report.html", human=human, figures=figures)
+    console.print(f"report: {written}", markup=False, soft_wrap=True)
 
 
 @app.command()

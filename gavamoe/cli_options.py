@@ -57,6 +57,11 @@ def counts_of(text: str) -> list[int]:
     return list(range(int(low), int(high) + 1))
 
 
+def weights_of(text: str) -> tuple[float, float, float]:
+    first, second, third = _numbers("--weights", text, 3, "0.4:0.3:0.3")
+    return first, second, third
+
+
 def _numbers(option: str, text: str, count: int, example: str) -> list[float]:
     try:
         numbers = [float(part) for part in text.split(":")]

@@ -88,8 +88,10 @@ class Stage1Config(_Model):
 
 
 class ScratchModelConfig(_Model):
-    """The small LLaMA, with a tokenizer of its own, that `base_model: scratch` trains from nothing."""
+    """The small model, with a tokenizer of its own, that `base_model: scratch` trains from nothing."""
 
+    family: Literal["llama", "gpt2"] = "llama"
+    """Architecture: LLaMA (rotary positions, SwiGLU) or GPT-2 (learned positions, GELU)."""
     hidden_size: PositiveInt = 192
     layers: PositiveInt = 4
     heads: PositiveInt = 4
@@ -169,6 +171,9 @@ class Stage2Config(_Model):
     experts: ExpertsConfig = ExpertsConfig()
     lora: LoraConfig = LoraConfig()
     prompt: PromptConfig = PromptConfig()
+    routes: Literal["learned", "random", "oracle"] = "learned"
+    """Who picks a pair's gate. learned: stage 1 (Eq. 9). Controls: random, a hash of the pair; oracle, the user's
+    planted group in synthetic data."""
     alpha: Share = 0.1
     """Weight of the ELBO in the joint loss (Eq. 13)."""
     elbo_batch_size: PositiveInt = 256

@@ -27,6 +27,7 @@ from gavamoe.errors import InputError
 from gavamoe.explainer import GavamoeForCausalLM, load_explainer
 from gavamoe.files import read_json
 from gavamoe.prompts import ExplanationRequest, PromptBuilder, PromptColumns, PromptSpec, left_padded
+from gavamoe.route_controls import RouteControl
 from gavamoe.routes import Routes, route_pairs
 from gavamoe.vae_gmm import VaeGmm
 
@@ -87,7 +88,10 @@ class Explainer:
         catalog: Catalog,
         spec: PromptSpec,
         device: str = "cpu",
+        control: RouteControl | None = None,
     ) -> None:
+        """`control` routes in stage 1's place."""
+        self.control = control
         self.model = model.to(device).eval()
         self.tokenizer, self.catalog, self.spec, self.device = tokenizer, catalog, spec, device
         self.vae_gmm = vae_gmm.to(device).eval()
@@ -109,7 +113,13 @@ class Explainer:
                 f"{folder / PROMPT_FILE}: not a prompt description ({error.error_count()} problems)"
             ) from error
         model, tokenizer = load_explainer(folder)
-        return cls(model, tokenizer, load_vae_gmm(folder), Catalog.load(folder / CATALOG_FOLDER), spec, device)
+        catalog, control = Catalog.load(folder / CATALOG_FOLDER), RouteControl.load(folder)
+        return cls(model, tokenizer, load_vae_gmm(folder), catalog, spec, device, control)
+
+    def routes(self, users: np.ndarray, items: np.ndarray) -> Routes:
+        """Where pairs go, by index: (N,) int64 each."""
+        routes = route_pairs(self.vae_gmm, users, items, device=self.device)
+        return routes if self.control is None else self.control.apply(routes, users, items)
 
     def explain(
         self,
@@ -141,7 +151,7 @@ class Explainer:
         """What the model reads for N requests; raises as `explain` does."""
         users = np.array([request.user for request in requests], dtype=np.int64)
         items = np.array([request.item for request in requests], dtype=np.int64)
-        routes = route_pairs(self.vae_gmm, users, items, device=self.device)
+        routes = self.routes(users, items)
         ratings = [self._rating(request, routes.rating[row]) for row, request in enumerate(requests)]
         features = [self._features(request) for request in requests]
         titles = [self.catalog.item_title(request.item) for request in requests]

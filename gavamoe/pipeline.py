@@ -98,7 +98,7 @@ def train_run(
     progress = progress or Silent()
     opened = open_dataset(dataset)
     run_dir = Path(run_dir)
-    _claim(run_dir, config, opened, continuing=resume or stage == "2")
+    claim_run(run_dir, config, opened, continuing=resume or stage == "2")
     wanted = ("1", "2") if stage == "all" else (stage,)
     todo = [number for number in wanted if not _finished(run_dir, number, opened, resume)]
     if todo:
@@ -139,8 +139,12 @@ def quickstart(run_dir: Path, config: RunConfig, *, data_seed: int = 0, progress
     return open_run(run_dir)
 
 
-def _claim(run_dir: Path, config: RunConfig, dataset: Dataset, *, continuing: bool) -> None:
-    """Make `run_dir` this run's, or check that it is."""
+def claim_run(run_dir: Path, config: RunConfig, dataset: Dataset, *, continuing: bool) -> None:
+    """Make `run_dir` this run's, or check that it is.
+
+    Raises:
+        InputError: it holds a run of other settings or data, or any run where `continuing` is False.
+    """
     config_file = run_dir / CONFIG_FILE
     if config_file.is_file():
         if not continuing:

@@ -1,6 +1,7 @@
 """One self-contained HTML page about one or more evaluated runs: `gavamoe report`.
 
-Reads only the run folders (config.yaml, stage*/metrics.json, evaluation/, logs/), never the dataset. The page
+Reads only the run folders (config.yaml, stage*/metrics.json, evaluation/, logs/), comparisons of `gavamoe ablate`
+and results of human evaluations, never the dataset. The page
 holds its own style and its charts as SVG; it loads nothing and runs no script. All text is escaped.
 """
 
@@ -14,11 +15,14 @@ import pyarrow as pa
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from gavamoe.charts import Series, line_chart
+from gavamoe.charts import COLOURS, Series, line_chart
 from gavamoe.errors import InputError
 from gavamoe.files import write_file
+from gavamoe.human_import import HumanResult, read_result
 from gavamoe.metrics import METRICS
-from gavamoe.run_data import RunData, read_run
+from gavamoe.report_figures import SPARSITY, write_figures
+from gavamoe.report_systems import case_study, comparison_section, open_runs
+from gavamoe.run_data import RunData
 
 SAMPLES = 6
 LONGEST_TEXT = 600
@@ -26,12 +30,6 @@ LONGEST_TEXT = 600
 CLUSTER_FEATURES = 5
 
 _TEMPLATE = Path(__file__).with_name("report_template.html.jinja")
-_SPARSITY = {
-    "ds1": "ds1 (most frequent)",
-    "ds2": "ds2",
-    "ds3": "ds3 (least frequent)",
-    "zero_shot": "zero-shot",
-}
 _GROUP_METRICS = ("bleu_4", "rouge_l", "bertscore_f", "usr", "fmr", "rmse")
 _FIRST_CURVES = (
     "loss",
@@ -47,23 +45,41 @@ _FIRST_CURVES = (
 _NOT_CURVES = {"step", "steps", "epoch", "epochs", "rank", "seconds", "time"}
 
 
-def write_report(runs: Sequence[Path], out: Path) -> Path:
+def write_report(runs: Sequence[Path], out: Path, *, human: Path | None = None, figures: Path | None = None) -> Path:
     """Write the page about `runs`, side by side in the order given, to `out`; returns its path.
+
+    Args:
+        runs: run folders, or folders of `gavamoe ablate`, which stand for each system's first seed.
+        human: result file of `gavamoe human-eval import`.
+        figures: folder to write the tables to as CSV and the figures as PNG.
 
     Raises:
         InputError: no run is named, or one has not been evaluated.
     """
     if not runs:
         raise InputError("report: name at least one run folder")
-    data = _distinct_names([read_run(Path(run)) for run in runs])
-    page = render(data)
+    data, folders, comparisons = open_runs([Path(run) for run in runs])
+    page = render(
+        data,
+        comparisons=[comparison_section(comparison) for comparison in comparisons],
+        cases=case_study(data, folders),
+        human=None if human is None else read_result(human),
+    )
+    if figures is not None:
+        write_figures(data, case_study(data, folders), Path(figures))
     out = Path(out)
     with write_file(out) as aside:
         aside.write_text(page, encoding="utf-8")
     return out
 
 
-def render(runs: Sequence[RunData]) -> str:
+def render(
+    runs: Sequence[RunData],
+    *,
+    comparisons: Sequence[dict[str, Any]] = (),
+    cases: Sequence[dict[str, Any]] = (),
+    human: HumanResult | None = None,
+) -> str:
     """The page as HTML."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": _number, "text": _shortened}
@@ -71,6 +87,9 @@ def render(runs: Sequence[RunData]) -> str:
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         runs=runs,
+        comparisons=comparisons,
+        cases=cases,
+        human=human,
         headline=_headline(runs[0]),
         settings=_settings(runs),
         scores=scores,
@@ -87,18 +106,6 @@ def render(runs: Sequence[RunData]) -> str:
         metrics=list(METRICS.values()),
         has_intervals=any(run.metrics["intervals"] for run in runs),
     )
-
-
-def _distinct_names(runs: list[RunData]) -> list[RunData]:
-    """Folders of one name in different places get a number."""
-    names = Counter(run.name for run in runs)
-    seen: Counter[str] = Counter()
-    result = []
-    for run in runs:
-        seen[run.name] += 1
-        name = f"{run.name} ({seen[run.name]})" if names[run.name] > 1 else run.name
-        result.append(RunData(**{**vars(run), "name": name}))
-    return result
 
 
 def _headline(run: RunData) -> list[dict[str, Any]]:
@@ -167,7 +174,7 @@ def _score_table(runs: Sequence[RunData]) -> list[dict[str, Any]]:
                 "value": value,
                 "interval": run.metrics["intervals"].get(metric.name),
                 "constant": run.constant(metric.name),
-                "best": len(runs) > 1 and value == best,
+                "best": len(set(known)) > 1 and value == best,
             }
             for run, value in zip(runs, values, strict=True)
         ]
@@ -219,23 +226,23 @@ def _planted(run: RunData) -> list[tuple[str, str]]:
 def _groups(run: RunData, section: str) -> list[dict[str, Any]]:
     """Rows of the sparsity or cluster table, groups without rows left out."""
     return [
-        {"name": _SPARSITY.get(name, name), "group": group, "scores": group["metrics"]}
+        {"name": SPARSITY.get(name, name), "group": group, "scores": group["metrics"]}
         for name, group in run.metrics[section].items()
         if group["counts"]["rows"]
     ]
 
 
 def _sparsity_chart(runs: Sequence[RunData]) -> Markup:
-    """Figure 4: scores over the sparsity thirds and zero-shot users."""
+    """Figure 4: scores over the sparsity thirds and zero-shot users, of as many runs as there are colours."""
     charts = []
     for name in ("bleu_4", "rouge_l", "bertscore_f", "rmse"):
         series = [
             Series(
                 run.name,
-                list(range(len(_SPARSITY))),
-                [run.metrics["sparsity"][third]["metrics"][name] for third in _SPARSITY],
+                list(range(len(SPARSITY))),
+                [run.metrics["sparsity"][third]["metrics"][name] for third in SPARSITY],
             )
-            for run in runs
+            for run in runs[:COLOURS]
         ]
         metric = METRICS[name]
         charts.append(line_chart(f"{metric.label} {metric.arrow}", series, ticks=["ds1", "ds2", "ds3", "zero-shot"]))

@@ -2,7 +2,8 @@
 
 import base64
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class RunData:
     """All that a report needs of a run."""
 
     name: str
+    long_name: str
+    """With the parent folder's."""
     config: RunConfig
     manifest: Manifest
     metrics: dict[str, Any]
@@ -65,6 +68,7 @@ def read_run(run: Path) -> RunData:
     }
     return RunData(
         name=run.resolve().name,
+        long_name="/".join(run.resolve().parts[-2:]),
         config=load_config(run / "config.yaml"),
         manifest=manifest,
         metrics=read_json(run / "evaluation" / METRICS_FILE),
@@ -73,6 +77,17 @@ def read_run(run: Path) -> RunData:
         latent_map=_read_picture(run / "clusters.png"),
         logs={stage: _read_log(run / "logs" / f"{stage}.jsonl") for stage in ("stage1", "stage2")},
     )
+
+
+def distinct_names(runs: Sequence[RunData]) -> list[RunData]:
+    """Folders of one name get their parent's before it, and a number where that does not tell them apart."""
+    once = [run.name for run in runs]
+    longer = [run.long_name if once.count(run.name) > 1 else run.name for run in runs]
+    names = [
+        f"{name} ({longer[: place + 1].count(name)})" if longer.count(name) > 1 else name
+        for place, name in enumerate(longer)
+    ]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _read_picture(path: Path) -> str | None:

@@ -6,7 +6,8 @@ one of `context.world_size` workers. Every random choice is a function of (seed,
 equals one that never stopped.
 
 Routes: stage 1's at first; where it is trained along (alpha above 0), all pairs are routed anew at the start of each
-epoch and after the last step, so that text is validated and served by the gates that its pair has then.
+epoch and after the last step, so that text is validated and served by the gates that its pair has then. In an
+experiment a rule of `route_controls` routes instead, from the first step to the last.
 """
 
 import math
@@ -295,7 +296,7 @@ class Training:
 
     def _refresh_routes(self) -> None:
         """Route all pairs by stage 1's present parameters; each worker routes a slice."""
-        if self._config.stage2.alpha == 0:
+        if self._config.stage2.alpha == 0 or self._setup.control is not None:
             return
         state = part_of_state(self._engine.state_dict(VAE_GMM, everywhere=True), VAE_GMM)
         model = VaeGmm.from_spec(self._setup.model.vae_gmm.to_spec())

@@ -37,6 +37,8 @@ def write_artifact(
         write_routes(folder / ROUTES_FILE, setup.data, vae_gmm)
         write_json(folder / PROMPT_FILE, setup.spec.model_dump(mode="json"))
         write_json(folder / "metrics.json", metrics)
+        if setup.control is not None:
+            setup.control.save(folder)
         (folder / "README.md").write_text(model_card(config, setup, metrics), encoding="utf-8")
         inputs = {"dataset": setup.data.fingerprint, "stage1": setup.stage1.fingerprint}
         write_manifest(folder, "stage2", config, inputs, {"parameters": setup.parameters})
@@ -55,6 +57,7 @@ def model_card(config: RunConfig, setup: Setup, metrics: dict[str, Any]) -> str:
     rows = [
         ("base model", stage2.base_model),
         ("blocks", blocks),
+        ("routes", stage2.routes),
         ("parameters", f"{setup.parameters:,}"),
         ("parameters trained", f"{setup.trained:,}{lora}"),
         ("dataset", f"{meta.source}, {meta.rows['train']:,} training rows, fingerprint {setup.data.fingerprint[:12]}"),

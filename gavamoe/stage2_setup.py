@@ -21,6 +21,7 @@ from gavamoe.joint import JointModel
 from gavamoe.lora import add_lora
 from gavamoe.pairs import PairSource
 from gavamoe.prompts import PromptBuilder, PromptColumns, PromptSpec, RatingScale, template_texts
+from gavamoe.route_controls import RouteControl
 from gavamoe.routes import ROUTES_FILE, read_routes
 from gavamoe.stage1 import load_stage1
 from gavamoe.vae_gmm import VaeGmm
@@ -46,7 +47,9 @@ class Setup:
     routed: dict[str, Split]
     """Users and items of the rows of `train` and `valid`, by split name."""
     clusters: dict[str, np.ndarray]
-    """Stage 1's cluster of each of these rows: int64."""
+    """Each of these rows' cluster, by stage 1 or by the control: int64."""
+    control: RouteControl | None
+    """What routes in stage 1's place, if anything."""
     pairs: PairSource
     pad: int
     parameters: int
@@ -76,6 +79,8 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path) -> Setup:
     builder = PromptBuilder(tokenizer, explainer.user_token, explainer.item_token, spec.prompt, spec.scale)
     chosen = {"train": _rows_with_text(data, "train"), "valid": _validation_rows(config, data)}
     arrays = {split: data.arrays(split) for split in chosen}
+    routed = {split: (arrays[split].user[rows], arrays[split].item[rows]) for split, rows in chosen.items()}
+    control = RouteControl.of(config, data)
     return Setup(
         data=data,
         stage1=manifest,
@@ -84,8 +89,12 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path) -> Setup:
         spec=spec,
         train=encode_rows(builder, data, "train", chosen["train"]),
         valid=encode_rows(builder, data, "valid", chosen["valid"]),
-        routed={split: (arrays[split].user[rows], arrays[split].item[rows]) for split, rows in chosen.items()},
-        clusters={split: _clusters(data, Path(stage1), split)[rows] for split, rows in chosen.items()},
+        routed=routed,
+        clusters={
+            split: control.cluster(*routed[split]) if control else _clusters(data, Path(stage1), split)[rows]
+            for split, rows in chosen.items()
+        },
+        control=control,
         pairs=PairSource(
             data, negatives=config.stage1.negatives, unknown_rate=config.stage1.unknown_id_rate, seed=config.seed
         ),

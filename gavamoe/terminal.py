@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+WIDEST_NAME = 24
+"""Characters of a table's first column that are kept on one line."""
 console = Console(stderr=True, highlight=False)
 
 
@@ -100,10 +102,14 @@ class TerminalProgress:
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A titled table on standard error; the first column is text, the others are right-aligned."""
     table = Table()
+    cells = [[_cell(value) for value in row] for row in rows]
+    names = max((len(row[0]) for row in cells), default=0)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*[escape(_cell(value)) for value in row])
+        # In a narrow terminal numbers fold before names do.
+        width = min(names, WIDEST_NAME) if index == 0 else None
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", min_width=width)
+    for row in cells:
+        table.add_row(*[escape(cell) for cell in row])
     console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
     console.print(table)
 

@@ -18,16 +18,17 @@ ORDER = """
     describe records jsonlines pickles tables readers splits
     intake reviews grammar synthetic simple_baselines
     checkpoint base_model prompts pairs batches explainer lora sentiment
-    routes clusters planted row_adam spectral mixture stage1_checks stage1_trainer stage1 generate joint engines
-    stage2_setup stage2_artifact stage2
+    routes route_controls clusters planted row_adam spectral mixture stage1_checks stage1_trainer stage1 generate joint
+    engines stage2_setup stage2_artifact stage2
     personalisation gate_use beyond evaluation_rows evaluate
-    charts run_data report runtime pipeline cluster_sweep terminal summary
+    retrieval systems ablate_results charts run_data human_eval human_export human_import report_figures
+    report_systems report runtime pipeline ablate cluster_sweep terminal summary systems_summary
     tune_metrics tune_space tune_study tune_checks tune_cache tune_data tune_folder tune_trial tune_engine tune_report
     tune tune_summary
     serving.schema serving.settings serving.text_stream serving.sampling serving.kv_cache serving.engine serving.worker
     serving.browse serving.router serving.writer serving.backend serving.errors serving.security serving.reference
     serving.api serving.deployments serving.launch
-    cli_options cli_data cli
+    cli_options cli_data cli_human cli
 """.split()
 
 MODELS = {"vae_gmm", "moe", "decoders", "conversion", "explainer", "lora", "serving.engine", "serving.kv_cache"}

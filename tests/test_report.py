@@ -1,20 +1,26 @@
 """The report page: what it shows, what it survives, and that no text of a user becomes markup."""
 
+import csv
 import json
 import math
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_evaluate import FakeExplainer, bare_dataset, parrot
 
-from gavamoe.charts import Series, line_chart
+from gavamoe.ablate import run_ablation
+from gavamoe.charts import Reading, Series, interval_chart, line_chart
 from gavamoe.config import RunConfig, dump_config, parse_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluate import evaluate, write_evaluation
 from gavamoe.files import write_json
 from gavamoe.report import write_report
+from gavamoe.report_systems import case_study, open_runs
+from gavamoe.run_data import read_run
 
 HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>'
 VOID = {"meta", "img", "br", "line", "circle", "path", "link", "input"}
@@ -116,8 +122,8 @@ def test_runs_stand_side_by_side_with_the_best_marked(tmp_path: Path, planted: D
     good = make_run(tmp_path / "a" / "run", planted)
     bad = make_run(tmp_path / "b" / "run", planted, "bad text")
     page = read(write_report([good, bad], tmp_path / "two.html"))
-    assert "run (1)" in page.text
-    assert "run (2)" in page.text
+    assert "a/run" in page.text
+    assert "b/run" in page.text
     assert page.text.count("Reference:") <= 7  # one reference for both runs' texts
     assert page.text.count("bad text") >= 6
     assert [value for name, value in page.attributes if name == "class"].count("best") >= 5
@@ -194,3 +200,68 @@ def test_chart_scales_points_into_its_frame() -> None:
     assert math.isfinite(heights[-1])
     assert "<span>" in chart  # two lines have a legend
     assert "nan" not in str(line_chart("t", [Series("a", [3.0], [5.0])]))
+
+
+def test_a_comparison_stands_for_its_systems(tmp_path: Path, planted: Dataset) -> None:
+    out = tmp_path / "out"
+    run_ablation(RunConfig(), planted.path, out, only=["constant", "copy-item", "copy-features"])
+    path = write_report([out], out / "report.html", figures=tmp_path / "figures")
+    page = read(path)
+    assert "nearest of the item" in page.text
+    assert "Differences under the same seed" in page.text
+    assert page.text.count("Reference:") <= 7
+    assert "No training log" in page.text
+    assert "Case study" not in page.text  # no trained run says how often a user was seen
+    names = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert names == {"table1.csv", "table2.csv", "figure4.csv", "figure4.png"}
+    with (tmp_path / "figures" / "table2.csv").open() as file:
+        found = {(row["run"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
+    assert found["nearest of the item", "fmr"] == read_run(out / "copy-item" / "seed-0").score("fmr")
+    assert found["constant text", "rmse"] == found["nearest by features", "rmse"]
+
+
+def test_the_case_study_takes_the_least_and_the_most_seen_user(tmp_path: Path, planted: Dataset) -> None:
+    run = make_run(tmp_path / "run", planted)
+    planted.catalog.save(run / "stage2" / "catalog")
+    other = make_run(tmp_path / "other", planted, HOSTILE)
+    data, folders, _ = open_runs([run, other])
+    sparse, dense = case_study(data, folders)
+    rows = np.bincount(planted.arrays("train").user, minlength=planted.catalog.n_users)
+    asked = {planted.catalog.user_id(user): rows[user] for user in planted.arrays("test").user.tolist() if rows[user]}
+    assert sparse["training_rows"] == min(asked.values()) == asked[sparse["user"]]
+    assert dense["training_rows"] == max(asked.values()) == asked[dense["user"]]
+    assert [name for name, _ in sparse["texts"]] == ["run", "other"]
+    assert sparse["texts"][0][1] == sparse["reference"]
+    page = read(write_report([run, other], tmp_path / "report.html", figures=tmp_path / "figures"))
+    assert f"Case 1: Limited interactions user {sparse['user']}, {sparse['training_rows']} training rows" in page.text
+    assert not {"script", "img"} & set(page.tags)
+    assert (tmp_path / "figures" / "table5.csv").is_file()
+
+
+def test_human_scores_have_a_section(tmp_path: Path, planted: Dataset) -> None:
+    run = make_run(tmp_path / "run", planted)
+    one = {"value": 4.5, "low": 4.0, "high": 5.0}
+    names = ["personalization", "quality", "satisfaction", "human_score"]
+    result = {
+        "raters": ["a", "b"], "texts": 2, "rated_by_two": 2, "weights": [0.4, 0.3, 0.3],
+        "systems": [{"system": "<b>ours</b>", "rows": 2, "ratings": 4, "scores": dict.fromkeys(names, one)}],
+        "gaps": [{"system": "<b>ours</b>", "other": "theirs", "rows": 2, "gap": one}],
+        "agreement": dict.fromkeys(names, 0.5),
+    }  # fmt: skip
+    write_json(tmp_path / "result.json", result)
+    page = read(write_report([run], tmp_path / "report.html", human=tmp_path / "result.json"))
+    assert "Human-Score: 0.4 P + 0.3 Q + 0.3 U" in page.text
+    assert "<b>ours</b> less theirs: 4.500 (4.000 to 5.000) on 2 rows" in page.text
+    write_json(tmp_path / "result.json", {"raters": 3})
+    with pytest.raises(InputError, match=r"result\.json: not the result of a human evaluation"):
+        write_report([run], tmp_path / "report.html", human=tmp_path / "result.json")
+
+
+def test_interval_chart_keeps_within_its_frame() -> None:
+    chart = str(interval_chart("t <x>", [Reading("a <b>", 1.0, 0.5, 2.0), Reading("b", 3.0, 3.0, 3.0)], marked=1))
+    assert "t &lt;x&gt;" in chart
+    assert "a &lt;b&gt;" in chart
+    places = [float(value) for value in re.findall(r'(?:cx|x1|x2)="([\d.]+)"', chart)]
+    assert all(150 <= place <= 348 for place in places)
+    assert chart.count('class="d0"') == 1
+    assert str(interval_chart("t", [])) == ""

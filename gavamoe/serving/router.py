@@ -19,6 +19,7 @@ from gavamoe.errors import InputError
 from gavamoe.files import read_json
 from gavamoe.generate import CATALOG_FOLDER, PROMPT_FILE
 from gavamoe.prompts import PromptSpec
+from gavamoe.route_controls import CONTROL_FILE
 from gavamoe.routes import ROUTES_FILE, route_pairs
 from gavamoe.serving.browse import Browser, TrainingRoutes, summarise_clusters
 from gavamoe.serving.schema import ClusterInfo, ServerInfo
@@ -89,7 +90,9 @@ class Router:
         Raises:
             InputError: it is missing, of another kind, damaged or not whole.
         """
-        read_manifest(folder, "stage2", verify=False)
+        manifest = read_manifest(folder, "stage2", verify=False)
+        if CONTROL_FILE in manifest.files:
+            raise InputError(f"{folder}: its routes are a control (stage2.routes), not stage 1's; it is not served")
         try:
             spec = PromptSpec.model_validate(read_json(folder / PROMPT_FILE))
         except ValidationError as error:

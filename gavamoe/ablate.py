@@ -1,0 +1,198 @@
+"""`gavamoe ablate`: the systems of `systems` on one dataset, under one budget, over several seeds.
+
+Every system and seed is an ordinary run folder, R/SYSTEM/seed-S, trained, evaluated and left whole; what is there is
+not done again. Stage 1 is trained once for all that share its settings and seed. Seeds come one after the other, so
+that an interrupted comparison has the first seeds of all systems rather than all seeds of the first ones.
+"""
+
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gavamoe.ablate_results import Comparison, Outcome, read_outcome, write_comparison
+from gavamoe.checkpoint import MANIFEST, read_manifest
+from gavamoe.clusters import plot_latents
+from gavamoe.config import RunConfig, Stage1Config, dump_config, override_config
+from gavamoe.dataset import Dataset, open_dataset
+from gavamoe.errors import InputError
+from gavamoe.evaluate import evaluate, evaluate_run, write_evaluation
+from gavamoe.files import write_file, write_folder
+from gavamoe.pipeline import CONFIG_FILE, Progress, Silent, claim_run, train_run
+from gavamoe.retrieval import Copier
+from gavamoe.runtime import Line, ray_session
+from gavamoe.stage1 import load_stage1
+from gavamoe.systems import SYSTEMS, System, find_systems
+
+
+@dataclass(frozen=True)
+class Job:
+    """One system under one seed."""
+
+    system: System
+    config: RunConfig
+    folder: Path
+
+
+@dataclass
+class _Plan:
+    jobs: list[Job] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Systems that make no sense here, with the reason."""
+
+
+def run_ablation(
+    config: RunConfig,
+    dataset: Path,
+    out: Path,
+    *,
+    seeds: int = 3,
+    only: Sequence[str] = (),
+    minutes: float | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Train and evaluate what is missing, and compare what is there.
+
+    Args:
+        seeds: how many, from `config.seed` on; systems that copy have no seed and run once.
+        only: names of systems; empty: all of `SYSTEMS` that make sense for the config and the data.
+        minutes: start no further run after these.
+
+    Raises:
+        InputError: an unknown system, one named that makes no sense here, or folders of another comparison.
+    """
+    started = time.monotonic()
+    progress = progress or Silent()
+    opened, out = open_dataset(dataset), Path(out)
+    plan = _plan(config, opened, out, seeds, only)
+    todo = [job for job in plan.jobs if not _evaluated(job, opened)]
+    left: list[Job] = []
+    trains = any(job.system.trained and not (job.folder / "stage2" / MANIFEST).is_file() for job in todo)
+    with ray_session(config.runtime) if trains else nullcontext():
+        for number, job in enumerate(todo, start=1):
+            if minutes is not None and time.monotonic() - started >= 60 * minutes:
+                left = todo[number - 1 :]
+                break
+            shown = _Named(progress, f"[{number}/{len(todo)}] {job.system.name}, seed {job.config.seed}")
+            _run(job, opened, plan.jobs, shown)
+    _draw_maps([job for job in plan.jobs if job not in left], opened, progress)
+    outcomes = [_outcome(job) for job in plan.jobs if job not in left]
+    comparison = Comparison(
+        dataset=opened.path.name,
+        fingerprint=opened.fingerprint,
+        config=config.model_dump(mode="json"),
+        outcomes=outcomes,
+        skipped=plan.skipped,
+        left=[f"{job.system.name}, seed {job.config.seed}" for job in left],
+    )
+    if outcomes:
+        write_comparison(out, comparison)
+    return comparison
+
+
+def _plan(config: RunConfig, dataset: Dataset, out: Path, seeds: int, only: Sequence[str]) -> _Plan:
+    plan = _Plan()
+    chosen: list[tuple[System, list[str]]] = []
+    for system in find_systems(only) if only else SYSTEMS.values():
+        try:
+            chosen.append((system, system.changes(config, dataset) if system.changes else []))
+        except InputError as reason:
+            if only:
+                raise InputError(f"system {system.name}: {reason}") from reason
+            plan.skipped[system.name] = str(reason)
+    for seed in range(config.seed, config.seed + seeds):
+        for system, changes in chosen:
+            if system.trained or seed == config.seed:
+                own = override_config(config, [*changes, f"seed={seed}"])
+                plan.jobs.append(Job(system, own, out / system.name / f"seed-{seed}"))
+    return plan
+
+
+def _evaluated(job: Job, dataset: Dataset) -> bool:
+    """Whether the job's scores are there, made under the same settings from the same data and model."""
+    folder = job.folder / "evaluation"
+    if not folder.is_dir():
+        return False
+    claim_run(job.folder, job.config, dataset, continuing=True)  # refuses a folder of other settings
+    manifest = read_manifest(folder, "evaluation", verify=False)
+    now = job.config.model_dump(mode="json")
+    same = all(manifest.config.get(section) == now[section] for section in ("generation", "evaluation"))
+    if not job.system.trained:
+        return same
+    model = read_manifest(job.folder / "stage2", "stage2", verify=False)
+    return same and manifest.inputs.get("stage2") == model.fingerprint
+
+
+def _run(job: Job, dataset: Dataset, jobs: Sequence[Job], progress: Progress) -> None:
+    if job.system.source is not None:
+        claim_run(job.folder, job.config, dataset, continuing=True)
+        _write_config(job)
+        progress.step("copy and score texts")
+        copier = Copier(dataset, job.system.source)
+        result = evaluate(copier, dataset, job.config, on_progress=progress.count)
+        write_evaluation(job.folder / "evaluation", result, job.config, {"dataset": dataset.fingerprint})
+        return
+    _share_stage1(job, jobs)
+    train_run(job.config, dataset.path, job.folder, resume=True, progress=progress)
+    _write_config(job)
+    progress.step("write and score texts")
+    evaluate_run(job.folder, dataset=dataset.path, on_progress=progress.count)
+
+
+def _write_config(job: Job) -> None:
+    """How a run is evaluated may have changed since an earlier session made its folder."""
+    with write_file(job.folder / CONFIG_FILE) as aside:
+        aside.write_text(dump_config(job.config), encoding="utf-8")
+
+
+def _share_stage1(job: Job, jobs: Sequence[Job]) -> None:
+    """Copy stage 1 from a run that trained it under the same settings and seed, if there is one."""
+    if (job.folder / "stage1").exists():
+        return
+    for other in jobs:
+        same = other.config.stage1 == job.config.stage1 and other.config.seed == job.config.seed
+        source = other.folder / "stage1"
+        if same and other is not job and (source / MANIFEST).is_file():
+            with write_folder(job.folder / "stage1") as aside:
+                shutil.copytree(source, aside, dirs_exist_ok=True)
+            log = other.folder / "logs" / "stage1.jsonl"
+            if log.is_file():
+                (job.folder / "logs").mkdir(exist_ok=True)
+                shutil.copyfile(log, job.folder / "logs" / "stage1.jsonl")
+            return
+
+
+def _draw_maps(jobs: Sequence[Job], dataset: Dataset, progress: Progress) -> None:
+    """The latent map of each different stage 1 of the first seed, into its run folder: Figure 5 where K differs."""
+    drawn: list[Stage1Config] = []
+    for job in jobs:
+        if not job.system.trained or job.config.seed != jobs[0].config.seed or job.config.stage1 in drawn:
+            continue
+        drawn.append(job.config.stage1)
+        picture = job.folder / "clusters.png"
+        if not picture.is_file():
+            progress.step(f"draw the latents of {job.system.name}")
+            model, _ = load_stage1(job.folder / "stage1")
+            plot_latents(model, dataset, picture, seed=job.config.seed)
+
+
+def _outcome(job: Job) -> Outcome:
+    return read_outcome(job.system.name, job.system.label, job.system.what, job.config.seed, job.folder)
+
+
+class _Named:
+    """A `Progress` whose steps say which run they belong to."""
+
+    def __init__(self, inner: Progress, name: str) -> None:
+        self._inner, self._name = inner, name
+
+    def step(self, title: str) -> None:
+        self._inner.step(f"{self._name}: {title}")
+
+    def line(self, line: Line) -> None:
+        self._inner.line(line)
+
+    def count(self, done: int, total: int) -> None:
+        self._inner.count(done, total)
