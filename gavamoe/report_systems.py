@@ -65,7 +65,8 @@ def comparison_section(comparison: Comparison) -> dict[str, Any]:
 
 def _chart(score: Score, systems: dict[str, list[Outcome]]) -> Markup:
     """A reading a system."""
-    readings, marked = [], 0
+    readings: list[Reading] = []
+    marked = 0
     for name, outcomes in systems.items():
         one = means(outcomes, score.name)
         if one is None:
