@@ -8,14 +8,25 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from gavamoe import __version__
+from gavamoe.cli_cluster import copy, jobs_app, status, submit
 from gavamoe.cli_data import data_app
 from gavamoe.cli_human import human_app
-from gavamoe.cli_options import Json, RunPath, ScoreStyle, Set, counts_of
+from gavamoe.cli_options import (
+    DatasetPath,
+    Json,
+    RunPath,
+    ScoreStyle,
+    Set,
+    counts_of,
+    name_of,
+    store_work,
+    work_folder,
+)
 from gavamoe.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -34,6 +45,10 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.add_typer(human_app, name="human-eval")
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(submit)
+app.add_typer(jobs_app, name="jobs")
+app.command()(status)
+app.command()(copy)
 
 
 def _print_version(wanted: bool) -> None:
@@ -75,26 +90,36 @@ def quickstart(
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(help="Config file, or a preset: quickstart, smollm2, gpt2, paper.")],
-    dataset: Annotated[Path, typer.Option(help="Dataset folder.")],
-    run_dir: Annotated[Path | None, typer.Option(help="Run folder; default runs/CONFIG-DATASET.")] = None,
+    dataset: DatasetPath,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", parser=work_folder, help="Run folder or URI; default runs/CONFIG-DATASET."),
+    ] = None,
     overrides: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run folder.")] = False,
     stage: Annotated[str, typer.Option(help="1, 2 or all.")] = "all",
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Then score the test split, write report.html.")] = False,
     json_output: Json = False,
 ) -> None:
     """Train both stages (or one) on a dataset; progress and metrics go to the run folder."""
     from gavamoe import summary
     from gavamoe.config import load_config
-    from gavamoe.pipeline import train_run
+    from gavamoe.pipeline import evaluate_and_report, train_run
     from gavamoe.terminal import TerminalProgress
 
     if stage not in ("1", "2", "all"):
         raise InputError(f"--stage {stage}: expected 1, 2 or all")
+    if evaluate and stage == "1":
+        raise InputError("--evaluate: needs both stages, not --stage 1 alone")
     settings = load_config(config, overrides or [])
-    folder = run_dir or Path("runs") / f"{Path(config).stem}-{dataset.resolve().name}"
+    folder = run_dir or Path("runs") / f"{Path(config).stem}-{name_of(dataset)}"
     with TerminalProgress() as progress:
         metrics = train_run(settings, dataset, folder, stage=cast("Stage", stage), resume=resume, progress=progress)
-    summary.print_training(metrics, folder, as_json=json_output)
+        scores = evaluate_and_report(folder, progress=progress) if evaluate else None
+    if scores is None:
+        summary.print_training(metrics, folder, as_json=json_output)
+    else:
+        summary.print_evaluation(scores, folder, as_json=json_output)
 
 
 @app.command()
@@ -103,8 +128,13 @@ def tune(
         str, typer.Argument(help="Space file, or gates, gates_beta, stage1, experts, joint, quality_cost.")
     ],
     config: Annotated[str, typer.Argument(help="Config that the space's values are laid over: a file or a preset.")],
-    dataset: Annotated[Path, typer.Option(help="Dataset folder.")],
-    run_dir: Annotated[Path | None, typer.Option(help="Search folder; default runs/tune-SPACE-DATASET.")] = None,
+    dataset: DatasetPath,
+    run_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", parser=work_folder, help="Search folder or URI; default runs/tune-SPACE-DATASET."
+        ),
+    ] = None,
     overrides: Set = None,
     trials: Annotated[int | None, typer.Option(help="Configurations to train; default: the space's budget.")] = None,
     concurrent: Annotated[int | None, typer.Option(help="Trials at once; default: as many as fit.")] = None,
@@ -118,7 +148,7 @@ def tune(
     from gavamoe.config import load_config
     from gavamoe.tune import run_search
 
-    folder = run_dir or Path("runs") / f"tune-{Path(space).stem}-{dataset.resolve().name}"
+    folder = run_dir or Path("runs") / f"tune-{Path(space).stem}-{name_of(dataset)}"
     with tune_summary.SearchTerminal() as terminal:
         result = run_search(
             space,
@@ -343,7 +373,10 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     _quiet_libraries(debug)
     try:
-        app()
+        try:
+            app()
+        finally:
+            store_work()
     except (InputError, RunError) as error:
         if debug:
             traceback.print_exc()
@@ -371,6 +404,7 @@ def _quiet_libraries(debug: bool) -> None:
     os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "ERROR")
 
 
-def entry(argv: list[str]) -> Any:
-    """Run the app on `argv` in this process; raises instead of exiting. For tests and jobs."""
-    return app(argv, standalone_mode=False)
+def run_job(*command: str) -> None:
+    """`main()` with the words of `command` before the script's own arguments; the scripts in jobs/ are such calls."""
+    sys.argv = ["gavamoe", *command, *sys.argv[1:]]
+    main()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from gavamoe.cli_options import Json, bounds_of, pairs_of, shares_of
+from gavamoe.cli_options import Json, OutPath, bounds_of, input_folder, pairs_of, shares_of
 
 if TYPE_CHECKING:
     from gavamoe.readers import TextMode
@@ -16,7 +16,7 @@ data_app = typer.Typer(help="Make and look at datasets.", no_args_is_help=True)
 @data_app.command()
 def prepare(
     source: Annotated[Path, typer.Argument(help="Review file, or the folder that holds it (peter).")],
-    out: Annotated[Path, typer.Argument(help="Dataset folder to make.")],
+    out: OutPath,
     format: Annotated[str, typer.Option("--format", help="amazon, yelp, peter, or table (CSV, JSONL, Parquet).")],
     column: Annotated[
         list[str] | None,
@@ -62,7 +62,7 @@ def prepare(
 
 @data_app.command()
 def synthesize(
-    out: Annotated[Path, typer.Argument(help="Dataset folder to make.")],
+    out: OutPath,
     users: Annotated[int, typer.Option(min=10)] = 2000,
     items: Annotated[int, typer.Option(min=10)] = 1000,
     ratings: Annotated[int, typer.Option(min=100)] = 60000,
@@ -81,7 +81,10 @@ def synthesize(
 
 
 @data_app.command("describe")
-def describe_data(dataset: Annotated[Path, typer.Argument(help="Dataset folder.")], json_output: Json = False) -> None:
+def describe_data(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", parser=input_folder, help="Dataset folder, or URI.")],
+    json_output: Json = False,
+) -> None:
     """The paper's Table 1 for a dataset, and more: density, ratings, cold users, features."""
     from gavamoe import summary
     from gavamoe.dataset import open_dataset

@@ -1,11 +1,12 @@
 """Options that several commands share, and the parsing of option values with an inner form."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, RunError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON document on standard output.")]
 Set = Annotated[
@@ -18,7 +19,65 @@ ScoreStyle = Annotated[
         help="BLEU and ROUGE: sacrebleu (and rouge-score; the default), peter (as the PETER line of papers), or both.",
     ),
 ]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `gavamoe train` makes it.")]
+
+
+def input_folder(text: str) -> Path:
+    """A local path as it is; the local copy of what is stored at a URI."""
+    from gavamoe import storage
+
+    return storage.checkout(text) if storage.is_uri(text) else Path(text)
+
+
+def work_folder(text: str) -> Path:
+    """The same, and what the command leaves there is stored at the URI when it ends, whatever way it ends."""
+    from gavamoe import storage
+
+    path = input_folder(text)
+    if storage.is_uri(text):
+        _to_store[path] = text
+    return path
+
+
+def store_work() -> None:
+    """Store the work folders of the command that has ended.
+
+    Raises:
+        RunError: the storage can't be written; printed instead where the command failed itself.
+    """
+    if not _to_store:
+        return
+    from gavamoe import storage
+    from gavamoe.terminal import console
+
+    failed = isinstance(sys.exc_info()[1], Exception)
+    while _to_store:
+        path, uri = _to_store.popitem()
+        try:
+            storage.commit(path)
+            console.print(f"stored: {uri}", markup=False, soft_wrap=True)
+        except (InputError, RunError) as error:
+            if not failed:
+                raise
+            print(f"error: {error}", file=sys.stderr)  # the command's own error follows it
+
+
+_to_store: dict[Path, str] = {}
+"""Work folders of the running command, and the URIs that they stand for."""
+
+RunPath = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", parser=work_folder, help="A run folder, as `gavamoe train` makes it, or its URI."),
+]
+DatasetPath = Annotated[Path, typer.Option("--dataset", metavar="FOLDER", parser=input_folder, help="Dataset, or URI.")]
+OutPath = Annotated[Path, typer.Argument(metavar="OUT", parser=work_folder, help="Dataset folder to make, or URI.")]
+
+
+def name_of(dataset: Path) -> str:
+    """What a dataset is called: the last part of its path or URI."""
+    from gavamoe import storage
+
+    place = storage.place_of(dataset)
+    return dataset.resolve().name if place is None else place.uri.rsplit("/", 1)[-1]
 
 
 def pairs_of(option: str, values: list[str] | None) -> dict[str, str] | None:

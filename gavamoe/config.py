@@ -263,6 +263,21 @@ class RuntimeConfig(_Model):
     """Of stage 2. torch: one worker, plain data types, no compiler needed."""
     max_failures: Count = 2
     """Times that training is restarted from its last checkpoint after a worker died."""
+    min_workers: Count = 0
+    """Stage 1 goes on with as few workers when machines are lost, and takes more when they come; 0: it waits for all.
+    Stage 2 always waits: DeepSpeed's checkpoints belong to a number of workers."""
+    wait_minutes: Positive = 4
+    """How long workers may take to start, also on machines that an autoscaler first has to get; then training fails."""
+    tracking: Literal["none", "mlflow", "wandb"] = "none"
+    """A service that gets the log's numbers, beside TensorBoard's files."""
+    tracking_uri: str = ""
+    """Its address; empty: mlflow.db in the run's logs for mlflow, the environment's for wandb."""
+
+    @model_validator(mode="after")
+    def _fewer_at_least(self) -> "RuntimeConfig":
+        if self.min_workers > self.workers:
+            raise ValueError(f"min_workers: {self.min_workers} is above workers {self.workers}")
+        return self
 
 
 class RunConfig(_Model):

@@ -7,3 +7,7 @@ class InputError(Exception):
 
 class RunError(Exception):
     """The input was fine and the work still failed (a worker died, training diverged). Exit code 1."""
+
+
+class Stopped(RunError):
+    """The training ended early because it was asked to."""

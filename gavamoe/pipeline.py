@@ -11,12 +11,14 @@ from typing import Any, Literal, Protocol
 
 import yaml
 
+from gavamoe import storage
 from gavamoe.checkpoint import read_manifest
 from gavamoe.config import RunConfig, dump_config, load_config, parse_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.files import read_json, write_file, write_json
-from gavamoe.runtime import Line, ray_session, run_training
+from gavamoe.runtime import ray_session, run_training
+from gavamoe.tracking import Line
 
 Stage = Literal["1", "2", "all"]
 CONFIG_FILE = "config.yaml"
@@ -75,7 +77,10 @@ def open_run(path: Path) -> Run:
     reference = read_json(path / DATASET_FILE)
     if not isinstance(reference, dict) or not {"path", "fingerprint"} <= reference.keys():
         raise InputError(f"{path / DATASET_FILE}: expected path and fingerprint of the dataset")
-    return Run(path, load_config(path / CONFIG_FILE), Path(reference["path"]))
+    dataset = str(reference["path"])
+    return Run(
+        path, load_config(path / CONFIG_FILE), storage.checkout(dataset) if storage.is_uri(dataset) else Path(dataset)
+    )
 
 
 def train_run(
@@ -99,6 +104,7 @@ def train_run(
     opened = open_dataset(dataset)
     run_dir = Path(run_dir)
     claim_run(run_dir, config, opened, continuing=resume or stage == "2")
+    storage.commit(run_dir)
     wanted = ("1", "2") if stage == "all" else (stage,)
     todo = [number for number in wanted if not _finished(run_dir, number, opened, resume)]
     if todo:
@@ -158,7 +164,9 @@ def claim_run(run_dir: Path, config: RunConfig, dataset: Dataset, *, continuing:
             )
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / DATASET_FILE, {"path": str(dataset.path.absolute()), "fingerprint": dataset.fingerprint})
+    stored = storage.place_of(dataset.path)
+    path = str(dataset.path.absolute()) if stored is None else stored.uri
+    write_json(run_dir / DATASET_FILE, {"path": path, "fingerprint": dataset.fingerprint})
     with write_file(config_file) as aside:
         aside.write_text(dump_config(config), encoding="utf-8")
 
@@ -214,6 +222,7 @@ def _train_stage(
         folder=run_dir,
         name=f"stage{number}",
         resume=resume,
+        elastic=number == "1",
         on_line=progress.line,
     )
 

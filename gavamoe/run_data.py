@@ -75,7 +75,7 @@ def read_run(run: Path) -> RunData:
         generations=pq.read_table(run / "evaluation" / GENERATIONS_FILE),
         stages=stages,
         latent_map=_read_picture(run / "clusters.png"),
-        logs={stage: _read_log(run / "logs" / f"{stage}.jsonl") for stage in ("stage1", "stage2")},
+        logs={stage: read_log(run / "logs" / f"{stage}.jsonl") for stage in ("stage1", "stage2")},
     )
 
 
@@ -98,7 +98,7 @@ def _read_picture(path: Path) -> str | None:
     return base64.b64encode(path.read_bytes()).decode("ascii")
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON-lines log; a last line that was cut off by a crash is left out. [] without the file."""
     if not path.is_file():
         return []

@@ -1,34 +1,32 @@
 """The only place that knows Ray Train: gives a training loop its workers, checkpoints, logs and restarts.
 
 A loop is a function `loop(*, context: Context, **arguments)`, defined at module level. It runs on
-`placement.workers` Ray Train workers; rank 0's log lines go to `FOLDER/logs/NAME.jsonl` and to
-TensorBoard beside it, checkpoints to `FOLDER/checkpoints/NAME` until the step is done.
+`placement.workers` Ray Train workers (their side is `ray_worker`); the log goes to `FOLDER/logs` as `tracking` says,
+checkpoints to `FOLDER/checkpoints/NAME` until the step is done. Where FOLDER is the staging folder of a URI
+(`storage`), checkpoints go to the storage itself, and workers on other machines fetch their inputs from there.
 """
 
-import json
 import os
 import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from gavamoe.config import RuntimeConfig
-from gavamoe.context import LocalContext, Metrics
+from gavamoe import storage
+from gavamoe.config import RunConfig, RuntimeConfig
+from gavamoe.context import LocalContext
 from gavamoe.errors import InputError, RunError
+from gavamoe.ray_worker import Desk, WorkerJob, run_worker, storage_problem
+from gavamoe.tracking import Line, RunLog
 
-Line = dict[str, Any]
 OnLine = Callable[[Line], None]
 
-_LOG_POSITION = "log_position.json"
 _CONTROLLER_RESTARTS = 3
 """A worker group that cannot start is retried without limit by Ray's default, which looks like a hang."""
-
-
-class Stopped(RunError):
-    """The training ended early because it was asked to."""
+_SECONDS_BETWEEN_LOOKS = 0.2
 
 
 @contextmanager
@@ -98,6 +96,7 @@ def run_training(
     folder: Path,
     name: str,
     resume: bool = False,
+    elastic: bool = False,
     on_line: OnLine | None = None,
     stop_file: Path | None = None,
 ) -> Any:
@@ -107,46 +106,48 @@ def run_training(
         loop: module-level function; called as `loop(context=..., **arguments)` on every worker.
         folder: the run folder; logs and checkpoints go below it.
         resume: continue from the last registered checkpoint of an earlier call, where there is one.
+        elastic: the loop can go on with another number of workers: `placement.min_workers` then holds.
         on_line: called in this process with each log line, as it appears.
         stop_file: once it exists, the workers end together at their next log line.
 
     Raises:
         Stopped: because of `stop_file`.
         InputError, RunError: as raised by the loop; these are not retried.
-        RunError: the workers died more often than `placement.max_failures`.
+        RunError: the workers died more often than `placement.max_failures`, or did not start in time.
     """
+    import ray
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     folder = Path(folder).absolute()
-    log_file = folder / "logs" / f"{name}.jsonl"
-    log_file.parent.mkdir(parents=True, exist_ok=True)
-    storage = folder / "checkpoints"
+    checkpoints = _Checkpoints(folder, name)
     if not resume:
-        shutil.rmtree(storage / name, ignore_errors=True)
-    log_file.touch()
-    if not (storage / name).exists():
-        log_file.write_text("")
-
+        checkpoints.remove()
+    # Read by Ray Train's controller, which counts a failed start as one of its restarts.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(placement.wait_minutes * 60 / (1 + _CONTROLLER_RESTARTS))
+    desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=_on_this_node()).remote()
+    job = WorkerJob(
+        loop=loop,
+        arguments={key: _portable(value) for key, value in arguments.items()},
+        placement=placement,
+        desk=desk,
+        labels={"run": folder.name, "step": name},
+        stop_file=stop_file,
+    )
+    workers = (placement.min_workers, placement.workers) if elastic and placement.min_workers else placement.workers
     trainer = TorchTrainer(
-        _worker,
-        train_loop_config={
-            "loop": loop,
-            "arguments": arguments,
-            "placement": placement,
-            "log_file": str(log_file),
-            "tensorboard": str(folder / "logs" / "tensorboard" / name),
-            "stop_file": stop_file,
-        },
+        run_worker,
+        train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if placement.gpu else "gloo"),
         scaling_config=train.ScalingConfig(
-            num_workers=placement.workers,
+            num_workers=workers,
             use_gpu=placement.gpu,
             resources_per_worker={"CPU": placement.threads_per_worker} | ({"GPU": 1} if placement.gpu else {}),
         ),
         run_config=train.RunConfig(
             name=name,
-            storage_path=str(storage),
+            storage_path=checkpoints.path,
+            storage_filesystem=checkpoints.filesystem,
             failure_config=train.FailureConfig(
                 max_failures=placement.max_failures, controller_failure_limit=_CONTROLLER_RESTARTS
             ),
@@ -155,15 +156,104 @@ def run_training(
             worker_runtime_env={"env_vars": _worker_environment(placement)},
         ),
     )
-    with _following(log_file, on_line):
-        try:
-            outcome = trainer.fit().return_value
-        except train.TrainingFailedError as error:
-            raise RunError(f"{name}: {_failure(error)}; continue with --resume") from error
-    shutil.rmtree(storage / name, ignore_errors=True)
-    if isinstance(outcome, _Refused):
-        raise outcome.error
+    config = arguments.get("config")
+    kept = resume and checkpoints.exist()
+    with (
+        RunLog(folder, name, placement, config if isinstance(config, RunConfig) else None, keep=kept) as log,
+        _following(desk, log, on_line),
+    ):
+        outcome = _fit(trainer, desk, name)
+    checkpoints.remove()
+    if storage.place_of(folder) is not None:
+        storage.commit(folder)
+        storage.checkout(str(checkpoints.base))
     return outcome
+
+
+def _fit(trainer: Any, desk: Any, name: str) -> Any:
+    """Train; the loop's own error, which came to the desk, is raised as it was."""
+    import ray
+    from ray import train
+
+    failure: Exception | None = None
+    outcome = None
+    try:
+        outcome = trainer.fit().return_value
+    except (train.TrainingFailedError, ray.exceptions.RayError) as error:
+        failure = error
+    refusals = ray.get(desk.refusals.remote())
+    if refusals:
+        raise refusals[0]
+    if failure is not None:
+        problem = storage_problem(failure) or _failure(failure)
+        raise RunError(f"{name}: {problem}; continue with --resume") from failure
+    return outcome
+
+
+class _Checkpoints:
+    """Where Ray Train keeps the checkpoints of a step: below the run folder, or below its URI."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        place = storage.place_of(folder)
+        self.base = folder if place is None else place.uri
+        self._local = folder / "checkpoints" / name
+        self._uri = None if place is None else f"{place.uri}/checkpoints/{name}"
+        self.filesystem, self.path = None, str(self._local.parent)
+        if place is not None:
+            self.filesystem, self.path = storage.filesystem(f"{place.uri}/checkpoints")
+
+    def exist(self) -> bool:
+        return self._local.exists() if self._uri is None else storage.exists(self._uri)
+
+    def remove(self) -> None:
+        if self._uri is None:
+            shutil.rmtree(self._local, ignore_errors=True)
+        else:
+            storage.remove(self._uri)
+
+
+def _portable(value: Any) -> Any:
+    """A staged path as a place that other machines can fetch; anything else as it is."""
+    return (storage.place_of(value) or value) if isinstance(value, Path) else value
+
+
+def _on_this_node() -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
+@contextmanager
+def _following(desk: Any, log: RunLog, on_line: OnLine | None) -> Iterator[None]:
+    """While the block runs, write each line that comes to the desk to the log, and hand it to `on_line`."""
+    stop = threading.Event()
+    follower = threading.Thread(target=_follow, args=(desk, log, on_line, stop), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        follower.join()
+
+
+def _follow(desk: Any, log: RunLog, on_line: OnLine | None, stop: threading.Event) -> None:
+    import ray
+
+    generation = position = 0
+    while True:
+        last = stop.wait(_SECONDS_BETWEEN_LOOKS)
+        current, kept, lines = ray.get(desk.since.remote(generation, position))
+        if current != generation:  # workers have started, and what their checkpoint held is the log now
+            log.restart(lines[:kept])
+            generation, position, lines = current, kept, lines[kept:]
+        for line in lines:
+            log.add(line)
+            if on_line is not None:
+                on_line(line)
+        position += len(lines)
+        if last:
+            return
 
 
 def run_tasks(
@@ -217,133 +307,6 @@ def _task(loop: Callable[..., Any], job: dict[str, Any], placement: RuntimeConfi
 
     torch.set_num_threads(placement.threads_per_worker)
     return loop(context=LocalContext(device="cuda" if placement.gpu else "cpu"), **job)
-
-
-class _Refused:
-    """The loop's own error, returned rather than raised so that Ray does not try the same thing again."""
-
-    def __init__(self, error: InputError | RunError) -> None:
-        self.error = error
-
-
-def _worker(job: dict[str, Any]) -> Any:
-    """One worker's life; runs in a Ray Train worker process."""
-    import torch
-
-    placement: RuntimeConfig = job["placement"]
-    torch.set_num_threads(placement.threads_per_worker)
-    log_file, tensorboard, stop_file = Path(job["log_file"]), Path(job["tensorboard"]), job["stop_file"]
-    with _RayContext(log_file, tensorboard, stop_file, gpu=placement.gpu) as context:
-        try:
-            return job["loop"](context=context, **job["arguments"])
-        except (InputError, RunError) as error:
-            return _Refused(error)
-
-
-class _RayContext:
-    """`gavamoe.context.Context` backed by Ray Train."""
-
-    def __init__(self, log_file: Path, tensorboard: Path, stop_file: Path | None, *, gpu: bool) -> None:
-        from ray import train
-
-        ray_context = train.get_context()
-        self.rank: int = ray_context.get_world_rank()
-        self.world_size: int = ray_context.get_world_size()
-        self.device = f"cuda:{ray_context.get_local_rank()}" if gpu else "cpu"
-        self.resume_from: Path | None = None
-        self._resources = ExitStack()
-        self._tensorboard_folder = tensorboard
-        self._log_path, self._stop_file = log_file, stop_file
-        self._log: IO[str] | None = None
-        self._board: Any = None
-
-    def __enter__(self) -> "_RayContext":
-        from ray import train
-
-        checkpoint = train.get_checkpoint()
-        if checkpoint is not None:
-            self.resume_from = Path(self._resources.enter_context(checkpoint.as_directory()))
-        if self.rank == 0:
-            self._open_logs()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._resources.close()
-
-    def log(self, metrics: Metrics) -> None:
-        if self._log is not None:
-            self._write(self._log, metrics)
-        if self._stop_file is not None:
-            self._stop_if_asked(self._stop_file)
-
-    def _write(self, log: IO[str], metrics: Metrics) -> None:
-        log.write(json.dumps(dict(metrics)) + "\n")
-        log.flush()
-        step = metrics.get("step")
-        for key, value in metrics.items():
-            if isinstance(step, int) and isinstance(value, int | float) and key not in ("step", "steps"):
-                self._board.add_scalar(f"{metrics.get('phase', 'train')}/{key}", value, step)
-
-    def _stop_if_asked(self, stop_file: Path) -> None:
-        """All workers log at the same steps, and rank 0's look decides for all: none waits for one that has left."""
-        import torch
-
-        asked = torch.tensor([int(self.rank == 0 and stop_file.exists())], device=self.device)
-        if self.world_size > 1:
-            torch.distributed.all_reduce(asked)
-        if asked:
-            raise Stopped(f"asked to by {stop_file}")
-
-    def checkpoint(self, folder: Path, metrics: Metrics) -> None:
-        from ray import train
-
-        if self._log is not None:
-            (folder / _LOG_POSITION).write_text(json.dumps({"bytes": self._log.tell()}))
-        train.report(dict(metrics), checkpoint=train.Checkpoint.from_directory(folder))
-
-    def _open_logs(self) -> None:
-        """Open the log where the checkpoint left it: lines of steps that will be redone are cut off."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        position = 0
-        if self.resume_from is not None:
-            position = json.loads((self.resume_from / _LOG_POSITION).read_text())["bytes"]
-        self._log = self._resources.enter_context(self._log_path.open("a", encoding="utf-8"))
-        self._log.truncate(position)
-        if position == 0:
-            shutil.rmtree(self._tensorboard_folder, ignore_errors=True)
-        self._board = self._resources.enter_context(SummaryWriter(str(self._tensorboard_folder)))
-
-
-@contextmanager
-def _following(log_file: Path, on_line: OnLine | None) -> Iterator[None]:
-    """While the block runs, hand each line that appears in `log_file` to `on_line`."""
-    if on_line is None:
-        yield
-        return
-    stop = threading.Event()
-    follower = threading.Thread(target=_follow, args=(log_file, on_line, stop), daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        follower.join()
-
-
-def _follow(log_file: Path, on_line: OnLine, stop: threading.Event) -> None:
-    position = 0
-    while True:
-        last = stop.wait(0.2)
-        if log_file.stat().st_size < position:  # a restarted worker cut the lines that it will write again
-            position = log_file.stat().st_size
-        with open(log_file, encoding="utf-8") as file:
-            file.seek(position)
-            while (line := file.readline()).endswith("\n"):
-                position = file.tell()
-                on_line(json.loads(line))
-        if last:
-            return
 
 
 def _worker_environment(placement: RuntimeConfig) -> dict[str, str]:

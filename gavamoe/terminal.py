@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
@@ -16,11 +17,16 @@ WIDEST_NAME = 24
 """Characters of a table's first column that are kept on one line."""
 console = Console(stderr=True, highlight=False)
 
+PROGRESS_LINE = r"\[(?P<title>.+)\] (?P<done>\d+)/(?P<total>\d+) ?(?P<note>.*)"
+"""How far a step is, where there is no terminal to draw a bar on; `gavamoe submit` makes bars of such lines."""
+_SECONDS_BETWEEN_LINES = 5.0
+
 
 class TerminalProgress:
     """A `gavamoe.pipeline.Progress` that draws one bar per step.
 
-    Where standard error is no terminal (CI, a log file), each step is one line when it begins and one when it ends.
+    Where standard error is no terminal (CI, a job's log), a step is a line when it begins, one every few seconds, and
+    one when it ends.
     """
 
     def __init__(self) -> None:
@@ -37,6 +43,8 @@ class TerminalProgress:
         self._title = ""
         self._note = ""
         self._warned: set[str] = set()
+        self._said = time.monotonic()
+        """When the last line was printed, where there are no bars."""
 
     def __enter__(self) -> "TerminalProgress":
         self._bars.start()
@@ -56,6 +64,7 @@ class TerminalProgress:
         self._task = self._bars.add_task(title, total=None, note="")
         if self._bars.disable:
             console.print(f"{title} ...", markup=False)
+            self._said = time.monotonic()
 
     def line(self, line: dict[str, Any]) -> None:
         if "warning" in line:
@@ -87,6 +96,9 @@ class TerminalProgress:
     def _update(self, done: int, total: int | None) -> None:
         if self._task is not None:
             self._bars.update(self._task, completed=done, total=total, note=self._note)
+        if self._bars.disable and total is not None and time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
+            console.print(f"[{self._title}] {done}/{total} {self._note}".rstrip(), markup=False, soft_wrap=True)
+            self._said = time.monotonic()
 
     def _finish(self) -> None:
         if self._task is None:
@@ -102,14 +114,14 @@ class TerminalProgress:
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A titled table on standard error; the first column is text, the others are right-aligned."""
     table = Table()
-    cells = [[_cell(value) for value in row] for row in rows]
+    cells = [[cell(value) for value in row] for row in rows]
     names = max((len(row[0]) for row in cells), default=0)
     for index, column in enumerate(columns):
         # In a narrow terminal numbers fold before names do.
         width = min(names, WIDEST_NAME) if index == 0 else None
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", min_width=width)
     for row in cells:
-        table.add_row(*[escape(cell) for cell in row])
+        table.add_row(*[escape(text) for text in row])
     console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
     console.print(table)
 
@@ -119,7 +131,7 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):

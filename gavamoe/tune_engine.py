@@ -22,8 +22,8 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from gavamoe.config import RuntimeConfig
-from gavamoe.errors import InputError, RunError
-from gavamoe.runtime import Stopped, ray_session
+from gavamoe.errors import InputError, RunError, Stopped
+from gavamoe.runtime import ray_session
 from gavamoe.tune_checks import trial_config
 from gavamoe.tune_space import Space, Values
 from gavamoe.tune_study import Record, Study

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "gavamoe"
 
 # A module may import only modules that stand before it.
 ORDER = """
-    errors files context config
+    errors files context config storage tracking
     sequences metrics sacrebleu_style peter_style bertscore text_metrics significance scoring
     vae_gmm moe decoders conversion
     lexicon texts features catalog dataset dataset_writer mentions copying
@@ -22,17 +22,17 @@ ORDER = """
     engines stage2_setup stage2_artifact stage2
     personalisation gate_use beyond evaluation_rows evaluate
     retrieval systems ablate_results charts run_data human_eval human_export human_import report_figures
-    report_systems report runtime pipeline ablate cluster_sweep terminal summary systems_summary
+    report_systems report ray_worker runtime pipeline status ablate cluster_sweep terminal summary systems_summary
     tune_metrics tune_space tune_study tune_checks tune_cache tune_data tune_folder tune_trial tune_engine tune_report
     tune tune_summary
     serving.schema serving.settings serving.text_stream serving.sampling serving.kv_cache serving.engine serving.worker
     serving.browse serving.router serving.writer serving.backend serving.errors serving.security serving.reference
     serving.api serving.deployments serving.launch
-    cli_options cli_data cli_human cli
+    submit cluster_terminal cli_options cli_data cli_human cli_cluster cli
 """.split()
 
 MODELS = {"vae_gmm", "moe", "decoders", "conversion", "explainer", "lora", "serving.engine", "serving.kv_cache"}
-KNOW_RAY = {"runtime", "pipeline", "tune_engine", "serving.deployments", "serving.launch"}
+KNOW_RAY = {"runtime", "ray_worker", "pipeline", "tune_engine", "serving.deployments", "serving.launch", "submit"}
 
 
 def modules() -> list[str]:
