@@ -22,6 +22,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -58,11 +59,29 @@ def load_base(
     """
     if base_model == "scratch":
         tokenizer = train_tokenizer(texts, scratch.vocabulary)
-        model = _scratch_model(scratch, len(tokenizer), tokenizer, seed)
+        model = _scratch_model(scratch, tokenizer, seed)
     else:
         model, tokenizer = _load_pretrained(base_model)
     _align_special_tokens(model, tokenizer)
     return model, tokenizer
+
+
+def load_tokenizer(base_model: str, scratch: ScratchModelConfig, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    """`load_base`'s tokenizer alone, for whoever needs no weights.
+
+    Raises:
+        InputError: as `load_base`.
+    """
+    if base_model == "scratch":
+        return train_tokenizer(texts, scratch.vocabulary)
+    source, options = locate_base(base_model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        detail = " ".join(str(error).split())[:300]
+        raise InputError(f"base_model {base_model}: its tokenizer cannot be loaded ({detail})") from error
+    _pad_and_end(tokenizer)
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -115,34 +134,34 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(marked | set(tokenizer.all_special_ids))
 
 
-def _scratch_model(
-    scratch: ScratchModelConfig, vocabulary: int, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> PreTrainedModel:
-    options: dict[str, Any] = {
+def scratch_config(scratch: ScratchModelConfig, vocabulary: int) -> PreTrainedConfig:
+    """Shape of the scratch model with `vocabulary` tokens; special ids are left to the tokenizer."""
+    sizes = {
         "vocab_size": vocabulary,
         "hidden_size": scratch.hidden_size,
         "num_hidden_layers": scratch.layers,
         "num_attention_heads": scratch.heads,
         "tie_word_embeddings": True,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
     }
+    if scratch.family == "gpt2":
+        # No dropout, as in the LLaMA: the two then differ in architecture alone.
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        positions = SCRATCH_LEARNED_POSITIONS
+        return GPT2Config(n_inner=scratch.intermediate_size, n_positions=positions, **dropout, **sizes)
+    return LlamaConfig(intermediate_size=scratch.intermediate_size, max_position_embeddings=SCRATCH_POSITIONS, **sizes)
+
+
+def _scratch_model(scratch: ScratchModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    config = scratch_config(scratch, len(tokenizer))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if scratch.family == "gpt2":
-            # No dropout, as in the LLaMA: the two then differ in architecture alone.
-            dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-            positions = SCRATCH_LEARNED_POSITIONS
-            return GPT2LMHeadModel(
-                GPT2Config(n_inner=scratch.intermediate_size, n_positions=positions, **dropout, **options)
-            )
-        sizes = {"intermediate_size": scratch.intermediate_size, "max_position_embeddings": SCRATCH_POSITIONS}
-        return LlamaForCausalLM(LlamaConfig(**sizes, **options))
+        return GPT2LMHeadModel(config) if scratch.family == "gpt2" else LlamaForCausalLM(config)
 
 
 def _load_pretrained(base_model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source, options = _locate(base_model)
+    source, options = locate_base(base_model)
     # False, not absent: transformers would otherwise ask on the terminal whether to run a repository's code.
     options |= {"trust_remote_code": False}
     try:
@@ -163,7 +182,7 @@ def _load_pretrained(base_model: str) -> tuple[PreTrainedModel, PreTrainedTokeni
     return model, tokenizer
 
 
-def _locate(base_model: str) -> tuple[str, dict[str, Any]]:
+def locate_base(base_model: str) -> tuple[str, dict[str, Any]]:
     """What to hand to `from_pretrained`: a folder or hub id, and for a GGUF file its folder and `gguf_file`."""
     path = find_packaged_gguf(base_model) if base_model.startswith("package:") else Path(base_model)
     if path.suffix != ".gguf":
@@ -198,11 +217,15 @@ def find_packaged_gguf(base_model: str) -> Path:
 
 def _align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """One truth about special ids: the tokenizer's. Sampling defaults of the base model are not carried over."""
-    if tokenizer.eos_token_id is None:
-        raise InputError("base_model: its tokenizer has no end-of-text token, so generation could not stop")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    _pad_and_end(tokenizer)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in ids.items():
         setattr(model.config, name, value)
     model.generation_config = GenerationConfig(**ids)
+
+
+def _pad_and_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.eos_token_id is None:
+        raise InputError("base_model: its tokenizer has no end-of-text token, so generation could not stop")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token

@@ -27,6 +27,7 @@ from gavamoe.cli_options import (
     store_work,
     work_folder,
 )
+from gavamoe.cli_plan import plan
 from gavamoe.errors import InputError, RunError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 app.add_typer(jobs_app, name="jobs")
 app.command()(status)
 app.command()(copy)
+app.command()(plan)
 
 
 def _print_version(wanted: bool) -> None:

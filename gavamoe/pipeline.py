@@ -17,7 +17,7 @@ from gavamoe.config import RunConfig, dump_config, load_config, parse_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.files import read_json, write_file, write_json
-from gavamoe.runtime import ray_session, run_training
+from gavamoe.runtime import ray_session, run_tasks, run_training
 from gavamoe.tracking import Line
 
 Stage = Literal["1", "2", "all"]
@@ -214,6 +214,8 @@ def _train_stage(
     number: str, config: RunConfig, dataset: Dataset, run_dir: Path, resume: bool, progress: Progress
 ) -> None:
     loop, arguments, title = _stage(number, config, dataset, run_dir)
+    if number == "2":
+        _tokenise(config, dataset, progress)
     progress.step(title)
     run_training(
         loop,
@@ -225,6 +227,17 @@ def _train_stage(
         elastic=number == "1",
         on_line=progress.line,
     )
+
+
+def _tokenise(config: RunConfig, dataset: Dataset, progress: Progress) -> None:
+    """Make the token cache of many rows, in Ray tasks, before the workers want it; of few they make their own."""
+    from gavamoe.token_cache import WORTHWHILE, fill_cache
+
+    if dataset.size("train") < WORTHWHILE:
+        return
+    progress.step("Tokenise rows")
+    placement = config.runtime.model_copy(update={"gpu": False})
+    fill_cache(config, dataset.path, lambda loop, jobs: run_tasks(loop, jobs, placement, progress.count))
 
 
 def _stage(

@@ -80,6 +80,24 @@ class RatingScale(BaseModel):
             raise InputError(f"rating {rating:g}: outside this dataset's scale, {self.low:g} to {self.high:g}")
 
 
+class SlotIds(BaseModel):
+    """Token ids of users and items: above the vocabulary, known ones and one for all others, users first.
+
+    The layout of `GavamoeForCausalLM.user_token` and `item_token`, for whoever has no model at hand.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    vocabulary: int
+    n_users: int
+    n_items: int
+
+    def user_token(self, index: int) -> int:
+        return self.vocabulary + min(index, self.n_users)
+
+    def item_token(self, index: int) -> int:
+        return self.vocabulary + self.n_users + 1 + min(index, self.n_items)
+
+
 class PromptSpec(BaseModel):
     """What a trained model's prompts look like: `prompt.json` of a stage-2 artifact."""
 

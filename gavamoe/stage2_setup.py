@@ -3,7 +3,6 @@
 Inputs: the config, a dataset folder, a stage-1 folder. Output: a `Setup`, the same on every worker.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,23 +10,22 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gavamoe.base_model import load_base
-from gavamoe.batches import Ragged, TextRows
+from gavamoe.batches import TextRows
 from gavamoe.checkpoint import Manifest
 from gavamoe.config import RunConfig
 from gavamoe.dataset import Dataset, open_dataset
+from gavamoe.encoding import encode_rows, rating_scale, rows_with_text, tokenizer_texts
 from gavamoe.errors import InputError
 from gavamoe.explainer import GavamoeForCausalLM, build_explainer
 from gavamoe.joint import JointModel
 from gavamoe.lora import add_lora
 from gavamoe.pairs import PairSource
-from gavamoe.prompts import PromptBuilder, PromptColumns, PromptSpec, RatingScale, template_texts
+from gavamoe.prompts import PromptBuilder, PromptSpec
 from gavamoe.route_controls import RouteControl
 from gavamoe.routes import ROUTES_FILE, read_routes
 from gavamoe.stage1 import load_stage1
+from gavamoe.token_cache import read_cache
 from gavamoe.vae_gmm import VaeGmm
-
-_TEXTS_PER_TEMPLATE = 10
-"""The scratch tokenizer sees the prompts' constant text once per so many explanations."""
 
 Split = tuple[np.ndarray, np.ndarray]
 
@@ -77,7 +75,7 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path) -> Setup:
         usual_features=_usual_features(data, config.stage2.prompt.max_features),
     )
     builder = PromptBuilder(tokenizer, explainer.user_token, explainer.item_token, spec.prompt, spec.scale)
-    chosen = {"train": _rows_with_text(data, "train"), "valid": _validation_rows(config, data)}
+    chosen = {"train": rows_with_text(data, "train"), "valid": _validation_rows(config, data)}
     arrays = {split: data.arrays(split) for split in chosen}
     routed = {split: (arrays[split].user[rows], arrays[split].item[rows]) for split, rows in chosen.items()}
     control = RouteControl.of(config, data)
@@ -87,7 +85,7 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path) -> Setup:
         model=model,
         tokenizer=tokenizer,
         spec=spec,
-        train=encode_rows(builder, data, "train", chosen["train"]),
+        train=read_cache(data, builder, chosen["train"]) or encode_rows(builder, data, "train", chosen["train"]),
         valid=encode_rows(builder, data, "valid", chosen["valid"]),
         routed=routed,
         clusters={
@@ -104,14 +102,6 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path) -> Setup:
     )
 
 
-def rating_scale(data: Dataset) -> RatingScale | None:
-    """The dataset's ratings as prompts understand them; None for implicit data."""
-    if data.rating_range is None:
-        return None
-    low, high = data.rating_range
-    return RatingScale(low=low, high=high, values=data.rating_values)
-
-
 def _usual_features(data: Dataset, most: int) -> int:
     """The number of features that a quarter of the training rows with any have at least; at most `most`."""
     counts = (
@@ -119,27 +109,6 @@ def _usual_features(data: Dataset, most: int) -> int:
     )
     some = counts[counts > 0]
     return min(int(np.percentile(some, 75, method="higher")), most) if len(some) else 1
-
-
-def encode_rows(builder: PromptBuilder, data: Dataset, split: str, rows: np.ndarray) -> TextRows:
-    """Prompts and answers of the given rows (ascending) of a split; the file is read in parts."""
-    titles = [data.catalog.item_title(item) for item in range(data.catalog.n_items)]
-    prompts, answers = [Ragged.pack([])], [Ragged.pack([])]
-    start = 0
-    for batch in data.batches(split):
-        wanted = rows[(rows >= start) & (rows < start + batch.num_rows)] - start
-        start += batch.num_rows
-        part = batch.take(wanted).to_pydict()
-        columns = PromptColumns(
-            users=part["user"],
-            items=part["item"],
-            ratings=part["rating"],
-            features=[words or () for words in part["features"]],
-            titles=[titles[item] for item in part["item"]],
-        )
-        prompts.append(Ragged.pack(builder.prompts(columns)))
-        answers.append(Ragged.pack(builder.answers(part["text"])))
-    return TextRows(Ragged.join(prompts), Ragged.join(answers))
 
 
 def _check_stage1(
@@ -158,7 +127,7 @@ def _build_explainer(
     config: RunConfig, data: Dataset, vae_gmm: VaeGmm
 ) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
     stage2 = config.stage2
-    base, tokenizer = load_base(stage2.base_model, stage2.scratch, _tokenizer_texts(data), config.seed)
+    base, tokenizer = load_base(stage2.base_model, stage2.scratch, tokenizer_texts(data), config.seed)
     explainer = build_explainer(
         config, base, vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates
     )
@@ -169,35 +138,8 @@ def _build_explainer(
     return explainer, tokenizer
 
 
-def _tokenizer_texts(data: Dataset) -> Iterator[str]:
-    """What the scratch tokenizer learns its words from: training texts, features, titles, the prompts' constants."""
-    templates = template_texts()
-    for number, (text, words) in enumerate(_texts_and_features(data)):
-        yield text
-        yield " " + ", ".join(words)
-        if number % _TEXTS_PER_TEMPLATE == 0:
-            yield from templates
-    for item in range(data.catalog.n_items):
-        yield " " + (data.catalog.item_title(item) or "")
-
-
-def _texts_and_features(data: Dataset) -> Iterator[tuple[str, list[str]]]:
-    for batch in data.batches("train", ["text", "features"]):
-        for text, words in zip(batch["text"].to_pylist(), batch["features"].to_pylist(), strict=True):
-            yield text or "", words or []
-
-
-def _rows_with_text(data: Dataset, split: str) -> np.ndarray:
-    """Row numbers of a split whose explanation is not empty, ascending: int64."""
-    texts = data.table(split, ["text"])["text"].to_pylist()
-    rows = np.array([row for row, text in enumerate(texts) if text and text.strip()], dtype=np.int64)
-    if split == "train" and not len(rows):
-        raise InputError(f"{data.path}: no training row has a text, so there is no explanation to learn from")
-    return rows
-
-
 def _validation_rows(config: RunConfig, data: Dataset) -> np.ndarray:
-    rows = _rows_with_text(data, "valid")
+    rows = rows_with_text(data, "valid")
     count = min(len(rows), config.stage2.validation_rows)
     return np.sort(np.random.default_rng(config.seed).choice(rows, count, replace=False))
 
