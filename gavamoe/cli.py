@@ -207,6 +207,10 @@ def explain(
     rating: Annotated[float | None, typer.Option(help="Default: the predicted rating.")] = None,
     overrides: Set = None,
     seed: Annotated[int, typer.Option(min=0, help="For sampling; greedy by default.")] = 0,
+    stream: Annotated[
+        bool | None,
+        typer.Option("--stream/--no-stream", help="Print the text as it is written; default: on a terminal."),
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Write the explanation for one user and one item."""
@@ -215,7 +219,15 @@ def explain(
 
     words = None if features is None else tuple(word.strip() for word in features.split(",") if word.strip())
     summary.print_explanation(
-        open_run(run), user, item, words, rating, overrides=overrides or [], seed=seed, as_json=json_output
+        open_run(run),
+        user,
+        item,
+        words,
+        rating,
+        overrides=overrides or [],
+        seed=seed,
+        stream=stream,
+        as_json=json_output,
     )
 
 

@@ -124,8 +124,8 @@ class ExpertsConfig(_Model):
     """Divide the kept gate values by their sum; Eq. 11 as printed does not."""
     multi_gate: bool = True
     """False: one gate for all clusters (the paper's ablation without multi-gating)."""
-    implementation: Literal["grouped_mm", "batched_mm", "eager"] = "grouped_mm"
-    """transformers' expert kernel."""
+    implementation: Literal["auto", "grouped_mm", "batched_mm", "eager"] = "auto"
+    """Expert kernel: transformers' own, or auto: grouped_mm, but a loop for the few tokens of decoding on a CPU."""
     load_balance_weight: NonNegative = 0.0
     router_z_weight: NonNegative = 0.0
 
@@ -206,6 +206,8 @@ class Stage2Config(_Model):
     """DeepSpeed ZeRO stage."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    expert_parallel: PositiveInt = 1
+    """Workers that share the experts of each block: every one holds `experts.count` / so many, and tokens travel."""
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "Stage2Config":
@@ -294,6 +296,31 @@ class RunConfig(_Model):
     def gates(self) -> int:
         """Gates of the explainer: one per cluster, or one in all without multi-gating."""
         return self.stage1.clusters if self.stage2.experts.multi_gate else 1
+
+    @model_validator(mode="after")
+    def _expert_parallel_fits(self) -> "RunConfig":
+        stage2, share = self.stage2, self.stage2.expert_parallel
+        if share == 1:
+            return self
+        problem = None
+        if not stage2.experts.enabled:
+            problem = "there are no experts to share out with experts.enabled false"
+        elif stage2.alpha == 1:
+            problem = "alpha 1 trains no experts"
+        elif stage2.experts.count % share:
+            problem = (
+                f"{share} workers can't share {stage2.experts.count} experts evenly; take a divisor of experts.count"
+            )
+        elif self.runtime.workers % share:
+            problem = f"runtime.workers {self.runtime.workers} is no multiple of {share}"
+        elif stage2.zero_stage not in (1, 2):
+            problem = (
+                f"needs zero_stage 1 or 2, not {stage2.zero_stage}: 0 would clip each worker by a norm of its own,"
+                " 3 shards the experts itself"
+            )
+        if problem:
+            raise ValueError(f"stage2.expert_parallel: {problem}")
+        return self
 
     @model_validator(mode="after")
     def _runtime_fits(self) -> "RunConfig":

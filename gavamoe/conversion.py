@@ -75,7 +75,7 @@ def _check_experts(base: PreTrainedConfig, experts: ExpertsConfig, size: int, wi
         )
     if experts.conversion == "split" and getattr(base, "mlp_bias", False):
         raise InputError("stage2.experts: split can't keep the feed-forward biases of this base model; use shared")
-    if experts.implementation == "grouped_mm" and (size % ALIGNMENT or base.hidden_size % ALIGNMENT):
+    if experts.implementation in ("auto", "grouped_mm") and (size % ALIGNMENT or base.hidden_size % ALIGNMENT):
         raise InputError(
             f"stage2.experts: grouped_mm needs multiples of {ALIGNMENT}, not experts of {size} at hidden size"
             f" {base.hidden_size}; change intermediate_size or set implementation eager"

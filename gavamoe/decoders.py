@@ -44,8 +44,8 @@ class GavamoeConfig(PreTrainedConfig):
     renormalise: bool = False
     load_balance_weight: float = 0.0
     router_z_weight: float = 0.0
-    expert_kernel: str = "grouped_mm"
-    """transformers' expert kernel, unless `from_pretrained` is given `experts_implementation`."""
+    expert_kernel: str = "auto"
+    """One of `moe`'s kernels, unless `from_pretrained` is given `experts_implementation`."""
     output_router_logits: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None

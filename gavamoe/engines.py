@@ -113,7 +113,9 @@ class DeepSpeedEngine:
     def __init__(self, module: JointModel, config: Stage2Config, *, world_size: int, device: str = "cpu") -> None:
         self.module = module
         self._device, self._stage = device, config.zero_stage
+        self._sharing: Any = None
         self._owns_group = _join_group(world_size, device)
+        self.rank: int = distributed.get_rank()
         with _output_to_stderr():
             import deepspeed
 
@@ -121,6 +123,11 @@ class DeepSpeedEngine:
             # An operation for inference only, which every first start would else compile: minutes, and a compiler.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             self._deepspeed = deepspeed
+            if config.expert_parallel > 1:
+                from gavamoe import expert_parallel
+
+                self._sharing = expert_parallel
+                expert_parallel.share_out_experts(module, config.expert_parallel, self.rank)
             if config.zero_stage == 3:
                 for parameter in module.read_outside_forward():
                     deepspeed.zero.register_external_parameter(module, parameter)
@@ -130,10 +137,11 @@ class DeepSpeedEngine:
                 config=deepspeed_config(config, module),
                 dist_init_required=False,
             )[0]
-        self.rank: int = distributed.get_rank()
 
     def _make_optimizer(self, module: JointModel, config: Stage2Config) -> torch.optim.Optimizer:
         groups = parameter_groups(module, config)
+        if self._sharing:
+            groups = self._sharing.expert_groups(groups)
         if config.offload_optimizer and self._device != "cpu":
             # Compiled at first use; the only Adam that is fast on states kept in host memory.
             cpu_adam: torch.optim.Optimizer = self._deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=True)
@@ -159,13 +167,33 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         (folder / _TAG).mkdir(parents=True, exist_ok=True)  # DeepSpeed makes it on rank 0 alone
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        with self._plain_checkpoint():
+            self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        if self._sharing:
+            self._sharing.save_experts(self.module, folder, self.rank)
 
     def load(self, folder: Path) -> None:
-        self._engine.load_checkpoint(str(folder), tag=_TAG)
+        with self._plain_checkpoint():
+            self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if self._sharing:
+            self._sharing.load_experts(self.module, folder, self.rank)
+
+    @contextlib.contextmanager
+    def _plain_checkpoint(self) -> Iterator[None]:
+        """DeepSpeed's checkpoints of experts know the names of its own layer only. As those of a plain model they still
+        hold each worker's optimizer states, but of the experts' weights rank 0's alone."""
+        shared, self._engine.has_moe_layers = self._engine.has_moe_layers, False
+        try:
+            yield
+        finally:
+            self._engine.has_moe_layers = shared
 
     def state_dict(self, prefix: str = "", *, everywhere: bool = False) -> dict[str, Tensor]:
         wanted = everywhere or self.rank == 0
+        if self._sharing:
+            own = _on_cpu(self.module, prefix) if wanted else {}
+            state: dict[str, Tensor] = self._sharing.whole_state(self.module, own, prefix)
+            return state if wanted else {}
         if self._stage < 3:
             return _on_cpu(self.module, prefix) if wanted else {}
         # One parameter at a time: the whole model need not fit on a device.

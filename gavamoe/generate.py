@@ -1,7 +1,8 @@
 """Explanations from a trained model: the only way text is made, for evaluation and serving alike.
 
 Inputs: a stage-2 folder, which is complete in itself, and requests by index (`catalog` maps raw ids).
-Outputs: one `Explanation` per request, in order. How to run: `Explainer.load(folder).explain(requests, generation)`.
+Outputs: one `Explanation` per request, in order. How to run: `Explainer.load(folder).explain(requests, generation)`,
+or `.stream(...)` for the texts piece by piece as they are written.
 
 Stage 1 routes each pair and predicts its rating in one pass. A rating that is not given is that prediction, moved to
 the nearest rating of the scale; features that are not given are the item's usual ones.
@@ -9,7 +10,7 @@ the nearest rating of the scale; features that are not given are the item's usua
 Shape letters: B rows of a batch, T tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,9 @@ from gavamoe.files import read_json
 from gavamoe.prompts import ExplanationRequest, PromptBuilder, PromptColumns, PromptSpec, left_padded
 from gavamoe.route_controls import RouteControl
 from gavamoe.routes import Routes, route_pairs
+from gavamoe.serving.engine import Engine, Row
+from gavamoe.serving.sampling import Sampling
+from gavamoe.serving.text_stream import TextStream, clean_text
 from gavamoe.vae_gmm import VaeGmm
 
 CATALOG_FOLDER = "catalog"
@@ -59,9 +63,21 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """N prompts, and what went into them."""
+class Piece:
+    """What a text has grown by."""
 
+    row: int
+    """Of the requests."""
+    text: str
+    explanation: Explanation | None
+    """With a row's last piece, which may be empty: the whole, whose text its pieces add up to."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """N requests, their prompts, and what went into them."""
+
+    requests: Sequence[ExplanationRequest]
     prompts: list[list[int]]
     """Token ids."""
     routes: Routes
@@ -139,58 +155,84 @@ class Explainer:
         """
         if not requests:
             return []
-        asked = self.prepare(requests)
-        routes = asked.routes
-        written = self._write(asked.prompts, routes.cluster, generation, seed, on_progress)
-        return [
-            self._explanation(request, written[row], routes, row, asked.ratings[row], asked.features[row])
-            for row, request in enumerate(requests)
+        prepared = self._checked(self.prepare(requests), generation)
+        written = self._write(prepared.prompts, prepared.routes.cluster, generation, seed, on_progress)
+        return [self._explanation(prepared, row, writing) for row, writing in enumerate(written)]
+
+    def stream(
+        self, requests: Sequence[ExplanationRequest], generation: GenerationConfig, seed: int = 0
+    ) -> Iterator[Piece]:
+        """The texts piece by piece, `generation.batch_size` of them growing at the same time.
+
+        Greedy texts are those of `explain`. Sampled ones are those of `gavamoe serve`, not of `explain`: row i is
+        drawn by `seed` + i, whatever rows are written beside it.
+
+        Raises:
+            InputError: at once, as in `explain`; beam search, which knows its text only at the end.
+        """
+        if generation.beams > 1:
+            raise InputError(f"generation.beams {generation.beams}: beam search can't be streamed; set 1")
+        if not requests:
+            return iter(())
+        return self._pieces(self._checked(self.prepare(requests), generation), generation, seed)
+
+    def _pieces(self, prepared: Prepared, generation: GenerationConfig, seed: int) -> Iterator[Piece]:
+        rows = [
+            Row(prompt, int(prepared.routes.cluster[index]), _sampling(generation, seed + index))
+            for index, prompt in enumerate(prepared.prompts)
         ]
+        place = {id(row): index for index, row in enumerate(rows)}
+        streams = [TextStream(self.tokenizer) for _ in rows]
+        end = self.builder.end
+        engine = Engine(
+            self.model,
+            end,
+            sorted(special_ids(self.tokenizer) - {end}),
+            slots=min(len(rows), generation.batch_size),
+            capacity=max(map(len, prepared.prompts)) + generation.max_new_tokens,
+            max_waiting=len(rows),
+        )
+        for row in rows:
+            engine.submit(row)
+        while engine.busy:
+            for row in engine.step():
+                index = place[id(row)]
+                text = streams[index].piece(row.tokens, last=row.done)
+                writing = _Writing(clean_text(self.tokenizer, row.tokens), len(row.tokens)) if row.done else None
+                if text or writing:
+                    yield Piece(index, text, self._explanation(prepared, index, writing) if writing else None)
 
     def prepare(self, requests: Sequence[ExplanationRequest]) -> Prepared:
-        """What the model reads for N requests; raises as `explain` does."""
+        """What the model reads for N requests, with all that was not given filled in; raises as `explain` does."""
         users = np.array([request.user for request in requests], dtype=np.int64)
         items = np.array([request.item for request in requests], dtype=np.int64)
         routes = self.routes(users, items)
-        ratings = [self._rating(request, routes.rating[row]) for row, request in enumerate(requests)]
-        features = [self._features(request) for request in requests]
+        ratings = [prompt_rating(self.spec, r.rating, float(routes.rating[row])) for row, r in enumerate(requests)]
+        features = [prompt_features(self.spec, self.catalog, r.user, r.item, r.features) for r in requests]
         titles = [self.catalog.item_title(request.item) for request in requests]
         prompts = self.builder.prompts(PromptColumns(users.tolist(), items.tolist(), ratings, features, titles))
-        return Prepared(prompts, routes, ratings, features)
+        return Prepared(requests, prompts, routes, ratings, features)
 
-    def _rating(self, request: ExplanationRequest, predicted: float) -> float | None:
-        scale = self.spec.scale
-        if request.rating is None:
-            return None if scale is None else scale.nearest(float(predicted))
-        if scale is None:
-            raise InputError(f"rating {request.rating:g}: this model's dataset has no ratings; leave it out")
-        scale.check(request.rating)
-        return request.rating
+    def _checked(self, prepared: Prepared, generation: GenerationConfig) -> Prepared:
+        """Refuse prompts that leave no room for the new tokens, rather than cut them."""
+        longest, positions = max(map(len, prepared.prompts)), self.model.config.text_config.max_position_embeddings
+        if longest + generation.max_new_tokens > positions:
+            raise InputError(
+                f"generation.max_new_tokens {generation.max_new_tokens}: after a prompt of {longest} tokens that is"
+                f" more than the {positions} positions of this model; at most {positions - longest}"
+            )
+        return prepared
 
-    def _features(self, request: ExplanationRequest) -> tuple[str, ...]:
-        if not self.spec.prompt.features:
-            return ()
-        if request.features is not None:
-            return tuple(request.features[: self.spec.prompt.max_features])
-        return self.catalog.usual_features(request.user, request.item, self.spec.usual_features)
-
-    def _explanation(
-        self,
-        request: ExplanationRequest,
-        written: _Writing,
-        routes: Routes,
-        row: int,
-        rating: float | None,
-        features: tuple[str, ...],
-    ) -> Explanation:
+    def _explanation(self, prepared: Prepared, row: int, written: _Writing) -> Explanation:
+        request, routes = prepared.requests[row], prepared.routes
         return Explanation(
             text=written.text,
             cluster=int(routes.cluster[row]),
             responsibilities=tuple(map(float, routes.responsibilities[row])),
-            rating=rating,
+            rating=prepared.ratings[row],
             rating_given=request.rating is not None,
             predicted_rating=float(routes.rating[row]),
-            features=features,
+            features=prepared.features[row],
             features_given=request.features is not None,
             user_known=0 <= request.user < self.catalog.known_users,
             item_known=0 <= request.item < self.catalog.known_items,
@@ -254,3 +296,38 @@ class Explainer:
             pad_token_id=end if pad is None else pad,
             **(sampling if generation.temperature > 0 else {}),
         )
+
+
+def prompt_rating(spec: PromptSpec, given: float | None, predicted: float) -> float | None:
+    """The rating whose sentiment a prompt says: as given, else stage 1's; None for data without ratings.
+
+    Raises:
+        InputError: one off the scale, or one for a model of data without ratings.
+    """
+    if given is None:
+        return None if spec.scale is None else spec.scale.nearest(predicted)
+    if spec.scale is None:
+        raise InputError(f"rating {given:g}: this model's dataset has no ratings; leave it out")
+    spec.scale.check(given)
+    return given
+
+
+def prompt_features(
+    spec: PromptSpec, catalog: Catalog, user: int, item: int, given: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The features that a prompt names: as given, else the item's usual ones; none where prompts name no features."""
+    if not spec.prompt.features:
+        return ()
+    if given is not None:
+        return tuple(given[: spec.prompt.max_features])
+    return catalog.usual_features(user, item, spec.usual_features)
+
+
+def _sampling(generation: GenerationConfig, seed: int) -> Sampling:
+    return Sampling(
+        max_new_tokens=generation.max_new_tokens,
+        temperature=generation.temperature,
+        top_p=generation.top_p,
+        seed=seed,
+        no_repeat_ngram=generation.no_repeat_ngram,
+    )

@@ -2,13 +2,14 @@
 
 Input: hidden states of a batch whose rows each carry a cluster id; output: hidden states of the same shape.
 Cluster ids are an argument of every `forward`, never state of a module, so any mix of clusters in a batch is right.
-Expert arithmetic is transformers' own (`use_experts_implementation`): eager, batched_mm or grouped_mm.
+Expert arithmetic is transformers' own (`use_experts_implementation`): eager, batched_mm, grouped_mm, or `auto` of here.
 
 Shape letters: B rows, T positions, M = B x T tokens, D hidden size, N = rN experts, S = top_k experts of a token,
 I width of one expert, K gates (one per cluster).
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+FEW_TOKENS = 4
+"""As many tokens as the kernel `auto` takes one chosen expert at a time, on a CPU and without gradients."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,24 @@ class _Experts(nn.Module):
             output_MD = output_MD.index_add(0, token, output.to(output_MD.dtype))
         return output_MD.to(hidden_MD.dtype)
 
+    def forward_few(self, hidden_MD: Tensor, experts_MS: Tensor, weights_MS: Tensor) -> Tensor:
+        """The same by a loop over the chosen experts alone, for the few tokens of a decoding step; returns (M, D).
+
+        Choices are sorted as Python numbers: for so few, each tensor operation that is saved counts.
+        """
+        chosen = experts_MS.flatten().tolist()
+        order = sorted(range(len(chosen)), key=chosen.__getitem__)
+        token_P = torch.tensor([place // experts_MS.shape[1] for place in order])
+        hidden_PD = hidden_MD[token_P]
+        outputs, start = [], 0
+        for expert, places in groupby(order, key=chosen.__getitem__):
+            end = start + len(list(places))
+            outputs.append(self.apply_expert(hidden_PD[start:end], expert))
+            start = end
+        weighted_PD = torch.cat(outputs) * weights_MS.flatten()[order, None]
+        output_MD = torch.zeros_like(hidden_MD, dtype=weighted_PD.dtype)
+        return output_MD.index_add_(0, token_P, weighted_PD).to(hidden_MD.dtype)
+
     def apply_expert(self, hidden_MD: Tensor, expert: int) -> Tensor:
         """E_i(x) of Eq. 11 for all the given tokens."""
         raise NotImplementedError
@@ -123,6 +146,31 @@ class _Experts(nn.Module):
         gate values of all experts sum to 1, and is therefore not scaled.
         """
         raise NotImplementedError
+
+
+def auto_experts_forward(experts: _Experts, hidden_MD: Tensor, experts_MS: Tensor, weights_MS: Tensor) -> Tensor:
+    """The kernel `auto`: grouped_mm, but for few tokens, where sorting and grouping cost more than the experts."""
+    few = hidden_MD.shape[0] <= FEW_TOKENS and hidden_MD.device.type == "cpu"  # elsewhere the loop waits for the device
+    if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return experts.forward_few(hidden_MD, experts_MS, weights_MS)
+    grouped: Any = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    output_MD: Tensor = grouped(_AutocastWeights(experts, hidden_MD.device.type), hidden_MD, experts_MS, weights_MS)
+    return output_MD
+
+
+class _AutocastWeights:
+    """Experts whose weights are read in autocast's data type: grouped_mm, unlike other products, does not cast."""
+
+    def __init__(self, experts: _Experts, device: str) -> None:
+        self._experts = experts
+        self._dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._experts, name)
+        return value.to(self._dtype) if isinstance(value, nn.Parameter) else value
+
+
+ALL_EXPERTS_FUNCTIONS.register("auto", auto_experts_forward)
 
 
 @use_experts_implementation

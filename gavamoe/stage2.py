@@ -187,6 +187,7 @@ class Training:
             "runtime.engine": runtime.engine,
             "runtime.workers": self._context.world_size,
             "stage2.zero_stage": stage2.zero_stage,
+            "stage2.expert_parallel": stage2.expert_parallel,
             "steps": self.steps,
             "steps per epoch": self._plan.steps_per_epoch,
             "seed": self._config.seed,

@@ -1,9 +1,10 @@
 """What each command prints when it is done: tables for people, one JSON document for machines."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 from rich.markup import escape
@@ -16,6 +17,9 @@ from gavamoe.metrics import METRICS, Metric
 from gavamoe.pipeline import Run
 from gavamoe.reviews import PrepareSummary
 from gavamoe.terminal import console, print_json, print_table
+
+if TYPE_CHECKING:  # torch takes seconds to import, and most commands need none
+    from gavamoe.generate import Explanation, Piece
 
 SAMPLES = 5
 
@@ -186,9 +190,13 @@ def print_explanation(
     *,
     overrides: Sequence[str],
     seed: int,
+    stream: bool | None,
     as_json: bool,
 ) -> None:
-    """`gavamoe explain`: the text on standard output, how it came about on standard error."""
+    """`gavamoe explain`: the text on standard output, how it came about on standard error.
+
+    `stream` prints the text as it is written; None: if standard output is a terminal.
+    """
 
     from gavamoe.config import override_config
     from gavamoe.generate import Explainer
@@ -198,11 +206,16 @@ def print_explanation(
     explainer = Explainer.load(run.stage2)
     indices = _indices(explainer.catalog, user, item)
     request = ExplanationRequest(*indices, rating=rating, features=features)
-    [value] = explainer.explain([request], config.generation, seed=seed)
+    live = sys.stdout.isatty() if stream is None else stream
+    if config.generation.beams > 1 and not stream:
+        [value] = explainer.explain([request], config.generation, seed=seed)
+        live = False
+    else:  # the same draws whether or not the text is shown as it grows
+        value = _follow(explainer.stream([request], config.generation, seed=seed), live=live and not as_json)
     if as_json:
         print_json({"user": user, "item": item} | asdict(value))
         return
-    print(value.text)
+    print("" if live else value.text)
     _print_unknown(value.user_known, value.item_known)
     shares = ", ".join(f"{share:.2f}" for share in value.responsibilities)
     console.print(f"cluster {value.cluster} (responsibilities {shares})", markup=False)
@@ -212,6 +225,17 @@ def print_explanation(
     if value.features:
         origin = "given" if value.features_given else "the usual ones"
         console.print(f"features {', '.join(value.features)} ({origin})", markup=False)
+
+
+def _follow(pieces: "Iterator[Piece]", *, live: bool) -> "Explanation":
+    """The explanation of one request's pieces, which are printed as they come if `live`."""
+    explanation = None
+    for piece in pieces:
+        if live:
+            print(piece.text, end="", flush=True)
+        explanation = piece.explanation or explanation
+    assert explanation is not None, "a row's last piece carries its explanation"
+    return explanation
 
 
 def print_quickstart(run: Run) -> None:

@@ -61,10 +61,10 @@ def test_kernel_choice_survives_saving_and_can_be_changed(tmp_path: Path) -> Non
     assert loaded.model.layers[0].mlp.experts.config._experts_implementation == "grouped_mm"
 
 
-def test_grouped_kernel_is_the_default() -> None:
+def test_auto_kernel_is_the_default() -> None:
     config = parse_config({}, "test")
     model = build_explainer(config, dense_model().float(), USERS, ITEMS, SLOT, GATES)
-    assert model.model.layers[0].mlp.experts.config._experts_implementation == "grouped_mm"
+    assert model.model.layers[0].mlp.experts.config._experts_implementation == "auto"
 
 
 def test_loading_is_strict(tmp_path: Path) -> None:

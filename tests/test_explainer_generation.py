@@ -95,8 +95,9 @@ def test_generation_refuses_what_it_cannot_do() -> None:
         model.generate(ids, attention_mask=mask, cluster_ids=clusters, repetition_penalty=1.5)
 
 
-def test_forward_compiles_without_a_graph_break() -> None:
-    model = explainer(dense_model().float(), implementation="grouped_mm")
+@pytest.mark.parametrize("kernel", ["auto", "grouped_mm"])
+def test_forward_compiles_without_a_graph_break(kernel: str) -> None:
+    model = explainer(dense_model().float(), implementation=kernel)
     ids, mask, clusters = slot_batch(model)
     inputs = {"input_ids": ids, "attention_mask": mask, "cluster_ids": clusters, "use_cache": False}
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -16,7 +16,7 @@ from gavamoe.config import GenerationConfig
 from gavamoe.context import LocalContext
 from gavamoe.dataset import open_dataset
 from gavamoe.errors import InputError
-from gavamoe.generate import Explainer
+from gavamoe.generate import Explainer, Explanation
 from gavamoe.prompts import ExplanationRequest
 from gavamoe.reviews import prepare
 from gavamoe.routes import route_pairs
@@ -60,6 +60,64 @@ def test_batched_equals_one_by_one_in_order(explainer: Explainer, requests: list
     assert len({e.text for e in together}) > 3
     swapped = explainer.explain(requests[::-1], GREEDY.model_copy(update={"batch_size": 7}))
     assert [e.text for e in swapped[::-1]] == [e.text for e in together]
+
+
+def streamed(explainer: Explainer, requests: list[ExplanationRequest], **settings: Any) -> list[Explanation]:
+    """What a stream says at each row's end, after a check that the pieces before add up to it."""
+    generation = GREEDY.model_copy(update=settings)
+    texts, found = [""] * len(requests), {}
+    for piece in explainer.stream(requests, generation, seed=3):
+        assert piece.row not in found, "nothing comes after a row's last piece"
+        texts[piece.row] += piece.text
+        if piece.explanation is not None:
+            found[piece.row] = piece.explanation
+    assert texts == [found[row].text for row in range(len(requests))]
+    return [found[row] for row in range(len(requests))]
+
+
+def test_streamed_pieces_add_up_to_the_same_explanations(
+    explainer: Explainer, requests: list[ExplanationRequest]
+) -> None:
+    explainer.model.double().set_experts_implementation("eager")
+    assert streamed(explainer, requests) == explainer.explain(requests, GREEDY)
+    settings = {"no_repeat_ngram": 2, "max_new_tokens": 30}
+    expected = explainer.explain(requests, GREEDY.model_copy(update=settings))
+    assert streamed(explainer, requests, **settings) == expected
+    assert list(explainer.stream([], GREEDY)) == []
+
+
+def test_a_stream_gives_the_first_piece_before_the_text_is_whole(explainer: Explainer) -> None:
+    passes: list[int] = []
+    explainer.model.register_forward_hook(lambda *_: passes.append(1))
+    stream = explainer.stream([ExplanationRequest(1, 2, 5.0)], GREEDY)
+    assert passes == [], "nothing is written before it is asked for"
+    first = next(stream)
+    assert first.explanation is None
+    read = len(passes)
+    assert sum(1 for _ in stream) > 2
+    assert len(passes) > read + 2
+
+
+def test_streamed_sampling_is_seeded_row_by_row(explainer: Explainer, requests: list[ExplanationRequest]) -> None:
+    state = torch.get_rng_state()
+    first = streamed(explainer, requests, temperature=1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert streamed(explainer, requests, temperature=1.0, batch_size=3) == first
+    assert [e.text for e in first] != [e.text for e in explainer.explain(requests, GREEDY)]
+
+
+def test_what_cannot_be_streamed_is_refused_at_once(explainer: Explainer) -> None:
+    with pytest.raises(InputError, match=r"generation\.beams 2: beam search can't be streamed"):
+        explainer.stream([ExplanationRequest(1, 2)], GREEDY.model_copy(update={"beams": 2}))
+    with pytest.raises(InputError, match="outside this dataset's scale"):
+        explainer.stream([ExplanationRequest(1, 2, 9.0)], GREEDY)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(explainer: Explainer) -> None:
+    long = GREEDY.model_copy(update={"max_new_tokens": 10**6})
+    for write in (explainer.explain, explainer.stream):
+        with pytest.raises(InputError, match=r"max_new_tokens 1000000: after a prompt of \d+ tokens that is more than"):
+            write([ExplanationRequest(1, 2)], long)
 
 
 def test_given_values_are_used_as_they_are(explainer: Explainer) -> None:

@@ -18,7 +18,9 @@ ORDER = """
     describe records jsonlines pickles tables readers splits
     intake reviews grammar synthetic simple_baselines
     checkpoint base_model base_shape prompts pairs batches explainer lora sentiment
-    routes route_controls clusters planted row_adam spectral mixture stage1_checks stage1_trainer stage1 generate joint
+    routes route_controls clusters planted row_adam spectral mixture stage1_checks stage1_trainer stage1
+    serving.text_stream serving.sampling serving.kv_cache serving.engine
+    generate joint expert_parallel
     engines plan_model plan_memory plan_work plan encoding plan_data token_cache stage2_setup stage2_artifact stage2
     personalisation gate_use beyond evaluation_rows evaluate
     retrieval systems ablate_results charts run_data human_eval human_export human_import report_figures
@@ -26,7 +28,7 @@ ORDER = """
     plan_summary
     tune_metrics tune_space tune_study tune_checks tune_cache tune_data tune_folder tune_trial tune_engine tune_report
     tune tune_summary
-    serving.schema serving.settings serving.text_stream serving.sampling serving.kv_cache serving.engine serving.worker
+    serving.schema serving.settings serving.worker
     serving.browse serving.router serving.writer serving.backend serving.errors serving.security serving.reference
     serving.api serving.deployments serving.launch
     submit cluster_terminal cli_options cli_data cli_human cli_cluster cli_plan cli

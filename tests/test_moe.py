@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from gavamoe.moe import (
+    FEW_TOKENS,
     MoeSpec,
     MultiGateMoe,
     MultiGateRouter,
@@ -143,6 +144,37 @@ def test_kernels_agree(
     for other in results[1:]:
         for ours, theirs in zip(results[0], other, strict=True):
             torch.testing.assert_close(theirs, ours, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("changes", [{}, {"gated": False, "activation": "gelu_new"}])
+def test_auto_loops_over_the_chosen_experts_of_few_tokens(changes: dict[str, object]) -> None:
+    states = hidden(rows=4, length=FEW_TOKENS).float()
+    auto, eager, grouped = (block(name, **changes).float() for name in ("auto", "eager", "grouped_mm"))
+    loops: list[int] = []
+    loop = auto.experts.forward_few
+    auto.experts.forward_few = lambda *arguments: loops.append(len(arguments[0])) or loop(*arguments)
+    with torch.no_grad():
+        for tokens in range(1, FEW_TOKENS + 1):
+            row = states[:1, :tokens]
+            torch.testing.assert_close(auto(row, CLUSTERS[:1]), eager(row, CLUSTERS[:1]), rtol=1e-4, atol=1e-4)
+        assert loops == list(range(1, FEW_TOKENS + 1))
+        assert torch.equal(auto(states, CLUSTERS), grouped(states, CLUSTERS))
+    auto(states[:1, :1], CLUSTERS[:1]).sum().backward()  # with gradients every expert gets one
+    assert len(loops) == FEW_TOKENS
+    assert auto.experts.down_proj.grad is not None
+
+
+@pytest.mark.parametrize("name", ["auto", "eager"])
+def test_experts_compute_in_autocast_s_data_type(name: str) -> None:
+    built = block(name).float()
+    seen: list[torch.dtype] = []
+    built.experts.act_fn.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = built(hidden().float(), CLUSTERS)
+    assert set(seen) == {torch.bfloat16}
+    torch.testing.assert_close(output.float(), block("eager").float()(hidden().float(), CLUSTERS), rtol=0.1, atol=0.5)
+    output.sum().backward()
+    assert {parameter.grad.dtype for parameter in built.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -17,7 +17,7 @@ from gavamoe.catalog import Catalog
 from gavamoe.checkpoint import load_vae_gmm, read_manifest
 from gavamoe.errors import InputError
 from gavamoe.files import read_json
-from gavamoe.generate import CATALOG_FOLDER, PROMPT_FILE
+from gavamoe.generate import CATALOG_FOLDER, PROMPT_FILE, prompt_features, prompt_rating
 from gavamoe.prompts import PromptSpec
 from gavamoe.route_controls import CONTROL_FILE
 from gavamoe.routes import ROUTES_FILE, route_pairs
@@ -120,8 +120,6 @@ class Router:
             InputError: a rating off the scale, or one for a model of data without ratings.
         """
         started = time.perf_counter()
-        for pair in pairs:
-            self._check_rating(pair.rating)
         users = [self._user(pair.user) for pair in pairs]
         items = [self._item(pair.item) for pair in pairs]
         routes = route_pairs(self.model, np.array(users), np.array(items), device=self.device)
@@ -137,8 +135,8 @@ class Router:
                 cluster=int(routes.cluster[row]),
                 responsibilities=tuple(map(float, routes.responsibilities[row])),
                 predicted_rating=float(routes.rating[row]),
-                rating=self._rating(pair.rating, float(routes.rating[row])),
-                features=self._features(pair, users[row], items[row]),
+                rating=prompt_rating(self.spec, pair.rating, float(routes.rating[row])),
+                features=prompt_features(self.spec, self.catalog, users[row], items[row], pair.features),
                 model_version=self.version,
                 seconds=seconds,
             )
@@ -186,22 +184,3 @@ class Router:
     def _item(self, raw: str) -> int:
         index = self.catalog.item_index(raw)
         return self.catalog.n_items if index is None else index
-
-    def _check_rating(self, rating: float | None) -> None:
-        if rating is None:
-            return
-        if self.spec.scale is None:
-            raise InputError(f"rating {rating:g}: this model's dataset has no ratings; leave it out")
-        self.spec.scale.check(rating)
-
-    def _rating(self, given: float | None, predicted: float) -> float | None:
-        if self.spec.scale is None:
-            return None
-        return self.spec.scale.nearest(predicted) if given is None else given
-
-    def _features(self, pair: Pair, user: int, item: int) -> tuple[str, ...]:
-        if not self.spec.prompt.features:
-            return ()
-        if pair.features is not None:
-            return pair.features[: self.spec.prompt.max_features]
-        return self.catalog.usual_features(user, item, self.spec.usual_features)
