@@ -33,7 +33,7 @@ _NO_SPACE = {
 _TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
 """How torch.save says that a disk is full: a RuntimeError without an error number."""
 _SECONDS_TO_AGREE = 5.0
-_GAUGES = {"step": "train_step", "loss": "train_loss", "tokens_per_second": "train_tokens_per_second",
+GAUGES = {"step": "train_step", "loss": "train_loss", "tokens_per_second": "train_tokens_per_second",
            "pairs_per_second": "train_pairs_per_second"}  # fmt: skip
 """Field of a log line -> Ray metric, which Prometheus shows as ray_gavamoe_NAME."""
 
@@ -213,7 +213,7 @@ class RayContext:
             text = (self.resume_from / LOG_FILE).read_text(encoding="utf-8")
             self._lines = [json.loads(line) for line in text.splitlines()]
         self._desk.restart.remote(list(self._lines))
-        for field, name in _GAUGES.items():
+        for field, name in GAUGES.items():
             gauge = Gauge(f"gavamoe_{name}", f"{field} of the latest log line", tag_keys=tuple(self._labels))
             gauge.set_default_tags(self._labels)
             self._gauges[field] = gauge
