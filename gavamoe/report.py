@@ -20,6 +20,7 @@ from gavamoe.errors import InputError
 from gavamoe.files import write_file
 from gavamoe.human_import import HumanResult, read_result
 from gavamoe.metrics import METRICS
+from gavamoe.report_beyond import beyond_section, protocol_section
 from gavamoe.report_figures import SPARSITY, write_figures
 from gavamoe.report_systems import case_study, comparison_section, open_runs
 from gavamoe.run_data import RunData
@@ -90,6 +91,8 @@ def render(
         comparisons=comparisons,
         cases=cases,
         human=human,
+        beyond=beyond_section(runs),
+        protocols=protocol_section(runs),
         headline=_headline(runs[0]),
         settings=_settings(runs),
         scores=scores,

@@ -24,8 +24,8 @@ ORDER = """
     engines plan_model plan_memory plan_work plan encoding plan_data token_cache stage2_setup stage2_artifact stage2
     personalisation gate_use beyond evaluation_rows evaluate
     retrieval systems ablate_results charts run_data human_eval human_export human_import report_figures
-    report_systems report ray_worker runtime pipeline status ablate cluster_sweep terminal summary systems_summary
-    plan_summary
+    report_beyond report_systems report ray_worker runtime pipeline status ablate cluster_sweep terminal summary
+    systems_summary plan_summary
     tune_metrics tune_space tune_study tune_checks tune_cache tune_data tune_folder tune_trial tune_engine tune_report
     tune tune_summary
     serving.schema serving.settings serving.worker

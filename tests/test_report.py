@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluate import evaluate, write_evaluation
 from gavamoe.files import write_json
-from gavamoe.report import write_report
+from gavamoe.report import render, write_report
 from gavamoe.report_systems import case_study, open_runs
 from gavamoe.run_data import read_run
 
@@ -265,3 +266,22 @@ def test_interval_chart_keeps_within_its_frame() -> None:
     assert all(150 <= place <= 348 for place in places)
     assert chart.count('class="d0"') == 1
     assert str(interval_chart("t", [])) == ""
+
+
+def test_what_ngrams_hide_and_both_protocols_are_shown(tmp_path: Path, planted: Dataset) -> None:
+    both = parse_config({"evaluation": {"protocol": "both", "rows": 30, "probe_rows": 10}}, "test")
+    run = make_run(tmp_path / "run", planted, settings=both)
+    page = read(write_report([run], tmp_path / "report.html"))
+    assert "Given and predicted" in page.text
+    assert "Item mix-ups ↓" in page.text
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    metrics["beyond"]["gates"] = {"gates": 2, "rows": [10, 0], "loss": [[0.125, 0.5], None]}
+    metrics["beyond"]["swaps"] = [{"item": "i", "user": "u", "text": HOSTILE, "other": "v", "swapped": "b"}]
+    data = read_run(run)
+    text = Page(render([replace(data, metrics=metrics)])).text
+    assert "0 10 0.125 0.500 1 0 – –" in text
+    assert f"i for u: “{HOSTILE}” For v: “b”" in text
+    metrics["beyond"], metrics["predicted"] = None, None
+    text = Page(render([replace(data, metrics=metrics)])).text
+    assert "Beyond n-grams" not in text
+    assert "Given and predicted" not in text
