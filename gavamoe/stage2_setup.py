@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gavamoe.base_model import load_base
 from gavamoe.batches import TextRows
@@ -128,6 +128,7 @@ def _build_explainer(
 ) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
     stage2 = config.stage2
     base, tokenizer = load_base(stage2.base_model, stage2.scratch, tokenizer_texts(data), config.seed)
+    _check_positions(config, base)
     explainer = build_explainer(
         config, base, vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates
     )
@@ -136,6 +137,17 @@ def _build_explainer(
     if stage2.gradient_checkpointing:
         explainer.activation_checkpointing_enable()
     return explainer, tokenizer
+
+
+def _check_positions(config: RunConfig, base: PreTrainedModel) -> None:
+    """GPT-2's positions are a table: beyond its end there is nothing to look up."""
+    prompt, positions = config.stage2.prompt, base.config.max_position_embeddings
+    answer = max(prompt.max_explanation_tokens, config.generation.max_new_tokens)
+    if prompt.max_tokens + answer > positions:
+        raise InputError(
+            f"stage2.prompt: {prompt.max_tokens} + {answer} tokens of prompt and explanation are more than the"
+            f" {positions} positions of the base model; lower max_tokens or max_explanation_tokens"
+        )
 
 
 def _validation_rows(config: RunConfig, data: Dataset) -> np.ndarray:
