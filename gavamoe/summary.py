@@ -291,10 +291,9 @@ def _print_beyond(metrics: dict[str, Any]) -> None:
     for name, metric in BEYOND.items():
         found = [section["scores"][name] for section in sections.values()]
         if found[0] is not None:
-            cells = [cell for each in found for cell in (each["value"], _span(each["interval"]))]
-            rows.append((_label(metric), *cells, found[0]["references"], found[0]["chance"], metric.unit))
-    columns = [cell for protocol in sections for cell in (protocol, "95 %")]
-    print_table("Beyond n-grams", ["", *columns, "references", "chance", ""], rows)
+            values = [each["value"] for each in found]
+            rows.append((_label(metric), *values, found[0]["references"], found[0]["chance"], metric.unit))
+    print_table("Beyond n-grams (intervals are in the report)", ["", *sections, "references", "chance", ""], rows)
 
 
 def _print_truth(metrics: dict[str, Any]) -> None:
