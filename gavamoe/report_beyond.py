@@ -9,8 +9,12 @@ from gavamoe.run_data import RunData
 
 
 def beyond_section(runs: Sequence[RunData]) -> dict[str, Any] | None:
-    """Rows by score, each with a cell a run; swaps and gate tables of the runs that have them. None without any."""
-    found = [run.metrics["beyond"] for run in runs]
+    """Rows by score, each with a cell a column; swaps and gate tables of those that have them. None without any.
+
+    A run evaluated under both protocols has two columns.
+    """
+    columns = [column for run in runs for column in _columns(run)]
+    found = [one for _, one in columns]
     if not any(found):
         return None
     scores = [one["scores"] if one else {} for one in found]
@@ -27,14 +31,24 @@ def beyond_section(runs: Sequence[RunData]) -> dict[str, Any] | None:
                     "chance": known[0]["chance"],
                 }
             )
-    gates = [(run.name, one["gates"]) for run, one in zip(runs, found, strict=True) if one and one["gates"]]
+    gates = [(name, one["gates"]) for name, one in columns if one and one["gates"]]
+    swaps = next(((name, one["swaps"]) for name, one in columns if one and one["swaps"]), ("", []))
     return {
+        "columns": [name for name, _ in columns],
         "rows": rows,
         "sizes": next(one["rows"] for one in found if one),
-        "swaps": next((one["swaps"] for one in found if one and one["swaps"]), []),
-        "swaps_of": next((run.name for run, one in zip(runs, found, strict=True) if one and one["swaps"]), ""),
+        "swaps_of": swaps[0],
+        "swaps": swaps[1],
         "gates": [(name, table) for name, table in gates if table["gates"] > 1],
     }
+
+
+def _columns(run: RunData) -> list[tuple[str, dict[str, Any] | None]]:
+    """Name and section of each protocol that a run was evaluated under."""
+    second = run.metrics["predicted"]
+    if not second:
+        return [(run.name, run.metrics["beyond"])]
+    return [(f"{run.name}, given", run.metrics["beyond"]), (f"{run.name}, predicted", second["beyond"])]
 
 
 def protocol_section(runs: Sequence[RunData]) -> list[dict[str, Any]]:
