@@ -32,7 +32,9 @@ def beyond_section(runs: Sequence[RunData]) -> dict[str, Any] | None:
                 }
             )
     gates = [(name, one["gates"]) for name, one in columns if one and one["gates"]]
-    swaps = next(((name, one["swaps"]) for name, one in columns if one and one["swaps"]), ("", []))
+    swaps: tuple[str, list[Any]] = next(
+        ((name, one["swaps"]) for name, one in columns if one and one["swaps"]), ("", [])
+    )
     return {
         "columns": [name for name, _ in columns],
         "rows": rows,

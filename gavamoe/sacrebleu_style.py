@@ -1,7 +1,7 @@
 """BLEU and ROUGE as the libraries sacrebleu and rouge-score define them: `--style sacrebleu`, the default.
 
 A row is counted once; corpus scores follow from column sums. Tokenisers, smoothing and the final formula are the
-libraries' own; counting is ours, since their calls for one row take twenty times as long.
+libraries' own; counting is ours: their calls for one row take twice the time, and gigabytes for very long texts.
 """
 
 import functools
