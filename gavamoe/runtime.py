@@ -226,34 +226,57 @@ def _on_this_node() -> Any:
 
 @contextmanager
 def _following(desk: Any, log: RunLog, on_line: OnLine | None) -> Iterator[None]:
-    """While the block runs, write each line that comes to the desk to the log, and hand it to `on_line`."""
+    """While the block runs, write each line that comes to the desk to the log, and hand it to `on_line`.
+
+    Raises:
+        RunError: the block is done, and the log can't be written.
+    """
     stop = threading.Event()
-    follower = threading.Thread(target=_follow, args=(desk, log, on_line, stop), daemon=True)
+    problems: list[OSError] = []
+    follower = threading.Thread(target=_follow, args=(desk, log, on_line, stop, problems), daemon=True)
     follower.start()
     try:
         yield
     finally:
         stop.set()
         follower.join()
+    if problems:
+        _write_anew(desk, log)
 
 
-def _follow(desk: Any, log: RunLog, on_line: OnLine | None, stop: threading.Event) -> None:
+def _follow(desk: Any, log: RunLog, on_line: OnLine | None, stop: threading.Event, problems: list[OSError]) -> None:
     import ray
 
     generation = position = 0
     while True:
         last = stop.wait(_SECONDS_BETWEEN_LOOKS)
         current, kept, lines = ray.get(desk.since.remote(generation, position))
-        if current != generation:  # workers have started, and what their checkpoint held is the log now
-            log.restart(lines[:kept])
+        try:
+            if current != generation:  # workers have started, and what their checkpoint held is the log now
+                log.restart(lines[:kept])
+            for line in lines[kept if current != generation else 0 :]:
+                log.add(line)
+        except OSError as error:  # a full disk, perhaps for a while: the training goes on as long as it can
+            problems.append(error)
+        if current != generation:
             generation, position, lines = current, kept, lines[kept:]
         for line in lines:
-            log.add(line)
             if on_line is not None:
                 on_line(line)
         position += len(lines)
         if last:
             return
+
+
+def _write_anew(desk: Any, log: RunLog) -> None:
+    """Write the whole log, of which some lines could not be written when they came."""
+    import ray
+
+    _, _, lines = ray.get(desk.since.remote(-1, 0))
+    try:
+        log.restart(lines)
+    except OSError as error:
+        raise RunError(f"{log.path}: the training is done, its log can't be written ({error.strerror})") from error
 
 
 def run_tasks(

@@ -7,6 +7,7 @@ a checkpoint, lines after it are taken back: the log never has a step twice.
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,12 +39,19 @@ class RunLog:
     def __init__(
         self, folder: Path, name: str, runtime: RuntimeConfig, config: RunConfig | None, *, keep: bool
     ) -> None:
-        """Open `folder/logs/NAME.jsonl`; `keep` continues the one that is there."""
+        """Open `folder/logs/NAME.jsonl`; `keep` continues the one that is there.
+
+        Raises:
+            InputError: the folder can't be written, or the tracking service is not installed.
+        """
         self.path = Path(folder) / "logs" / f"{name}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not keep:
-            self.path.write_text("")
-        self.path.touch()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not keep:
+                self.path.write_text("")
+            self.path.touch()
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror})") from error
         self._trackers: list[Tracker] = [_TensorBoard(self.path.parent / "tensorboard" / name, keep=keep)]
         if runtime.tracking != "none":
             make = _MlFlow if runtime.tracking == "mlflow" else _WandB
@@ -54,7 +62,8 @@ class RunLog:
 
     def __exit__(self, *error: object) -> None:
         for tracker in self._trackers:
-            tracker.close()
+            with suppress(OSError):  # a full disk; the training's own error says so
+                tracker.close()
 
     def add(self, line: Line) -> None:
         """A new line."""

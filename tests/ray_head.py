@@ -29,20 +29,20 @@ def ray_head(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": "",  # the job's code is what is uploaded
     }
-    port, dashboard = free_port(), free_port()
+    port, dashboard, metrics = free_port(), free_port(), free_port()
     # A socket's path may have 107 characters: Ray's folder can't lie below a test's.
     temporary = Path("/tmp") / f"gm-{secrets.token_hex(3)}"
     command = [
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1",
         "--port", str(port), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard),
-        "--num-cpus", str(cpus), "--temp-dir", str(temporary), "--object-store-memory", "200000000",
+        "--metrics-export-port", str(metrics), "--num-cpus", str(cpus), "--temp-dir", str(temporary), "--object-store-memory", "200000000",
     ]  # fmt: skip
     with open(folder / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
     try:
         address = f"http://127.0.0.1:{dashboard}"
         _wait_until_up(dashboard, head, folder / "head.log")
-        yield environment | {"RAY_API_SERVER_ADDRESS": address}
+        yield environment | {"RAY_API_SERVER_ADDRESS": address, "TEST_METRICS_PORT": str(metrics)}
     finally:
         head.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +131,17 @@ def run_cli(environment: dict[str, str], folder: Path, *arguments: object) -> "s
     )  # fmt: skip
 
 
+def metrics_of(head: dict[str, str], wanted: str) -> str:
+    """What Prometheus would be told; Ray tells it seconds after the fact."""
+    end = time.monotonic() + 60
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{head['TEST_METRICS_PORT']}/metrics", timeout=10) as answer:
+            text: str = answer.read().decode()
+        if wanted in text or time.monotonic() > end:
+            return text
+        time.sleep(1)
+
+
 @pytest.mark.slow
 def test_the_whole_work_as_a_job(head: dict[str, str], tiny_dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(TINY)
@@ -162,6 +174,8 @@ def test_a_job_is_left_alone_listed_and_stopped(head: dict[str, str], tiny_datas
     while not (log.is_file() and log.read_text()) and time.monotonic() < end:
         time.sleep(1)
     assert "running" in run_cli(head, tmp_path, "jobs", "list").stderr
+    for name in ("train_step", "train_loss", "train_pairs_per_second"):
+        assert f"ray_gavamoe_{name}{{" in metrics_of(head, f"ray_gavamoe_{name}")
     assert "asked to stop" in run_cli(head, tmp_path, "jobs", "stop", job).stderr
     followed = run_cli(head, tmp_path, "jobs", "logs", job, "--follow")
     assert "Stage 1: ratings and clusters ..." in followed.stderr
