@@ -1,5 +1,6 @@
 """`gavamoe status RUN`: what ran, when, how far it is, what is next, as the files of the run folder say it."""
 
+import re
 import shlex
 import time
 from dataclasses import dataclass, field
@@ -123,8 +124,14 @@ def _from_log(run: Path, name: str) -> StepStatus:
         numbers=numbers,
         idle=idle,
         checkpoints=kept,
-        warnings=list(dict.fromkeys(str(line["warning"]) for line in lines if "warning" in line)),
+        warnings=_warnings(lines),
     )
+
+
+def _warnings(lines: list[dict[str, Any]]) -> list[str]:
+    """The newest of each kind: one text with other numbers comes every epoch."""
+    texts = [str(line["warning"]) for line in lines if "warning" in line]
+    return list({re.sub(r"[\d.]+", "", text): text for text in texts}.values())
 
 
 def _newest(lines: list[dict[str, Any]], name: str) -> int | None:

@@ -35,7 +35,8 @@ def ray_head(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
     command = [
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1",
         "--port", str(port), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard),
-        "--metrics-export-port", str(metrics), "--num-cpus", str(cpus), "--temp-dir", str(temporary), "--object-store-memory", "200000000",
+        "--metrics-export-port", str(metrics), "--num-cpus", str(cpus),
+        "--temp-dir", str(temporary), "--object-store-memory", "200000000",
     ]  # fmt: skip
     with open(folder / "head.log", "wb") as log:
         head = subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log, start_new_session=True)
