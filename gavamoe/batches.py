@@ -19,7 +19,7 @@ from gavamoe.pairs import Pairs, PairSource
 
 IGNORED = -100
 """Label of a token that is not learnt."""
-_WINDOW_STEPS = 32
+WINDOW_STEPS = 32
 """Rows are sorted by length within this many steps' worth of shuffled rows: little padding, still mixed."""
 
 Batch = dict[str, Tensor]
@@ -131,10 +131,18 @@ class BatchPlan:
     the epoch's beginning: every worker always has a full batch.
     """
 
-    def __init__(self, length_N: np.ndarray, batch_size: int, world_size: int, accumulation: int, seed: int) -> None:
+    def __init__(
+        self,
+        length_N: np.ndarray,
+        batch_size: int,
+        world_size: int,
+        accumulation: int,
+        seed: int,
+        window_steps: int = WINDOW_STEPS,
+    ) -> None:
         if not len(length_N):
             raise ValueError("no rows to make batches of")
-        self._length_N, self._seed = length_N, seed
+        self._length_N, self._seed, self._window_steps = length_N, seed, window_steps
         self._shape = (accumulation, world_size, batch_size)
         self._rows = accumulation * world_size * batch_size
         self.steps_per_epoch = -(-len(length_N) // self._rows)
@@ -152,7 +160,7 @@ class BatchPlan:
         """All rows in the epoch's order: (steps, rows of a step)."""
         random = np.random.default_rng([self._seed, epoch])
         shuffled = np.resize(random.permutation(len(self._length_N)), self.steps_per_epoch * self._rows)
-        window = _WINDOW_STEPS * self._rows
+        window = self._window_steps * self._rows
         for start in range(0, len(shuffled), window):
             part = shuffled[start : start + window]
             shuffled[start : start + window] = part[np.argsort(self._length_N[part], kind="stable")]
