@@ -89,7 +89,7 @@ def _check(config: RunConfig, workload: Workload, hardware: Hardware) -> None:
         limit = _LIMITS.get(name, math.inf)
         if not 0 < value <= limit:
             raise InputError(f"{name.replace('_', '-')}: {value} is not between 0 and {limit:g}")
-    shared = shared_by(config)
+    shared = config.stage2.expert_parallel
     if hardware.devices % shared:
         raise InputError(f"--devices {hardware.devices}: no multiple of stage2.expert_parallel {shared}")
 
@@ -99,15 +99,12 @@ def _parameters(blueprint: Blueprint) -> dict[str, Any]:
     return {"parts": parts, "explainer": asdict(blueprint.explainer), "all": asdict(blueprint.whole)}
 
 
-def shared_by(config: RunConfig) -> int:
-    """Devices that share the experts of a block."""
-    return int(getattr(config.stage2, "expert_parallel", 1))
-
-
 def own_scheme(config: RunConfig, devices: int) -> Scheme:
     """The config's own choice."""
     stage2 = config.stage2
-    return Scheme(stage2.zero_stage, stage2.offload_optimizer, stage2.offload_parameters, devices, shared_by(config))
+    return Scheme(
+        stage2.zero_stage, stage2.offload_optimizer, stage2.offload_parameters, devices, config.stage2.expert_parallel
+    )
 
 
 def scheme_memory(config: RunConfig, blueprint: Blueprint, scheme: Scheme, *, checkpointing: bool) -> Memory:
@@ -128,7 +125,7 @@ def _elbo_pairs(config: RunConfig) -> int:
 def _memory(config: RunConfig, blueprint: Blueprint, hardware: Hardware) -> list[dict[str, Any]]:
     own = own_scheme(config, hardware.devices)
     rows = []
-    choices = schemes(hardware.devices, shared_by(config))
+    choices = schemes(hardware.devices, config.stage2.expert_parallel)
     for scheme in choices if own in choices else [*choices, own]:
         row: dict[str, Any] = {"scheme": scheme.title, "own": scheme == own}
         for name, checkpointing in (("plain", False), ("checkpointed", True)):
@@ -173,8 +170,9 @@ def _training(config: RunConfig, blueprint: Blueprint, workload: Workload, hardw
 
 def _traffic(config: RunConfig, blueprint: Blueprint, hardware: Hardware) -> list[dict[str, Any]]:
     found = []
-    for stage in range(4):
-        scheme = Scheme(stage, devices=hardware.devices, expert_parallel=shared_by(config))
+    for scheme in schemes(hardware.devices, config.stage2.expert_parallel):
+        if scheme.offload_optimizer:
+            continue  # what is on the host does not travel between devices
         traffic = _step_traffic(config, blueprint, scheme)
         found.append({"scheme": scheme.title, **asdict(traffic), "total": traffic.total})
     return found

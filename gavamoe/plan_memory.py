@@ -59,10 +59,11 @@ class Scheme:
 
 
 def schemes(devices: int, expert_parallel: int = 1) -> list[Scheme]:
-    """ZeRO 0-3, with and without offload."""
-    plain = [Scheme(stage, devices=devices, expert_parallel=expert_parallel) for stage in range(4)]
+    """ZeRO 0-3, with and without offload; with shared experts 1 and 2, which alone can do it."""
+    plain = [(stage, False, False) for stage in range(4)]
     off = [(1, True, False), (2, True, False), (3, True, False), (3, True, True)]
-    return plain + [Scheme(*choice, devices=devices, expert_parallel=expert_parallel) for choice in off]
+    found = [Scheme(*choice, devices=devices, expert_parallel=expert_parallel) for choice in (*plain, *off)]
+    return found if expert_parallel == 1 else [scheme for scheme in found if scheme.zero_stage in (1, 2)]
 
 
 def states(blueprint: Blueprint, scheme: Scheme) -> Memory:

@@ -238,6 +238,13 @@ def test_states_agree_with_deepspeeds_estimators(devices: int) -> None:
         assert devices * states(blueprint, Scheme(3, True, devices=devices)).host == pytest.approx(host, rel=1e-6)
 
 
+def entry(arguments: list[str]) -> None:
+    """The command line in this process; raises instead of exiting."""
+    from gavamoe.cli import app
+
+    app(arguments, standalone_mode=False)
+
+
 def plan(config: RunConfig, devices: int, gib: float, **workload: int) -> dict[str, Any]:
     load = Workload(
         **{"users": 9765, "items": 6280, "rows": 256_018, "prompt_tokens": 40, "answer_tokens": 20} | workload
@@ -267,6 +274,24 @@ def test_devices_share_out_states_and_time_but_not_traffic() -> None:
     assert many["traffic"][3]["total"] == pytest.approx(one["traffic"][3]["total"] * 63 / 64 / (7 / 8))
 
 
+def test_shared_experts_cost_tokens_instead_of_memory() -> None:
+    """Of the experts each device holds 1 / 4, whose gradients go to the other replica alone."""
+    apart = load_config("paper", ["stage2.zero_stage=2"])
+    shared = load_config("paper", ["stage2.zero_stage=2", "stage2.expert_parallel=4"])
+    found = [plan(config, 8, 80) for config in (apart, shared)]
+    rows = [next(row["plain"] for row in each["memory"] if row["own"]) for each in found]
+    experts = found[0]["parameters"]["parts"]["experts"]["total"]
+    assert rows[0]["weights"] - rows[1]["weights"] == pytest.approx(4 * experts * 3 / 4)
+    assert rows[0]["optimizer"] == rows[1]["optimizer"]
+    assert {row["scheme"] for row in found[1]["traffic"]} == {"ZeRO-1", "ZeRO-2"}
+    sent = [{row["scheme"]: row for row in each["traffic"]}["ZeRO-2"] for each in found]
+    others = 4 * (found[0]["parameters"]["all"]["trained"] - experts)
+    assert sent[1]["gradients"] == pytest.approx(8 * 2 * (7 / 8 * others + 1 / 2 * 4 * experts / 4))
+    tokens = 8 * 6 * 32 * 160 * 2 * 4096 * 4 * 3 / 4  # passes, exchanges, layers, tokens, experts, numbers, bytes
+    assert sent[1]["tokens"] == pytest.approx(tokens)
+    assert sent[0]["tokens"] == 0
+
+
 def test_one_device_sends_nothing() -> None:
     blueprint = draw(tiny_config("llama", "random"), tiny_base("llama"), USERS, ITEMS)
     for stage in range(4):
@@ -274,8 +299,6 @@ def test_one_device_sends_nothing() -> None:
 
 
 def test_plan_as_json_and_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    from gavamoe.cli import entry
-
     sizes = ["--users", "9765", "--items", "6280", "--rows", "320023", "--device-memory", "48GiB"]
     entry(["plan", "paper", *sizes, "--json"])
     found = json.loads(capsys.readouterr().out)
@@ -288,8 +311,6 @@ def test_plan_as_json_and_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plan_of_a_dataset(tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from gavamoe.cli import entry
-
     entry(["plan", "quickstart", "--dataset", str(tiny_dataset), "--json"])
     load = json.loads(capsys.readouterr().out)["workload"]
     catalog = open_dataset(tiny_dataset).catalog
@@ -314,8 +335,6 @@ def test_plan_of_a_dataset(tiny_dataset: Path, capsys: pytest.CaptureFixture[str
     ],
 )
 def test_wrong_input_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    from gavamoe.cli import entry
-
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     words = {"SIZES": ["--users", "9", "--items", "6", "--rows", "32"], "CONFIG": [str(tmp_path / "config.json")]}
     with pytest.raises(InputError, match=message) as caught:
