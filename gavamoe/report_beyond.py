@@ -23,13 +23,12 @@ def beyond_section(runs: Sequence[RunData]) -> dict[str, Any] | None:
         cells = [of_run.get(metric.name) for of_run in scores]
         known = [cell for cell in cells if cell and cell["value"] is not None]
         if known:
+            beside = {(cell["references"], cell["chance"]) for cell in known}
+            # Runs on different rows have humans and chance of their own, which then stand in the cells.
+            shared = len(beside) == 1
+            references, chance = beside.pop() if shared else (None, None)
             rows.append(
-                {
-                    "metric": metric,
-                    "cells": cells,
-                    "references": known[0]["references"],
-                    "chance": known[0]["chance"],
-                }
+                {"metric": metric, "cells": cells, "references": references, "chance": chance, "shared": shared}
             )
     gates = [(name, one["gates"]) for name, one in columns if one and one["gates"]]
     swaps: tuple[str, list[Any]] = next(

@@ -23,7 +23,7 @@ def planted(tiny_dataset: Path) -> Dataset:
 
 def page_of(folder: Path, dataset: Dataset, say, gates: GateUse | None, **options: object) -> tuple[Page, str]:  # type: ignore[no-untyped-def]
     """The report of a run whose writer is `say`."""
-    settings = config(rows=40, **options)
+    settings = config(**{"rows": 40} | options)
     result = evaluate(FakeExplainer(dataset, say), dataset, settings, gates=lambda *_: gates)
     write_evaluation(make_run(folder, dataset, settings) / "evaluation", result, settings, {})
     html = write_report([folder], folder / "report.html").read_text()
@@ -49,6 +49,17 @@ def test_both_protocols_gates_and_swaps_are_shown(planted: Dataset, tmp_path: Pa
         assert expected in text
     assert ("href", "#beyond") in page.attributes
     assert text.count("gate 2") == 2  # a table of losses for each protocol
+
+
+def test_runs_on_other_rows_keep_their_own_humans_and_chance(planted: Dataset, tmp_path: Path) -> None:
+    truth = planted.truth()
+    assert truth is not None
+    for name, rows in (("one", 40), ("two", 11)):
+        page_of(tmp_path / name, planted, planted_writer(truth), None, probe_rows=5, rows=rows)
+    page = Page(write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "both.html").read_text())
+    assert page.text.count("humans 100.00, chance") == 2  # the most frequent sentiment's share differs
+    alone = Page((tmp_path / "one" / "report.html").read_text())
+    assert "humans 100.00, chance" not in alone.text
 
 
 def test_hostile_texts_stay_text(planted: Dataset, tmp_path: Path) -> None:
