@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from test_evaluate import bare_dataset
-from test_stage2 import tiny
+from stage2_runs import tiny
 
 from gavamoe.ablate import run_ablation
 from gavamoe.ablate_results import (

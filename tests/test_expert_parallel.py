@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_stage2 import TWO_WORKERS, close, numbers, tiny
+from stage2_runs import TWO_WORKERS, close, numbers, tiny
 from torch import Tensor, multiprocessing, nn
 from transformers import PreTrainedConfig
 

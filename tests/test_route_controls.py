@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_evaluate import bare_dataset
-from test_stage2 import tiny
+from stage2_runs import tiny
 
 from gavamoe.checkpoint import read_manifest
 from gavamoe.config import GenerationConfig, RunConfig

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_stage2 import tiny
+from stage2_runs import tiny
 
 from gavamoe.base_model import load_base
 from gavamoe.config import ScratchModelConfig
