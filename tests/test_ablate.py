@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
-from test_evaluate import bare_dataset
 from stage2_runs import tiny
+from test_evaluate import bare_dataset
 
 from gavamoe.ablate import run_ablation
 from gavamoe.ablate_results import (

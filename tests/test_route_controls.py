@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_evaluate import bare_dataset
 from stage2_runs import tiny
+from test_evaluate import bare_dataset
 
 from gavamoe.checkpoint import read_manifest
 from gavamoe.config import GenerationConfig, RunConfig
