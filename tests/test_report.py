@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread, imsave
 from test_evaluate import FakeExplainer, bare_dataset, parrot
 
 from gavamoe.ablate import run_ablation
@@ -108,6 +109,15 @@ def test_latent_map_is_embedded_where_there_is_one(tmp_path: Path, planted: Data
     (run / "clusters.png").write_bytes(b"\x89PNG")
     page = read(write_report([run], tmp_path / "report.html"))
     assert [value for name, value in page.attributes if name == "src"] == ["data:image/png;base64,iVBORw=="]
+
+
+def test_latent_maps_stand_side_by_side_in_a_figure(tmp_path: Path, planted: Dataset) -> None:
+    runs = [make_run(tmp_path / name, planted) for name in ("two", "three")]
+    for run in runs:
+        imsave(run / "clusters.png", np.zeros((4, 4, 3)))
+    page = read(write_report(runs, tmp_path / "report.html", figures=tmp_path / "figures"))
+    assert page.tags.count("img") == 2
+    assert imread(tmp_path / "figures" / "figure5.png").shape[1] > 1000
 
 
 def test_text_of_users_stays_text(tmp_path: Path, planted: Dataset) -> None:
