@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from gavamoe.checkpoint import Manifest, read_manifest
 from gavamoe.config import RunConfig, load_config
 from gavamoe.errors import InputError
-from gavamoe.evaluate import GENERATIONS_FILE, METRICS_FILE
+from gavamoe.evaluate import GENERATIONS_FILE, METRICS_FILE, SCHEMA_VERSION
 from gavamoe.files import read_json
 
 MAX_LOG_BYTES = 64 * 2**20
@@ -61,6 +61,12 @@ def read_run(run: Path) -> RunData:
     if not (run / "config.yaml").is_file():
         raise InputError(f"{run}: not a run folder (config.yaml is missing); `gavamoe train` makes one")
     manifest = read_manifest(run / "evaluation", "evaluation")
+    metrics = read_json(run / "evaluation" / METRICS_FILE)
+    if metrics.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"{run / 'evaluation'}: has schema version {metrics.get('schema_version')}, this gavamoe reads"
+            f" {SCHEMA_VERSION}; evaluate it again"
+        )
     stages = {
         stage: read_json(run / stage / METRICS_FILE)
         for stage in ("stage1", "stage2")
@@ -71,7 +77,7 @@ def read_run(run: Path) -> RunData:
         long_name="/".join(run.resolve().parts[-2:]),
         config=load_config(run / "config.yaml"),
         manifest=manifest,
-        metrics=read_json(run / "evaluation" / METRICS_FILE),
+        metrics=metrics,
         generations=pq.read_table(run / "evaluation" / GENERATIONS_FILE),
         stages=stages,
         latent_map=_read_picture(run / "clusters.png"),

@@ -11,7 +11,7 @@ from gavamoe.ablate_results import (
     difference_table,
     table,
 )
-from gavamoe.human_eval import Key
+from gavamoe.human_eval import CRITERIA, Key
 from gavamoe.human_import import Estimate, HumanResult
 from gavamoe.terminal import console, print_json, print_table
 
@@ -56,17 +56,16 @@ def print_human(result: HumanResult, out: Path, *, as_json: bool) -> None:
     if as_json:
         print_json(result.model_dump(mode="json"))
     names = list(result.agreement)
-    heads = ["system", "rows", "ratings", *(name.replace("_", " ") for name in names)]
+    heads = ["system", "rows", *(criterion.letter for criterion in CRITERIA), "Human-Score"]
     rows = [
-        (system.system, system.rows, system.ratings, *(_interval(system.scores[name]) for name in names))
-        for system in result.systems
+        (system.system, system.rows, *(_interval(system.scores[name]) for name in names)) for system in result.systems
     ]
     title = f"{len(result.raters)} raters, 1 to 5; 95 % bootstrap over rows"
-    print_table(title, heads, [*rows, ("agreement (alpha)", "", "", *result.agreement.values())])
+    print_table(title, heads, [*rows, ("agreement (alpha)", "", *result.agreement.values())])
     gaps = [(f"{gap.system} less {gap.other}", gap.rows, _interval(gap.gap)) for gap in result.gaps]
     print_table("Human-Score on the same rows", ["", "rows", "difference"], gaps)
     console.print(f"result: {out}   plot: {out.with_suffix('.png')}", markup=False, soft_wrap=True)
 
 
 def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"

@@ -118,8 +118,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     names = max((len(row[0]) for row in cells), default=0)
     for index, column in enumerate(columns):
         # In a narrow terminal numbers fold before names do.
-        width = min(names, WIDEST_NAME) if index == 0 else None
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", min_width=width)
+        whole = index == 0 and names <= WIDEST_NAME
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=whole)
     for row in cells:
         table.add_row(*[escape(text) for text in row])
     console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)

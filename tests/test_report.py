@@ -15,6 +15,7 @@ from test_evaluate import FakeExplainer, bare_dataset, parrot
 
 from gavamoe.ablate import run_ablation
 from gavamoe.charts import Reading, Series, interval_chart, line_chart
+from gavamoe.checkpoint import write_manifest
 from gavamoe.config import RunConfig, dump_config, parse_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
@@ -175,6 +176,16 @@ def test_what_is_not_evaluated_is_named_and_nothing_is_written(tmp_path: Path, p
     with pytest.raises(InputError, match="content differs"):
         write_report([run], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_an_evaluation_of_another_version_is_named(tmp_path: Path, planted: Dataset) -> None:
+    run = make_run(tmp_path / "run", planted)
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    write_json(run / "evaluation" / "metrics.json", metrics | {"schema_version": 1})
+    (run / "evaluation" / "artifact.json").unlink()
+    write_manifest(run / "evaluation", "evaluation", RunConfig(), {})
+    with pytest.raises(InputError, match=r"has schema version 1, this gavamoe reads \d; evaluate it again"):
+        write_report([run], tmp_path / "report.html")
 
 
 def test_a_log_cut_by_a_crash_is_read_and_a_damaged_one_named(tmp_path: Path, planted: Dataset) -> None:
