@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gavamoe.pairs import Pairs, PairSource
+from gavamoe.pairs import Epoch, Pairs, PairSource
 
 IGNORED = -100
 """Label of a token that is not learnt."""
@@ -190,8 +190,8 @@ class PairBatches:
 
     def _turn(self, epoch: int, first_step: int) -> None:
         """Load an epoch, whose length may differ from the last one's where negatives are sampled."""
-        pairs = self._source.epoch(epoch)
+        pairs: Epoch | Pairs = self._source.epoch(epoch)
         if pairs.size < self._size:
-            pairs = pairs.take(np.resize(np.arange(pairs.size), self._size))
+            pairs = pairs.take(slice(0, pairs.size)).take(np.resize(np.arange(pairs.size), self._size))
         self._epoch, self._first, self._pairs = epoch, first_step, pairs
         self._steps = pairs.size // self._size

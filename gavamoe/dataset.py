@@ -30,6 +30,7 @@ SPLITS = ("train", "valid", "test")
 DATA_FILES = ("users.parquet", "items.parquet", "train.parquet", "valid.parquet", "test.parquet")
 ROW_GROUP_ROWS = 65_536
 MAX_SCALE_VALUES = 20
+_PAIR_COLUMNS = ("user", "item", "rating")
 
 ROWS_SCHEMA = pa.schema(
     [
@@ -149,7 +150,17 @@ class Dataset:
         Raises:
             InputError: the split's file is damaged or names users or items that the catalog lacks.
         """
-        table = self.table(split, ["user", "item", "rating"])
+        return self._pair_arrays(split, self.table(split, _PAIR_COLUMNS))
+
+    def pairs(self, split: str, size: int = ROW_GROUP_ROWS) -> Iterator[PairArrays]:
+        """`arrays`, at most `size` rows at a time, without holding the split in memory; raises like it."""
+        try:
+            for batch in self.batches(split, _PAIR_COLUMNS, size):
+                yield self._pair_arrays(split, pa.Table.from_batches([batch]))
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{self._file(split)}: damaged ({error}); prepare the dataset again") from error
+
+    def _pair_arrays(self, split: str, table: pa.Table) -> PairArrays:
         user, item = (table[name].to_numpy() for name in ("user", "item"))
         for name, index, count in (("user", user, self.catalog.n_users), ("item", item, self.catalog.n_items)):
             if len(index) and not (index.min() >= 0 and index.max() < count):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -99,31 +100,83 @@ def read_routes(path: Path, split: str, rows: int | None = None) -> Routes:
     Raises:
         InputError: no such file, not a routes file, or routes of another dataset.
     """
+    _check(path)
+    table = pq.read_table(path, filters=[("split", "==", split)])
+    found = table.num_rows
+    if rows is not None and found != rows:
+        raise InputError(f"{path}: routes {found} {split} pairs, the dataset has {rows}; they don't belong together")
+    return _routes(table)
+
+
+def route_batches(path: Path, split: str) -> Iterator[tuple[np.ndarray, Routes]]:
+    """(users int32 (B,), their pairs' routes) of one split in its row order, without holding the file in memory.
+
+    Raises:
+        InputError: as `read_routes`.
+    """
+    _check(path)
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            table = table.filter(pc.equal(table["split"], split))
+            if len(table):
+                yield table["user"].to_numpy(), _routes(table)
+
+
+def _check(path: Path) -> None:
     try:
         names = pq.read_schema(path).names
-        if names != _SCHEMA.names:
-            raise InputError(f"{path}: has columns {', '.join(names)}, not {', '.join(_SCHEMA.names)}")
-        table = pq.read_table(path, filters=[("split", "==", split)])
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; run stage 1 first") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from error
+    if names != _SCHEMA.names:
+        raise InputError(f"{path}: has columns {', '.join(names)}, not {', '.join(_SCHEMA.names)}")
+
+
+def _routes(table: pa.Table) -> Routes:
     responsibilities = table["responsibilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    found = table.num_rows
-    if rows is not None and found != rows:
-        raise InputError(f"{path}: routes {found} {split} pairs, the dataset has {rows}; they don't belong together")
     return Routes(
         table["cluster"].to_numpy(),
-        responsibilities.reshape(found, -1) if found else np.zeros((0, 0), np.float32),
+        responsibilities.reshape(len(table), -1) if len(table) else np.zeros((0, 0), np.float32),
         table["predicted_rating"].to_numpy(),
     )
 
 
+class TrainingRoutes(NamedTuple):
+    """What the routes of the training pairs add up to."""
+
+    pairs_K: np.ndarray
+    """int64 (K,): pairs of each cluster."""
+    user_means_UK: np.ndarray
+    """float64 (known users, K): a user's clusters, the mean of the responsibilities of its training pairs."""
+
+
+def training_routes(dataset: Dataset, path: Path) -> TrainingRoutes:
+    """Add up a routes file, a batch in memory.
+
+    Raises:
+        InputError: no such file, not a routes file, or routes of another dataset.
+    """
+    users, found = dataset.catalog.known_users, 0
+    count_U1, sum_UK, pairs_K = np.zeros((users, 1)), np.zeros(()), np.zeros((), np.int64)
+    for user, routes in route_batches(path, "train"):
+        if user.max() >= users:
+            raise InputError(f"{path}: routes user {user.max()}, the dataset knows {users}; they don't belong together")
+        clusters = routes.responsibilities.shape[1]
+        sums = [np.bincount(user, weights=column, minlength=users) for column in routes.responsibilities.T]
+        sum_UK = sum_UK + np.stack(sums, axis=1)
+        count_U1 += np.bincount(user, minlength=users)[:, None]
+        pairs_K = pairs_K + np.bincount(routes.cluster, minlength=clusters)
+        found += len(user)
+    if found != dataset.size("train"):
+        raise InputError(f"{path}: routes {found} training pairs, the dataset has {dataset.size('train')}")
+    return TrainingRoutes(pairs_K, sum_UK / np.maximum(count_U1, 1))
+
+
 def user_responsibilities(dataset: Dataset, path: Path) -> np.ndarray:
     """A known user's clusters: the mean of the responsibilities of its training pairs, (known users, K)."""
-    user = dataset.arrays("train").user
-    routes = read_routes(path, "train", rows=len(user))
-    return mean_by_user(user, routes.responsibilities, dataset.catalog.known_users)
+    return training_routes(dataset, path).user_means_UK
 
 
 def mean_by_user(user: np.ndarray, values: np.ndarray, n_users: int) -> np.ndarray:

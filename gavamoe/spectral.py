@@ -6,12 +6,12 @@ network memorises pairs; the singular vectors of what a user + item bias model l
 Shape letters: N pairs, U users, I items, R components.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import scipy.sparse  # type: ignore[import-untyped]  # comes with scikit-learn, without stubs
+import scipy.sparse.linalg  # type: ignore[import-untyped]  # comes with scikit-learn, without stubs
 import torch
-from sklearn.utils.extmath import randomized_svd
 
 from gavamoe.pairs import Pairs
 from gavamoe.vae_gmm import VaeGmm
@@ -23,6 +23,9 @@ only directions, and large enough that the user's own embedding stays visible in
 _SHRINKAGE = 5.0
 """Ratings of the mean that each user and item is given beside its own, when biases are fitted."""
 _BIAS_ROUNDS = 3
+_NO_SPREAD = 1e-6
+_POWER_ITERATIONS = 7
+_OVERSAMPLES = 10
 
 
 class Spectral(NamedTuple):
@@ -34,7 +37,11 @@ class Spectral(NamedTuple):
     """(I, 1 + R)"""
 
 
-def spectral_coordinates(pairs: Pairs, n_users: int, n_items: int, components: int, seed: int) -> Spectral | None:
+Stream = Callable[[], Iterable[Pairs]]
+"""The training pairs, a batch at a time, anew at each call."""
+
+
+def spectral_coordinates(pairs: Stream, n_users: int, n_items: int, components: int, seed: int) -> Spectral | None:
     """Coordinates from the residual ratings, each row and column scaled by its count (plus the mean count).
 
     Singular values are lowered by the first one left out, so that components of pure noise vanish.
@@ -43,20 +50,18 @@ def spectral_coordinates(pairs: Pairs, n_users: int, n_items: int, components: i
     components = min(components, n_users - 1, n_items - 1)
     if components < 1:
         return None
-    residual, user_bias, item_bias = _biases(pairs, n_users, n_items)
-    user_scale, item_scale = _degree_scale(pairs.user, n_users), _degree_scale(pairs.item, n_items)
-    values = residual * user_scale[pairs.user] * item_scale[pairs.item]
-    matrix = scipy.sparse.csr_matrix((values, (pairs.user, pairs.item)), shape=(n_users, n_items))
-    left, singular, right = randomized_svd(matrix, components + 1, random_state=seed)
+    biases = _fit_biases(pairs, n_users, n_items)
+    matrix = _Residuals(pairs, biases)
+    left, singular, right = _singular_vectors(matrix, components + 1, seed)
     kept = (singular - singular[-1])[:-1]
     if kept[0] <= 1e-9:
         return None
-    user = _standardised(left[:, :-1] * kept * user_scale[:, None])
-    item = _standardised(right[:-1].T * kept * item_scale[:, None])
-    return Spectral(np.c_[user_bias, user], np.c_[item_bias, item])
+    user = _standardised(left[:, :-1] * kept * matrix.user_scale[:, None])
+    item = _standardised(right[:, :-1] * kept * matrix.item_scale[:, None])
+    return Spectral(np.c_[biases.user, user], np.c_[biases.item, item])
 
 
-def init_embeddings(model: VaeGmm, pairs: Pairs, seed: int) -> bool:
+def init_embeddings(model: VaeGmm, pairs: Stream, seed: int) -> bool:
     """Add the coordinates to the leading columns of the model's tables; the unknown rows stay at the mean, zero."""
     components = min(MAX_COMPONENTS, model.config.embedding_size - 1)
     found = spectral_coordinates(pairs, model.n_users, model.n_items, components, seed)
@@ -69,33 +74,94 @@ def init_embeddings(model: VaeGmm, pairs: Pairs, seed: int) -> bool:
     return True
 
 
-def _biases(pairs: Pairs, n_users: int, n_items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Residuals (N,) and both biases, in standard deviations of the rating.
+class _Biases(NamedTuple):
+    """A user + item bias model in standard deviations of the rating.
 
     Implicit data have no rating to explain: residuals are 1 and the biases are activity and popularity.
     """
-    user, item = pairs.user, pairs.item
-    spread = pairs.rating.std()
-    if spread == 0:
-        counts = (np.bincount(user, minlength=n_users), np.bincount(item, minlength=n_items))
-        logs = [np.log1p(count) for count in counts]
-        return np.ones(pairs.size), *(log - log.mean() for log in logs)
-    rating = (pairs.rating.astype(np.float64) - pairs.rating.mean()) / spread
-    user_bias, item_bias = np.zeros(n_users), np.zeros(n_items)
+
+    user: np.ndarray
+    """(U,)"""
+    item: np.ndarray
+    """(I,)"""
+    user_count: np.ndarray
+    """(U,) pairs."""
+    item_count: np.ndarray
+    mean: float
+    spread: float
+    """Of the ratings; 0 for implicit data."""
+
+    def rating(self, pairs: Pairs) -> np.ndarray:
+        """Standardised ratings, float64 (N,)."""
+        return (pairs.rating.astype(np.float64) - self.mean) / self.spread
+
+    def residual(self, pairs: Pairs) -> np.ndarray:
+        """What the model leaves over, float64 (N,)."""
+        if not self.spread:
+            return np.ones(pairs.size)
+        return self.rating(pairs) - self.user[pairs.user] - self.item[pairs.item]
+
+
+def _fit_biases(pairs: Stream, n_users: int, n_items: int) -> _Biases:
+    user_count, item_count, moments = np.zeros(n_users), np.zeros(n_items), np.zeros(3)
+    for own in pairs():
+        user_count += np.bincount(own.user, minlength=n_users)
+        item_count += np.bincount(own.item, minlength=n_items)
+        rating = own.rating.astype(np.float64)
+        moments += own.size, rating.sum(), rating @ rating
+    mean = moments[1] / moments[0]
+    spread = np.sqrt(max(moments[2] / moments[0] - mean**2, 0.0))
+    if spread < _NO_SPREAD:
+        logs = [np.log1p(count) for count in (user_count, item_count)]
+        return _Biases(*(log - log.mean() for log in logs), user_count, item_count, mean, 0.0)
+    found = _Biases(np.zeros(n_users), np.zeros(n_items), user_count, item_count, mean, spread)
     for _ in range(_BIAS_ROUNDS):
-        item_bias = _shrunk_mean(item, rating - user_bias[user], n_items)
-        user_bias = _shrunk_mean(user, rating - item_bias[item], n_users)
-    return rating - user_bias[user] - item_bias[item], user_bias, item_bias
+        item_sum, user_sum = np.zeros(n_items), np.zeros(n_users)
+        for own in pairs():
+            item_sum += np.bincount(own.item, found.rating(own) - found.user[own.user], n_items)
+        found = found._replace(item=item_sum / (item_count + _SHRINKAGE))
+        for own in pairs():
+            user_sum += np.bincount(own.user, found.rating(own) - found.item[own.item], n_users)
+        found = found._replace(user=user_sum / (user_count + _SHRINKAGE))
+    return found
 
 
-def _shrunk_mean(index: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
-    sums = np.bincount(index, weights=values, minlength=count)
-    return sums / (np.bincount(index, minlength=count) + _SHRINKAGE)
+class _Residuals(scipy.sparse.linalg.LinearOperator):
+    """The matrix of scaled residuals, (U, I), of which one batch of pairs is in memory."""
+
+    def __init__(self, pairs: Stream, biases: _Biases) -> None:
+        super().__init__(np.float64, (len(biases.user), len(biases.item)))
+        self._pairs, self._biases = pairs, biases
+        self.user_scale, self.item_scale = (_degree_scale(count) for count in (biases.user_count, biases.item_count))
+
+    def _blocks(self) -> Iterator[scipy.sparse.csr_matrix]:
+        for own in self._pairs():
+            values = self._biases.residual(own) * self.user_scale[own.user] * self.item_scale[own.item]
+            yield scipy.sparse.csr_matrix((values, (own.user, own.item)), shape=self.shape)
+
+    def _matmat(self, columns: np.ndarray) -> np.ndarray:
+        return sum(block @ columns for block in self._blocks())
+
+    def _rmatmat(self, columns: np.ndarray) -> np.ndarray:
+        return sum(block.T @ columns for block in self._blocks())
 
 
-def _degree_scale(index: np.ndarray, count: int) -> np.ndarray:
-    degrees = np.bincount(index, minlength=count)
-    return 1 / np.sqrt(degrees + degrees.mean())
+def _singular_vectors(matrix: _Residuals, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The leading singular vectors, left (U, R) and right (I, R), and values, by subspace iteration (Halko 2011).
+
+    scikit-learn's `randomized_svd` does the same for a matrix in memory.
+    """
+    basis = np.random.default_rng([seed, 3]).normal(size=(matrix.shape[1], count + _OVERSAMPLES))
+    for _ in range(_POWER_ITERATIONS):
+        basis, _ = np.linalg.qr(matrix @ basis)
+        basis, _ = np.linalg.qr(matrix.T @ basis)
+    basis, _ = np.linalg.qr(matrix @ basis)
+    right, singular, left = np.linalg.svd(matrix.T @ basis, full_matrices=False)
+    return (basis @ left.T)[:, :count], singular[:count], right[:, :count]
+
+
+def _degree_scale(count: np.ndarray) -> np.ndarray:
+    return 1 / np.sqrt(count + count.mean())
 
 
 def _standardised(part: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ routes.parquet, metrics.json, artifact.json. The loop itself is in `stage1_train
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from gavamoe.config import RunConfig
 from gavamoe.context import Context
 from gavamoe.dataset import SPLITS, open_dataset
 from gavamoe.files import write_folder, write_json
-from gavamoe.pairs import Pairs
-from gavamoe.routes import ROUTES_FILE, mean_by_user, read_routes, route_pairs, user_group_ari, write_routes
+from gavamoe.pairs import BUCKET_PAIRS, PairFile, Pairs
+from gavamoe.routes import ROUTES_FILE, route_pairs, training_routes, user_group_ari, write_routes
 from gavamoe.stage1_checks import validate
 from gavamoe.stage1_trainer import Trainer, from_rank_0
 from gavamoe.vae_gmm import VaeGmm
+
+_SCORE_STEPS = 2**20
 
 
 def train_stage1(config: RunConfig, dataset: Path, out: Path, context: Context) -> dict[str, Any]:
@@ -57,14 +60,14 @@ def _write_artifact(trainer: Trainer, out: Path, started: float) -> dict[str, An
 
 
 def _final_metrics(trainer: Trainer, routes: Path) -> dict[str, Any]:
-    config, dataset = trainer.config, trainer.dataset
+    dataset = trainer.dataset
     metrics: dict[str, Any] = {}
     for split in SPLITS[1:]:
         pairs = trainer.source.held_out(split)
         if pairs.size:
             metrics[split] = _split_metrics(trainer, pairs)
-    train = read_routes(routes, "train")
-    shares = np.bincount(train.cluster, minlength=config.clusters) / len(train.cluster)
+    train = training_routes(dataset, routes)
+    shares = train.pairs_K / train.pairs_K.sum()
     metrics["cluster_shares"] = shares.tolist()
     metrics["smallest_cluster_share"] = float(shares.min())
     metrics["epochs"] = trainer.epoch
@@ -73,29 +76,39 @@ def _final_metrics(trainer: Trainer, routes: Path) -> dict[str, Any]:
     metrics["stopped_early"] = trainer.stopped_early
     truth = dataset.truth()
     if truth is not None:
-        known = dataset.catalog.known_users
-        means = mean_by_user(dataset.arrays("train").user, train.responsibilities, known)
-        metrics["user_ari"] = user_group_ari(means, truth.group[:known], trainer.run_config.seed)
+        groups = truth.group[: dataset.catalog.known_users]
+        metrics["user_ari"] = user_group_ari(train.user_means_UK, groups, trainer.run_config.seed)
     metrics["history"] = trainer.history
     return metrics
 
 
-def _split_metrics(trainer: Trainer, pairs: Pairs) -> dict[str, Any]:
+def _split_metrics(trainer: Trainer, pairs: PairFile) -> dict[str, Any]:
     alone = _Alone(trainer.context)
     numbers = validate(trainer.model, pairs, trainer.config.beta, alone).numbers()
     if trainer.dataset.implicit:
-        scores = route_pairs(trainer.model, pairs.user, pairs.item, device=alone.device).rating
-        numbers["auc"] = _auc(pairs, scores)
-        popularity = np.bincount(trainer.source.observed().item, minlength=trainer.dataset.catalog.n_items)
-        numbers["popularity_auc"] = _auc(pairs, popularity[pairs.item])
+        popularity = np.zeros(trainer.dataset.catalog.n_items, np.int64)
+        for observed in trainer.source.observed():
+            popularity += np.bincount(observed.item, minlength=len(popularity))
+        numbers["auc"] = _auc(pairs, lambda own: route_pairs(trainer.model, own.user, own.item, device=alone.device)[2])
+        numbers["popularity_auc"] = _auc(pairs, lambda own: popularity[own.item] / popularity.max())
     return numbers
 
 
-def _auc(pairs: Pairs, scores: np.ndarray) -> float:
-    """How often a chosen pair scores above a sampled negative: .5 by chance, 1 perfect."""
+def _auc(pairs: PairFile, score: Callable[[Pairs], np.ndarray]) -> float:
+    """How often a chosen pair scores above a sampled negative: .5 by chance, 1 perfect.
+
+    Scores, 0 to 1, are counted in steps of 2^-20: equal to all digits that count, and the pairs need not be held.
+    """
     from sklearn.metrics import roc_auc_score
 
-    return float(roc_auc_score(pairs.rating, scores))
+    counts_2S = np.zeros((2, _SCORE_STEPS + 1), np.int64)
+    for start in range(0, pairs.size, BUCKET_PAIRS):
+        own = pairs.take(slice(start, start + BUCKET_PAIRS))
+        place = (score(own) * _SCORE_STEPS).round().astype(np.int64)
+        for chosen in (0, 1):
+            counts_2S[chosen] += np.bincount(place[own.rating == chosen], minlength=_SCORE_STEPS + 1)
+    chosen, step = counts_2S.nonzero()
+    return float(roc_auc_score(chosen, step, sample_weight=counts_2S[chosen, step]))
 
 
 class _Alone:

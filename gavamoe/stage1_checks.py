@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gavamoe.config import Stage1Config
-from gavamoe.pairs import Pairs
+from gavamoe.pairs import PairFile, Pairs
 from gavamoe.vae_gmm import ElboTerms, VaeGmm
 
 _BATCH_SIZE = 4096
@@ -56,7 +56,7 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(model: VaeGmm, pairs: Pairs, beta: float, worker: Worker) -> Validation:
+def validate(model: VaeGmm, pairs: PairFile, beta: float, worker: Worker) -> Validation:
     """Measure a model on pairs, shared out over the workers; every worker returns the same numbers.
 
     The sample of z is seeded by a pair's place, so that the numbers of two epochs can be compared.

@@ -20,7 +20,7 @@ from gavamoe.context import Context
 from gavamoe.dataset import Dataset
 from gavamoe.errors import InputError, RunError
 from gavamoe.mixture import SAMPLE, UserClusters, cluster_users, fit_pairs, mixture_of_users
-from gavamoe.pairs import Pairs, PairSource, global_batches, worker_slices
+from gavamoe.pairs import Epoch, Pairs, PairSource, global_batches, worker_slices
 from gavamoe.row_adam import RowAdam, clip_gradients, sum_gradients
 from gavamoe.spectral import init_embeddings
 from gavamoe.stage1_checks import Validation, collapse_warnings, validate
@@ -73,7 +73,7 @@ class Trainer:
         self.held_out = self.source.held_out("valid")
         self.model = build_model(config, dataset)
         if stage1.embedding_init == "spectral":
-            init_embeddings(self.model, self.source.observed(), config.seed)
+            init_embeddings(self.model, self.source.observed, config.seed)
         self.model.to(context.device)
         self._share_parameters()
         self._make_optimizers()
@@ -137,7 +137,7 @@ class Trainer:
             if (index + 1) % log_every == 0 or index + 1 == len(batches):
                 self._log_step(terms, beta, len(batches), rows.stop / (time.perf_counter() - started))
 
-    def _train_step(self, pairs: Pairs, rows: slice, beta: float | None, noise_BL: Tensor) -> dict[str, Tensor]:
+    def _train_step(self, pairs: Epoch, rows: slice, beta: float | None, noise_BL: Tensor) -> dict[str, Tensor]:
         """One optimizer step on one global batch, of which this worker computes its slice."""
         slices = worker_slices(rows, self.context.world_size)
         own = slices[self.context.rank]
@@ -205,7 +205,7 @@ class Trainer:
     def _fit_mixture(self) -> dict[str, Any]:
         """Set the prior; returns the users' cluster shares (known users, K), None without `user_agreement`."""
         config, seed = self.config, self.run_config.seed
-        sample = self._sample_pairs()
+        sample = self.source.sample(SAMPLE, np.random.default_rng([seed, 1]))
         mu_NL, var_NL = self._latents(sample)
         shares = None
         if config.user_agreement:
@@ -216,12 +216,6 @@ class Trainer:
         variances_KL = mixture.variances_KL + var_NL.mean(axis=0)
         self.model.prior.set(*map(torch.from_numpy, (mixture.weights_K, mixture.means_KL, variances_KL)))
         return {"user_shares": shares}
-
-    def _sample_pairs(self) -> Pairs:
-        """A bounded, seeded sample of the training pairs."""
-        observed = self.source.observed()
-        random = np.random.default_rng([self.run_config.seed, 1])
-        return observed.take(np.sort(random.permutation(observed.size)[:SAMPLE]))
 
     def _latents(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
         """Means and variances of q(z|x), float64 (N, L) each."""

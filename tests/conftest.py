@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny prepared dataset, and one Ray for the whole session."""
 
+import csv
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,25 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "tiny"
     synthesize(out, users=60, items=40, ratings=1500, groups=3, seed=0)
     return out
+
+
+@pytest.fixture(scope="session")
+def implicit_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs without ratings: every user takes items of its own half only."""
+    import numpy as np
+
+    from gavamoe.reviews import prepare
+
+    folder = tmp_path_factory.mktemp("implicit")
+    random = np.random.default_rng(0)
+    draws = zip(random.integers(120, size=1600), random.integers(40, size=1600), strict=True)
+    pairs = {(int(user), int(2 * half + user % 2)) for user, half in draws}
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["user", "item", "text"])
+        writer.writerows([f"u{u}", f"i{i}", "a good text"] for u, i in sorted(pairs))
+    prepare(folder / "pairs.csv", folder / "out", "table", columns={"user": "user", "item": "item", "text": "text"})
+    return folder / "out"
 
 
 @pytest.fixture(scope="session")
