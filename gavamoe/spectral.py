@@ -108,12 +108,13 @@ def _fit_biases(pairs: Stream, n_users: int, n_items: int) -> _Biases:
         user_count += np.bincount(own.user, minlength=n_users)
         item_count += np.bincount(own.item, minlength=n_items)
         rating = own.rating.astype(np.float64)
-        moments += own.size, rating.sum(), rating @ rating
+        moments += np.array([own.size, rating.sum(), rating @ rating])
     mean = moments[1] / moments[0]
     spread = np.sqrt(max(moments[2] / moments[0] - mean**2, 0.0))
     if spread < _NO_SPREAD:
-        logs = [np.log1p(count) for count in (user_count, item_count)]
-        return _Biases(*(log - log.mean() for log in logs), user_count, item_count, mean, 0.0)
+        activity, popularity = np.log1p(user_count), np.log1p(item_count)
+        user, item = activity - activity.mean(), popularity - popularity.mean()
+        return _Biases(user, item, user_count, item_count, mean, spread=0.0)
     found = _Biases(np.zeros(n_users), np.zeros(n_items), user_count, item_count, mean, spread)
     for _ in range(_BIAS_ROUNDS):
         item_sum, user_sum = np.zeros(n_items), np.zeros(n_users)

@@ -107,8 +107,8 @@ def _auc(pairs: PairFile, score: Callable[[Pairs], np.ndarray]) -> float:
         place = (score(own) * _SCORE_STEPS).round().astype(np.int64)
         for chosen in (0, 1):
             counts_2S[chosen] += np.bincount(place[own.rating == chosen], minlength=_SCORE_STEPS + 1)
-    chosen, step = counts_2S.nonzero()
-    return float(roc_auc_score(chosen, step, sample_weight=counts_2S[chosen, step]))
+    is_chosen, step = counts_2S.nonzero()
+    return float(roc_auc_score(is_chosen, step, sample_weight=counts_2S[is_chosen, step]))
 
 
 class _Alone:

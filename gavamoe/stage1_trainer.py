@@ -72,7 +72,7 @@ class Trainer:
         )
         self.held_out = self.source.held_out("valid")
         self.model = build_model(config, dataset)
-        if stage1.embedding_init == "spectral":
+        if stage1.embedding_init == "spectral" and context.rank == 0 and context.resume_from is None:
             init_embeddings(self.model, self.source.observed, config.seed)
         self.model.to(context.device)
         self._share_parameters()

@@ -10,7 +10,7 @@ from sklearn.mixture import GaussianMixture
 from gavamoe.checkpoint import load_vae_gmm, save_vae_gmm
 from gavamoe.config import Stage1Config
 from gavamoe.errors import InputError
-from gavamoe.vae_gmm import Likelihood, MixturePrior, PairLayer, VaeGmm
+from gavamoe.vae_gmm import Dropout, Likelihood, MixturePrior, PairLayer, VaeGmm
 
 STARS = (1.0, 2.0, 3.0, 4.0, 5.0)
 SAMPLES = 100_000
@@ -235,8 +235,26 @@ def test_pair_attention_is_softmax_attention(queries: int) -> None:
         part.unflatten(-1, (3, 4)).transpose(1, 2)
         for part in (layer.query(tokens_BTE[:, :queries]), key_BTE, value_BTE)
     ]
-    expected = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(layer._attend(tokens_BTE, queries), expected)
+    expected_BQE = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(layer._attend(tokens_BTE.transpose(0, 1), queries), expected_BQE.transpose(0, 1))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_drops_at_its_rate_and_keeps_the_mean(rate: float) -> None:
+    """Each of the four values of a random word, over 250,000 words: within 5 standard errors."""
+    torch.manual_seed(0)
+    dropout = Dropout(rate)
+    states = torch.ones(1_000_001, requires_grad=True)
+    dropped = dropout(states)
+    dropped.sum().backward()
+    assert torch.equal(states.grad, dropped.detach())
+    assert len(dropped.unique()) == 2
+    lanes = dropped[:-1].detach().view(-1, 4)
+    assert ((lanes == 0).double().mean(dim=0) - rate).abs().max() < 5 * (rate * (1 - rate) / 250_000) ** 0.5
+    assert (torch.corrcoef((lanes == 0).double().T) - torch.eye(4)).abs().max() < 5 / 500
+    assert dropped.max().item() == pytest.approx(1 / (1 - rate), rel=1e-4)
+    assert dropout.eval()(states) is states
+    assert Dropout(0.0)(states) is states
 
 
 def test_user_and_item_both_matter_and_are_told_apart() -> None:
