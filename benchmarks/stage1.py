@@ -137,6 +137,7 @@ def planted(title: str, seed: int, changes: dict[str, Any], **data: Any) -> None
 
 PAPER_RATES = {
     "batch_size": 4096, "learning_rate": 1e-5, "mixture_learning_rate": 1e-5, "pretrain_epochs": 0, "epochs": 30,
+    "schedule": "constant",
 }  # fmt: skip
 PLAIN = {"embedding_init": "random", "user_agreement": 0.0}
 

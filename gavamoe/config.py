@@ -54,6 +54,9 @@ class Stage1Config(_Model):
     """Pairs per optimizer step, all workers together."""
     learning_rate: Positive = 1e-3
     mixture_learning_rate: Positive = 2e-3
+    schedule: Literal["linear", "constant"] = "linear"
+    """Of both learning rates over all epochs. linear: they fall to a twentieth; at a constant rate the predictions for
+    unknown ids swing from step to step."""
     weight_decay: NonNegative = 1e-4
     clip_norm: Positive = 5.0
     pretrain_epochs: Count = 8

@@ -6,7 +6,7 @@ keeps value and moments (no decay of momentum between its uses), and its own cou
 corrects the bias of its moments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -66,8 +66,7 @@ def sum_gradients(dense: Sequence[Tensor], tables: Sequence[Tensor], counts: Seq
         tables: embedding tables looked up once per row of the batch, in batch order.
         counts: rows of the batch on each worker; one worker needs no process group.
     """
-    if len(counts) > 1:
-        _sum_dense(dense)
+    take_sums = _start_sums(dense) if len(counts) > 1 else None
     for table in tables:
         grad = table.grad
         if grad is None:
@@ -76,6 +75,8 @@ def sum_gradients(dense: Sequence[Tensor], tables: Sequence[Tensor], counts: Seq
             rows, values = _gather_rows(grad._indices()[0], grad._values(), counts)
             grad = torch.sparse_coo_tensor(rows.unsqueeze(0), values, grad.shape, check_invariants=False)
         table.grad = grad.coalesce()
+    if take_sums is not None:
+        take_sums()
 
 
 def clip_gradients(dense: Sequence[Tensor], tables: Sequence[Tensor], limit: float) -> Tensor:
@@ -88,11 +89,17 @@ def clip_gradients(dense: Sequence[Tensor], tables: Sequence[Tensor], limit: flo
     return norm
 
 
-def _sum_dense(parameters: Sequence[Tensor]) -> None:
+def _start_sums(parameters: Sequence[Tensor]) -> Callable[[], None]:
+    """Start to sum dense gradients in the background; the function returned waits and puts the sums in their place."""
     flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-    dist.all_reduce(flat)
-    for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = grad.view_as(parameter)
+    work = dist.all_reduce(flat, async_op=True)
+
+    def take_sums() -> None:
+        work.wait()
+        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = grad.view_as(parameter)
+
+    return take_sums
 
 
 def _gather_rows(rows_B: Tensor, values_BE: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:

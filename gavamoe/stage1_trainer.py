@@ -28,6 +28,8 @@ from gavamoe.vae_gmm import Likelihood, VaeGmm
 
 CHECKPOINT_FILE = "stage1.pt"
 LOGS_PER_EPOCH = 10
+FINAL_RATE = 0.05
+"""Share of the learning rates that a linear schedule ends with."""
 
 
 def build_model(config: RunConfig, dataset: Dataset) -> VaeGmm:
@@ -131,6 +133,7 @@ class Trainer:
         started, log_every = time.perf_counter(), max(1, len(batches) // LOGS_PER_EPOCH)
         for index, rows in enumerate(batches):
             beta = None if pretraining else self._beta(index / len(batches))
+            self._set_rates(index / len(batches))
             noise_BL = torch.randn(rows.stop - rows.start, config.latent_size, generator=noise)
             terms = self._train_step(pairs, rows, beta, noise_BL)
             self.step += 1
@@ -173,6 +176,15 @@ class Trainer:
         done = self.epoch - self.config.pretrain_epochs + place
         warmup = self.config.beta_warmup_epochs
         return self.config.beta * (min(1.0, done / warmup) if warmup else 1.0)
+
+    def _set_rates(self, place: float) -> None:
+        """Both learning rates at `place` (0 to 1) of the present epoch."""
+        config, done = self.config, (self.epoch + place) / self.total_epochs
+        share = 1 - (1 - FINAL_RATE) * done if config.schedule == "linear" else 1.0
+        network, mixture = self.optimizer.param_groups
+        rows = self.row_optimizer.param_groups[0]
+        network["lr"] = rows["lr"] = share * config.learning_rate
+        mixture["lr"] = share * config.mixture_learning_rate
 
     def _log_step(self, parts: Mapping[str, Tensor], beta: float | None, steps: int, rate: float) -> None:
         """Log one step: the global batch's loss and terms (summed over the workers), pairs per second."""

@@ -19,6 +19,7 @@ from gavamoe.errors import InputError
 from gavamoe.pairs import PairFile, PairSource
 from gavamoe.routes import read_routes, route_pairs
 from gavamoe.stage1 import load_stage1, train_stage1
+from gavamoe.stage1_trainer import Trainer
 from gavamoe.synthetic import synthesize
 
 
@@ -137,6 +138,24 @@ def test_two_workers_equal_one(tiny_dataset: Path, tmp_path: Path) -> None:
     assert results[0]["metrics"]["test"]["rmse"] == pytest.approx(expected["test"]["rmse"], rel=1e-2)
     routes = [read_routes(tmp_path / name / "routes.parquet", "train") for name in ("one", "two")]
     assert (routes[0].cluster == routes[1].cluster).mean() > 0.98
+
+
+def test_learning_rates_fall_linearly_over_all_epochs(tiny_dataset: Path) -> None:
+    """Network, tables and mixture alike; the rate depends on the place alone, so a resumed run has the same."""
+    trainer = Trainer(
+        small_run(learning_rate=0.01, mixture_learning_rate=0.02), open_dataset(tiny_dataset), LocalContext()
+    )
+    groups = [*trainer.optimizer.param_groups, *trainer.row_optimizer.param_groups]
+    found = []
+    for trainer.epoch, place in ((0, 0.0), (2, 0.0), (3, 0.5), (3, 1.0)):
+        trainer._set_rates(place)
+        found.append([group["lr"] for group in groups])
+    shares = [1.0, 0.525, 1 - 0.95 * 3.5 / 4, 0.05]
+    assert found == [pytest.approx([share * rate for rate in (0.01, 0.02, 0.01)]) for share in shares]
+    constant = Trainer(small_run(schedule="constant"), open_dataset(tiny_dataset), LocalContext())
+    constant.epoch = 3
+    constant._set_rates(0.9)
+    assert [group["lr"] for group in constant.optimizer.param_groups] == [1e-3, 2e-3]
 
 
 def test_the_best_state_is_the_one_kept(tiny_dataset: Path, tmp_path: Path) -> None:

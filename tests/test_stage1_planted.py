@@ -35,7 +35,7 @@ def test_planted_groups_are_found(tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize(("changes", "what"), [
     ({"embedding_init": "random", "mixture_init": "random", "user_agreement": 0.0}, "clusters"),
     ({"embedding_init": "random", "user_agreement": 0.0, "pretrain_epochs": 0, "epochs": 30, "batch_size": 4096,
-      "learning_rate": 1e-5, "mixture_learning_rate": 1e-5}, "ratings"),
+      "learning_rate": 1e-5, "mixture_learning_rate": 1e-5, "schedule": "constant"}, "ratings"),
 ])  # fmt: skip
 def test_negative_controls_learn_nothing(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
     """Without a fitted mixture clusters collapse; with the paper's printed rates on small data nothing is learnt."""
