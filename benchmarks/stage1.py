@@ -9,44 +9,49 @@ Prints one line per result; nothing is asserted.
 """
 
 import argparse
+import os
 import socket
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
 from gavamoe.config import RunConfig, load_config
 from gavamoe.context import LocalContext
-from gavamoe.dataset import PairArrays, open_dataset
+from gavamoe.dataset import Dataset, open_dataset
+from gavamoe.dataset_writer import DatasetWriter, Rows
 from gavamoe.pairs import PairSource, global_batches
 from gavamoe.stage1 import train_stage1
 from gavamoe.stage1_trainer import Trainer
 from gavamoe.synthetic import synthesize
 
+os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as `gavamoe.runtime` sets it for its workers; read at the first allocation
 USERS, ITEMS, PAIRS, BATCH = 27_147, 20_266, 200_000, 1024
 REFERENCE = 400
 """Pairs per second of the research code, repaired, on two threads of such a machine."""
 
 
-def yelp_size(implicit: bool = False) -> Any:
-    """Random pairs behind the interface of a dataset, with the paper's numbers of users and items."""
+def yelp_size(folder: Path) -> Dataset:
+    """Random pairs without text, with the paper's numbers of users and items."""
     random = np.random.default_rng(0)
-    user, item = (random.integers(high, size=PAIRS).astype(np.int32) for high in (USERS, ITEMS))
-    arrays = PairArrays(user, item, random.integers(1, 6, PAIRS).astype(np.float32))
-    sizes = {"train": PAIRS, "valid": 0, "test": 0}
-    catalog = SimpleNamespace(known_users=USERS, known_items=ITEMS, n_users=USERS, n_items=ITEMS)
-    return SimpleNamespace(
-        size=sizes.get, pairs=lambda split: iter([PairArrays(*(column[: sizes[split]] for column in arrays))]),
-        catalog=catalog, implicit=implicit, rating_values=(1, 2, 3, 4, 5), rating_range=(1, 5), path=Path("random"),
-        fingerprint="random",
-    )  # fmt: skip
+    user, item = (np.r_[:high, random.integers(high, size=PAIRS - high)].astype(np.int32) for high in (USERS, ITEMS))
+    split = np.zeros(PAIRS, np.int8)
+    split[-2000:] = 1 + np.arange(2000) % 2
+    names = [f"U{index}" for index in range(USERS)], [f"I{index}" for index in range(ITEMS)]
+    rows = Rows(*names, [None] * ITEMS, user, item, random.integers(1, 6, PAIRS).astype(np.float32), split)
+    no_features = pa.ListArray.from_arrays(np.zeros(PAIRS + 1, np.int32), pa.array([], pa.string()))
+    with DatasetWriter(folder, rows) as writer:
+        writer.write(pa.nulls(PAIRS, pa.string()), no_features)
+        about = {"source": "random", "format": "synthetic", "text_mode": "none", "split": "made"}
+        writer.finish(**about, seed=0, preparation={})
+    return open_dataset(folder)
 
 
 def paper_size(**changes: Any) -> RunConfig:
@@ -55,12 +60,11 @@ def paper_size(**changes: Any) -> RunConfig:
 
 
 def seconds_per_step(trainer: Trainer, steps: int) -> float:
-    """Median over some training steps, after two that warm up."""
+    """Median over some training steps, after two that warm up; the epoch is at hand."""
     pairs = trainer.source.epoch(0)
-    batches = list(global_batches(pairs.size, BATCH))
     trainer.model.train()
     times = []
-    for rows in batches[: steps + 2]:
+    for rows in list(global_batches(pairs.size, BATCH))[: steps + 2]:
         noise_BL = torch.randn(rows.stop - rows.start, trainer.config.latent_size)
         times.append(timed(lambda rows=rows, noise_BL=noise_BL: trainer._train_step(pairs, rows, 0.1, noise_BL)))
     return float(np.median(times[2:]))
@@ -68,15 +72,29 @@ def seconds_per_step(trainer: Trainer, steps: int) -> float:
 
 def speed(threads: int) -> None:
     torch.set_num_threads(threads)
-    for changes in ({}, {"dropout": 0.0}, {"encoder_feedforward": 768}):
-        seconds = seconds_per_step(Trainer(paper_size(**changes), yelp_size(), LocalContext()), steps=8)
-        rate = BATCH / seconds
-        print(f"step, {threads} threads, {changes or 'defaults'}: {seconds:.3f} s, {rate:,.0f} pairs/s", end=" ")
-        print(f"({rate / REFERENCE:.1f} times {REFERENCE})")
-    source = PairSource(yelp_size(), negatives=4, unknown_rate=0.05, seed=0)
-    print(f"feeding: {timed(lambda: source.epoch(1)):.3f} s an epoch of {PAIRS:,} pairs", end=" ")
-    print(f"({PAIRS / timed(lambda: source.epoch(2)):,.0f} pairs/s)")
+    with tempfile.TemporaryDirectory() as folder:
+        data = yelp_size(Path(folder))
+        feeding = seconds_of_feeding(data)
+        for changes in ({}, {"dropout": 0.0}, {"encoder_feedforward": 768}):
+            seconds = seconds_per_step(Trainer(paper_size(**changes), data, LocalContext()), steps=8)
+            fed = seconds + feeding * BATCH
+            print(f"step, {threads} threads, {changes or 'defaults'}: {seconds:.3f} s", end=", ")
+            print(f"{BATCH / seconds:,.0f} pairs/s ({BATCH / seconds / REFERENCE:.2f} times {REFERENCE})", end=", ")
+            print(f"with feeding {BATCH / fed:,.0f} ({BATCH / fed / REFERENCE:.2f} times)", flush=True)
+    print(f"feeding: {1 / feeding:,.0f} pairs/s")
     dense_adam(threads)
+
+
+def seconds_of_feeding(data: Dataset) -> float:
+    """A pair's share of reading an epoch from Parquet, shuffling it, hiding ids and cutting it into batches."""
+    source = PairSource(data, negatives=1, unknown_rate=0.05, seed=0)
+
+    def read(epoch: int) -> None:
+        pairs = source.epoch(epoch)
+        for rows in global_batches(pairs.size, BATCH):
+            pairs.take(rows)
+
+    return min(timed(lambda epoch=epoch: read(epoch)) for epoch in range(3)) / source.size
 
 
 def dense_adam(threads: int) -> None:
@@ -94,25 +112,25 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _worker(rank: int, world_size: int, port: int, out: Path) -> None:
+def _worker(rank: int, world_size: int, port: int, data: Path, out: Path) -> None:
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    trainer = Trainer(paper_size(), yelp_size(), LocalContext(rank=rank, world_size=world_size))
-    seconds = seconds_per_step(trainer, steps=8)
+    trainer = Trainer(paper_size(), open_dataset(data), LocalContext(rank=rank, world_size=world_size))
+    seconds = seconds_per_step(trainer, steps=12)
     if rank == 0:
         out.write_text(str(seconds))
 
 
 def workers() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        seconds = []
+        data, out, seconds = yelp_size(Path(folder)).path, Path(folder) / "seconds", []
         for count in (1, 2):
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
-            torch.multiprocessing.spawn(_worker, (count, port, Path(folder) / "seconds"), nprocs=count)
-            seconds.append(float((Path(folder) / "seconds").read_text()))
+            torch.multiprocessing.spawn(_worker, (count, port, data, out), nprocs=count)
+            seconds.append(float(out.read_text()))
             print(f"{count} worker(s), one thread each: {seconds[-1]:.3f} s, {BATCH / seconds[-1]:,.0f} pairs/s")
         print(f"speed-up {seconds[0] / seconds[1]:.2f}")
 
