@@ -9,14 +9,14 @@ Nothing here depends on how many workers there are: they cut the same global bat
 
 import functools
 import itertools
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from tempfile import SpooledTemporaryFile
 from typing import NamedTuple
 
 import numpy as np
 
 from gavamoe.dataset import Dataset, PairArrays
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, RunError
 
 BUCKET_PAIRS = 2**20
 """Pairs of a bucket, about."""
@@ -65,15 +65,25 @@ class PairFile:
 
     def __init__(self, memory: int = _MEMORY_BYTES) -> None:
         self.size = 0
-        self._file = SpooledTemporaryFile(max_size=memory)  # noqa: SIM115  # lives as long as this object
+        self._file = tempfile.SpooledTemporaryFile(max_size=memory)  # noqa: SIM115  # lives as long as this object
 
     def append(self, pairs: Pairs) -> None:
-        """Add pairs at the end."""
+        """Add pairs at the end.
+
+        Raises:
+            RunError: no room in the folder of temporary files.
+        """
         records = np.empty(pairs.size, self._RECORD)
         for name, column in pairs._asdict().items():
             records[name] = column
-        self._file.seek(0, 2)
-        self._file.write(records.tobytes())
+        try:
+            self._file.seek(0, 2)
+            self._file.write(records.tobytes())
+        except OSError as error:
+            raise RunError(
+                f"{tempfile.gettempdir()}: {error.strerror}; stage 1 keeps {self._RECORD.itemsize} bytes a pair there:"
+                " make room or set TMPDIR"
+            ) from error
         self.size += pairs.size
 
     def take(self, rows: slice) -> Pairs:

@@ -1,5 +1,6 @@
 """The pairs of an epoch: each once, in an order of its own, in buckets or not; negatives; hidden ids; batches."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from stage1_setup import small_run
 from gavamoe import pairs as pairs_module
 from gavamoe.context import LocalContext
 from gavamoe.dataset import open_dataset
+from gavamoe.errors import RunError
 from gavamoe.pairs import Epoch, PairFile, Pairs, PairSource, global_batches, worker_slices
 from gavamoe.stage1 import train_stage1
 
@@ -144,3 +146,14 @@ def test_a_pair_file_on_disk_reads_as_one_in_memory() -> None:
         for found, column in zip(file.take(slice(3, 7)), pairs, strict=True):
             np.testing.assert_array_equal(found, column[3:7])
         assert file.take(slice(9, 20)).size == 0
+
+
+def test_a_full_disk_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, _content: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile", lambda max_size: Full())
+    file = PairFile()
+    with pytest.raises(RunError, match=r"No space left on device; stage 1 keeps 12 bytes a pair there: .* set TMPDIR"):
+        file.append(Pairs(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros(1, np.float32)))
