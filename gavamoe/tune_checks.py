@@ -75,7 +75,11 @@ def _check_metrics(space: Space, config: RunConfig, dataset: Dataset) -> None:
         raise InputError(f"metric: expected one or several different names, found {space.metrics}")
     if space.pruning and len(names) > 1:
         raise InputError("pruning: works with one metric, not with several")
+    style = trial_config(config, space, {}).evaluation.style
     for measure in wanted:
+        family = "peter" if measure.name.startswith("peter_") else "sacrebleu"
+        if measure.name.startswith(("peter_", "bleu_", "rouge_")) and style not in (family, "both"):
+            raise InputError(f"metric {measure.name}: needs evaluation.style {family} or both (--set or the config)")
         if measure.name.startswith("bertscore") and not trial_config(config, space, {}).evaluation.bertscore_model:
             raise InputError(f"metric {measure.name}: needs evaluation.bertscore_model (--set or the config)")
         if (measure.name == "stage1.auc") and not dataset.implicit:

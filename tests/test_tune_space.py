@@ -119,6 +119,7 @@ def test_spaces_that_do_not_fit_are_refused(changes: dict[str, Any], message: st
     ("changes", "message"),
     [
         ({"metric": "bertscore_f"}, "needs evaluation.bertscore_model"),
+        ({"metric": "peter_bleu_4"}, "needs evaluation.style peter or both"),
         ({"metric": "rouge_l", "pruning": {}}, "not measured while stage 2 trains"),
         ({"metric": "stage1.rmse", "pruning": {}}, "not measured while stage 2 trains"),
         ({"metric": ["stage2.validation_loss", "parameters"], "pruning": {}}, "works with one metric"),
