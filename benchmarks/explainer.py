@@ -1,6 +1,6 @@
 """The whole explainer against its dense base model: training and generation speed, as ratios of one run.
 
-    python benchmarks/explainer.py [--threads 2] [--rounds 3] [--new-tokens 24] [--kernel auto] [--cpu] [--profile]
+    python benchmarks/explainer.py [--threads 2] [--rounds 3] [--new-tokens 24] [--only write] [--cpu] [--profile]
 
 Shape of SmolLM2-135M with random weights (speed does not depend on their values): 30 layers, hidden 576, dense width
 1536, vocabulary 49,152; 12 experts of 128, top 2, 3 gates. Training is one forward and backward pass of rows of 96
@@ -12,7 +12,7 @@ take turns within each round, and the fastest rounds are compared, so that other
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -91,16 +91,17 @@ def writer(new_tokens: int) -> Step:
 
 
 def measure(
-    models: dict[str, GavamoeForCausalLM], rounds: int, new_tokens: int, clock: Callable[[], float]
-) -> dict[str, dict[str, float]]:
-    """Samples or tokens per second of the fastest round, by workload and variant."""
+    models: dict[str, GavamoeForCausalLM], only: str, rounds: int, new_tokens: int, clock: Callable[[], float]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each workload's name, with samples or tokens per second of the fastest round by variant."""
     workloads: dict[str, tuple[Step, int, int]] = {
         **{f"train {rows}x{TOKENS} fp32": (trainer(bf16=False), rows, rows) for rows in TRAIN_ROWS},
         **{f"train {rows}x{TOKENS} bf16": (trainer(bf16=True), rows, rows) for rows in TRAIN_ROWS},
         **{f"write {rows}x{new_tokens}": (writer(new_tokens), rows, rows * new_tokens) for rows in WRITE_ROWS},
     }
-    results: dict[str, dict[str, float]] = {}
     for workload, (step, rows, amount) in workloads.items():
+        if only not in workload:
+            continue
         fastest = dict.fromkeys(models, float("inf"))
         for turn in range(rounds + 1):  # the first round warms up
             for name, model in models.items():
@@ -108,8 +109,7 @@ def measure(
                 step(model, rows)
                 if turn:
                     fastest[name] = min(fastest[name], clock() - started)
-        results[workload] = {name: amount / seconds for name, seconds in fastest.items()}
-    return results
+        yield workload, {name: amount / seconds for name, seconds in fastest.items()}
 
 
 def profile(models: dict[str, GavamoeForCausalLM], new_tokens: int) -> None:
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--only", default="", help="workloads whose name contains this, such as write or fp32")
     parser.add_argument("--kernel", default="auto", help="expert kernel (stage2.experts.implementation)")
     parser.add_argument("--cpu", action="store_true", help="CPU seconds: for a busy machine, with --threads 1")
     parser.add_argument("--profile", action="store_true", help="operators by time instead of rates")
@@ -139,20 +140,24 @@ def main() -> None:
     if arguments.profile:
         profile(models, arguments.new_tokens)
         return
-    results = measure(
-        models, arguments.rounds, arguments.new_tokens, time.process_time if arguments.cpu else time.perf_counter
-    )
+    clock = time.process_time if arguments.cpu else time.perf_counter
+    found = measure(models, arguments.only, arguments.rounds, arguments.new_tokens, clock)
     if arguments.json:
-        print(json.dumps(results, indent=2))
+        print(json.dumps(dict(found), indent=2))
         return
     print(f"kernel {arguments.kernel}, {arguments.threads} threads")
-    for workload, rates in results.items():
-        kind = workload.split()[0]
-        unit = "samples/s" if kind == "train" else "tokens/s"
-        print(f"\n{workload}")
-        for name, rate in rates.items():
-            ratio, authors = rate / rates["dense"], rate / AUTHORS[kind]
-            print(f"  {name:8} {rate:8.2f} {unit:9}  {ratio:5.2f} x dense  {authors:5.1f} x the authors' code")
+    for workload, rates in found:
+        print_rates(workload, rates)
+
+
+def print_rates(workload: str, rates: dict[str, float]) -> None:
+    """One workload's table."""
+    kind = workload.split()[0]
+    unit = "samples/s" if kind == "train" else "tokens/s"
+    print(f"\n{workload}")
+    for name, rate in rates.items():
+        ratio, authors = rate / rates["dense"], rate / AUTHORS[kind]
+        print(f"  {name:8} {rate:8.2f} {unit:9}  {ratio:5.2f} x dense  {authors:5.1f} x the authors' code", flush=True)
 
 
 if __name__ == "__main__":
