@@ -9,7 +9,6 @@ I width of one expert, K gates (one per cluster).
 """
 
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,8 +19,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-FEW_TOKENS = 4
-"""As many tokens as the kernel `auto` takes one chosen expert at a time, on a CPU and without gradients."""
+FEW_TOKENS = 2
+"""As many tokens as the kernel `auto` takes one by one, on a CPU and without gradients."""
 
 
 @dataclass(frozen=True)
@@ -115,22 +114,13 @@ class _Experts(nn.Module):
         return output_MD.to(hidden_MD.dtype)
 
     def forward_few(self, hidden_MD: Tensor, experts_MS: Tensor, weights_MS: Tensor) -> Tensor:
-        """The same by a loop over the chosen experts alone, for the few tokens of a decoding step; returns (M, D).
-
-        Choices are sorted as Python numbers: for so few, each tensor operation that is saved counts.
-        """
-        chosen = experts_MS.flatten().tolist()
-        order = sorted(range(len(chosen)), key=chosen.__getitem__)
-        token_P = torch.tensor([place // experts_MS.shape[1] for place in order])
-        hidden_PD = hidden_MD[token_P]
-        outputs, start = [], 0
-        for expert, places in groupby(order, key=chosen.__getitem__):
-            end = start + len(list(places))
-            outputs.append(self.apply_expert(hidden_PD[start:end], expert))
-            start = end
-        weighted_PD = torch.cat(outputs) * weights_MS.flatten()[order, None]
-        output_MD = torch.zeros_like(hidden_MD, dtype=weighted_PD.dtype)
-        return output_MD.index_add_(0, token_P, weighted_PD).to(hidden_MD.dtype)
+        """The same token by token, for a decoding step of one or two rows: nothing to sort, gather or scatter."""
+        rows = []
+        for token, chosen in enumerate(experts_MS.tolist()):
+            hidden_1D = hidden_MD[token : token + 1]
+            output_SD = torch.cat([self.apply_expert(hidden_1D, expert) for expert in chosen])
+            rows.append((output_SD * weights_MS[token, :, None]).sum(0))
+        return torch.stack(rows).to(hidden_MD.dtype)
 
     def apply_expert(self, hidden_MD: Tensor, expert: int) -> Tensor:
         """E_i(x) of Eq. 11 for all the given tokens."""
