@@ -34,29 +34,30 @@ def small(*overrides: str) -> RunConfig:
     return parse_config(CONFIG, "test", overrides)
 
 
-def die_at(step: int | None, rank: int, marker: Path, context: Context) -> Any:
-    """A function to call before each step: it kills this process, once, before step `step` (from 0) on rank `rank`."""
-    count = 0
+Kills = list[tuple[int, int]]
+"""(step, from 0; rank) of processes that are killed before the step."""
 
-    def before_step(done: int | None = None) -> None:
-        nonlocal count
-        number = count if done is None else done
-        count += 1
-        if number == step and context.rank == rank and not marker.exists():
-            marker.touch()
+
+def killer(kills: Kills, died: Path, context: Context) -> Any:
+    """A function to call before each step: it kills this process with signal 9 where `kills` says so, once each."""
+
+    def before_step(step: int) -> None:
+        mark = died / f"{step}-{context.rank}"
+        if (step, context.rank) in kills and not mark.exists():
+            mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     return before_step
 
 
 def stage1_that_dies(
-    *, context: Context, step: int | None, rank: int, marker: Path, config: RunConfig, dataset: Path, out: Path
+    *, context: Context, kills: Kills, died: Path, config: RunConfig, dataset: Path, out: Path
 ) -> dict[str, Any]:
-    """Stage 1, whose process of one rank is killed with signal 9 before a step."""
+    """Stage 1, whose processes are killed before some steps."""
     from gavamoe import stage1_trainer
     from gavamoe.stage1 import train_stage1
 
-    before, real = die_at(step, rank, marker, context), stage1_trainer.Trainer._train_step
+    before, real = killer(kills, died, context), stage1_trainer.Trainer._train_step
 
     def train_step(self: Any, *arguments: Any) -> Any:
         before(self.step)
@@ -67,13 +68,12 @@ def stage1_that_dies(
 
 
 def stage2_that_dies(
-    *, context: Context, step: int | None, rank: int, marker: Path, config: RunConfig, dataset: Path, stage1: Path,
-    out: Path,
-) -> dict[str, Any]:  # fmt: skip
+    *, context: Context, kills: Kills, died: Path, config: RunConfig, dataset: Path, stage1: Path, out: Path
+) -> dict[str, Any]:
     """Stage 2, the same way."""
     from gavamoe import stage2
 
-    before, real = die_at(step, rank, marker, context), stage2.Training._step
+    before, real = killer(kills, died, context), stage2.Training._step
 
     def take_step(self: Any) -> None:
         before(self._progress.step)
@@ -83,18 +83,16 @@ def stage2_that_dies(
     return stage2.train_stage2(config, dataset, stage1, out, context)
 
 
-def train(
-    stage: str, config: RunConfig, dataset: Path, folder: Path, stage1: Path | None, step: int | None, rank: int = 0
-) -> dict[str, Any]:
-    """Train a stage in `folder` with a death before `step`; returns its metrics."""
+def train(stage: str, config: RunConfig, dataset: Path, folder: Path, stage1: Path, kills: Kills) -> dict[str, Any]:
+    """Train a stage in `folder`, with deaths; returns its metrics."""
+    died = folder / "died"
+    died.mkdir(parents=True)
     arguments: dict[str, Any] = {
-        "step": step, "rank": rank, "marker": folder / "died", "config": config, "dataset": dataset,
-        "out": folder / stage,
+        "kills": kills, "died": died, "config": config, "dataset": dataset, "out": folder / stage,
     }  # fmt: skip
     if stage == "stage2":
         arguments["stage1"] = stage1
     loop = stage1_that_dies if stage == "stage1" else stage2_that_dies
-    folder.mkdir(parents=True)
     found = run_training(loop, arguments, placement=config.runtime, folder=folder, name=stage)
     assert isinstance(found, dict)
     return found
