@@ -4,7 +4,6 @@ One value has one home here; numbers that follow from others are properties. A w
 field raises `InputError` naming the field, the value, the bound, and the nearest known name.
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
+from gavamoe.config_problems import describe
 from gavamoe.errors import InputError
 
 MAX_CONFIG_BYTES = 2**20
@@ -123,6 +123,8 @@ class ExpertsConfig(_Model):
     conversion: Literal["random", "split", "shared"] = "shared"
     """How a dense checkpoint becomes experts. random: new weights (the paper's). split: slices of the dense FFN.
     shared: the dense FFN stays as a shared expert, routed ones add to it and start at zero output."""
+    split_by: Literal["position", "importance"] = "position"
+    """What `split` cuts: neurons as they stand, or in falling order of the norms of their weights."""
     renormalise: bool = False
     """Divide the kept gate values by their sum; Eq. 11 as printed does not."""
     multi_gate: bool = True
@@ -136,6 +138,12 @@ class ExpertsConfig(_Model):
     def _top_k_within_count(self) -> "ExpertsConfig":
         if self.top_k > self.count:
             raise ValueError(f"top_k: {self.top_k} is above count {self.count}")
+        return self
+
+    @model_validator(mode="after")
+    def _split_by_needs_split(self) -> "ExpertsConfig":
+        if self.split_by != "position" and self.conversion != "split":
+            raise ValueError(f"split_by: {self.split_by} is for conversion split, not {self.conversion}")
         return self
 
 
@@ -202,6 +210,11 @@ class Stage2Config(_Model):
     """Optimizer steps between validations; 0: only at the end."""
     checkpoint_every: Count = 200
     """Optimizer steps between checkpoints; 0: only at the end."""
+    keep: Literal["best", "last"] = "best"
+    """The state that becomes the artifact: of the lowest validation loss after a step or more, or the last; with
+    alpha 1, which trains no text, the last. best: rank 0 and each checkpoint hold one more copy of the weights."""
+    patience: Count = 0
+    """Stop after this many validations without a new best; 0: never."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
@@ -218,6 +231,12 @@ class Stage2Config(_Model):
             raise ValueError(f"offload_parameters: needs zero_stage 3, not {self.zero_stage}")
         if self.offload_optimizer and self.zero_stage < 1:
             raise ValueError("offload_optimizer: needs zero_stage 1 or more, not 0")
+        return self
+
+    @model_validator(mode="after")
+    def _patience_needs_validations(self) -> "Stage2Config":
+        if self.patience and (not self.evaluate_every or self.alpha == 1):
+            raise ValueError("patience: needs validations to judge by (evaluate_every above 0, alpha below 1)")
         return self
 
     @model_validator(mode="after")
@@ -238,6 +257,16 @@ class GenerationConfig(_Model):
     beams: PositiveInt = 1
     no_repeat_ngram: Count = 0
     """Refuse to repeat n-grams of this length; 0: off."""
+    repetition_penalty: Annotated[float, Field(ge=1, le=100)] = 1.0
+    """Makes tokens that the text already has less likely; the prompt's do not count; 1: off."""
+    min_new_tokens: Count = 0
+    """Tokens before the text may end."""
+
+    @model_validator(mode="after")
+    def _lengths_in_order(self) -> "GenerationConfig":
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens: {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
+        return self
 
 
 class EvaluationConfig(_Model):
@@ -354,7 +383,7 @@ def parse_config(values: Any, source: str, overrides: Sequence[str] = ()) -> Run
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{source}: {_describe(error)}") from error
+        raise InputError(f"{source}: {describe(error, RunConfig)}") from error
 
 
 def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -413,49 +442,3 @@ def _apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
         node = node[key]
     node[keys[-1]] = value
     return result
-
-
-def _describe(error: ValidationError) -> str:
-    """One line for the first problem, with the count of the others."""
-    problems = error.errors(include_url=False, include_context=False)
-    first = problems[0]
-    field = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        text = f"{field}: unknown field{_nearest(first['loc'])}"
-    elif first["type"] == "value_error":
-        text = f"{field}.{first['msg']}" if field else first["msg"]
-        text = text.replace("Value error, ", "")
-    else:
-        text = f"{field}: {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    others = len(problems) - 1
-    return text + (f" (and {others} more)" if others else "")
-
-
-def _nearest(location: tuple[int | str, ...]) -> str:
-    """The known name closest to an unknown one, looked for in its own section and then everywhere."""
-    model: type[BaseModel] = RunConfig
-    for part in location[:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return ""
-        model = annotation
-    name = str(location[-1])
-    close = difflib.get_close_matches(name, list(model.model_fields), n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]}?"
-    elsewhere = [path for path in field_paths(RunConfig) if path.rsplit(".", 1)[-1] == name]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
-    return f"; known here: {', '.join(model.model_fields)}"
-
-
-def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted paths of all leaf fields of a config model."""
-    paths = []
-    for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            paths += field_paths(annotation, f"{prefix}{name}.")
-        else:
-            paths.append(prefix + name)
-    return paths

@@ -5,6 +5,7 @@ dense network stays, experts add to it).
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,15 +84,40 @@ def _check_experts(base: PreTrainedConfig, experts: ExpertsConfig, size: int, wi
 
 
 @torch.no_grad()
-def convert_block(block: MultiGateMoe, dense: nn.Module, conversion: str) -> None:
+def convert_block(block: MultiGateMoe, dense: nn.Module, experts: ExpertsConfig) -> None:
     """Fill a block's experts from the dense feed-forward network that it stands for.
 
-    random: the block keeps the weights it was drawn with (the paper's). split: see `load_slices`. shared: the dense
-    network becomes the shared expert and routed experts start at zero output, so the block starts as the dense one.
+    random: the block keeps the weights it was drawn with (the paper's). split: see `load_slices`; by importance, the
+    dense network's neurons are put in order first. shared: the dense network becomes the shared expert and routed
+    experts start at zero output, so the block starts as the dense one.
     """
-    if conversion == "shared" and block.shared_expert is not None:
+    if experts.conversion == "shared" and block.shared_expert is not None:
         block.shared_expert.load_state_dict(dense.state_dict(), assign=True)
         block.experts.down_proj.zero_()  # the bias of GPT-2's experts is zero from the start
-    elif conversion == "split":
+    elif experts.conversion == "split":
+        if experts.split_by == "importance":
+            sort_neurons(dense)
         block.experts.load_slices(dense)
         block.router.weight.mul_(SPLIT_ROUTER_STD / block.router.weight.std())
+
+
+@torch.no_grad()
+def sort_neurons(dense: Any) -> None:
+    """Put a dense feed-forward network's neurons in falling order of importance, in place; its function is unchanged.
+
+    A neuron's importance is the product of the norms of its weights, in and out: it scales what the neuron can add to
+    the output. Slices by position hold neurons of every importance; after sorting the first slice holds the strongest.
+    """
+    gated = hasattr(dense, "gate_proj")
+    # Each matrix with the dimension that counts neurons; GPT-2 stores (in, out).
+    matrices = (
+        [(dense.gate_proj.weight, 0), (dense.up_proj.weight, 0), (dense.down_proj.weight, 1)]
+        if gated
+        else [(dense.c_fc.weight, 1), (dense.c_proj.weight, 0)]
+    )
+    importance_I = torch.stack([weight.float().norm(dim=1 - neurons) for weight, neurons in matrices]).prod(dim=0)
+    order_I = importance_I.argsort(descending=True, stable=True)
+    for weight, neurons in matrices:
+        weight.copy_(weight.index_select(neurons, order_I))
+    if not gated:
+        dense.c_fc.bias.copy_(dense.c_fc.bias[order_I])

@@ -5,7 +5,7 @@ transformers' own models are kept whole but for the layer, which hands the rows'
 Shape letters: B rows, T positions, D hidden size.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,9 @@ class GavamoeConfig(PreTrainedConfig):
     """Sizes of the explainer; the decoder's own are in `text_config`, a LLaMA or GPT-2 config."""
 
     model_type = "gavamoe"
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}  # noqa: RUF012
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
+    }
 
     text_config: Any = None
     n_users: int = 0
@@ -103,31 +105,26 @@ class MoeGpt2Layer(GPT2Block):
         return hidden_states + self.mlp(self.ln_2(hidden_states), cluster_ids)
 
 
-class _MoeDecoder:
-    """What both decoders with GaVaMoE blocks have in common: their blocks are built and initialised alike."""
+@torch.no_grad()
+def init_moe_weights(module: nn.Module, std: float) -> None:
+    """Draw a router's or experts' weights with standard deviation `std`, biases 0; other modules are left alone."""
+    if isinstance(module, MultiGateRouter):
+        init.normal_(module.weight, std=std)
+    elif isinstance(module, SwiGluExperts | MlpExperts):
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):
+                init.zeros_(parameter)
+            else:
+                init.normal_(parameter, std=std)
+
+
+class MoeLlamaModel(LlamaModel):
+    """LlamaModel with GaVaMoE blocks."""
 
     # transformers looks for the kernels' decorator in the source of the module that defines a model class and caches
     # the answer on the class; a subclass in another file inherits a False and silently runs the eager kernel.
     _can_set_experts_implementation_cached_value = True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)  # type: ignore[misc]
-        std = self.config.initializer_range  # type: ignore[attr-defined]
-        if isinstance(module, MultiGateRouter):
-            init.normal_(module.weight, std=std)
-        elif isinstance(module, SwiGluExperts | MlpExperts):
-            for name, parameter in module.named_parameters():
-                if name.endswith("bias"):
-                    init.zeros_(parameter)
-                else:
-                    init.normal_(parameter, std=std)
-
-
-class MoeLlamaModel(_MoeDecoder, LlamaModel):
-    """LlamaModel with GaVaMoE blocks."""
-
-    _can_record_outputs = {  # noqa: RUF012
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
         "hidden_states": LlamaDecoderLayer,
         "attentions": LlamaAttention,
         "router_logits": OutputRecorder(MultiGateRouter, index=0),
@@ -140,11 +137,16 @@ class MoeLlamaModel(_MoeDecoder, LlamaModel):
         self.layers = nn.ModuleList([MoeLlamaLayer(config, index, spec, keep_dense) for index in layers])
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_moe_weights(module, self.config.initializer_range)
 
-class MoeGpt2Model(_MoeDecoder, GPT2Model):
+
+class MoeGpt2Model(GPT2Model):
     """GPT2Model with GaVaMoE blocks."""
 
-    _can_record_outputs = {  # noqa: RUF012
+    _can_set_experts_implementation_cached_value = True  # see MoeLlamaModel
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
         "hidden_states": GPT2Block,
         "attentions": OutputRecorder(GPT2Attention, layer_name=".attn", index=1),
         "router_logits": OutputRecorder(MultiGateRouter, index=0),
@@ -156,6 +158,10 @@ class MoeGpt2Model(_MoeDecoder, GPT2Model):
         layers = range(config.num_hidden_layers)
         self.h = nn.ModuleList([MoeGpt2Layer(config, index, spec, keep_dense) for index in layers])
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_moe_weights(module, self.config.initializer_range)
 
 
 def moe_spec(config: GavamoeConfig) -> MoeSpec:

@@ -196,6 +196,8 @@ class DeepSpeedEngine:
             return state if wanted else {}
         if self._stage < 3:
             return _on_cpu(self.module, prefix) if wanted else {}
+        # Parameters that were fetched ahead for a step that has not come may still be on their way.
+        self._engine.empty_partition_cache()
         # One parameter at a time: the whole model need not fit on a device.
         return _on_cpu(self.module, prefix, lambda tensor: self._deepspeed.zero.GatheredParameters([tensor]), wanted)
 

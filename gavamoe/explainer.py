@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +24,10 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -67,7 +69,7 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_set_experts_implementation_cached_value = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
 
     def __init__(self, config: GavamoeConfig) -> None:
         super().__init__(config)
@@ -113,16 +115,17 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`, with `cluster_ids` (B,) as one more keyword.
 
-        Raises:
-            ValueError: a repetition penalty, which looks prompt ids up in the logits, where users and items are not.
+        `repetition_penalty` counts what was written, not the prompt: users and items in it have no logits, and its
+        features are to be named.
         """
         settings = kwargs.get("generation_config") or self.generation_config
         penalty = kwargs.get("repetition_penalty", settings.repetition_penalty)
         if penalty not in (None, 1.0):
-            raise ValueError(
-                f"repetition_penalty {penalty}: not possible with user and item ids in the prompt, which lie above"
-                " the vocabulary; use no_repeat_ngram_size"
-            )
+            prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+            ignored = 0 if prompt is None else prompt.shape[1]
+            processor = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=ignored)
+            given = kwargs.get("logits_processor") or []
+            kwargs |= {"repetition_penalty": 1.0, "logits_processor": LogitsProcessorList([*given, processor])}
         return super().generate(*args, **kwargs)
 
     def user_token(self, index: int) -> int:
@@ -288,6 +291,7 @@ def build_explainer(
     *,
     user_table: Tensor | None = None,
     item_table: Tensor | None = None,
+    hollow: bool = False,
 ) -> GavamoeForCausalLM:
     """Turn a dense LLaMA or GPT-2 into an explainer with `n_gates` gates; new weights are drawn by `config.seed`.
 
@@ -297,6 +301,7 @@ def build_explainer(
         slot_size: E, stage 1's embedding size.
         user_table, item_table: (n + 1, E), stage 1's tables to copy. If stage 2 rather shares stage 1's embedding
             modules, it replaces `user_embedding` and `item_embedding` and then calls `calibrate_slots()`.
+        hollow: of `load_base`: what is new stays unset as well.
 
     Raises:
         InputError: an unsupported architecture, or experts that are no partition of the dense width with `split`.
@@ -305,16 +310,17 @@ def build_explainer(
     with init.no_init_weights():
         model: GavamoeForCausalLM = AutoModelForCausalLM.from_config(model_config, dtype=base.dtype)
     _take_over(model, base)
-    _draw_new_weights(model, config.seed)
-    if model_config.experts_enabled:
-        dense_layers = _feed_forwards(base.base_model)
-        for block, dense in zip(_feed_forwards(model.model), dense_layers, strict=True):
-            convert_block(block, dense, model_config.conversion)
-    for table, values in ((model.user_embedding, user_table), (model.item_embedding, item_table)):
-        if values is not None:
-            with torch.no_grad():
-                table.weight.copy_(values)
-    model.calibrate_slots()
+    if not hollow:
+        _draw_new_weights(model, config.seed)
+        if model_config.experts_enabled:
+            dense_layers = _feed_forwards(base.base_model)
+            for block, dense in zip(_feed_forwards(model.model), dense_layers, strict=True):
+                convert_block(block, dense, config.stage2.experts)
+        for table, values in ((model.user_embedding, user_table), (model.item_embedding, item_table)):
+            if values is not None:
+                with torch.no_grad():
+                    table.weight.copy_(values)
+        model.calibrate_slots()
     model.generation_config = GenerationConfig(
         bos_token_id=model_config.bos_token_id,
         eos_token_id=model_config.eos_token_id,

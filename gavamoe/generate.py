@@ -291,6 +291,8 @@ class Explainer:
             do_sample=generation.temperature > 0,
             num_beams=generation.beams,
             no_repeat_ngram_size=generation.no_repeat_ngram,
+            repetition_penalty=generation.repetition_penalty,
+            min_new_tokens=generation.min_new_tokens or None,
             suppress_tokens=sorted(special_ids(self.tokenizer) - {end}) or None,
             eos_token_id=end,
             pad_token_id=end if pad is None else pad,
@@ -330,4 +332,6 @@ def _sampling(generation: GenerationConfig, seed: int) -> Sampling:
         top_p=generation.top_p,
         seed=seed,
         no_repeat_ngram=generation.no_repeat_ngram,
+        repetition_penalty=generation.repetition_penalty,
+        min_new_tokens=generation.min_new_tokens,
     )

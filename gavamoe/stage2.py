@@ -5,9 +5,11 @@ model, tokenizer, README.md, vae_gmm.*, catalog/, prompt.json, routes.parquet, m
 one of `context.world_size` workers. Every random choice is a function of (seed, step, worker), so that a resumed run
 equals one that never stopped.
 
-Routes: stage 1's at first; where it is trained along (alpha above 0), all pairs are routed anew at the start of each
-epoch and after the last step, so that text is validated and served by the gates that its pair has then. In an
-experiment a rule of `route_controls` routes instead, from the first step to the last.
+Routes: stage 1's at first; where it is trained along (alpha above 0), training pairs are routed anew at the start of
+each epoch and validation pairs before each validation: a state is judged by the gates that it would be served with. In
+an experiment a rule of `route_controls` routes instead, from the first step to the last.
+
+The state that becomes the artifact is the best on validation (`stage2.keep`); `stage2.patience` ends a run early.
 """
 
 import math
@@ -31,6 +33,7 @@ from gavamoe.files import read_json, write_json
 from gavamoe.joint import VAE_GMM, Losses, part_of_state
 from gavamoe.routes import route_pairs
 from gavamoe.stage2_artifact import write_artifact
+from gavamoe.stage2_best import BestState
 from gavamoe.stage2_setup import Setup, prepare
 from gavamoe.vae_gmm import VaeGmm
 
@@ -50,7 +53,8 @@ def train_stage2(config: RunConfig, dataset: Path, stage1: Path, out: Path, cont
     if Path(out).exists():
         raise InputError(f"{out}: already exists; choose another folder or remove it first")
     torch.manual_seed(config.seed)
-    setup = prepare(config, dataset, stage1)
+    # At ZeRO-3 DeepSpeed sends rank 0's weights to the others, shard by shard: one worker in all reads the base model.
+    setup = prepare(config, dataset, stage1, hollow=config.stage2.zero_stage == 3 and context.rank > 0)
     engine = make_engine(
         config.runtime.engine,
         setup.model,
@@ -64,7 +68,7 @@ def train_stage2(config: RunConfig, dataset: Path, stage1: Path, out: Path, cont
             training.resume(context.resume_from)
         training.run()
         metrics = training.metrics() | {"seconds": time.perf_counter() - started}
-        state = engine.state_dict()
+        state = training.kept_state()
         if context.rank == 0:
             write_artifact(Path(out), config, setup, state, metrics)
     finally:
@@ -119,40 +123,52 @@ class Training:
         self.steps = min(planned, stage2.max_steps) if stage2.max_steps else planned
         self._clusters = dict(setup.clusters)
         self._progress = _Progress()
+        self._best = BestState(stage2)
         self._unlogged: list[Losses] = []
         self._unlogged_tokens, self._unlogged_since = 0, time.perf_counter()
 
     def run(self) -> None:
-        """Take the steps that are left; validate at the start, in between and at the end."""
+        """Take the steps that are left, or fewer by `patience`; validate at the start, in between and at the end."""
         stage2, progress = self._config.stage2, self._progress
         if progress.step == 0 and stage2.evaluate_every:
             self._validate()
-        while progress.step < self.steps:
+        while not self._ended():
             self._start_step()
             self._step()
             last = progress.step == self.steps
+            validate = last or _due(progress.step, stage2.evaluate_every)
             checkpoint = last or _due(progress.step, stage2.checkpoint_every)
-            if checkpoint or _due(progress.step, LOG_EVERY):  # no step's losses get lost between two runs' lines
+            if checkpoint or validate or _due(progress.step, LOG_EVERY):  # no step is lost between two runs' lines
                 self._log()
-            if last:
-                self._refresh_routes()
-            if last or _due(progress.step, stage2.evaluate_every):
+            if validate:
                 self._validate()
-            if checkpoint:
+                self._best.follow(progress.validations, self._engine)
+            if checkpoint or self._ended():
                 self._checkpoint()
+
+    def kept_state(self) -> dict[str, Tensor]:
+        """What becomes the artifact, on rank 0; every rank calls it."""
+        return self._best.kept_state(self._progress.validations, self._progress.step, self._engine)
+
+    def _ended(self) -> bool:
+        return self._progress.step >= self.steps or self._best.exhausted(self._progress.validations)
 
     def metrics(self) -> dict[str, Any]:
         """What goes into metrics.json."""
         progress = self._progress
         losses = dict(progress.validations)
-        final = losses.get(self.steps)
+        kept_step = self._best.kept_step(progress.validations, progress.step)
+        kept = losses.get(kept_step)
         return {
-            "validation_loss": final,
-            "validation_perplexity": None if final is None else math.exp(min(final, 700)),
+            "kept_step": kept_step,
+            "validation_loss": kept,
+            "validation_perplexity": None if kept is None else math.exp(min(kept, 700)),
             "validation_loss_at_start": losses.get(0),
+            "validation_loss_at_end": losses.get(progress.step),
             "validation_losses": [{"step": step, "loss": loss} for step, loss in progress.validations],
             "train_loss": progress.train_loss,
-            "steps": self.steps,
+            "steps": progress.step,
+            "planned_steps": self.steps,
             "steps_per_epoch": self._plan.steps_per_epoch,
             "tokens": progress.tokens,
             "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
@@ -172,13 +188,15 @@ class Training:
         for name, here in self._identity().items():
             if state["identity"].get(name) != here:
                 raise InputError(
-                    f"{path}: the checkpoint has {name} {state['identity'].get(name)}, this run has {here};"
-                    " resume with the same value, or start without --resume"
+                    f"{path}: the checkpoint has {name} {state['identity'].get(name)}, this run has {here}, so its"
+                    " steps would hold other rows or its states not fit; resume with the same value, or start without"
+                    " --resume"
                 )
         self._engine.load(folder)
         self._clusters = load_file(folder / CLUSTERS_FILE)
         values = state["progress"]
         self._progress = _Progress(**values | {"validations": [tuple(pair) for pair in values["validations"]]})
+        self._best.load(folder, self._progress.validations, self._context.rank)
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint's state and data order to continue here."""
@@ -196,7 +214,7 @@ class Training:
 
     def _start_step(self) -> None:
         if self._progress.step and self._progress.step % self._plan.steps_per_epoch == 0:
-            self._refresh_routes()
+            self._refresh_routes("train")
         # Dropout and latent samples: the same for this step on this worker, whatever ran before.
         words = np.random.SeedSequence([self._config.seed, self._progress.step, self._context.rank])
         torch.manual_seed(int(words.generate_state(1)[0]))
@@ -271,6 +289,8 @@ class Training:
         if not len(valid):
             return
         started = time.perf_counter()
+        if self._progress.step:
+            self._refresh_routes("valid")
         share = self._config.stage2.batch_size
         order = np.argsort(valid.lengths, kind="stable")
         total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
@@ -295,20 +315,20 @@ class Training:
         )
         self._unlogged_since = time.perf_counter()
 
-    def _refresh_routes(self) -> None:
-        """Route all pairs by stage 1's present parameters; each worker routes a slice."""
+    def _refresh_routes(self, split: str) -> None:
+        """Route a split's pairs by stage 1's present parameters; each worker routes a slice."""
         if self._config.stage2.alpha == 0 or self._setup.control is not None:
             return
         state = part_of_state(self._engine.state_dict(VAE_GMM, everywhere=True), VAE_GMM)
         model = VaeGmm.from_spec(self._setup.model.vae_gmm.to_spec())
         model.load_state_dict(state)
         model.to(self._context.device)
-        for split, (users, items) in self._setup.routed.items():
-            cuts = np.linspace(0, len(users), self._context.world_size + 1).astype(int)
-            own = slice(cuts[self._context.rank], cuts[self._context.rank + 1])
-            clusters = np.zeros(len(users), dtype=np.int64)
-            clusters[own] = route_pairs(model, users[own], items[own], device=self._context.device).cluster
-            self._clusters[split] = self._sum(torch.from_numpy(clusters)).numpy()
+        users, items = self._setup.routed[split]
+        cuts = np.linspace(0, len(users), self._context.world_size + 1).astype(int)
+        own = slice(cuts[self._context.rank], cuts[self._context.rank + 1])
+        clusters = np.zeros(len(users), dtype=np.int64)
+        clusters[own] = route_pairs(model, users[own], items[own], device=self._context.device).cluster
+        self._clusters[split] = self._sum(torch.from_numpy(clusters)).numpy()
         self._unlogged_since = time.perf_counter()
 
     def _sum(self, values: Tensor) -> Tensor:
@@ -326,6 +346,7 @@ class Training:
             if self._context.rank == 0:
                 write_json(folder / STATE_FILE, {"identity": self._identity(), "progress": vars(self._progress)})
                 save_file(self._clusters, folder / CLUSTERS_FILE)
+                self._best.save(folder)
             self._context.checkpoint(folder, {"step": self._progress.step, "steps": self.steps})
         self._unlogged_since = time.perf_counter()
 

@@ -61,7 +61,7 @@ def model_card(config: RunConfig, setup: Setup, metrics: dict[str, Any]) -> str:
         ("parameters", f"{setup.parameters:,}"),
         ("parameters trained", f"{setup.trained:,}{lora}"),
         ("dataset", f"{meta.source}, {meta.rows['train']:,} training rows, fingerprint {setup.data.fingerprint[:12]}"),
-        ("steps", f"{metrics['steps']:,} on {metrics['workers']} workers"),
+        ("steps", _steps(metrics)),
         ("validation loss (nats per token)", _number(metrics["validation_loss"])),
         ("the same before training", _number(metrics["validation_loss_at_start"])),
         ("validation perplexity", _number(metrics["validation_perplexity"])),
@@ -80,6 +80,11 @@ def model_card(config: RunConfig, setup: Setup, metrics: dict[str, Any]) -> str:
         "[explanation] = explainer.explain([ExplanationRequest(user=0, item=0)], GenerationConfig())\n```\n\n"
         f"## Config\n\n```yaml\n{dump_config(config)}```\n"
     )
+
+
+def _steps(metrics: dict[str, Any]) -> str:
+    taken = f"{metrics['steps']:,} of {metrics['planned_steps']:,} on {metrics['workers']} workers"
+    return f"{taken}; these weights are those after {metrics['kept_step']:,}"
 
 
 def _number(value: float | None) -> str:

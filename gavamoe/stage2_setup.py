@@ -56,8 +56,8 @@ class Setup:
     """Parameters that get into the optimizer, adapters included."""
 
 
-def prepare(config: RunConfig, dataset: Path, stage1: Path) -> Setup:
-    """Load, build and tokenise.
+def prepare(config: RunConfig, dataset: Path, stage1: Path, *, hollow: bool = False) -> Setup:
+    """Load, build and tokenise; `hollow` leaves the explainer's own weights unset, for another worker to send.
 
     Raises:
         InputError: stage 1 was trained on another dataset or with other clusters; no row has a text.
@@ -65,9 +65,10 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path) -> Setup:
     data = open_dataset(dataset)
     vae_gmm, manifest = load_stage1(stage1)
     _check_stage1(config, data, Path(dataset), vae_gmm, manifest, Path(stage1))
-    explainer, tokenizer = _build_explainer(config, data, vae_gmm)
+    explainer, tokenizer = _build_explainer(config, data, vae_gmm, hollow)
     model = JointModel(explainer, vae_gmm, config.stage2.alpha, bf16=config.stage2.precision == "bf16")
-    explainer.calibrate_slots()
+    if not hollow:
+        explainer.calibrate_slots()
     parameters = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)
     spec = PromptSpec(
         prompt=config.stage2.prompt,
@@ -124,13 +125,13 @@ def _check_stage1(
 
 
 def _build_explainer(
-    config: RunConfig, data: Dataset, vae_gmm: VaeGmm
+    config: RunConfig, data: Dataset, vae_gmm: VaeGmm, hollow: bool
 ) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
     stage2 = config.stage2
-    base, tokenizer = load_base(stage2.base_model, stage2.scratch, tokenizer_texts(data), config.seed)
+    base, tokenizer = load_base(stage2.base_model, stage2.scratch, tokenizer_texts(data), config.seed, hollow=hollow)
     _check_positions(config, base)
     explainer = build_explainer(
-        config, base, vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates
+        config, base, vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates, hollow=hollow
     )
     if stage2.lora.rank:
         add_lora(explainer, stage2.lora, config.seed)

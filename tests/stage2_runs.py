@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing
 
+from gavamoe.base_model import load_base
 from gavamoe.batches import Batch
 from gavamoe.checkpoint import load_vae_gmm
 from gavamoe.config import RunConfig, parse_config
@@ -81,7 +83,7 @@ def check_equal_runs(run: Trained, expected: Trained) -> None:
     close(run.weights(), expected.weights(), 1e-3)
 
 
-def _worker(rank: int, config: RunConfig, data: Path, stage1: Path, work: Path) -> None:
+def _worker(rank: int, config: RunConfig, data: Path, stage1: Path, work: Path, resume: Path | None) -> None:
     """One of two processes, as Ray Train would start it."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
@@ -92,22 +94,37 @@ def _worker(rank: int, config: RunConfig, data: Path, stage1: Path, work: Path) 
         def log(self, metrics: Metrics) -> None:
             lines.append(dict(metrics))
 
-    context = Context(rank=rank, world_size=2)
+        def checkpoint(self, folder: Path, metrics: Metrics) -> None:
+            """Both ranks' files in one folder, as Ray Train merges them."""
+            shutil.copytree(folder, work / "checkpoints" / f"{metrics['step']}", dirs_exist_ok=True)
+
+    context = Context(rank=rank, world_size=2, resume_from=resume)
     metrics = train_stage2(config, data, stage1, work / "stage2", context)
     (work / f"rank{rank}.json").write_text(json.dumps({"lines": lines, "metrics": metrics}))
     torch.distributed.destroy_process_group()
 
 
-def in_two_workers(config: RunConfig, data: Path, stage1: Path, work: Path) -> list[dict[str, Any]]:
-    """Both workers' log lines and metrics."""
-    work.mkdir()
-    multiprocessing.spawn(_worker, (config, data, stage1, work), nprocs=2)
+def in_two_workers(
+    config: RunConfig, data: Path, stage1: Path, work: Path, resume: Path | None = None
+) -> list[dict[str, Any]]:
+    """Both workers' log lines and metrics; `work` gets stage2 and checkpoints/STEP."""
+    work.mkdir(parents=True)
+    multiprocessing.spawn(_worker, (config, data, stage1, work, resume), nprocs=2)
     ranks = [json.loads((work / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["metrics"]["validation_losses"] == ranks[1]["metrics"]["validation_losses"]
     return ranks
 
 
 TWO_WORKERS = ("runtime.engine=deepspeed", "runtime.workers=2", "stage2.batch_size=8")
+
+
+def save_base(folder: Path) -> Path:
+    """A tiny pretrained LLaMA with its tokenizer, as `stage2.base_model` takes it."""
+    texts = ["What a fine book about ghosts and clues!"] * 20
+    model, tokenizer = load_base("scratch", tiny().stage2.scratch, texts, seed=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def joint_batch(setup: Setup) -> Batch:

@@ -47,10 +47,10 @@ def test_shared_conversion_learns_through_its_experts(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_experts_of_a_split_model_equal_the_dense_model(family: str) -> None:
-    dense = dense_model(family)
-    model = explainer(dense, conversion="split", top_k=4)
-    expected = dense(input_ids=text_ids()).logits
+@pytest.mark.parametrize("by", ["position", "importance"])
+def test_all_experts_of_a_split_model_equal_the_dense_model(family: str, by: str) -> None:
+    expected = dense_model(family)(input_ids=text_ids()).logits
+    model = explainer(dense_model(family), conversion="split", split_by=by, top_k=4)
     clusters = torch.tensor([0, 1, 2])
     as_built = model(input_ids=text_ids(), cluster_ids=clusters).logits
     assert (as_built - expected).abs().max() < 0.01 * expected.abs().max()
@@ -58,6 +58,29 @@ def test_all_experts_of_a_split_model_equal_the_dense_model(family: str) -> None
         if type(module).__name__ == "MultiGateRouter":
             nn.init.zeros_(module.weight)
     torch.testing.assert_close(model(input_ids=text_ids(), cluster_ids=clusters).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slices_by_importance_fall_in_strength(family: str) -> None:
+    dense = dense_model(family)
+    if family == "llama":
+        layer = dense.model.layers[0].mlp
+        norms = (
+            layer.gate_proj.weight.norm(dim=1) * layer.up_proj.weight.norm(dim=1) * layer.down_proj.weight.norm(dim=0)
+        )
+    else:
+        layer = dense.transformer.h[0].mlp
+        norms = layer.c_fc.weight.norm(dim=0) * layer.c_proj.weight.norm(dim=1)
+    expected = norms.detach().sort(descending=True).values * 4  # slices are scaled by their count
+    model = explainer(dense, conversion="split", split_by="importance")
+    if family == "llama":
+        experts = model.model.layers[0].mlp.experts
+        gate, up = experts.gate_up_proj.norm(dim=2).chunk(2, dim=1)
+        found = gate * up * experts.down_proj.norm(dim=1)
+    else:
+        experts = model.model.h[0].mlp.experts
+        found = experts.up_proj.norm(dim=1) * experts.down_proj.norm(dim=2)
+    torch.testing.assert_close(found.flatten(), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

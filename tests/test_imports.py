@@ -11,7 +11,7 @@ PACKAGE = ROOT / "gavamoe"
 
 # A module may import only modules that stand before it.
 ORDER = """
-    errors files context config storage tracking
+    errors files context config_problems config storage tracking
     sequences metrics sacrebleu_style peter_style bertscore text_metrics significance scoring
     vae_gmm moe decoders conversion
     lexicon texts features catalog dataset dataset_writer mentions copying
@@ -21,7 +21,8 @@ ORDER = """
     routes route_controls clusters planted row_adam spectral mixture stage1_checks stage1_trainer stage1
     serving.text_stream serving.sampling serving.kv_cache serving.engine
     generate joint expert_parallel
-    engines plan_model plan_memory plan_work plan encoding plan_data token_cache stage2_setup stage2_artifact stage2
+    engines plan_model plan_memory plan_work plan encoding plan_data token_cache stage2_setup stage2_artifact
+    stage2_best stage2
     personalisation gate_use beyond evaluation_rows evaluate
     retrieval systems ablate_results charts run_data human_eval human_export human_import report_figures
     report_beyond report_systems report ray_worker runtime pipeline status ablate cluster_sweep terminal summary

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from explainers import FAMILIES, dense_model, explainer, slot_batch
-from stage2_runs import TINY, Trained, check_equal_runs, close, in_two_workers, numbers
+from stage2_runs import TINY, Trained, check_equal_runs, close, in_two_workers, numbers, save_base
 from torch import Tensor, nn
 
 from gavamoe.base_model import load_base
@@ -75,12 +75,7 @@ def test_what_is_trained_is_new_and_nothing_else(family: str) -> None:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny LLaMA with a tokenizer, as a folder."""
-    folder = tmp_path_factory.mktemp("base")
-    sizes = ScratchModelConfig(hidden_size=32, layers=2, heads=2, intermediate_size=64, vocabulary=400)
-    model, tokenizer = load_base("scratch", sizes, ["What a fine book about ghosts and clues!"] * 20, seed=0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 def config_with(base: Path, *overrides: str) -> RunConfig:

@@ -157,15 +157,34 @@ def test_forbidden_tokens_and_repeated_ngrams_are_not_written() -> None:
     assert logits[0, 1] == 3.0, "the model's logits are not written to"
 
 
-def test_no_repeat_ngram_equals_explain(
-    explainer: Explainer, prompts: list[list[int]], clusters: list[int], reference: list[str]
+@pytest.mark.parametrize("control", [{"no_repeat_ngram": 2}, {"repetition_penalty": 8.0}, {"min_new_tokens": NEW}])
+def test_length_and_repetition_controls_equal_explain(
+    control: dict[str, Any],
+    explainer: Explainer,
+    prompts: list[list[int]],
+    clusters: list[int],
+    reference: list[str],
 ) -> None:
-    options = GenerationConfig(max_new_tokens=NEW, batch_size=1, no_repeat_ngram=2)
-    wanted = [one.text for one in explainer._write(prompts[:8], np.array(clusters[:8]), options, 0, None)]
-    rows = [Row(prompts[n], clusters[n], Sampling(NEW, no_repeat_ngram=2)) for n in range(8)]
+    options = GenerationConfig(max_new_tokens=NEW, batch_size=5, **control)
+    wanted = [one.text for one in explainer._write(prompts, np.array(clusters), options, 0, None)]
+    rows = [Row(prompts[n], clusters[n], Sampling(NEW, **control)) for n in range(len(prompts))]
     run(make_engine(explainer), rows)
     assert texts_of(explainer, rows) == wanted
-    assert wanted != reference[:8]
+    assert wanted != reference
+
+
+def test_a_text_may_not_end_before_its_least_tokens() -> None:
+    choice, none = Choice(Sampling(9, min_new_tokens=2), [3, 3], end=1), torch.tensor([], dtype=torch.long)
+    written = [choose_tokens(torch.tensor([[0.0, 3.0, 2.0, 1.0]]), [choice], none)[0] for _ in range(3)]
+    assert written == [2, 2, 1]
+
+
+def test_the_penalty_divides_positive_and_multiplies_negative_scores_of_written_tokens_alone() -> None:
+    choice, none = Choice(Sampling(9, repetition_penalty=2.0), [1]), torch.tensor([], dtype=torch.long)
+    scores = torch.tensor([[-1.0, 3.0, 2.0]])
+    assert choose_tokens(scores, [choice], none) == [1]  # in the prompt, but not written
+    assert choose_tokens(scores, [choice], none) == [2]  # 3 / 2 is below 2
+    assert choose_tokens(torch.tensor([[-9.0, -1.0, -1.5]]), [choice], none) == [1]  # -1 x 2 against -1.5 x 2
 
 
 def test_trace_counts_every_token_once_per_expert_choice(

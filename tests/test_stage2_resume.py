@@ -1,5 +1,7 @@
 """Resuming stage 2: equal to never having stopped, on both engines; checkpoints of other runs are refused."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,18 @@ def test_resuming_equals_never_having_stopped(
     assert resumed.lines("valid") == whole.lines("valid", after=6)
     close(resumed.weights(), whole.weights(), 0.0)
     assert resumed.metrics["validation_losses"] == whole.metrics["validation_losses"]
+
+
+def test_another_worker_count_is_refused_by_name(
+    torch_run: Trained, tiny_dataset: Path, stage1: Path, tmp_path: Path
+) -> None:
+    """Another count would mean other rows a step, and so other steps."""
+    checkpoint = shutil.copytree(torch_run.context.checkpoints[0], tmp_path / "checkpoint")
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["identity"]["runtime.workers"] = 2
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match=r"has runtime\.workers 2, this run has 1.*its steps would hold other rows"):
+        Trained(tiny(), tiny_dataset, stage1, tmp_path, resume=checkpoint)
 
 
 def test_a_finished_run_is_only_exported_again(

@@ -159,7 +159,7 @@ class Engine:
         free = self.cache.slots - len(self.active)
         rows = [self.waiting.popleft() for _ in range(min(free, self.prefill_rows, len(self.waiting)))]
         self.active += rows
-        self._choices += [Choice(row.sampling, list(row.prompt)) for row in rows]
+        self._choices += [Choice(row.sampling, list(row.prompt), self.end) for row in rows]
         self._lengths += [len(row.prompt) for row in rows]
         return rows
 

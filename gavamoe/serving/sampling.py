@@ -24,6 +24,10 @@ class Sampling:
     seed: int = 0
     no_repeat_ngram: int = 0
     """Refuse to repeat n-grams of this length, the prompt's included; 0: off."""
+    repetition_penalty: float = 1.0
+    """Makes tokens that the text already has less likely; 1: off."""
+    min_new_tokens: int = 0
+    """Tokens before the text may end."""
 
 
 @dataclass
@@ -33,13 +37,34 @@ class Choice:
     sampling: Sampling
     tokens: list[int]
     """Prompt and text so far."""
+    end: int = -1
+    """Token that ends a text."""
     draws: random.Random = field(init=False)
+    prompt_length: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.draws = random.Random(self.sampling.seed)
+        self.prompt_length = len(self.tokens)
+
+    @property
+    def written(self) -> list[int]:
+        """The text so far."""
+        return self.tokens[self.prompt_length :]
 
     def banned(self) -> list[int]:
-        """Tokens that would repeat an n-gram."""
+        """Tokens that can't come next: the end, where it is too early, and what would repeat an n-gram."""
+        early = len(self.written) < self.sampling.min_new_tokens
+        return self._repeated() + ([self.end] if early else [])
+
+    def penalise(self, scores_V: Tensor) -> None:
+        """Apply the repetition penalty, as transformers does, in place."""
+        penalty, written = self.sampling.repetition_penalty, self.written
+        if penalty != 1.0 and written:
+            index = torch.tensor(sorted(set(written)), device=scores_V.device)
+            scores = scores_V[index]
+            scores_V[index] = torch.where(scores < 0, scores * penalty, scores / penalty)
+
+    def _repeated(self) -> list[int]:
         n = self.sampling.no_repeat_ngram
         if not n or len(self.tokens) < n:
             return []
@@ -59,6 +84,7 @@ def choose_tokens(logits_BV: Tensor, choices: Sequence[Choice], forbidden: Tenso
         scores_BV = scores_BV.clone()
     scores_BV[:, forbidden] = -torch.inf
     for row, choice in enumerate(choices):
+        choice.penalise(scores_BV[row])
         banned = [token for token in choice.banned() if token < scores_BV.shape[1]]
         if banned:
             scores_BV[row, banned] = -torch.inf

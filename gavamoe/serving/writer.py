@@ -161,6 +161,8 @@ class Writer:
             top_p=defaults.top_p if request.top_p is None else request.top_p,
             seed=request.seed,
             no_repeat_ngram=defaults.no_repeat_ngram,
+            repetition_penalty=defaults.repetition_penalty,
+            min_new_tokens=defaults.min_new_tokens,
         )
         return Row(
             prompt, routed.cluster, sampling, trace=request.trace and self._explainer.model.config.experts_enabled
