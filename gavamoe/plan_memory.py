@@ -33,10 +33,13 @@ class Memory:
     """Reduction bucket, gathered parameters."""
     activations: float
     host: float = 0.0
+    late: bool = False
+    """The buffers are needed only when the activations are gone: ZeRO-0 reduces after the backward pass."""
 
     @property
     def device(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
+        passing = max(self.buffers, self.activations) if self.late else self.buffers + self.activations
+        return self.weights + self.gradients + self.optimizer + passing
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def states(blueprint: Blueprint, scheme: Scheme) -> Memory:
         optimizer, gradients = 0.0, gradients if stage == 1 else 0.0
     if scheme.offload_parameters:
         host, weights = host + weights, 0.0
-    return Memory(weights, gradients, optimizer, buffers, 0.0, host)
+    return Memory(weights, gradients, optimizer, buffers, 0.0, host, late=stage == 0)
 
 
 @dataclass(frozen=True)
