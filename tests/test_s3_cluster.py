@@ -66,7 +66,8 @@ def test_a_run_at_a_uri_survives_its_driver(environment: dict[str, str], tmp_pat
     train = ("train", config, "--dataset", data, "--run-dir", run, "--resume")
     driver = gavamoe(environment, *train)
     end = time.monotonic() + 300
-    while not storage.exists(f"{run}/checkpoints/stage2") and driver.poll() is None and time.monotonic() < end:
+    checkpoints = storage._Store(f"{run}/checkpoints/stage2")
+    while not [name for name in checkpoints.children() if name.startswith("checkpoint_20")] and time.monotonic() < end:
         time.sleep(0.1)
     assert driver.poll() is None, driver.communicate()[1]
     driver.send_signal(signal.SIGKILL)
