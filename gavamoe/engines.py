@@ -193,7 +193,7 @@ class DeepSpeedEngine:
         if self._sharing:
             own = _on_cpu(self.module, prefix) if wanted else {}
             state: dict[str, Tensor] = self._sharing.whole_state(self.module, own, prefix)
-            return state if wanted else {}
+            return state
         if self._stage < 3:
             return _on_cpu(self.module, prefix) if wanted else {}
         # Parameters that were fetched ahead for a step that has not come may still be on their way.

@@ -79,10 +79,10 @@ class ParallelExperts(MoE):
         return (output_MSD * weights_MS[..., None]).sum(1).to(hidden_MD.dtype)
 
     def whole(self, part: Tensor) -> Tensor:
-        """All N experts' weights from the parts of the group's workers, on the CPU; all of them call it."""
+        """All N experts' weights from the parts of the group's workers; all of them call it."""
         parts = [torch.empty_like(part) for _ in range(self.workers)]
         distributed.all_gather(parts, part.detach().contiguous(), group=self.group)
-        return torch.cat([each.cpu() for each in parts])
+        return torch.cat(parts)
 
 
 class _Exchange(torch.autograd.Function):
@@ -123,14 +123,16 @@ def expert_groups(optimizer_groups: list[dict[str, Any]]) -> list[dict[str, Any]
 def whole_state(model: nn.Module, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """`state`, this worker's entries whose names start with `prefix`, with all experts, under the names of `moe`.
 
-    Every worker calls it.
+    Every worker calls it; one that wants no state gives an empty one and gets it back.
     """
     found = dict(state)
     for name, experts in _parallel_experts(model):
-        for parameter_name, part in experts.local.named_parameters():
-            if name.startswith(prefix):
-                found.pop(f"{name}.local.{parameter_name}", None)
-                found[f"{name}.{parameter_name}"] = experts.whole(part)
+        for key, part in experts.local.named_parameters():
+            if not name.startswith(prefix):
+                continue
+            whole = experts.whole(part)  # one at a time
+            if found.pop(f"{name}.local.{key}", None) is not None:
+                found[f"{name}.{key}"] = whole.cpu()
     return found
 
 
