@@ -25,7 +25,7 @@ def input_folder(text: str) -> Path:
     """A local path as it is; the local copy of what is stored at a URI."""
     from gavamoe import storage
 
-    return storage.checkout(text) if storage.is_uri(text) else Path(text)
+    return storage.located(text)
 
 
 def work_folder(text: str) -> Path:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gavamoe import storage
 from gavamoe.bertscore import BertScore, bert_score
 from gavamoe.beyond import Gates, Written, measure_beyond
 from gavamoe.checkpoint import read_manifest, write_manifest
@@ -315,7 +316,7 @@ def _dataset_of(run: Path, moved_to: Path | None) -> Dataset:
     recorded = read_json(run / "dataset.json")
     if not isinstance(recorded, dict) or not {"path", "fingerprint"} <= recorded.keys():
         raise InputError(f"{run / 'dataset.json'}: expected path and fingerprint of the dataset")
-    dataset = open_dataset(Path(recorded["path"]) if moved_to is None else Path(moved_to))
+    dataset = open_dataset(storage.located(str(recorded["path"])) if moved_to is None else Path(moved_to))
     if dataset.fingerprint != recorded["fingerprint"]:
         raise InputError(
             f"{dataset.path}: not the dataset of {run} (fingerprint {dataset.fingerprint[:12]},"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
+from gavamoe import storage
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.files import read_json, write_folder, write_json
@@ -194,7 +195,7 @@ class _Earlier:
 
 
 def _open(run: Path, data: RunData, moved_to: Path | None) -> Dataset:
-    dataset = open_dataset(moved_to or Path(read_json(run / "dataset.json")["path"]))
+    dataset = open_dataset(moved_to or storage.located(str(read_json(run / "dataset.json")["path"])))
     if dataset.fingerprint != data.metrics["dataset"]["fingerprint"]:
         raise InputError(f"{dataset.path}: not the dataset of {run}; name the right one with --dataset")
     return dataset

@@ -77,10 +77,7 @@ def open_run(path: Path) -> Run:
     reference = read_json(path / DATASET_FILE)
     if not isinstance(reference, dict) or not {"path", "fingerprint"} <= reference.keys():
         raise InputError(f"{path / DATASET_FILE}: expected path and fingerprint of the dataset")
-    dataset = str(reference["path"])
-    return Run(
-        path, load_config(path / CONFIG_FILE), storage.checkout(dataset) if storage.is_uri(dataset) else Path(dataset)
-    )
+    return Run(path, load_config(path / CONFIG_FILE), storage.located(str(reference["path"])))
 
 
 def train_run(

@@ -111,7 +111,7 @@ def _from_log(run: Path, name: str) -> StepStatus:
     """What the log tells of a step whose artifact is not there."""
     path = run / "logs" / f"{name}.jsonl"
     lines = read_log(path)
-    kept = sorted(p.name for p in (run / "checkpoints" / name).glob("checkpoint_*"))
+    kept = sorted(p.name for p in (run / "checkpoints" / name).glob("checkpoint_[0-9]*"))
     if not lines and not kept:
         return StepStatus(name, "not started")
     idle = time.time() - path.stat().st_mtime

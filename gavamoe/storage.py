@@ -75,6 +75,11 @@ def is_uri(text: str) -> bool:
     return bool(found and rest and scheme.isalnum())
 
 
+def located(text: str) -> Path:
+    """A local path as it is; of a URI, its staging folder, brought up to date."""
+    return checkout(text) if is_uri(text) else Path(text)
+
+
 def checkout(uri: str) -> Path:
     """The local staging folder of what is stored at `uri`, brought up to date; empty where nothing is stored.
 

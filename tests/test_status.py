@@ -58,9 +58,9 @@ def test_each_state_is_told_with_the_command_to_go_on_with(run: Path, tiny_datas
     assert status.next.startswith("stage2 is running")
 
     log(run, "stage2", age=2 * SECONDS_OF_SILENCE)
-    (run / "checkpoints" / "stage2" / "checkpoint_a").mkdir(parents=True)
+    (run / "checkpoints" / "stage2" / "checkpoint_2026").mkdir(parents=True)
     stopped = read_status(run)
-    assert (stopped.steps[1].state, stopped.steps[1].checkpoints) == ("stopped", ["checkpoint_a"])
+    assert (stopped.steps[1].state, stopped.steps[1].checkpoints) == ("stopped", ["checkpoint_2026"])
     assert stopped.next.endswith("--resume")
 
     finish(run, "stage2", {"validation_loss": 0.5})
