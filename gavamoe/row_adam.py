@@ -6,7 +6,7 @@ keeps value and moments (no decay of momentum between its uses), and its own cou
 corrects the bias of its moments.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -58,25 +58,42 @@ class RowAdam(torch.optim.Optimizer):
         table[rows_R] = kept_RE - group["lr"] * change_RE
 
 
-def sum_gradients(dense: Sequence[Tensor], tables: Sequence[Tensor], counts: Sequence[int]) -> None:
-    """Replace every worker's gradients by their sum over the workers, and coalesce those of the tables.
+class GradientSum:
+    """Replaces every worker's gradients by their sum over the workers, and coalesces those of the tables.
 
     Args:
         dense: parameters with ordinary gradients; one without counts as zero.
         tables: embedding tables looked up once per row of the batch, in batch order.
-        counts: rows of the batch on each worker; one worker needs no process group.
     """
-    take_sums = _start_sums(dense) if len(counts) > 1 else None
-    for table in tables:
-        grad = table.grad
-        if grad is None:
-            continue
-        if len(counts) > 1:
-            rows, values = _gather_rows(grad._indices()[0], grad._values(), counts)
-            grad = torch.sparse_coo_tensor(rows.unsqueeze(0), values, grad.shape, check_invariants=False)
-        table.grad = grad.coalesce()
-    if take_sums is not None:
-        take_sums()
+
+    def __init__(self, dense: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
+        self._dense, self._tables = dense, tables
+        self._flat = dense[0].new_empty(0) if dense else torch.empty(0)
+        """All dense gradients of the last step: kept, for so much fresh memory costs as much as the exchange."""
+
+    def __call__(self, counts: Sequence[int]) -> None:
+        """Sum up; `counts` are the rows of the batch on each worker, of which one needs no process group."""
+        work = self._start_dense() if len(counts) > 1 else None
+        for table in self._tables:
+            grad = table.grad
+            if grad is None:
+                continue
+            if len(counts) > 1:
+                rows, values = _gather_rows(grad._indices()[0], grad._values(), counts)
+                grad = torch.sparse_coo_tensor(rows.unsqueeze(0), values, grad.shape, check_invariants=False)
+            table.grad = grad.coalesce()
+        if work is not None:
+            work.wait()
+            sums = self._flat.split([parameter.numel() for parameter in self._dense])
+            for parameter, total in zip(self._dense, sums, strict=True):
+                parameter.grad = total.view_as(parameter)
+
+    def _start_dense(self) -> dist.Work:
+        """Begin to sum the dense gradients, in the background of the exchange of rows."""
+        parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self._dense]
+        self._flat.resize_(sum(part.numel() for part in parts))
+        torch.cat(parts, out=self._flat)
+        return dist.all_reduce(self._flat, async_op=True)
 
 
 def clip_gradients(dense: Sequence[Tensor], tables: Sequence[Tensor], limit: float) -> Tensor:
@@ -89,27 +106,18 @@ def clip_gradients(dense: Sequence[Tensor], tables: Sequence[Tensor], limit: flo
     return norm
 
 
-def _start_sums(parameters: Sequence[Tensor]) -> Callable[[], None]:
-    """Start to sum dense gradients in the background; the function returned waits and puts the sums in their place."""
-    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-    work = dist.all_reduce(flat, async_op=True)
-
-    def take_sums() -> None:
-        work.wait()
-        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = grad.view_as(parameter)
-
-    return take_sums
-
-
 def _gather_rows(rows_B: Tensor, values_BE: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """All workers' rows and values in worker order: the order in which one worker would have them."""
+    return _gather(rows_B, counts), _gather(values_BE, counts)
+
+
+def _gather(part: Tensor, counts: Sequence[int]) -> Tensor:
+    """The workers' parts, one after the other; gloo exchanges equal shapes only, so shorter ones are padded."""
     room = max(counts)
-    gathered = []
-    for tensor in (rows_B, values_BE):
-        padded = tensor.new_zeros(room, *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        parts = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(parts, padded)
-        gathered.append(torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]))
-    return gathered[0], gathered[1]
+    if len(part) < room:
+        part = torch.cat([part, part.new_zeros(room - len(part), *part.shape[1:])])
+    gathered = part.new_empty(len(counts), *part.shape)
+    dist.all_gather(list(gathered), part)
+    if min(counts) == room:
+        return gathered.flatten(0, 1)
+    return torch.cat([gathered[worker, :count] for worker, count in enumerate(counts)])

@@ -21,7 +21,7 @@ from gavamoe.dataset import Dataset
 from gavamoe.errors import InputError, RunError
 from gavamoe.mixture import SAMPLE, UserClusters, cluster_users, fit_pairs, mixture_of_users
 from gavamoe.pairs import Epoch, Pairs, PairSource, global_batches, worker_slices
-from gavamoe.row_adam import RowAdam, clip_gradients, sum_gradients
+from gavamoe.row_adam import GradientSum, RowAdam, clip_gradients
 from gavamoe.spectral import init_embeddings
 from gavamoe.stage1_checks import Validation, collapse_warnings, validate
 from gavamoe.vae_gmm import Likelihood, VaeGmm
@@ -115,6 +115,7 @@ class Trainer:
         others = {id(parameter) for parameter in self.tables + mixture}
         network = [parameter for parameter in model.parameters() if id(parameter) not in others]
         self.dense = network + mixture
+        self.sum_gradients = GradientSum(self.dense, self.tables)
         groups = [
             {"params": network, "lr": config.learning_rate, "weight_decay": config.weight_decay},
             {"params": mixture, "lr": config.mixture_learning_rate, "weight_decay": 0.0},
@@ -162,7 +163,7 @@ class Trainer:
                 parts["disagreement"] = apart_B.detach().sum() * share
                 loss = loss + self.config.user_agreement * apart_B.sum() * share
         loss.backward()
-        sum_gradients(self.dense, self.tables, [piece.stop - piece.start for piece in slices])
+        self.sum_gradients([piece.stop - piece.start for piece in slices])
         norm = clip_gradients(self.dense, self.tables, self.config.clip_norm)
         if not torch.isfinite(norm):
             raise RunError(f"stage 1, step {self.step}: the gradient is not finite; lower stage1.learning_rate")

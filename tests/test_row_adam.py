@@ -2,7 +2,7 @@
 
 import torch
 
-from gavamoe.row_adam import RowAdam, clip_gradients, sum_gradients
+from gavamoe.row_adam import GradientSum, RowAdam, clip_gradients
 
 
 def test_row_adam_equals_adamw_when_every_row_is_used() -> None:
@@ -17,7 +17,7 @@ def test_row_adam_equals_adamw_when_every_row_is_used() -> None:
         for table, optimizer in ((sparse, ours), (dense, theirs)):
             optimizer.zero_grad()
             (table(rows) - target).square().sum().backward()
-        sum_gradients([], [sparse.weight], [10])
+        GradientSum([], [sparse.weight])([10])
         ours.step()
         theirs.step()
         torch.testing.assert_close(sparse.weight, dense.weight)
@@ -28,7 +28,7 @@ def test_row_adam_leaves_unused_rows_alone() -> None:
     before = table.weight.detach().clone()
     optimizer = RowAdam([table.weight], lr=0.1, weight_decay=0.5)
     table(torch.tensor([1, 3, 3])).sum().backward()
-    sum_gradients([], [table.weight], [3])
+    GradientSum([], [table.weight])([3])
     optimizer.step()
     changed = (table.weight != before).any(dim=1)
     assert changed.tolist() == [False, True, False, True, False]
@@ -44,7 +44,7 @@ def test_clipping_equals_torchs_over_dense_and_rows() -> None:
         linear.zero_grad()
         (linear(table(rows)) * 10).square().sum().backward()
         if table is sparse:
-            sum_gradients(list(linear.parameters()), [sparse.weight], [4])
+            GradientSum(list(linear.parameters()), [sparse.weight])([4])
             norm = clip_gradients(list(linear.parameters()), [sparse.weight], 0.5)
         else:
             expected = torch.nn.utils.clip_grad_norm_([*linear.parameters(), dense.weight], 0.5)
