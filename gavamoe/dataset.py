@@ -141,8 +141,10 @@ class Dataset:
         self, split: str, columns: Sequence[str] | None = None, size: int = ROW_GROUP_ROWS
     ) -> Iterator[pa.RecordBatch]:
         """The rows of `split` in file order, at most `size` at a time, without holding the file in memory."""
+        wanted = list(columns) if columns is not None else None
         with pq.ParquetFile(self._file(split)) as file:
-            yield from file.iter_batches(batch_size=size, columns=list(columns) if columns is not None else None)
+            for group in range(file.num_row_groups):  # iter_batches keeps 7 bytes a row until its end
+                yield from file.read_row_group(group, wanted).to_batches(max_chunksize=size)
 
     def arrays(self, split: str) -> PairArrays:
         """Users, items and ratings of `split` as numpy arrays.
