@@ -1,6 +1,6 @@
 """The pairs that stage 1 reads: every epoch's order, sampled negatives and hidden ids, as functions of the seed.
 
-Memory does not grow with the pairs. They stream from the dataset's files into buckets on disk, a random one for each
+Pairs are never held whole. They stream from the dataset's files into buckets on disk, a random one for each
 pair; a bucket is shuffled when it is read. That is a uniformly random order of all pairs, of which one bucket is in
 memory (Rao 1961). Data of one bucket, about a million pairs, stay in memory throughout.
 
