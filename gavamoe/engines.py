@@ -116,6 +116,7 @@ class DeepSpeedEngine:
         self._sharing: Any = None
         self._owns_group = _join_group(world_size, device)
         self.rank: int = distributed.get_rank()
+        self._linear = torch.nn.functional.linear  # ZeRO-3 replaces it for good
         with _output_to_stderr():
             import deepspeed
 
@@ -203,6 +204,7 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         self._engine.destroy()
+        torch.nn.functional.linear = self._linear
         if self._owns_group:
             self._deepspeed.comm.destroy_process_group()
 
