@@ -37,9 +37,9 @@ def from_file(path: Path, rows: int) -> tuple[list[str], list[str]]:
     from gavamoe.scoring import read_columns
 
     columns = read_columns(path)
-    texts = columns["prediction"], columns["reference"]
-    times = -(-rows // len(texts[0])) if rows else 1
-    return tuple((column * times)[: rows or None] for column in texts)  # type: ignore[return-value]
+    predictions, references = columns["prediction"], columns["reference"]
+    times = -(-rows // len(predictions)) if rows else 1
+    return (predictions * times)[: rows or None], (references * times)[: rows or None]
 
 
 def timed(times: dict[str, tuple[float, float]], name: str, step: Callable[[], Any]) -> Any:

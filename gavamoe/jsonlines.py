@@ -20,6 +20,7 @@ def read_objects(path: Path) -> Iterator[Numbered]:
         InputError: the file is missing, empty, damaged, or an array that is not valid JSON.
     """
     with open_source(path) as file:
+        # Both kinds of open_source, plain and gzip, have peek; their common type BinaryIO does not declare it.
         if file.peek(len(_BOM))[: len(_BOM)] == _BOM:  # type: ignore[attr-defined]
             file.read(len(_BOM))
         head = file.peek(64).lstrip()  # type: ignore[attr-defined]
