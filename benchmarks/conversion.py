@@ -1,9 +1,10 @@
 """What each way from a dense checkpoint to experts costs and gives, on the same rows, steps and seed.
 
-    python benchmarks/conversion.py [DATASET OUT] [--config smollm2] [--steps 400] [--only dense shared] [--set F=VALUE]
+    python benchmarks/conversion.py [DATASET OUT] [--config smollm2] [--steps 400] [--only dense shared-lora] [--set F=VALUE]
 
 Without arguments: a small synthetic dataset, the quickstart preset and 60 steps, in a folder that is removed.
 
+`NAME-lora` is the same with the pretrained weights frozen and LoRA on attention; it needs a pretrained base model.
 Every system is a run folder OUT/NAME, so that `gavamoe evaluate` and `gavamoe report` take it; one that is there is not
 trained again. All share one stage 1 (OUT/stage1). Times are CPU seconds of this process, so that other work on the
 machine does not count. Prints the validation loss right after conversion, along the steps, and at equal CPU time.
@@ -25,12 +26,15 @@ from gavamoe.stage1 import train_stage1
 from gavamoe.stage2 import train_stage2
 from gavamoe.synthetic import synthesize
 
-SYSTEMS: dict[str, list[str]] = {
+PLAIN: dict[str, list[str]] = {
     "dense": ["stage2.experts.enabled=false"],
     "shared": ["stage2.experts.conversion=shared"],
     "split": ["stage2.experts.conversion=split"],
     "random": ["stage2.experts.conversion=random"],
 }
+LORA = ["stage2.lora.rank=16", "stage2.lora.alpha=32", "stage2.learning_rate=0.0005"]
+"""Adapters take a larger step than the weights beneath them would."""
+SYSTEMS = PLAIN | {f"{name}-lora": [*fields, *LORA] for name, fields in PLAIN.items()}
 CURVE = "curve.json"
 
 
@@ -95,7 +99,7 @@ def main() -> None:
     parser.add_argument("--config")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), default=list(PLAIN))
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
