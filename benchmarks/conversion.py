@@ -1,6 +1,6 @@
 """What each way from a dense checkpoint to experts costs and gives, on the same rows, steps and seed.
 
-    python benchmarks/conversion.py [DATASET OUT] [--config smollm2] [--steps 400] [--only dense shared-lora] [--set F=VALUE]
+    python benchmarks/conversion.py [DATASET OUT] [--config smollm2] [--steps 400] [--only shared-lora] [--set F=VALUE]
 
 Without arguments: a small synthetic dataset, the quickstart preset and 60 steps, in a folder that is removed.
 
