@@ -2,7 +2,7 @@
 
     python benchmarks/stage1.py speed [--threads 2]     one training step at the size of the paper's Yelp
     python benchmarks/stage1.py workers                 1 worker against 2, one thread each
-    python benchmarks/stage1.py seeds [--seeds 0,1,2]   the quickstart's stage 1 on planted data
+    python benchmarks/stage1.py seeds [--seeds 0,1,2] [--set stage1.F=VALUE]   the quickstart's stage 1 on planted data
     python benchmarks/stage1.py controls                settings that must fail, and do
 
 Prints one line per result; nothing is asserted.
@@ -13,7 +13,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from gavamoe.config import RunConfig, load_config
+from gavamoe.config import RunConfig, load_config, override_config
 from gavamoe.context import LocalContext
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.dataset_writer import DatasetWriter, Rows
@@ -135,13 +135,13 @@ def workers() -> None:
         print(f"speed-up {seconds[0] / seconds[1]:.2f}")
 
 
-def planted(title: str, seed: int, changes: dict[str, Any], **data: Any) -> None:
-    """Train on fresh planted data of a seed and print what was found."""
+def planted(title: str, seed: int, changes: Mapping[str, Any], **data: Any) -> None:
+    """Train on fresh planted data of a seed and print what was found; `changes` are fields of stage 1."""
     with tempfile.TemporaryDirectory() as folder:
         dataset = synthesize(Path(folder) / "data", seed=seed, **data)
-        values = load_config("quickstart").model_dump()
-        values |= {"seed": seed, "stage1": values["stage1"] | changes}
-        metrics = train_stage1(RunConfig.model_validate(values), dataset, Path(folder) / "stage1", LocalContext())
+        fields = [f"stage1.{name}={value}" for name, value in changes.items()]
+        config = override_config(load_config("quickstart"), [f"seed={seed}", *fields])
+        metrics = train_stage1(config, dataset, Path(folder) / "stage1", LocalContext())
         truth = open_dataset(dataset).truth()
     assert truth is not None
     rmse = metrics["test"]["rmse"]
@@ -174,7 +174,9 @@ def main() -> None:
     parser.add_argument("what", nargs="?", default="speed", choices=["speed", "workers", "seeds", "controls"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--set", action="append", default=[], metavar="stage1.FIELD=VALUE", help="only with seeds")
     options = parser.parse_args()
+    changes = dict(change.removeprefix("stage1.").split("=", 1) for change in options.set)
     seeds = [int(seed) for seed in options.seeds.split(",")]
     if options.what == "speed":
         speed(options.threads)
@@ -185,7 +187,7 @@ def main() -> None:
         if options.what == "controls":
             controls(seeds)
         for seed in seeds if options.what == "seeds" else []:
-            planted("quickstart", seed, {})
+            planted(" ".join(["quickstart", *options.set]), seed, changes)
 
 
 if __name__ == "__main__":
