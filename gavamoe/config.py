@@ -39,7 +39,7 @@ class Stage1Config(_Model):
     encoder_layers: PositiveInt = 2
     encoder_heads: PositiveInt = 8
     encoder_feedforward: PositiveInt = 768
-    """Width of the encoder's feed-forward layers; the paper names none. Twice or four times as wide found nothing more."""
+    """Width of the encoder's feed-forward layers; the paper names none, and wider ones found nothing more."""
     decoder_hidden: PositiveInt = 256
     """Width of the 2-layer MLP decoder."""
     dropout: Rate = 0.1

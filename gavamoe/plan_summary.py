@@ -29,22 +29,29 @@ def _print_parameters(plan: dict[str, Any]) -> None:
 
 
 def _print_memory(plan: dict[str, Any]) -> None:
+    """A row a scheme with checkpointing as configured, short enough for a terminal of 80 columns."""
     hardware = plan["hardware"]
+    checkpointing = any(row["checkpointed"]["own"] for row in plan["memory"])
+    found = [(_short(row["scheme"]), row["checkpointed" if checkpointing else "plain"]) for row in plan["memory"]]
+    most = max(memory["device"] for _, memory in found)
+    unit, name = next((unit for unit in _UNITS if most >= unit[0]), _UNITS[-1])
+    parts = ("weights", "gradients", "optimizer", "buffers", "activations")
     rows = []
-    for row in plan["memory"]:
-        plain, again = row["plain"], row["checkpointed"]
-        states = [plain[name] for name in ("weights", "gradients", "optimizer", "buffers")]
-        kept = [memory["activations"] for memory in (plain, again)]
-        totals = [f"{size(memory['device'])} {_mark(memory)}" for memory in (plain, again)]
-        rows.append((row["scheme"], *map(size, states), *map(size, kept), *totals, size(plain["host"])))
-    columns = ["scheme", "weights", "gradients", "optimizer", "buffers"]
-    columns += ["activations", "checkpointed", "device", "device, checkpointed", "host per device"]
+    for scheme, memory in found:
+        *kept, device, host = (f"{memory[part] / unit:.4g}" for part in (*parts, "device", "host"))
+        rows.append((scheme, *kept, f"{device} {_mark(memory)}", host))
+    ways = "with" if checkpointing else "without"
     print_table(
-        f"Stage 2, memory per device: {hardware['devices']} x {size(hardware['memory'])}, longest batch;"
-        f" + fits into {USABLE:.0%}, - does not, * this config",
-        columns,
+        f"Stage 2, {name} per device of {size(hardware['memory'])}, {hardware['devices']} devices, longest batch, {ways}"
+        f" gradient checkpointing\n(o) optimizer, (w) weights on host; + fits into {USABLE:.0%}, - does not, * this config",
+        ["scheme", "weight", "grad.", "optim.", "buffer", "activ.", "device", "host"],
         rows,
     )
+
+
+def _short(scheme: str) -> str:
+    name, _, host = scheme.partition(", ")
+    return f"{name} ({', '.join(word[0] for word in host.removesuffix(' on host').split(' and '))})" if host else name
 
 
 def _mark(memory: dict[str, Any]) -> str:
