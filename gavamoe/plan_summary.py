@@ -42,8 +42,9 @@ def _print_memory(plan: dict[str, Any]) -> None:
         rows.append((scheme, *kept, f"{device} {_mark(memory)}", host))
     ways = "with" if checkpointing else "without"
     print_table(
-        f"Stage 2, {name} per device of {size(hardware['memory'])}, {hardware['devices']} devices, longest batch, {ways}"
-        f" gradient checkpointing\n(o) optimizer, (w) weights on host; + fits into {USABLE:.0%}, - does not, * this config",
+        f"Stage 2, {name} per device of {size(hardware['memory'])}, {hardware['devices']} devices, longest batch,"
+        f" {ways} gradient checkpointing\n(o) optimizer, (w) weights on host; + fits into {USABLE:.0%}, - does not,"
+        " * this config",
         ["scheme", "weight", "grad.", "optim.", "buffer", "activ.", "device", "host"],
         rows,
     )
