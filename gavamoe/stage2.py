@@ -175,6 +175,7 @@ class Training:
             "train_loss": progress.train_loss,
             "steps": progress.step,
             "planned_steps": self.steps,
+            "stopped_early": progress.step < self.steps,
             "steps_per_epoch": self._plan.steps_per_epoch,
             "tokens": progress.tokens,
             "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,

@@ -60,6 +60,8 @@ def print_training(metrics: dict[str, Any], run_dir: Path, *, as_json: bool) -> 
         print_json(metrics)
     for stage, values in metrics.items():
         print_table(f"{run_dir / stage}", ["", ""], _flat(values))
+        if values.get("stopped_early"):
+            console.print(f"{stage} stopped early: validation no longer improved ({stage}.patience)", markup=False)
     console.print(f"run: {run_dir}   next: gavamoe evaluate {run_dir}", markup=False, soft_wrap=True)
 
 

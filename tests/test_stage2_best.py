@@ -12,6 +12,7 @@ from gavamoe.config import Stage2Config, parse_config
 from gavamoe.errors import InputError
 from gavamoe.stage2 import Training
 from gavamoe.stage2_best import BestState, best_step
+from gavamoe.summary import print_training
 
 pytestmark = pytest.mark.usefixtures("extensions_dir")
 
@@ -96,12 +97,16 @@ def test_resuming_keeps_the_same_best(
 
 
 def test_patience_ends_the_run_at_the_same_step_after_resuming(
-    best_run: Trained, tiny_dataset: Path, stage1: Path, tmp_path: Path
+    best_run: Trained, tiny_dataset: Path, stage1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny(*SHORT, "stage2.patience=1")
     stopped = Trained(config, tiny_dataset, stage1, tmp_path / "stopped")
     assert [stopped.metrics[name] for name in ("steps", "planned_steps", "kept_step")] == [9, 12, BEST]
     close(stopped.weights(), best_run.weights(), 0.0)
+    print_training({"stage2": stopped.metrics}, tmp_path, as_json=False)
+    assert "stage2 stopped early" in capsys.readouterr().err
+    print_training({"stage2": best_run.metrics}, tmp_path, as_json=False)
+    assert "stopped early" not in capsys.readouterr().err.replace("stopped_early", "")
     for checkpoint in (stopped.context.checkpoints[0], stopped.context.checkpoints[-1]):
         again = Trained(config, tiny_dataset, stage1, tmp_path / checkpoint.name, resume=checkpoint)
         assert again.metrics["steps"] == 9
