@@ -75,7 +75,7 @@ def speed(threads: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = yelp_size(Path(folder))
         feeding = seconds_of_feeding(data)
-        for changes in ({}, {"dropout": 0.0}, {"encoder_feedforward": 768}):
+        for changes in ({}, {"dropout": 0.0}, {"encoder_feedforward": 1536}):
             seconds = seconds_per_step(Trainer(paper_size(**changes), data, LocalContext()), steps=8)
             fed = seconds + feeding * BATCH
             print(f"step, {threads} threads, {changes or 'defaults'}: {seconds:.3f} s", end=", ")
