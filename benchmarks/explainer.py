@@ -11,6 +11,7 @@ take turns within each round, and the fastest rounds are compared, so that other
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -20,6 +21,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from gavamoe.config import parse_config
 from gavamoe.explainer import GavamoeForCausalLM, build_explainer
 
+os.environ["DNNL_PRIMITIVE_CACHE_CAPACITY"] = "8192"  # as `gavamoe.runtime` sets it for its workers; read at first use
 USERS, ITEMS, SLOT, GATES, TOKENS, PROMPT = 100, 100, 64, 3, 96, 48
 TRAIN_ROWS, WRITE_ROWS = (1, 8), (1, 16)
 AUTHORS = {"train": 0.95, "write": 10.0}
@@ -67,6 +69,7 @@ def trainer(*, bf16: bool) -> Step:
     def train(model: GavamoeForCausalLM, rows: int) -> None:
         ids_BT, cluster_B = rows_of(rows, TOKENS)
         model.train()
+        model.set_attn_implementation("eager")  # as stage 2 does for short rows on a CPU
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
             loss = model(input_ids=ids_BT, labels=ids_BT, cluster_ids=cluster_B, use_cache=False).loss
         loss.backward()
@@ -83,6 +86,7 @@ def writer(new_tokens: int) -> Step:
 
     def write(model: GavamoeForCausalLM, rows: int) -> None:
         ids_BT, cluster_B = rows_of(rows, PROMPT)
+        model.set_attn_implementation("sdpa")
         model.eval().generate(
             ids_BT, attention_mask=torch.ones_like(ids_BT), cluster_ids=cluster_B, generation_config=options
         )

@@ -213,6 +213,7 @@ def deepspeed_config(config: Stage2Config, module: JointModel) -> dict[str, Any]
     """DeepSpeed's configuration for ours. bf16 is autocast inside the model, over float32 weights, in both engines."""
     sizes = [parameter.numel() for parameter in module.parameters() if parameter.requires_grad]
     bucket = min(sum(sizes), max(_MAX_BUCKET, max(sizes)))
+    bucket += bucket % 2  # DeepSpeed refuses odd sizes of a bucket, not of a model
     zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": bucket, "overlap_comm": False}
     if config.zero_stage in (1, 2):
         zero["allgather_bucket_size"] = bucket

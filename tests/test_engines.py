@@ -237,3 +237,17 @@ def test_a_worker_that_gets_its_weights_from_another_reads_none(
         assert torch.equal(hollow.model.get_buffer(name), buffer), name
     trained = [[name for name, p in setup.model.named_parameters() if p.requires_grad] for setup in (whole, hollow)]
     assert trained[0] == trained[1]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_odd_number_of_parameters(stage: int, setup: Setup) -> None:
+    """DeepSpeed refuses odd bucket sizes; a bucket is no larger than the model, and K and the rating scale decide."""
+    setup.model.vae_gmm.prior.logits.requires_grad_(False)
+    trained = sum(parameter.numel() for parameter in setup.model.parameters() if parameter.requires_grad)
+    assert trained % 2 == 1
+    config = tiny("runtime.engine=deepspeed", f"stage2.zero_stage={stage}").stage2
+    engine = make_engine("deepspeed", setup.model, config, world_size=1, device="cpu")
+    try:
+        assert engine.train_step([joint_batch(setup)], 1.0)["loss"] > 0
+    finally:
+        engine.close()
