@@ -198,6 +198,7 @@ class RayContext:
             raise Stopped(f"asked to by {stop_file}")
 
     def checkpoint(self, folder: Path, metrics: Metrics) -> None:
+        import ray
         from ray import train
 
         if self.rank == 0:
@@ -205,6 +206,8 @@ class RayContext:
             (folder / LOG_FILE).write_text(text, encoding="utf-8")
         write_checksums(folder, self.rank, self.world_size)
         train.report(dict(metrics), checkpoint=train.Checkpoint.from_directory(folder))
+        if self.rank == 0:
+            ray.get(self._desk.refusals.remote())  # a desk that has died ends the training here, not at its end
 
     def _start_log(self) -> None:
         from ray.util.metrics import Gauge

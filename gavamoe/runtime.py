@@ -181,7 +181,10 @@ def _fit(trainer: Any, desk: Any, name: str) -> Any:
         outcome = trainer.fit().return_value
     except (train.TrainingFailedError, ray.exceptions.RayError) as error:
         failure = error
-    refusals = ray.get(desk.refusals.remote())
+    try:
+        refusals = ray.get(desk.refusals.remote())
+    except ray.exceptions.RayError as error:
+        raise RunError(f"{name}: the process that keeps the log has died; continue with --resume") from error
     if refusals:
         raise refusals[0]
     if failure is not None:
@@ -221,7 +224,8 @@ def _on_this_node() -> Any:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    # Not soft: Ray then puts an actor that asks for no CPU on any node, and the loss of that node ends the training.
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 @contextmanager
@@ -250,7 +254,12 @@ def _follow(desk: Any, log: RunLog, on_line: OnLine | None, stop: threading.Even
     generation = position = 0
     while True:
         last = stop.wait(_SECONDS_BETWEEN_LOOKS)
-        current, kept, lines = ray.get(desk.since.remote(generation, position))
+        try:
+            current, kept, lines = ray.get(desk.since.remote(generation, position))
+        except ray.exceptions.RayError:  # no answer, perhaps for a while; `_fit` tells of a desk that has died
+            if last:
+                return
+            continue
         try:
             if current != generation:  # workers have started, and what their checkpoint held is the log now
                 log.restart(lines[:kept])
@@ -349,5 +358,7 @@ def _failure(error: Exception) -> str:
     """The last line of the first worker's error, or of the controller's."""
     failures = getattr(error, "worker_failures", None)
     cause = next(iter(failures.values())) if failures else error
+    if "running low on memory" in str(cause):
+        return "a worker was killed, because its machine was running low on memory"
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return lines[-1] if lines else type(cause).__name__

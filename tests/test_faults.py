@@ -112,6 +112,7 @@ def test_a_node_is_lost(way: str, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["beside"], "what keeps the log lay beside the driver, not on a node that may go"
     assert found["steps"] == list(range(1, 13)), "no step lost, none twice"
     assert found["workers"][0] == 3
     assert found["workers"][-1] == found["ended"]["workers"] == (2 if way == "goes_on" else 3)

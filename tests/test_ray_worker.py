@@ -12,6 +12,7 @@ import pytest
 from gavamoe.config import RuntimeConfig
 from gavamoe.errors import InputError, RunError, Stopped
 from gavamoe.ray_worker import Desk, RayContext, WorkerJob, run_worker
+from gavamoe.runtime import _failure
 
 
 class Called:
@@ -74,6 +75,16 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
         set=lambda value: None, set_default_tags=lambda tags: None
     ))  # fmt: skip
     return found
+
+
+def test_the_lack_of_memory_is_named_without_rays_advice() -> None:
+    from ray.exceptions import OutOfMemoryError
+
+    killed = OutOfMemoryError(
+        "1 worker(s) were killed due to the node running low on memory.\nRefer to a page, please."
+    )
+    assert _failure(killed) == "a worker was killed, because its machine was running low on memory"
+    assert _failure(ValueError("first\nlast\n")) == "last"
 
 
 def job(desk: Any, loop: Any, stop_file: Path | None = None, **arguments: Any) -> WorkerJob:

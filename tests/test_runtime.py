@@ -14,6 +14,7 @@ import torch
 from gavamoe.config import RuntimeConfig
 from gavamoe.context import Context
 from gavamoe.errors import InputError, RunError
+from gavamoe.ray_worker import RayContext
 from gavamoe.runtime import run_tasks, run_training
 
 TWO = RuntimeConfig(workers=2, threads_per_worker=1, max_failures=1)
@@ -43,6 +44,21 @@ def refusing_loop(*, context: Context, marker: Path) -> None:
     with open(marker, "a") as file:
         file.write(f"{context.rank}\n")
     raise InputError("the loop says no")
+
+
+def loop_without_a_desk(*, context: RayContext, steps: int) -> int:
+    """Checkpoints each step; the process that keeps the log is killed in the second step, if it is the first call."""
+    import ray
+
+    start = 0 if context.resume_from is None else int((context.resume_from / "step").read_text())
+    for step in range(start, steps):
+        context.log({"phase": "count", "step": step + 1, "steps": steps})
+        if step == 1 and start == 0:
+            ray.kill(context._desk)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "step").write_text(str(step + 1))
+            context.checkpoint(Path(folder), {"step": step + 1})
+    return start
 
 
 def log_steps(folder: Path, name: str) -> list[int]:
@@ -77,6 +93,16 @@ def test_input_error_reaches_the_caller_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the loop says no"):
         run_training(refusing_loop, {"marker": marker}, placement=TWO, folder=tmp_path, name="refuse")
     assert sorted(marker.read_text().split()) == ["0", "1"]
+
+
+def test_a_training_without_its_log_keeper_ends_at_the_next_checkpoint(tmp_path: Path) -> None:
+    one = RuntimeConfig(workers=1, max_failures=1)
+    with pytest.raises(RunError, match="count: the process that keeps the log has died; continue with --resume"):
+        run_training(loop_without_a_desk, {"steps": 6}, placement=one, folder=tmp_path, name="count")
+    assert run_training(
+        loop_without_a_desk, {"steps": 6}, placement=one, folder=tmp_path, name="count", resume=True
+    ) in (1, 2)  # fmt: skip
+    assert log_steps(tmp_path, "count") == [1, 2, 3, 4, 5, 6]
 
 
 def squaring_job(*, context: Context, number: int, marker: Path | None = None) -> dict[str, Any]:
