@@ -4,6 +4,7 @@
 already whole is not run again when resuming.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from gavamoe.config import RunConfig, dump_config, load_config, parse_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.files import read_json, write_file, write_json
-from gavamoe.runtime import ray_session, run_tasks, run_training
+from gavamoe.runtime import ray_session, run_tasks, run_training, was_cut_off
 from gavamoe.tracking import Line
 
 Stage = Literal["1", "2", "all"]
@@ -195,7 +196,7 @@ def _first_difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
 
 
 def _finished(run_dir: Path, number: str, dataset: Dataset, resume: bool) -> bool:
-    """Whether the stage's folder is there, whole, and made from this dataset."""
+    """Whether the stage's folder is there, whole, made from this dataset, and its training came to its end."""
     folder = run_dir / f"stage{number}"
     if not folder.exists():
         return False
@@ -204,7 +205,7 @@ def _finished(run_dir: Path, number: str, dataset: Dataset, resume: bool) -> boo
         raise InputError(f"{folder}: was trained on another dataset than {dataset.path}; use another --run-dir")
     if not resume:
         raise InputError(f"{folder}: already trained; --resume keeps it, --run-dir names another folder")
-    return True
+    return not was_cut_off(run_dir, folder.name)
 
 
 def _train_stage(
@@ -214,6 +215,7 @@ def _train_stage(
     if number == "2":
         _tokenise(config, dataset, progress)
     progress.step(title)
+    shutil.rmtree(arguments["out"], ignore_errors=True)  # of a training that was cut off, see `_finished`
     run_training(
         loop,
         arguments,

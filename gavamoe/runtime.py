@@ -27,6 +27,13 @@ OnLine = Callable[[Line], None]
 _CONTROLLER_RESTARTS = 3
 """A worker group that cannot start is retried without limit by Ray's default, which looks like a hang."""
 _SECONDS_BETWEEN_LOOKS = 0.2
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of the checkpoints that count."""
+_KNOWN_FAILURES = {
+    "running low on memory": "a worker was killed, because its machine was running low on memory",
+    "worker group startup timed out": "the workers did not start within runtime.wait_minutes: too few nodes",
+}
+"""What a long text of Ray's holds -> what it means."""
 
 
 @contextmanager
@@ -206,13 +213,23 @@ class _Checkpoints:
             self.filesystem, self.path = storage.filesystem(f"{place.uri}/checkpoints")
 
     def exist(self) -> bool:
-        return self._local.exists() if self._uri is None else storage.exists(self._uri)
+        """Whether there are any that count."""
+        return (self._local / _SNAPSHOT).exists() if self._uri is None else storage.exists(f"{self._uri}/{_SNAPSHOT}")
 
     def remove(self) -> None:
+        """The list first: what a removal that breaks leaves doesn't count."""
         if self._uri is None:
+            (self._local / _SNAPSHOT).unlink(missing_ok=True)
             shutil.rmtree(self._local, ignore_errors=True)
         else:
+            storage.remove(f"{self._uri}/{_SNAPSHOT}")
             storage.remove(self._uri)
+
+
+def was_cut_off(folder: Path, name: str) -> bool:
+    """Whether the last `run_training` of that name didn't come to its end, but to a checkpoint. Its workers outlive a
+    killed driver for a second or two and may have written their results, of which the log then doesn't tell."""
+    return _Checkpoints(Path(folder).absolute(), name).exist()
 
 
 def _portable(value: Any) -> Any:
@@ -358,7 +375,8 @@ def _failure(error: Exception) -> str:
     """The last line of the first worker's error, or of the controller's."""
     failures = getattr(error, "worker_failures", None)
     cause = next(iter(failures.values())) if failures else error
-    if "running low on memory" in str(cause):
-        return "a worker was killed, because its machine was running low on memory"
+    for sign, meaning in _KNOWN_FAILURES.items():
+        if sign in str(cause):
+            return meaning
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return lines[-1] if lines else type(cause).__name__

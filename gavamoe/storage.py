@@ -197,13 +197,14 @@ def local_path(place: Place) -> Path:
 
 
 def remove(uri: str) -> None:
-    """Delete everything below `uri`; nothing happens if there is nothing."""
+    """Delete a file, or everything below `uri`; nothing happens if there is nothing."""
     _Store(uri).delete("")
 
 
 def exists(uri: str) -> bool:
-    """Whether anything is stored below `uri`."""
-    return bool(_Store(uri).children())
+    """Whether a file is stored at `uri`, or anything below it."""
+    store = _Store(uri)
+    return store.is_file() or bool(store.children())
 
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -318,8 +319,11 @@ class _Store:
 
     def delete(self, name: str) -> None:
         path = self._path(name)
-        if self._call(lambda: self._files.get_file_info(path)).type == fs.FileType.Directory:
+        kind = self._call(lambda: self._files.get_file_info(path)).type
+        if kind == fs.FileType.Directory:
             self._call(lambda: self._files.delete_dir(path))
+        elif kind == fs.FileType.File:
+            self._call(lambda: self._files.delete_file(path))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root

@@ -17,9 +17,11 @@ from fault_run import CONFIG, STEPS, count, largest_difference, log_lines, small
 from ray_head import ROOT
 from test_submit import CLI
 
+from gavamoe.checkpoint import MANIFEST
 from gavamoe.config import RuntimeConfig
 from gavamoe.errors import InputError, RunError
 from gavamoe.files import read_json
+from gavamoe.pipeline import train_run
 
 ONE = RuntimeConfig(workers=1, max_failures=0)
 TRIALS = [(stage, seed) for stage in STEPS for seed in range(2)]
@@ -104,7 +106,30 @@ def test_a_killed_driver_is_resumed(stage: str, undisturbed: Undisturbed, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["goes_on", "waits"])
+@pytest.mark.ray
+def test_what_workers_wrote_after_their_drivers_death_is_made_again_with_its_log(
+    undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, run = undisturbed.get("stage1"), tmp_path / "run"
+
+    def die(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gavamoe.runtime._Checkpoints.remove", die)
+    with pytest.raises(KeyboardInterrupt):  # `resume`, since without it what was there is removed first
+        train_run(small(), undisturbed.dataset, run, stage="1", resume=True)
+    monkeypatch.undo()
+    log = run / "logs" / "stage1.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:9]))
+    assert (run / "stage1" / MANIFEST).is_file()
+    found = train_run(small(), undisturbed.dataset, run, stage="1", resume=True)
+    assert largest_difference(expected, found["stage1"]) == 0
+    assert log_lines(run, "stage1") == log_lines(undisturbed.folder / "stage1", "stage1")
+    assert not (run / "checkpoints" / "stage1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["goes_on", "waits", "in_vain"])
 def test_a_node_is_lost(way: str, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     environment.pop("RAY_ADDRESS", None)
@@ -113,8 +138,12 @@ def test_a_node_is_lost(way: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["beside"], "what keeps the log lay beside the driver, not on a node that may go"
-    assert found["steps"] == list(range(1, 13)), "no step lost, none twice"
     assert found["workers"][0] == 3
+    if way == "in_vain":
+        expected = "the workers did not start within runtime.wait_minutes: too few nodes"
+        assert found["ended"] == f"count: {expected}; continue with --resume"
+        return
+    assert found["steps"] == list(range(1, 13)), "no step lost, none twice"
     assert found["workers"][-1] == found["ended"]["workers"] == (2 if way == "goes_on" else 3)
 
 
