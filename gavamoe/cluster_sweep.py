@@ -32,9 +32,9 @@ STABLE = 0.9
 EVEN_SHARE = 0.25
 """A cluster with a smaller part of an even share, 1 / K of the pairs, is a splinter."""
 RULE = (
-    f"the largest K whose users' clusters agree between the seeds (ARI of at least {STABLE:g}) and whose smallest"
-    f" cluster holds {EVEN_SHARE:g} / K of the pairs and stage1.min_cluster_share; without any, the K that agrees most."
-    " The ELBO does not choose: at a beta below 1 it falls with every cluster"
+    f"of the K whose users' clusters agree between the seeds (ARI of at least {STABLE:g}) and whose smallest cluster"
+    f" holds {EVEN_SHARE:g} / K of the pairs and stage1.min_cluster_share, the one with the lowest validation RMSE;"
+    " without any, the K that agrees most. The ELBO does not choose: at a beta below 1 it falls with every cluster"
 )
 
 
@@ -150,10 +150,11 @@ def recommend(rows: Sequence[SweepRow], min_share: float) -> tuple[int, str]:
         if row.stability >= STABLE and row.smallest_share >= max(min_share, EVEN_SHARE / row.clusters)
     ]
     if kept:
-        best = max(kept, key=lambda row: row.clusters)
+        best = min(kept, key=lambda row: (row.rmse, -row.clusters))
+        others = ", ".join(str(row.clusters) for row in kept if row is not best) or "no other"
         return best.clusters, (
-            f"the largest K that is stable (the seeds agree by {best.stability:.2f}) without a splinter (the smallest"
-            f" cluster holds {best.smallest_share:.1%} of the pairs)"
+            f"stable (the seeds agree by {best.stability:.2f}) without a splinter (the smallest cluster holds"
+            f" {best.smallest_share:.1%} of the pairs), as {others}; of these the lowest validation RMSE"
         )
     best = max(rows, key=lambda row: row.stability)
     return best.clusters, (
@@ -163,17 +164,18 @@ def recommend(rows: Sequence[SweepRow], min_share: float) -> tuple[int, str]:
 
 
 def plot_sweep(sweep: Sweep, out: Path) -> None:
-    """Write a PNG: validation ELBO and reconstruction, stability, and the smallest cluster's share, over K."""
+    """Write a PNG: validation ELBO, reconstruction and RMSE, stability, and the smallest cluster's share, over K."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     counts = [row.clusters for row in sweep.rows]
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(14, 3.4), layout="constrained")
     panels: list[tuple[str, dict[str, list[float]]]] = [
         (
             "nats per validation pair",
             {"ELBO": [r.elbo for r in sweep.rows], "reconstruction": [r.reconstruction for r in sweep.rows]},
         ),
+        ("RMSE of validation ratings", {"RMSE": [r.rmse for r in sweep.rows]}),
         ("agreement of two seeds (ARI)", {"users' clusters": [r.stability for r in sweep.rows]}),
         ("smallest cluster, share of pairs", {"smallest": [r.smallest_share for r in sweep.rows]}),
     ]

@@ -32,9 +32,9 @@ def training(clusters: int, seed: int, user_cluster: Sequence[int], **changes: A
     return Training(clusters=clusters, seed=seed, user_cluster=list(user_cluster), **values)
 
 
-def row(clusters: int, elbo: float, stability: float, smallest_share: float = 0.2) -> SweepRow:
+def row(clusters: int, elbo: float, stability: float, smallest_share: float = 0.2, rmse: float = 0.8) -> SweepRow:
     return SweepRow(
-        clusters=clusters, elbo=elbo, elbo_spread=0.01, reconstruction=-1, kl=10, rmse=0.8,
+        clusters=clusters, elbo=elbo, elbo_spread=0.01, reconstruction=-1, kl=10, rmse=rmse,
         smallest_share=smallest_share, stability=stability, user_ari=None, seconds=3,
     )  # fmt: skip
 
@@ -65,7 +65,15 @@ def test_rows_are_means_and_stability_ignores_the_clusters_numbers() -> None:
     assert sweep.recommended == 2  # three is not stable
 
 
-def test_the_largest_stable_k_without_a_splinter_is_recommended() -> None:
+def test_of_the_stable_k_without_a_splinter_the_best_predictor_is_recommended() -> None:
+    """As found on three planted groups: five clusters agreed too, but halved one group and shared another out."""
+    rows = [row(2, -1.4, 1.0, rmse=0.7488), row(3, -1.5, 0.99, rmse=0.7483), row(5, -1.6, 0.96, rmse=0.7503)]
+    chosen, reason = recommend(rows, min_share=0.02)
+    assert chosen == 3
+    assert "as 2, 5; of these the lowest validation RMSE" in reason
+
+
+def test_between_equal_predictors_the_larger_k_is_recommended() -> None:
     rows = [row(2, -1.4, 1.0), row(3, -1.5, 0.97), row(4, -1.6, 0.95, smallest_share=0.05), row(5, -1.7, 0.6)]
     assert recommend(rows, min_share=0.02)[0] == 3
     rows[2] = row(4, -1.6, 0.95, smallest_share=0.07)
