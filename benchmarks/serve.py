@@ -6,15 +6,14 @@ Engine, in this process: tokens a second of 16 rows at a time, by `generate()` o
 16 slots, on the same prompts, in turns; then requests that arrive at random, in batches that wait for each other
 (static) and continuously. Over HTTP (a service that `gavamoe serve RUN` has started, named by --url): closed loop at
 1, 8, 16 and 32 clients, open loop at shares of the best rate found there, time to the first token, `/v1/route` alone,
-and Serve's overhead: what a client waits beyond the engine's own times. --proxy: Serve's proxy before a deployment that
-does nothing, which is the limit of whatever stands behind it.
+and the overhead: what a client waits beyond the engine's own times. --proxy: the same proxy before a deployment that
+answers requests like those of `/v1/route` at once, which is the limit of whatever stands behind it.
 """
 
 import argparse
 import asyncio
 import json
 import random
-import socket
 import statistics
 import time
 from collections.abc import Awaitable, Callable
@@ -220,12 +219,12 @@ async def open_loop(client: Client, rate: float, requests: int, options: dict[st
 
 
 async def measure_path(url: str, requests: int) -> dict[str, Results]:
-    """GET of one address, closed loop."""
+    """POST of a body like that of `/v1/route` to one address, closed loop."""
     results: dict[str, Results] = {}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def ask() -> None:
-            async with session.get(url) as response:
+            async with session.post(url, json={"user": "U000017", "item": "I000042"}) as response:
                 await response.read()
 
         await closed_loop(8, 100, ask)  # warms up
@@ -237,9 +236,13 @@ async def measure_path(url: str, requests: int) -> dict[str, Results]:
 
 def measure_proxy(requests: int) -> dict[str, Results]:
     """Serve's proxy, set up as `gavamoe serve` does, before a deployment that does nothing."""
-    from gavamoe.serving.launch import prepare_environment
+    from gavamoe.serving.launch import free_port, prepared_environment
 
-    prepare_environment()
+    with prepared_environment():
+        return _measure_proxy(free_port(), requests)
+
+
+def _measure_proxy(port: int, requests: int) -> dict[str, Results]:
     import ray
     from ray import serve
     from starlette.requests import Request
@@ -248,11 +251,9 @@ def measure_proxy(requests: int) -> dict[str, Results]:
     @serve.deployment(max_ongoing_requests=256)
     class Empty:
         async def __call__(self, request: Request) -> Response:
+            await request.body()
             return Response("{}")
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     ray.init(address="local", include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
@@ -325,7 +326,12 @@ def main() -> None:
         if bare:
             served["of generate()"] = served["tokens/s"] / bare["generate tokens/s"]
     if arguments.proxy:
-        results |= measure_proxy(2 * arguments.requests)
+        limits = measure_proxy(2 * arguments.requests)
+        for name, limit in limits.items():
+            route = results.get(name.replace("proxy", "route"))
+            if route:
+                route["of the proxy's limit"] = route["requests/s"] / limit["requests/s"]
+        results |= limits
     if arguments.json:
         print(json.dumps(results, indent=2))
         return

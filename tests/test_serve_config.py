@@ -2,6 +2,10 @@
 
 import ast
 import asyncio
+import importlib.util
+import os
+import shutil
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +70,29 @@ def test_builder_arguments_are_typed() -> None:
     for wrong in ({"run": "x", "slots": 3}, {"run": "x", "limits": {"max_batch": 65}}, {}):
         with pytest.raises(ValueError, match=r"slots|max_batch|run"):
             ServeArgs.model_validate(wrong)
+
+
+def test_the_way_through_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HAProxy where there is one, its sockets out of others' reach; what is set already stays."""
+    from gavamoe.serving import launch
+
+    def prepared(found: bool, **given: str) -> dict[str, str]:
+        monkeypatch.setattr(os, "environ", dict(given))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if found else None)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+        with launch.prepared_environment():
+            if "RAY_SERVE_HAPROXY_SOCKET_PATH" in os.environ:
+                folder = Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
+                assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            return dict(os.environ)
+
+    fast = prepared(True, RAY_SERVE_HAPROXY_STATS_PORT="8404")
+    assert fast["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert fast["RAY_SERVE_HAPROXY_STATS_PORT"] == "8404"
+    assert "RAY_SERVE_ENABLE_DIRECT_INGRESS" not in fast
+    for slow in (prepared(False), prepared(True, RAY_SERVE_ENABLE_HA_PROXY="0")):
+        assert slow["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "0", "or replicas would listen with no proxy before them"
+        assert slow.get("RAY_SERVE_ENABLE_HA_PROXY", "0") == "0"
 
 
 def test_requests_that_come_during_a_call_share_the_next_one() -> None:

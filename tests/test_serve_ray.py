@@ -5,6 +5,7 @@ touched.
 """
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
@@ -43,8 +44,10 @@ class Service:
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
         """Processes of a deployment's replicas, oldest first."""
-        name = f"ServeReplica:gavamoe:{deployment}"
-        found = [p for p in psutil.Process(self.process.pid).children(recursive=True) if name in " ".join(p.cmdline())]
+        name, found = f"ServeReplica:gavamoe:{deployment}", []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it, or a zombie: gone in the meantime
+                found += [process] if name in " ".join(process.cmdline()) else []
         return sorted(found, key=lambda replica: replica.create_time())
 
     def wait_for_replicas(self, deployment: str, without: int, count: int = 2, seconds: float = 120) -> None:
@@ -159,8 +162,8 @@ def test_no_request_fails_when_a_generator_is_killed(service: Service) -> None:
     service.wait_for_replicas("Generator", without=victim.pid)
 
 
-def test_a_killed_ingress_takes_no_more_with_it_than_it_had(service: Service) -> None:
-    """Ray's proxy does not ask again; what the replica was working on is lost, all else is answered by the other."""
+def test_no_request_fails_when_an_ingress_is_killed(service: Service) -> None:
+    """The proxy asks the other replica for what this one has not begun to answer."""
     victim = service.replicas("Ingress")[0]
 
     async def kill(done: Callable[[], int]) -> None:
@@ -169,10 +172,7 @@ def test_a_killed_ingress_takes_no_more_with_it_than_it_had(service: Service) ->
         victim.kill()
 
     statuses = asyncio.run(load(service, 1000, 32, during=kill))
-    print("ingress killed:", statuses)
-    assert statuses.total() == 1000
-    assert set(statuses) <= {200, 500, 503}
-    assert statuses[200] >= 1000 - 32
+    assert statuses == {200: 1000}
     service.wait_for_replicas("Ingress", without=victim.pid)
 
 
