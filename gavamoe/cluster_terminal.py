@@ -6,7 +6,7 @@ from datetime import datetime
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from gavamoe.status import RunStatus, StepStatus
@@ -43,13 +43,21 @@ class JobTerminal:
 
 
 def print_jobs(jobs: Iterable[Job]) -> None:
-    """A table of jobs."""
-    table = Table("job", "status", "started", "minutes", "what it does", "said at the end")
+    """A table of jobs, with whole ids however narrow the terminal."""
+    jobs = list(jobs)
+    if not jobs:
+        console.print("no jobs; `gavamoe submit` starts one", markup=False)
+        return
+    table = Table(
+        *[Column(name, no_wrap=True) for name in ("job", "status", "started", "minutes")],
+        Column("what it does, or said at its end", overflow="fold"),
+    )
     for job in jobs:
-        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started)) if job.started else "-"
+        started = time.strftime("%m-%d %H:%M", time.localtime(job.started)) if job.started else "-"
         minutes = f"{((job.ended or time.time()) - job.started) / 60:.1f}" if job.started else "-"
         said = job.message.strip().splitlines()[0] if job.ended and job.message.strip() else ""
-        table.add_row(*[escape(text) for text in (job.id, job.status.lower(), started, minutes, job.entrypoint, said)])
+        about = said or job.entrypoint.removeprefix("python jobs/")
+        table.add_row(*[escape(text) for text in (job.id, job.status.lower(), started, minutes, about)])
     console.print(table)
 
 
@@ -58,7 +66,7 @@ def print_status(status: RunStatus) -> None:
     console.print(f"[bold]{escape(status.path)}[/]  on {escape(status.dataset)}", soft_wrap=True)
     if status.dataset_problem:
         console.print(f"[red]dataset:[/] {escape(status.dataset_problem)}", soft_wrap=True)
-    table = Table("step", "state", "how far", "when", "numbers")
+    table = Table("step", "state", "how far", "when", Column("numbers", overflow="fold"))
     for step in status.steps:
         far = f"{step.step:,} of {step.steps:,}" if step.step is not None and step.steps else "-"
         numbers = ", ".join(f"{name} {cell(value)}" for name, value in step.numbers.items())

@@ -6,6 +6,7 @@ Datasets and runs are never uploaded: their paths must mean the same on the clus
 """
 
 import asyncio
+import logging
 import os
 import re
 import shlex
@@ -31,6 +32,11 @@ _PACKAGE = Path(__file__).parent
 _INPUTS = "inputs"
 _RECONNECTS = 5
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging",
+)  # fmt: skip
+"""Modules that tell of every package that they upload, and of every connection's end."""
+_NO_AGENT = "No available agent"
 
 
 class Follower(Protocol):
@@ -68,14 +74,30 @@ class Jobs:
         """
         from ray.job_submission import JobSubmissionClient
 
+        for module in _TALKATIVE:
+            logging.getLogger(module).setLevel(logging.WARNING)
         self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
-        try:
+        with self._asked():
             self._client = JobSubmissionClient(self.address)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Around a request: what goes wrong is one line."""
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError as error:
             raise RunError(
-                f"{self.address}: no job server answers ({_one_line(error)}); give the dashboard's address with"
-                " --address, and RAY_AUTH_MODE=token with the cluster's token if it asks for one"
+                f"{self.address}: the cluster refuses this client's token ({_one_line(error)}); set RAY_AUTH_MODE=token"
+                " and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
             ) from error
+        except (ConnectionError, ValueError) as error:
+            raise RunError(
+                f"{self.address}: no job server answers ({_one_line(error)}); --address names the cluster's dashboard"
+            ) from error
+        except RuntimeError as error:
+            raise RunError(f"{self.address}: the job server says: {_one_line(error)}") from error
 
     def submit(self, step: str, arguments: Sequence[str], environment: dict[str, str], *, gpus: float = 0) -> str:
         """Start `jobs/STEP.py ARGUMENTS` on the cluster; returns the job's id.
@@ -86,19 +108,32 @@ class Jobs:
         """
         if step not in STEPS:
             raise InputError(f"{step}: no such step; there are {', '.join(STEPS)}")
-        with staged_code(arguments) as (folder, command):
-            return str(
-                self._client.submit_job(
-                    entrypoint=shlex.join(["python", f"jobs/{step}.py", *command]),
-                    submission_id=f"{step}-{time.strftime('%m%d-%H%M%S')}-{os.urandom(2).hex()}",
-                    runtime_env={"working_dir": str(folder), "env_vars": job_environment(environment)},
-                    entrypoint_num_gpus=gpus or None,
-                )
+        with staged_code(arguments) as (folder, command), self._asked():
+            return self._submit_when_ready(
+                entrypoint=shlex.join(["python", f"jobs/{step}.py", *command]),
+                submission_id=f"{step}-{time.strftime('%m%d-%H%M%S')}-{os.urandom(2).hex()}",
+                runtime_env={"working_dir": str(folder), "env_vars": job_environment(environment)},
+                entrypoint_num_gpus=gpus or None,
             )
+
+    def _submit_when_ready(self, **job: Any) -> str:
+        """Submit; a head that has just started answers before it can take jobs."""
+        for attempt in range(_RECONNECTS):
+            try:
+                return str(self._client.submit_job(**job))
+            except RuntimeError as error:
+                if _NO_AGENT not in str(error):
+                    raise
+                time.sleep(2**attempt)
+        raise RunError(
+            f"{self.address}: the head's agent, which takes jobs, does not run; where another Ray holds its port, start"
+            " the head with another --dashboard-agent-listen-port"
+        )
 
     def list(self) -> list[Job]:
         """All jobs that were submitted, the newest first."""
-        found = [_job(details) for details in self._client.list_jobs() if details.submission_id]
+        with self._asked():
+            found = [_job(details) for details in self._client.list_jobs() if details.submission_id]
         return sorted(found, key=lambda job: job.started or 0, reverse=True)
 
     def get(self, job: str) -> Job:
@@ -107,20 +142,25 @@ class Jobs:
         Raises:
             InputError: the cluster knows no such job.
         """
-        try:
-            return _job(self._client.get_job_info(job))
-        except RuntimeError as error:
-            raise InputError(f"{job}: no such job at {self.address}; `gavamoe jobs list` shows them") from error
+        with self._asked():
+            try:
+                return _job(self._client.get_job_info(job))
+            except RuntimeError as error:
+                if "status code 404" not in str(error):
+                    raise
+                raise InputError(f"{job}: no such job at {self.address}; `gavamoe jobs list` shows them") from error
 
     def logs(self, job: str) -> str:
         """All that a job has printed so far."""
         self.get(job)
-        return str(self._client.get_job_logs(job))
+        with self._asked():
+            return str(self._client.get_job_logs(job))
 
     def stop(self, job: str) -> bool:
         """Ask a job to end; False if it had ended before."""
         self.get(job)
-        return bool(self._client.stop_job(job))
+        with self._asked():
+            return bool(self._client.stop_job(job))
 
     def follow(self, job: str, follower: Follower) -> Job:
         """Hand over the job's log as it grows, until the job ends; returns how it ended."""

@@ -29,13 +29,15 @@ def ray_head(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": "",  # the job's code is what is uploaded
     }
-    port, dashboard, metrics = free_port(), free_port(), free_port()
+    # All ports that another Ray on this machine might hold; without the agent's no job is taken.
+    port, dashboard, metrics, agent, client = (free_port() for _ in range(5))
     # A socket's path may have 107 characters: Ray's folder can't lie below a test's.
     temporary = Path("/tmp") / f"gm-{secrets.token_hex(3)}"
     command = [
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1",
         "--port", str(port), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard),
         "--metrics-export-port", str(metrics), "--num-cpus", str(cpus),
+        "--dashboard-agent-listen-port", str(agent), "--ray-client-server-port", str(client),
         "--temp-dir", str(temporary), "--object-store-memory", "200000000",
     ]  # fmt: skip
     with open(folder / "head.log", "wb") as log:
