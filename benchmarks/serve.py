@@ -33,6 +33,7 @@ from gavamoe.serving.sampling import Sampling
 
 SLOTS, NEW_TOKENS = 16, 32
 CLIENTS = (1, 8, SLOTS, 32)
+OPEN_LOOP_S = 20
 Results = dict[str, float]
 Ask = Callable[[], Awaitable[Any]]
 
@@ -271,10 +272,10 @@ async def measure_http(url: str, requests: int, options: dict[str, Any]) -> dict
         listed = [await (await session.get(f"{url}/v1/{kind}?limit=100")).json() for kind in ("users", "items")]
         users, items = ([entry["id"] for entry in found["results"]] for found in listed)
         client = Client(session, url, users, items)
-        await closed_loop(8, 40, lambda: client.explain(**options))  # warms up
+        await closed_loop(8, 16, lambda: client.explain(**options))  # warms up
         best = 0.0
         for clients in CLIENTS:
-            count = requests // 4 if clients == 1 else requests
+            count = requests // 4 if clients == 1 else max(requests, clients)
             answers, seconds, spent = await closed_loop(clients, count, lambda: client.explain(**options))
             engine = [sum(a["timings_ms"][part] for part in ("route", "queue", "prefill", "decode")) for a in answers]
             overhead = [a["client_ms"] - ms for a, ms in zip(answers, engine, strict=True)]
@@ -287,7 +288,8 @@ async def measure_http(url: str, requests: int, options: dict[str, Any]) -> dict
             firsts, _, _ = await closed_loop(clients, count // 2, lambda: client.first_token(**options))
             results[f"stream, {clients} clients"] = quantiles("first token", firsts)
         for share in (0.25, 0.5, 0.8):
-            results[f"explain, open loop at {share:.0%}"] = await open_loop(client, share * best, requests, options)
+            count = min(requests, round(OPEN_LOOP_S * share * best))
+            results[f"explain, open loop at {share:.0%}"] = await open_loop(client, share * best, count, options)
         for clients in (1, 32):
             _, seconds, spent = await closed_loop(
                 clients, requests * 2, lambda: client.post("/v1/route", client.pair())

@@ -275,7 +275,7 @@ def create_api(backend: Backend, args: ServeArgs, observe: Observe | None = None
 
 
 def _interface(service: Service, keys: ApiKeys) -> APIRouter:
-    def checked(request: Request) -> None:
+    async def checked(request: Request) -> None:  # not a plain function: FastAPI would start a thread for it
         bearer = request.headers.get("authorization", "")
         key = bearer[7:] if bearer[:7].lower() == "bearer " else request.headers.get("x-api-key")
         if not keys.accept(key):
