@@ -1,9 +1,11 @@
 """The plan against what really runs: memory within 15 %, bytes sent within 2 %. Minutes, so all of it is slow."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import scaling
 from benchmarks.plan import measure, planned, run_config
 from gavamoe import plan_work
 
@@ -32,6 +34,12 @@ def test_bytes_sent_by_two_workers(zero_stage: int, accumulation: int) -> None:
     found, ours = measure(config, 2, SMALL), planned(config, 2, SMALL)
     assert found["unexpected"] == 0
     assert ours["sent"] == pytest.approx(found["sent"], rel=0.02)
+
+
+def test_bytes_that_stage_1_sends(tiny_dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(tiny_dataset)
+    sent = scaling.measure("stage1", 128, 2, tmp_path, steps=1)["sent"]
+    assert scaling.planned_stage1(128, 2, tmp_path) == pytest.approx(sent, rel=0.02)
 
 
 def test_a_model_above_the_live_limit_is_gathered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
