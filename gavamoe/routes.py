@@ -80,10 +80,11 @@ def write_routes(path: Path, dataset: Dataset, model: VaeGmm, device: str = "cpu
     """Route every pair of every split into one Parquet file, written whole."""
     with write_file(path) as aside, pq.ParquetWriter(aside, _SCHEMA, compression="zstd") as writer:
         for split in SPLITS:
-            pairs = dataset.arrays(split)
-            for start, routes in enumerate(_route_batches(model, pairs.user, pairs.item, BATCH_SIZE, device)):
-                rows = slice(start * BATCH_SIZE, start * BATCH_SIZE + len(routes.cluster))
-                writer.write_table(_table(split, pairs.user[rows], pairs.item[rows], routes))
+            for pairs in dataset.pairs(split):
+                found = _route_batches(model, pairs.user, pairs.item, BATCH_SIZE, device)
+                for start, routes in enumerate(found):
+                    rows = slice(start * BATCH_SIZE, start * BATCH_SIZE + len(routes.cluster))
+                    writer.write_table(_table(split, pairs.user[rows], pairs.item[rows], routes))
 
 
 def _table(split: str, user: np.ndarray, item: np.ndarray, routes: Routes) -> pa.Table:
