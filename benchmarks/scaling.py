@@ -49,6 +49,7 @@ def settings(stage: str, rows: int, workers: int) -> RunConfig:
     if stage == "stage2":
         own = rows // workers
         changes += [f"stage2.batch_size={own}", f"stage2.elbo_batch_size={PAIRS_PER_ROW * own}"]
+        changes += ["stage2.validation_rows=32"]  # it validates before its first step
     return override_config(load_config("quickstart"), changes)
 
 
