@@ -119,14 +119,22 @@ def planned_stage1(rows: int, workers: int, folder: Path) -> float:
     return stage1_traffic(trainer.model, rows, workers)
 
 
+def rows_of_a_step(stage: str, batch: int, folder: Path) -> int:
+    """Stage 1 cuts an epoch into even batches, of `batch` rows at most."""
+    if stage == "stage2":
+        return batch
+    count = open_dataset(folder / "data").size("train")
+    return round(count / -(-count // batch))
+
+
 def run(folder: Path, steps: int) -> None:
     """Measure and print a line per stage and kind of scaling."""
     for stage, batch in BATCH.items():
-        one = measure(stage, batch, 1, folder, steps)
-        for kind, rows in (("strong", batch), ("weak", 2 * batch)):
-            two = measure(stage, rows, 2, folder, steps)
-            speed_up = rows / batch * one["seconds"] / two["seconds"]
-            line = f"{stage} {kind}: {one['seconds']:.3f} s for {batch} rows, {two['seconds']:.3f} s for {rows}"
+        one, few = measure(stage, batch, 1, folder, steps), rows_of_a_step(stage, batch, folder)
+        for kind, wanted in (("strong", batch), ("weak", 2 * batch)):
+            two, rows = measure(stage, wanted, 2, folder, steps), rows_of_a_step(stage, wanted, folder)
+            speed_up = rows / few * one["seconds"] / two["seconds"]
+            line = f"{stage} {kind}: {one['seconds']:.4f} s for {few} rows, {two['seconds']:.4f} s for {rows}"
             line += f", {speed_up:.2f} x the rows per second; {two['sent'] / 1e6:.2f} MB sent a step"
             if stage == "stage1":
                 line += f", plan {planned_stage1(rows, 2, folder) / two['sent']:.3f} x"
