@@ -42,7 +42,7 @@ def _print_memory(plan: dict[str, Any]) -> None:
         rows.append((scheme, *kept, f"{device} {_mark(memory)}", host))
     ways = "with" if checkpointing else "without"
     print_table(
-        f"Stage 2, {name} per device of {size(hardware['memory'])}, {hardware['devices']} devices, longest batch,"
+        f"Stage 2, memory per device in {name}: {hardware['devices']} x {size(hardware['memory'])}, longest batch,"
         f" {ways} gradient checkpointing\n(o) optimizer, (w) weights on host; + fits into {USABLE:.0%}, - does not,"
         " * this config",
         ["scheme", "weight", "grad.", "optim.", "buffer", "activ.", "device", "host"],
