@@ -30,7 +30,7 @@ class RowAdam(torch.optim.Optimizer):
         super().__init__(list(tables), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures here
         """Update the rows that have gradients; these must be coalesced."""
         del closure
         for group in self.param_groups:
