@@ -5,21 +5,34 @@ from typing import Annotated
 
 import typer
 
-from gavamoe.cli_options import Json, weights_of
+from gavamoe.cli_options import Json, input_folder, local_path, weights_of
 
 human_app = typer.Typer(help="Ask people (the paper's section 4.6): blind sheets out, scores in.", no_args_is_help=True)
 
 
 @human_app.command("export")
 def export_sheets(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Evaluated run folders: the systems.")],
-    out: Annotated[Path, typer.Option(help="Folder for the raters; the key is written beside it, not inside.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", parser=input_folder, help="Evaluated run folders or URIs: the systems."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER", parser=local_path, help="For the raters; the key is written beside it, not inside."
+        ),
+    ],
     rows: Annotated[int, typer.Option(min=1, help="Rows of the split, drawn by the seed.")] = 100,
     raters: Annotated[int, typer.Option(min=1, max=100, help="Sheets; each has all texts in its own order.")] = 3,
     reference: Annotated[bool, typer.Option("--reference", help="The users' own texts take part, blind too.")] = False,
     history: Annotated[int, typer.Option(min=0, max=20, help="Earlier reviews of the user to show.")] = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    dataset: Annotated[Path | None, typer.Option(help="Where the runs' dataset is now, if it moved.")] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", parser=input_folder, help="Where the runs' dataset is now, if it moved; or a URI."
+        ),
+    ] = None,
 ) -> None:
     """Write a CSV sheet and an HTML form for each rater, blind and shuffled, and a key that is kept apart."""
     from gavamoe import systems_summary

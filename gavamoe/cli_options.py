@@ -22,20 +22,47 @@ ScoreStyle = Annotated[
 
 
 def input_folder(text: str) -> Path:
-    """A local path as it is; the local copy of what is stored at a URI."""
+    """A local path as it is; the local copy of what is stored at a URI.
+
+    Raises:
+        InputError: nothing is stored at the URI.
+    """
     from gavamoe import storage
 
-    return storage.located(text)
+    path = storage.located(text)
+    if storage.is_uri(text) and not path.is_dir():
+        hint = "; a folder that was not stored there by gavamoe goes by its path" if text.startswith("file:") else ""
+        raise InputError(f"{text}: no dataset or run is stored there{hint}")
+    return path
 
 
 def work_folder(text: str) -> Path:
-    """The same, and what the command leaves there is stored at the URI when it ends, whatever way it ends."""
+    """What may be there already; what the command leaves is stored at the URI when it ends, whatever way it ends."""
     from gavamoe import storage
 
-    path = input_folder(text)
+    path = storage.located(text)
     if storage.is_uri(text):
         _to_store[path] = text
     return path
+
+
+def local_path(text: str) -> Path:
+    """A path that a command writes to by itself, before anything is stored.
+
+    Raises:
+        InputError: it is a URI.
+    """
+    from gavamoe import storage
+
+    if storage.is_uri(text):
+        raise InputError(f"{text}: this command writes to local folders; take one, then `gavamoe copy` it there")
+    return Path(text)
+
+
+def run_folder(text: str) -> Path:
+    """What must be there, and is stored again: a run that the command adds to."""
+    input_folder(text)
+    return work_folder(text)
 
 
 def store_work() -> None:
@@ -52,6 +79,8 @@ def store_work() -> None:
     failed = isinstance(sys.exc_info()[1], Exception)
     while _to_store:
         path, uri = _to_store.popitem()
+        if not path.is_dir():
+            continue  # the command failed before it made anything
         try:
             storage.commit(path)
             console.print(f"stored: {uri}", markup=False, soft_wrap=True)
@@ -66,7 +95,7 @@ _to_store: dict[Path, str] = {}
 
 RunPath = Annotated[
     Path,
-    typer.Argument(metavar="RUN", parser=work_folder, help="A run folder, as `gavamoe train` makes it, or its URI."),
+    typer.Argument(metavar="RUN", parser=run_folder, help="A run folder, as `gavamoe train` makes it, or its URI."),
 ]
 DatasetPath = Annotated[Path, typer.Option("--dataset", metavar="FOLDER", parser=input_folder, help="Dataset, or URI.")]
 OutPath = Annotated[Path, typer.Argument(metavar="OUT", parser=work_folder, help="Dataset folder to make, or URI.")]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gavamoe.cli_options import Json, Set
+from gavamoe.cli_options import Json, Set, input_folder
 from gavamoe.errors import InputError
 
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -14,7 +14,10 @@ _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB
 def plan(
     config: Annotated[str, typer.Argument(help="Config file, or a preset: quickstart, smollm2, gpt2, paper.")],
     dataset: Annotated[
-        Path | None, typer.Option(help="Dataset folder; or give --users, --items and --rows instead.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", parser=input_folder, help="Or its URI; or give --users, --items and --rows instead."
+        ),
     ] = None,
     users: Annotated[int | None, typer.Option(min=1)] = None,
     items: Annotated[int | None, typer.Option(min=1)] = None,

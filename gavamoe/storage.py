@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -182,6 +183,16 @@ def place_of(path: Path) -> Place | None:
             relative = path.relative_to(folder).as_posix()
             return Place(json.loads(mark.read_text(encoding="utf-8"))["uri"], "" if relative == "." else relative)
     return None
+
+
+def with_uris(text: str) -> str:
+    """A message with the URIs that its staging folders stand for, which is what a user knows."""
+
+    def uri_of(match: re.Match[str]) -> str:
+        place = place_of(Path(match[0]))
+        return match[0] if place is None else place.uri
+
+    return re.sub(f"{re.escape(str(cache_folder()))}/[0-9a-f]{{20}}/{_HERE}", uri_of, text)
 
 
 def local_path(place: Place) -> Path:

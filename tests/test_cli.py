@@ -147,3 +147,26 @@ def test_unexpected_error_is_a_line_and_exit_code_1(gavamoe: Runner, monkeypatch
     assert "error: ZeroDivisionError: surprise (--debug shows where)" in result.err
     with pytest.raises(ZeroDivisionError):
         gavamoe("--debug", "data", "describe", "x")
+
+
+def test_uris_are_named_as_they_were_given(
+    gavamoe: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_dataset: Path
+) -> None:
+    monkeypatch.setenv("GAVAMOE_CACHE", str(tmp_path / "cache"))
+    nothing = f"file://{tmp_path}/nothing"
+    for command in (["route", nothing], ["report", nothing], ["plan", "quickstart", "--dataset", nothing]):
+        result = gavamoe(*command)
+        assert result.code == 2
+        assert result.err.startswith(f"error: {nothing}: no dataset or run is stored there"), command
+    stored = f"file://{tmp_path}/stored"
+    assert gavamoe("copy", tiny_dataset, stored).code == 0
+    result = gavamoe("route", stored)  # a dataset, not a run
+    assert result.code == 2
+    assert stored in result.err
+    assert "cache" not in result.err
+
+
+def test_a_command_that_writes_locally_refuses_a_uri(gavamoe: Runner, tiny_dataset: Path) -> None:
+    result = gavamoe("ablate", "quickstart", "--dataset", tiny_dataset, "--run-dir", "s3://bucket/compare")
+    assert result.code == 2
+    assert result.err.startswith("error: s3://bucket/compare: this command writes to local folders")
