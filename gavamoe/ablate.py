@@ -67,27 +67,31 @@ def run_ablation(
     progress = progress or Silent()
     opened, out = open_dataset(dataset), Path(out)
     plan = _plan(config, opened, out, seeds, only)
-    todo = [job for job in plan.jobs if not _evaluated(job, opened)]
-    left: list[Job] = []
-    trains = any(job.system.trained and not (job.folder / "stage2" / MANIFEST).is_file() for job in todo)
+    left = [job for job in plan.jobs if not _evaluated(job, opened)]
+    trains = any(job.system.trained and not (job.folder / "stage2" / MANIFEST).is_file() for job in left)
     with ray_session(config.runtime) if trains else nullcontext():
-        for number, job in enumerate(todo, start=1):
+        for number, job in enumerate(todo := tuple(left), start=1):
             if minutes is not None and time.monotonic() - started >= 60 * minutes:
-                left = todo[number - 1 :]
                 break
             shown = _Named(progress, f"[{number}/{len(todo)}] {job.system.name}, seed {job.config.seed}")
             _run(job, opened, plan.jobs, shown)
+            left.remove(job)
+            _write(config, opened, plan, left, out)  # an interrupted comparison can be looked at
     _draw_maps([job for job in plan.jobs if job not in left], opened, progress)
-    outcomes = [_outcome(job) for job in plan.jobs if job not in left]
+    return _write(config, opened, plan, left, out)
+
+
+def _write(config: RunConfig, dataset: Dataset, plan: _Plan, left: Sequence[Job], out: Path) -> Comparison:
+    """The comparison of the runs that are there, also as the files in its folder."""
     comparison = Comparison(
-        dataset=opened.path.name,
-        fingerprint=opened.fingerprint,
+        dataset=dataset.path.name,
+        fingerprint=dataset.fingerprint,
         config=config.model_dump(mode="json"),
-        outcomes=outcomes,
+        outcomes=[_outcome(job) for job in plan.jobs if job not in left],
         skipped=plan.skipped,
         left=[f"{job.system.name}, seed {job.config.seed}" for job in left],
     )
-    if outcomes:
+    if comparison.outcomes:
         write_comparison(out, comparison)
     return comparison
 

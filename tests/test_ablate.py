@@ -9,6 +9,7 @@ import pytest
 from stage2_runs import tiny
 from test_evaluate import bare_dataset
 
+from gavamoe import retrieval
 from gavamoe.ablate import run_ablation
 from gavamoe.ablate_results import (
     FIGURE_FILE,
@@ -158,6 +159,22 @@ def test_the_time_limit_leaves_runs_for_later(planted: Dataset, tmp_path: Path) 
     assert found.outcomes == []
     assert found.left[0] == "constant, seed 0"
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_comparison_shows_what_it_has(
+    planted: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copier(dataset: Dataset, source: retrieval.Source) -> retrieval.Copier:
+        if source == "item":
+            raise KeyboardInterrupt
+        return retrieval.Copier(dataset, source)
+
+    monkeypatch.setattr("gavamoe.ablate.Copier", copier)
+    with pytest.raises(KeyboardInterrupt):
+        run_ablation(tiny("evaluation.rows=20"), planted.path, tmp_path, only=COPIERS)
+    found = read_comparison(tmp_path)
+    assert [o.system for o in found.outcomes] == COPIERS[:2]
+    assert found.left == ["copy-item, seed 0", "copy-features, seed 0"]
 
 
 def test_a_damaged_comparison_is_named(tmp_path: Path) -> None:
