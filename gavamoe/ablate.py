@@ -12,13 +12,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gavamoe import peter_training
 from gavamoe.ablate_results import Comparison, Outcome, read_outcome, write_comparison
 from gavamoe.checkpoint import MANIFEST, read_manifest
 from gavamoe.clusters import plot_latents
 from gavamoe.config import RunConfig, Stage1Config, dump_config, override_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
-from gavamoe.evaluate import evaluate, evaluate_run, write_evaluation
+from gavamoe.evaluate import Writer, evaluate, evaluate_run, write_evaluation
 from gavamoe.files import write_file, write_folder
 from gavamoe.pipeline import CONFIG_FILE, Progress, Silent, claim_run, train_run
 from gavamoe.retrieval import Copier
@@ -68,7 +69,7 @@ def run_ablation(
     opened, out = open_dataset(dataset), Path(out)
     plan = _plan(config, opened, out, seeds, only)
     left = [job for job in plan.jobs if not _evaluated(job, opened)]
-    trains = any(job.system.trained and not (job.folder / "stage2" / MANIFEST).is_file() for job in left)
+    trains = any(job.system.model == "stage2" and not (job.folder / "stage2" / MANIFEST).is_file() for job in left)
     with ray_session(config.runtime) if trains else nullcontext():
         for number, job in enumerate(todo := tuple(left), start=1):
             if minutes is not None and time.monotonic() - started >= 60 * minutes:
@@ -108,7 +109,7 @@ def _plan(config: RunConfig, dataset: Dataset, out: Path, seeds: int, only: Sequ
             plan.skipped[system.name] = str(reason)
     for seed in range(config.seed, config.seed + seeds):
         for system, changes in chosen:
-            if system.trained or seed == config.seed:
+            if system.model or seed == config.seed:
                 own = override_config(config, [*changes, f"seed={seed}"])
                 plan.jobs.append(Job(system, own, out / system.name / f"seed-{seed}"))
     return plan
@@ -123,26 +124,44 @@ def _evaluated(job: Job, dataset: Dataset) -> bool:
     manifest = read_manifest(folder, "evaluation", verify=False)
     now = job.config.model_dump(mode="json")
     same = all(manifest.config.get(section) == now[section] for section in ("generation", "evaluation"))
-    if not job.system.trained:
+    kind = job.system.model
+    if kind is None:
         return same
-    model = read_manifest(job.folder / "stage2", "stage2", verify=False)
-    return same and manifest.inputs.get("stage2") == model.fingerprint
+    if kind == "peter":
+        same = same and manifest.config.get("peter") == now["peter"]
+    return same and manifest.inputs.get(kind) == read_manifest(job.folder / kind, kind, verify=False).fingerprint
 
 
 def _run(job: Job, dataset: Dataset, jobs: Sequence[Job], progress: Progress) -> None:
-    if job.system.source is not None:
+    if job.system.model != "stage2":
         claim_run(job.folder, job.config, dataset, continuing=True)
         _write_config(job)
-        progress.step("copy and score texts")
-        copier = Copier(dataset, job.system.source)
-        result = evaluate(copier, dataset, job.config, on_progress=progress.count)
-        write_evaluation(job.folder / "evaluation", result, job.config, {"dataset": dataset.fingerprint})
+        inputs = {"dataset": dataset.fingerprint}
+        writer: Writer
+        if job.system.source is not None:
+            writer = Copier(dataset, job.system.source)
+        else:
+            writer = _peter(job, dataset, progress)
+            inputs["peter"] = read_manifest(job.folder / "peter", "peter", verify=False).fingerprint
+        progress.step("write and score texts")
+        result = evaluate(writer, dataset, job.config, on_progress=progress.count)
+        write_evaluation(job.folder / "evaluation", result, job.config, inputs)
         return
     _share_stage1(job, jobs)
     train_run(job.config, dataset.path, job.folder, resume=True, progress=progress)
     _write_config(job)
     progress.step("write and score texts")
     evaluate_run(job.folder, dataset=dataset.path, on_progress=progress.count)
+
+
+def _peter(job: Job, dataset: Dataset, progress: Progress) -> Writer:
+    folder = job.folder / "peter"
+    trained = (folder / MANIFEST).is_file() and read_manifest(folder, "peter", verify=False).config.get("peter")
+    if trained != job.config.peter.model_dump(mode="json"):
+        progress.step("train PETER")
+        features = job.system.peter == "features"
+        peter_training.train_peter(job.config, dataset, folder, features=features, on_progress=progress.count)
+    return peter_training.PeterWriter.load(folder, dataset, job.config.stage2.prompt)
 
 
 def _write_config(job: Job) -> None:
@@ -172,7 +191,7 @@ def _draw_maps(jobs: Sequence[Job], dataset: Dataset, progress: Progress) -> Non
     """The latent map of each different stage 1 of the first seed, into its run folder: Figure 5 where K differs."""
     drawn: list[Stage1Config] = []
     for job in jobs:
-        if not job.system.trained or job.config.seed != jobs[0].config.seed or job.config.stage1 in drawn:
+        if job.system.model != "stage2" or job.config.seed != jobs[0].config.seed or job.config.stage1 in drawn:
             continue
         drawn.append(job.config.stage1)
         picture = job.folder / "clusters.png"

@@ -35,7 +35,7 @@ class Score(NamedTuple):
 EXTRA = (
     Score("validation_loss", "valid. loss", "↓", "nats per answer token on validation rows, rating and features given"),
     Score("user_ari", "groups (ARI)", "↑", "recovery of the planted user groups by stage 1 (synthetic)"),
-    Score("parameters", "parameters", "", "of explainer and stage 1 together"),
+    Score("parameters", "parameters", "", "of explainer and stage 1 together; PETER's own"),
 )
 TABLE = (
     "bleu_4", "rouge_l", "peter_bleu_4", "bertscore_f", "distinct_2", "usr", "fmr", "rmse", "validation_loss",
@@ -103,10 +103,10 @@ def read_outcome(name: str, label: str, what: str, seed: int, folder: Path) -> O
     """The numbers of an evaluated run folder R/SYSTEM/seed-S."""
     metrics = read_json(folder / "evaluation" / "metrics.json")
     scores: dict[str, float | None] = dict(metrics["metrics"])
-    stage2_metrics = folder / "stage2" / "metrics.json"
-    if stage2_metrics.is_file():
-        stage2 = read_json(stage2_metrics)
-        scores |= {key: stage2[key] for key in ("validation_loss", "parameters")}
+    trained = [path for kind in ("stage2", "peter") if (path := folder / kind / "metrics.json").is_file()]
+    for path in trained:
+        model = read_json(path)
+        scores |= {key: model[key] for key in ("validation_loss", "parameters")}
     scores["user_ari"] = (metrics["planted"] or {}).get("user_ari")
     intervals = dict(metrics["intervals"])
     for key, found in metrics["beyond"]["scores"].items() if metrics["beyond"] else ():
@@ -118,7 +118,7 @@ def read_outcome(name: str, label: str, what: str, seed: int, folder: Path) -> O
         label=label,
         what=what,
         seed=seed,
-        trained=stage2_metrics.is_file(),
+        trained=bool(trained),
         folder=f"{folder.parent.name}/{folder.name}",
         rows=metrics["rows"],
         scores=scores,

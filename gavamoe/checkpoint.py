@@ -25,7 +25,7 @@ MANIFEST = "artifact.json"
 VAE_GMM_SPEC = "vae_gmm.json"
 VAE_GMM_WEIGHTS = "vae_gmm.safetensors"
 
-Kind = Literal["stage1", "stage2", "evaluation"]
+Kind = Literal["stage1", "stage2", "peter", "evaluation"]
 
 
 class FileEntry(BaseModel):

@@ -286,6 +286,28 @@ class EvaluationConfig(_Model):
     """Layer whose states are compared; 0: bert-score's own choice for a known id, the last layer for a folder."""
 
 
+class PeterConfig(_Model):
+    """The baseline PETER (Li, Zhang and Chen, ACL 2021) in `gavamoe ablate`; its own paper's values but for the
+    optimiser. Steps, batch size, schedule and clipping are stage 2's."""
+
+    embedding_size: Annotated[int, Field(ge=2, multiple_of=2)] = 512
+    layers: PositiveInt = 2
+    heads: PositiveInt = 2
+    feed_forward: PositiveInt = 2048
+    dropout: Rate = 0.2
+    explanation_weight: NonNegative = 1.0
+    context_weight: NonNegative = 1.0
+    rating_weight: NonNegative = 0.1
+    learning_rate: Positive = 1e-3
+    """Of AdamW."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "PeterConfig":
+        if self.embedding_size % self.heads:
+            raise ValueError(f"heads: embedding_size {self.embedding_size} is no multiple of heads {self.heads}")
+        return self
+
+
 class RuntimeConfig(_Model):
     """Where it runs. Nothing here changes what is computed, but for float rounding."""
 
@@ -322,6 +344,7 @@ class RunConfig(_Model):
     stage2: Stage2Config = Stage2Config()
     generation: GenerationConfig = GenerationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    peter: PeterConfig = PeterConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
     @property

@@ -88,3 +88,19 @@ def rows_with_text(data: Dataset, split: str) -> np.ndarray:
     if split == "train" and not len(rows):
         raise InputError(f"{data.path}: no training row has a text, so there is no explanation to learn from")
     return rows
+
+
+def validation_rows(config: RunConfig, data: Dataset) -> np.ndarray:
+    """At most `validation_rows` rows of the validation split with a text, drawn by the seed, ascending: int64."""
+    rows = rows_with_text(data, "valid")
+    count = min(len(rows), config.stage2.validation_rows)
+    return np.sort(np.random.default_rng(config.seed).choice(rows, count, replace=False))
+
+
+def usual_features(data: Dataset, most: int) -> int:
+    """The number of features that a quarter of the training rows with any have at least; at most `most`."""
+    counts = (
+        data.table("train", ["features"])["features"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+    )
+    some = counts[counts > 0]
+    return min(int(np.percentile(some, 75, method="higher")), most) if len(some) else 1

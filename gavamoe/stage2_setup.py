@@ -14,7 +14,14 @@ from gavamoe.batches import TextRows
 from gavamoe.checkpoint import Manifest
 from gavamoe.config import RunConfig
 from gavamoe.dataset import Dataset, open_dataset
-from gavamoe.encoding import encode_rows, rating_scale, rows_with_text, tokenizer_texts
+from gavamoe.encoding import (
+    encode_rows,
+    rating_scale,
+    rows_with_text,
+    tokenizer_texts,
+    usual_features,
+    validation_rows,
+)
 from gavamoe.errors import InputError
 from gavamoe.explainer import GavamoeForCausalLM, build_explainer
 from gavamoe.joint import JointModel
@@ -73,10 +80,10 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path, *, hollow: bool = Fa
     spec = PromptSpec(
         prompt=config.stage2.prompt,
         scale=rating_scale(data),
-        usual_features=_usual_features(data, config.stage2.prompt.max_features),
+        usual_features=usual_features(data, config.stage2.prompt.max_features),
     )
     builder = PromptBuilder(tokenizer, explainer.user_token, explainer.item_token, spec.prompt, spec.scale)
-    chosen = {"train": rows_with_text(data, "train"), "valid": _validation_rows(config, data)}
+    chosen = {"train": rows_with_text(data, "train"), "valid": validation_rows(config, data)}
     arrays = {split: data.arrays(split) for split in chosen}
     routed = {split: (arrays[split].user[rows], arrays[split].item[rows]) for split, rows in chosen.items()}
     control = RouteControl.of(config, data)
@@ -101,15 +108,6 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path, *, hollow: bool = Fa
         parameters=parameters,
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     )
-
-
-def _usual_features(data: Dataset, most: int) -> int:
-    """The number of features that a quarter of the training rows with any have at least; at most `most`."""
-    counts = (
-        data.table("train", ["features"])["features"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-    )
-    some = counts[counts > 0]
-    return min(int(np.percentile(some, 75, method="higher")), most) if len(some) else 1
 
 
 def _check_stage1(
@@ -149,12 +147,6 @@ def _check_positions(config: RunConfig, base: PreTrainedModel) -> None:
             f"stage2.prompt: {prompt.max_tokens} + {answer} tokens of prompt and explanation are more than the"
             f" {positions} positions of the base model; lower max_tokens or max_explanation_tokens"
         )
-
-
-def _validation_rows(config: RunConfig, data: Dataset) -> np.ndarray:
-    rows = rows_with_text(data, "valid")
-    count = min(len(rows), config.stage2.validation_rows)
-    return np.sort(np.random.default_rng(config.seed).choice(rows, count, replace=False))
 
 
 def _clusters(data: Dataset, stage1: Path, split: str) -> np.ndarray:

@@ -1,14 +1,14 @@
-"""The systems that `gavamoe ablate` compares: the paper's Figure 3, controls of its claims, and systems that copy.
+"""The systems that `gavamoe ablate` compares: the paper's Figure 3, controls of its claims, PETER, systems that copy.
 
-A system is the same config with a few fields changed, or a `retrieval` source; everything else, the budget and the
-seed among it, is equal.
+A system is the same config with a few fields changed, or the baseline PETER, or a `retrieval` source; everything else,
+the budget and the seed among it, is equal.
 """
 
 import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -34,10 +34,15 @@ class System:
     """Overrides of the config; raises InputError, with the reason, where the system makes no sense."""
     source: Source | None = None
     """A system that copies, in place of a trained one."""
+    peter: Literal["ids", "features"] | None = None
+    """PETER, or PETER+, in place of the config's own model."""
 
     @property
-    def trained(self) -> bool:
-        return self.source is None
+    def model(self) -> Literal["stage2", "peter"] | None:
+        """The artifact in its run folder that writes; None: it copies, and is the same for every seed."""
+        if self.source is not None:
+            return None
+        return "stage2" if self.peter is None else "peter"
 
 
 def _fixed(*overrides: str) -> Changes:
@@ -131,6 +136,8 @@ SYSTEMS: dict[str, System] = {
         System("alpha-0", "alpha 0", "stage 1 is not trained along (Eq. 13)", _fixed("stage2.alpha=0")),
         System("random-routes", "random routes", "each pair's gate is drawn by a hash", _fixed("stage2.routes=random")),
         System("oracle-routes", "oracle routes", "each user's gate is the planted group's", _oracle),
+        System("peter", "PETER", "a small Transformer on the two ids (Li et al. 2021)", peter="ids"),
+        System("peter-plus", "PETER+", "the same, which reads the features too", peter="features"),
         System("constant", "constant text", "the most frequent training explanation", source="constant"),
         System("copy-user", "nearest of the user", "the user's nearest training explanation", source="user"),
         System("copy-item", "nearest of the item", "the item's nearest training explanation", source="item"),
