@@ -131,7 +131,9 @@ def test_training_lowers_the_loss_and_is_reproducible(planted: Dataset, trained:
     losses = [point["loss"] for point in metrics["validation_losses"]]
     assert losses[-1] < losses[0] < math.log(400)
     assert metrics["kept_step"] == 12
-    longer = train_peter(small("stage2.max_steps=60", "peter.learning_rate=1e-2"), planted, tmp_path / "longer", features=True)
+    longer = train_peter(
+        small("stage2.max_steps=60", "peter.learning_rate=1e-2"), planted, tmp_path / "longer", features=True
+    )
     assert longer["validation_loss"] < 0.8 * metrics["validation_loss"]
 
 
