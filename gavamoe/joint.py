@@ -113,6 +113,10 @@ class JointModel(nn.Module):
         yield from self.vae_gmm.parameters(recurse=False)
 
 
+_ROUTED = (".experts.", ".router.")
+"""Marks of routed experts and gates in parameter names."""
+
+
 def parameter_groups(model: JointModel, config: Stage2Config) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters: each side's rate; no decay of norms, biases, tables and prior.
 
@@ -125,6 +129,8 @@ def parameter_groups(model: JointModel, config: Stage2Config) -> list[dict[str, 
             continue
         explainers = name.startswith(EXPLAINER) and not name.removeprefix(EXPLAINER).startswith(_TABLES)
         rate = config.learning_rate if explainers else config.stage1_learning_rate
+        if any(part in name for part in _ROUTED):
+            rate = config.expert_learning_rate or rate
         plain = parameter.ndim < 2 or name.endswith("bias") or id(parameter) in tables or ".prior." in name
         groups.setdefault((rate, 0.0 if plain else config.weight_decay), []).append(parameter)
     return [

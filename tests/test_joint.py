@@ -95,3 +95,11 @@ def test_decay_spares_norms_biases_tables_and_the_mixture(setup: Setup) -> None:
     assert {"explainer.model.norm.weight", "explainer.model.embed_tokens.weight", "vae_gmm.prior.means"} <= spared
     slow = {names[id(p)] for group in groups if group["lr"] == 1e-3 for p in group["params"]}
     assert slow == {n for n in names.values() if n.startswith("vae_gmm.") or "user_emb" in n or "item_emb" in n}
+
+
+def test_experts_and_gates_may_have_a_rate_of_their_own(setup: Setup) -> None:
+    names = {id(parameter): name for name, parameter in setup.model.named_parameters()}
+    groups = parameter_groups(setup.model, tiny("stage2.expert_learning_rate=0.5").stage2)
+    fast = {names[id(p)] for group in groups if group["lr"] == group["peak_lr"] == 0.5 for p in group["params"]}
+    assert fast == {n for n in names.values() if ".mlp.experts." in n or ".mlp.router." in n}
+    assert fast
