@@ -5,6 +5,7 @@
 Without arguments: a small synthetic dataset, the quickstart preset and 60 steps, in a folder that is removed.
 
 `NAME-lora` is the same with the pretrained weights frozen and LoRA on attention; it needs a pretrained base model.
+`NAME-fast` gives routed experts and gates ten times the learning rate.
 Every system is a run folder OUT/NAME, so that `gavamoe evaluate` and `gavamoe report` take it; one that is there is not
 trained again. All share one stage 1 (OUT/stage1). Times are CPU seconds of this process, so that other work on the
 machine does not count. Prints the validation loss right after conversion, along the steps, and at equal CPU time.
@@ -34,7 +35,13 @@ PLAIN: dict[str, list[str]] = {
 }
 LORA = ["stage2.lora.rank=16", "stage2.lora.alpha=32", "stage2.learning_rate=0.0005"]
 """Adapters take a larger step than the weights beneath them would."""
-SYSTEMS = PLAIN | {f"{name}-lora": [*fields, *LORA] for name, fields in PLAIN.items()}
+FAST = ["stage2.expert_learning_rate=0.001"]
+"""Ten times the smollm2 preset's rate, for what starts beside a trained model."""
+SYSTEMS = (
+    PLAIN
+    | {f"{name}-lora": [*fields, *LORA] for name, fields in PLAIN.items()}
+    | {f"{name}-fast": [*PLAIN[name], *FAST] for name in ("shared", "split", "random")}
+)
 CURVE = "curve.json"
 
 

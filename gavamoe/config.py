@@ -195,7 +195,7 @@ class Stage2Config(_Model):
     gradient_accumulation: PositiveInt = 1
     learning_rate: Positive = 1e-3
     expert_learning_rate: NonNegative = 0.0
-    """For routed experts and gates; 0: `learning_rate`. With `shared` they start from nothing beside a trained model."""
+    """For routed experts and gates; 0: `learning_rate`. With `shared` they start from zero beside a trained model."""
     stage1_learning_rate: Positive = 1e-4
     """For stage 1's own parameters and the shared embeddings."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
