@@ -218,7 +218,11 @@ def deepspeed_config(config: Stage2Config, module: JointModel) -> dict[str, Any]
     if config.zero_stage in (1, 2):
         zero["allgather_bucket_size"] = bucket
     if config.zero_stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": _MAX_BUCKET}
+        zero |= {
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": _MAX_BUCKET,  # bounds what is fetched ahead,
+            "stage3_max_reuse_distance": _MAX_BUCKET,  # and this what is kept: by default 10^9 numbers, 4 GB
+        }
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if config.offload_parameters:
