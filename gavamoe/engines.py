@@ -150,7 +150,7 @@ class DeepSpeedEngine:
         return torch.optim.AdamW(groups, fused=True)
 
     def train_step(self, batches: Sequence[Batch], rate: float) -> Losses:
-        self._engine.train()
+        self._turn_to(training=True)
         _set_rate(self._engine.optimizer, rate)
         found = []
         for batch in batches:
@@ -162,9 +162,21 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
-        self._engine.eval()
+        self._turn_to(training=False)
         losses: Losses = self._engine(**_moved(batch, self._device))
         return losses
+
+    def _turn_to(self, *, training: bool) -> None:
+        """ZeRO-3 fetches weights ahead in the order of modules that it recorded. A validation is another order, and
+        where it begins like the recorded one DeepSpeed 0.19 doesn't notice, and fails in the next backward pass: so the
+        order is recorded anew."""
+        if self._engine.training == training:
+            return
+        self._engine.train(training)
+        if self._stage == 3:
+            coordinator = self._engine.optimizer.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
 
     def save(self, folder: Path) -> None:
         (folder / _TAG).mkdir(parents=True, exist_ok=True)  # DeepSpeed makes it on rank 0 alone
