@@ -14,11 +14,13 @@ if TYPE_CHECKING:
 
 def quickstart(
     run_dir: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            metavar="FOLDER", parser=local_path, help="Where everything goes; an interrupted run there is continued."
+            metavar="FOLDER",
+            parser=local_path,
+            help="Where everything goes; an interrupted run there is continued. Default: runs/quickstart.",
         ),
-    ] = Path("runs/quickstart"),
+    ] = None,
     config: Annotated[str, typer.Option(help="Config file or preset.")] = "quickstart",
     overrides: Set = None,
     data_seed: Annotated[int, typer.Option(help="Seed of the synthetic reviews.")] = 0,
@@ -29,8 +31,9 @@ def quickstart(
     from gavamoe.pipeline import quickstart as run_quickstart
     from gavamoe.terminal import TerminalProgress
 
+    folder = run_dir or Path("runs/quickstart")
     with TerminalProgress() as progress:
-        run = run_quickstart(run_dir, load_config(config, overrides or []), data_seed=data_seed, progress=progress)
+        run = run_quickstart(folder, load_config(config, overrides or []), data_seed=data_seed, progress=progress)
     summary.print_quickstart(run)
 
 

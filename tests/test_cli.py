@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from gavamoe import __version__, cli
+from gavamoe.errors import InputError
 
 
 class Result:
@@ -164,6 +165,19 @@ def test_uris_are_named_as_they_were_given(
     assert result.code == 2
     assert stored in result.err
     assert "cache" not in result.err
+
+
+def test_quickstart_needs_no_option(gavamoe: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Path] = []
+
+    def quickstart(folder: Path, *_: object, **__: object) -> None:
+        called.append(folder)
+        raise InputError("enough")
+
+    monkeypatch.setattr("gavamoe.pipeline.quickstart", quickstart)
+    assert gavamoe("quickstart").err == "error: enough\n"
+    assert gavamoe("quickstart", "--run-dir", tmp_path).err == "error: enough\n"
+    assert called == [Path("runs/quickstart"), tmp_path]
 
 
 def test_a_command_that_writes_locally_refuses_a_uri(gavamoe: Runner, tiny_dataset: Path) -> None:
