@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 
 from gavamoe.base_model import scratch_config
 from gavamoe.batches import WINDOW_STEPS, BatchPlan, TextRows
-from gavamoe.config import RunConfig, load_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import load_config
 from gavamoe.dataset import open_dataset
 from gavamoe.encoding import encode_rows, prompt_builder, rows_with_text
 from gavamoe.explainer import build_explainer

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from gavamoe.config import RunConfig, dump_config, load_config, override_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import dump_config, load_config, override_config
 from gavamoe.context import LocalContext, Metrics
 from gavamoe.dataset import open_dataset
 from gavamoe.files import read_json, write_json

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from gavamoe.config import parse_config
+from gavamoe.config_files import parse_config
 from gavamoe.explainer import GavamoeForCausalLM, build_explainer
 
 os.environ["DNNL_PRIMITIVE_CACHE_CAPACITY"] = "8192"  # as `gavamoe.runtime` sets it for its workers; read at first use

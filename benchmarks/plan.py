@@ -22,7 +22,8 @@ from torch import distributed, multiprocessing
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gavamoe import engines
-from gavamoe.config import RunConfig, parse_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import parse_config
 from gavamoe.engines import make_engine
 from gavamoe.explainer import build_explainer
 from gavamoe.joint import JointModel

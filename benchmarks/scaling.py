@@ -23,7 +23,8 @@ from torch import distributed, multiprocessing
 
 from benchmarks.plan import RING, _count_bytes
 from gavamoe import stage1_trainer, stage2
-from gavamoe.config import RunConfig, load_config, override_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import load_config, override_config
 from gavamoe.context import LocalContext
 from gavamoe.dataset import open_dataset
 from gavamoe.plan_work import stage1_traffic

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from gavamoe.config import RunConfig, load_config, override_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import load_config, override_config
 from gavamoe.context import LocalContext
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.dataset_writer import DatasetWriter, Rows

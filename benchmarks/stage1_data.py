@@ -22,7 +22,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from gavamoe.config import RunConfig, load_config, override_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import load_config, override_config
 from gavamoe.context import LocalContext
 from gavamoe.dataset import SPLITS, Dataset, open_dataset
 from gavamoe.dataset_writer import DatasetWriter, Rows

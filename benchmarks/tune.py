@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import yaml
 
-from gavamoe.config import RunConfig, parse_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import parse_config
 from gavamoe.context import LocalContext
 from gavamoe.stage1 import train_stage1
 from gavamoe.synthetic import synthesize

@@ -16,7 +16,8 @@ from gavamoe import peter_training
 from gavamoe.ablate_results import Comparison, Outcome, read_outcome, write_comparison
 from gavamoe.checkpoint import MANIFEST, read_manifest
 from gavamoe.clusters import plot_latents
-from gavamoe.config import RunConfig, Stage1Config, dump_config, override_config
+from gavamoe.config import RunConfig, Stage1Config
+from gavamoe.config_files import dump_config, override_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluate import Writer, evaluate, evaluate_run, write_evaluation

@@ -44,7 +44,7 @@ def plan(
 
     For example: gavamoe plan paper --users 9765 --items 6280 --rows 320023 --devices 8 --device-memory 48GiB
     """
-    from gavamoe.config import load_config
+    from gavamoe.config_files import load_config
     from gavamoe.plan import Hardware, Workload, make_plan
     from gavamoe.plan_summary import print_plan
 

@@ -105,7 +105,7 @@ def ablate(
     """
     from gavamoe import systems_summary
     from gavamoe.ablate import run_ablation
-    from gavamoe.config import load_config
+    from gavamoe.config_files import load_config
     from gavamoe.terminal import TerminalProgress
 
     folder = run_dir or Path("runs") / f"ablate-{Path(config).stem}-{name_of(dataset)}"

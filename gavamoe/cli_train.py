@@ -27,7 +27,7 @@ def quickstart(
 ) -> None:
     """The main job on embedded data, end to end: reviews, stage 1, stage 2, scores, report; minutes on 2 cores."""
     from gavamoe import summary
-    from gavamoe.config import load_config
+    from gavamoe.config_files import load_config
     from gavamoe.pipeline import quickstart as run_quickstart
     from gavamoe.terminal import TerminalProgress
 
@@ -52,7 +52,7 @@ def train(
 ) -> None:
     """Train both stages (or one) on a dataset; progress and metrics go to the run folder."""
     from gavamoe import summary
-    from gavamoe.config import load_config
+    from gavamoe.config_files import load_config
     from gavamoe.pipeline import evaluate_and_report, train_run
     from gavamoe.terminal import TerminalProgress
 
@@ -93,7 +93,7 @@ def tune(
 ) -> None:
     """Search a space of configurations on train and validation; test scores the best one, once."""
     from gavamoe import tune_summary
-    from gavamoe.config import load_config
+    from gavamoe.config_files import load_config
     from gavamoe.tune import run_search
 
     folder = run_dir or Path("runs") / f"tune-{Path(space).stem}-{name_of(dataset)}"

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from gavamoe.config import RunConfig, override_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import override_config
 from gavamoe.context import Context
 from gavamoe.dataset import open_dataset
 from gavamoe.errors import InputError

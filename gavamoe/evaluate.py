@@ -21,7 +21,8 @@ from gavamoe import storage
 from gavamoe.bertscore import BertScore, bert_score
 from gavamoe.beyond import Gates, Written, measure_beyond
 from gavamoe.checkpoint import read_manifest, write_manifest
-from gavamoe.config import GenerationConfig, RunConfig, load_config, parse_config
+from gavamoe.config import GenerationConfig, RunConfig
+from gavamoe.config_files import load_config, parse_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluation_rows import (

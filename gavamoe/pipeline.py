@@ -14,7 +14,8 @@ import yaml
 
 from gavamoe import storage
 from gavamoe.checkpoint import read_manifest
-from gavamoe.config import RunConfig, dump_config, load_config, parse_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import dump_config, load_config, parse_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.files import read_json, write_file, write_json

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gavamoe.checkpoint import Manifest, read_manifest
-from gavamoe.config import RunConfig, load_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import load_config
 from gavamoe.errors import InputError
 from gavamoe.evaluate import GENERATIONS_FILE, METRICS_FILE, SCHEMA_VERSION
 from gavamoe.files import read_json

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from gavamoe.checkpoint import save_vae_gmm, write_manifest
-from gavamoe.config import RunConfig, dump_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import dump_config
 from gavamoe.files import write_folder, write_json
 from gavamoe.generate import CATALOG_FOLDER, PROMPT_FILE
 from gavamoe.joint import EXPLAINER, VAE_GMM, part_of_state

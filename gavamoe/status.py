@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from gavamoe import storage
 from gavamoe.checkpoint import read_manifest
-from gavamoe.config import load_config
+from gavamoe.config_files import load_config
 from gavamoe.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.files import read_json

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from gavamoe.config import MAX_CONFIG_BYTES, presets_folder
+from gavamoe.config_files import MAX_CONFIG_BYTES, presets_folder
 from gavamoe.errors import InputError, RunError
 from gavamoe.terminal import PROGRESS_LINE
 

@@ -200,7 +200,7 @@ def print_explanation(
     `stream` prints the text as it is written; None: if standard output is a terminal.
     """
 
-    from gavamoe.config import override_config
+    from gavamoe.config_files import override_config
     from gavamoe.generate import Explainer
     from gavamoe.prompts import ExplanationRequest
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from gavamoe.config import RunConfig, load_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import load_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError, RunError
 from gavamoe.files import read_json, write_json

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from gavamoe.config import RunConfig, override_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import override_config
 from gavamoe.config_problems import field_paths
 from gavamoe.dataset import Dataset
 from gavamoe.errors import InputError

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gavamoe.config import RunConfig, dump_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import dump_config
 from gavamoe.files import write_file, write_folder
 from gavamoe.tune_checks import trial_config
 from gavamoe.tune_metrics import MEASURES, TRUTH, Measure

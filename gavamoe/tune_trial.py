@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gavamoe.config import RunConfig, dump_config, override_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import dump_config, override_config
 from gavamoe.context import Metrics
 from gavamoe.errors import RunError
 from gavamoe.files import read_json, write_file, write_folder, write_json

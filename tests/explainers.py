@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from gavamoe.base_model import train_tokenizer
-from gavamoe.config import RunConfig, parse_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import parse_config
 from gavamoe.explainer import GavamoeForCausalLM, build_explainer, load_explainer
 
 VOCABULARY, USERS, ITEMS, SLOT, GATES = 300, 5, 7, 12, 3

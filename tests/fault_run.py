@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from gavamoe.config import RunConfig, RuntimeConfig, parse_config
+from gavamoe.config import RunConfig, RuntimeConfig
+from gavamoe.config_files import parse_config
 from gavamoe.context import Context
 from gavamoe.runtime import run_training
 

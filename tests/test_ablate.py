@@ -25,7 +25,8 @@ from gavamoe.ablate_results import (
     table,
 )
 from gavamoe.checkpoint import read_manifest
-from gavamoe.config import RunConfig, load_config, override_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import load_config, override_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.systems import SYSTEMS, find_systems

@@ -105,7 +105,7 @@ def test_the_jobs_entrypoint_is_a_command_that_exists() -> None:
     assert words[0] == "python"
     assert script.stem in STEPS
     assert str(script.parent.parent) == workdir(), "where the image has the code"
-    from gavamoe.config import load_config
+    from gavamoe.config_files import load_config
 
     overrides = [words[place + 1] for place, word in enumerate(words) if word == "--set"]
     assert load_config(words[2], overrides).runtime.workers == 8
@@ -222,7 +222,7 @@ def test_the_image_holds_what_both_commands_need(tmp_path: Path) -> None:
         ["make", "--dry-run", "quickstart", "test"], cwd=tmp_path, env=alone, capture_output=True, text=True, check=True
     ).stdout.split("\n")
     assert planned[:2] == [".venv/bin/gavamoe quickstart", ".venv/bin/pytest"]
-    code = "from gavamoe.config import load_config; import gavamoe; load_config('quickstart'); print(gavamoe.__file__)"
+    code = "import gavamoe, gavamoe.config_files as f; f.load_config('quickstart'); print(gavamoe.__file__)"
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True,
         text=True, check=True,

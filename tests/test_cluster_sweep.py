@@ -10,7 +10,8 @@ import pytest
 
 from gavamoe import cluster_sweep
 from gavamoe.cluster_sweep import Sweep, SweepRow, Training, compare, plot_sweep, recommend, sweep_clusters, train_point
-from gavamoe.config import RunConfig, dump_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import dump_config
 from gavamoe.context import LocalContext
 from gavamoe.dataset import open_dataset
 from gavamoe.errors import InputError

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from gavamoe.config import RunConfig, dump_config, load_config, parse_config, presets_folder
+from gavamoe.config import RunConfig
+from gavamoe.config_files import dump_config, load_config, parse_config, presets_folder
 from gavamoe.config_problems import field_paths
 from gavamoe.errors import InputError
 

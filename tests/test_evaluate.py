@@ -11,7 +11,8 @@ import pytest
 
 from gavamoe.bertscore import BertScore
 from gavamoe.checkpoint import read_manifest, write_manifest
-from gavamoe.config import GenerationConfig, RunConfig, dump_config, parse_config
+from gavamoe.config import GenerationConfig, RunConfig
+from gavamoe.config_files import dump_config, parse_config
 from gavamoe.dataset import Dataset, PairArrays, open_dataset
 from gavamoe.dataset_writer import DatasetWriter, Rows
 from gavamoe.errors import InputError

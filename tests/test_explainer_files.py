@@ -13,7 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-from gavamoe.config import parse_config
+from gavamoe.config_files import parse_config
 from gavamoe.decoders import GavamoeConfig
 from gavamoe.errors import InputError
 from gavamoe.explainer import GavamoeForCausalLM, build_explainer, load_explainer

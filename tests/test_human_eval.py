@@ -14,7 +14,8 @@ from browser import CHROMIUM, chromium
 from test_evaluate import FakeExplainer, parrot
 from test_report import HOSTILE, Page
 
-from gavamoe.config import RunConfig, dump_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import dump_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluate import evaluate, write_evaluation

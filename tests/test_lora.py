@@ -10,7 +10,8 @@ from stage2_runs import TINY, Trained, check_equal_runs, close, in_two_workers, 
 from torch import Tensor, nn
 
 from gavamoe.base_model import load_base
-from gavamoe.config import LoraConfig, RunConfig, ScratchModelConfig, parse_config
+from gavamoe.config import LoraConfig, RunConfig, ScratchModelConfig
+from gavamoe.config_files import parse_config
 from gavamoe.explainer import GavamoeForCausalLM, load_explainer
 from gavamoe.joint import parameter_groups
 from gavamoe.lora import add_lora, merged_state

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from gavamoe.base_model import locate_base
 from gavamoe.base_shape import base_shape, shipped_shapes
 from gavamoe.cli_plan import bytes_of
-from gavamoe.config import RunConfig, load_config, parse_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import load_config, parse_config
 from gavamoe.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.explainer import GavamoeForCausalLM, build_explainer

@@ -16,7 +16,8 @@ from test_evaluate import FakeExplainer, bare_dataset, parrot
 from gavamoe.ablate import run_ablation
 from gavamoe.charts import Reading, Series, interval_chart, line_chart
 from gavamoe.checkpoint import write_manifest
-from gavamoe.config import RunConfig, dump_config, parse_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import dump_config, parse_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluate import evaluate, write_evaluation

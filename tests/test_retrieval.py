@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_evaluate import bare_dataset
 
-from gavamoe.config import GenerationConfig, parse_config
+from gavamoe.config import GenerationConfig
+from gavamoe.config_files import parse_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.evaluate import evaluate
 from gavamoe.prompts import ExplanationRequest

@@ -8,7 +8,8 @@ import pytest
 import torch
 from stage2_runs import Trained, close, tiny
 
-from gavamoe.config import Stage2Config, parse_config
+from gavamoe.config import Stage2Config
+from gavamoe.config_files import parse_config
 from gavamoe.errors import InputError
 from gavamoe.stage2 import Training
 from gavamoe.stage2_best import BestState, best_step

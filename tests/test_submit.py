@@ -39,7 +39,7 @@ def test_only_code_and_named_yaml_files_go_along(tmp_path: Path, monkeypatch: py
         assert not [path for path in files if path.suffix == ".pyc"]
         package = {path.relative_to(ROOT / "gavamoe") for path in (ROOT / "gavamoe").rglob("*.py")}
         assert package == {path.relative_to(folder / "gavamoe") for path in (folder / "gavamoe").rglob("*.py")}
-        code = "import gavamoe.config as c; print(c.load_config('quickstart').seed, c.__file__)"
+        code = "import gavamoe.config_files as c; print(c.load_config('quickstart').seed, c.__file__)"
         found = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True,
                                env=os.environ | {"PYTHONPATH": str(folder)})  # fmt: skip
         assert found.stdout.split() == ["0", str(folder / "gavamoe" / "config.py")]

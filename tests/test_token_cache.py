@@ -13,7 +13,8 @@ import pytest
 
 from gavamoe import token_cache
 from gavamoe.batches import TextRows
-from gavamoe.config import RunConfig, parse_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import parse_config
 from gavamoe.context import LocalContext
 from gavamoe.dataset import open_dataset
 from gavamoe.decoders import GavamoeConfig

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from gavamoe import cli
-from gavamoe.config import RunConfig, parse_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import parse_config
 from gavamoe.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.files import write_json

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from gavamoe.config import load_config, parse_config
+from gavamoe.config_files import load_config, parse_config
 from gavamoe.errors import InputError, RunError
 from gavamoe.tune import SearchResult, run_search
 from gavamoe.tune_engine import SearchState

@@ -7,7 +7,8 @@ import optuna
 import pytest
 import yaml
 
-from gavamoe.config import RunConfig, parse_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import parse_config
 from gavamoe.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.tune_checks import check_space, config_values, trial_config

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gavamoe.config import RunConfig, parse_config
+from gavamoe.config import RunConfig
+from gavamoe.config_files import parse_config
 from gavamoe.context import LocalContext
 from gavamoe.dataset import Dataset, fingerprint, open_dataset
 from gavamoe.errors import InputError, RunError
