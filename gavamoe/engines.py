@@ -170,10 +170,9 @@ class DeepSpeedEngine:
         """ZeRO-3 fetches weights ahead in the order of modules that it recorded. A validation is another order, and
         where it begins like the recorded one DeepSpeed 0.19 doesn't notice, and fails in the next backward pass: so the
         order is recorded anew."""
-        if self._engine.training == training:
-            return
+        turns = self.module.training != training  # the engine's own flag never changes
         self._engine.train(training)
-        if self._stage == 3:
+        if turns and self._stage == 3:
             coordinator = self._engine.optimizer.parameter_offload.get_param_coordinator()
             if not coordinator.is_invalid_trace():
                 coordinator._invalidate_trace()

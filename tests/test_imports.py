@@ -11,7 +11,7 @@ PACKAGE = ROOT / "gavamoe"
 
 # A module may import only modules that stand before it.
 ORDER = """
-    errors files context config_problems config storage tracking
+    errors files context config_problems config config_files storage tracking
     sequences metrics sacrebleu_style peter_style bertscore text_metrics significance scoring
     vae_gmm moe decoders conversion
     lexicon texts features catalog dataset dataset_writer mentions copying
@@ -24,15 +24,16 @@ ORDER = """
     engines plan_model plan_memory plan_work plan encoding plan_data token_cache stage2_setup stage2_artifact
     stage2_best stage2
     personalisation gate_use beyond evaluation_rows evaluate
-    retrieval systems ablate_results charts run_data human_eval human_export human_import report_figures
-    report_beyond report_systems report ray_worker runtime pipeline status ablate cluster_sweep terminal summary
+    retrieval peter peter_training systems ablate_results charts run_data human_eval human_export human_import
+    report_figures report_beyond report_systems report ray_worker runtime pipeline status ablate cluster_sweep terminal summary
     systems_summary plan_summary
     tune_metrics tune_space tune_study tune_checks tune_cache tune_data tune_folder tune_trial tune_engine tune_report
     tune tune_summary
     serving.schema serving.settings serving.worker
     serving.browse serving.router serving.writer serving.backend serving.errors serving.security serving.reference
     serving.api serving.deployments serving.launch
-    submit cluster_terminal cli_options cli_data cli_human cli_cluster cli_plan cli
+    submit cluster_terminal cli_options cli_data cli_human cli_cluster cli_plan cli_train cli_run
+    cli_scores cli
 """.split()
 
 MODELS = {"vae_gmm", "moe", "decoders", "conversion", "explainer", "lora", "serving.engine", "serving.kv_cache"}

@@ -42,7 +42,7 @@ def test_only_code_and_named_yaml_files_go_along(tmp_path: Path, monkeypatch: py
         code = "import gavamoe.config_files as c; print(c.load_config('quickstart').seed, c.__file__)"
         found = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True,
                                env=os.environ | {"PYTHONPATH": str(folder)})  # fmt: skip
-        assert found.stdout.split() == ["0", str(folder / "gavamoe" / "config.py")]
+        assert found.stdout.split() == ["0", str(folder / "gavamoe" / "config_files.py")]
     assert not folder.exists()
 
 
