@@ -25,8 +25,8 @@ ORDER = """
     stage2_best stage2
     personalisation gate_use beyond evaluation_rows evaluate
     retrieval peter peter_training systems ablate_results charts run_data human_eval human_export human_import
-    report_figures report_beyond report_systems report ray_worker runtime pipeline status ablate cluster_sweep terminal summary
-    systems_summary plan_summary
+    report_figures report_beyond report_systems report ray_worker runtime pipeline status ablate cluster_sweep terminal
+    summary systems_summary plan_summary
     tune_metrics tune_space tune_study tune_checks tune_cache tune_data tune_folder tune_trial tune_engine tune_report
     tune tune_summary
     serving.schema serving.settings serving.worker
