@@ -29,7 +29,8 @@ from gavamoe.dataset import SPLITS, Dataset, open_dataset
 from gavamoe.dataset_writer import DatasetWriter, Rows
 from gavamoe.reviews import prepare
 from gavamoe.routes import route_pairs
-from gavamoe.stage1 import load_stage1, train_stage1
+from gavamoe.stage1 import train_stage1
+from gavamoe.stage1_artifact import load_stage1
 from gavamoe.synthetic import synthesize
 
 HELD_OUT_USERS = 0.1

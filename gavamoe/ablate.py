@@ -22,10 +22,11 @@ from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluate import Writer, evaluate, evaluate_run, write_evaluation
 from gavamoe.files import write_file, write_folder
-from gavamoe.pipeline import CONFIG_FILE, Progress, Silent, claim_run, train_run
+from gavamoe.pipeline import CONFIG_FILE, claim_run, train_run
+from gavamoe.progress import NoProgress, Progress
 from gavamoe.retrieval import Copier
 from gavamoe.runtime import Line, ray_session
-from gavamoe.stage1 import load_stage1
+from gavamoe.stage1_artifact import load_stage1
 from gavamoe.systems import SYSTEMS, System, find_systems
 
 
@@ -66,7 +67,7 @@ def run_ablation(
         InputError: an unknown system, one named that makes no sense here, or folders of another comparison.
     """
     started = time.monotonic()
-    progress = progress or Silent()
+    progress = progress or NoProgress()
     opened, out = open_dataset(dataset), Path(out)
     plan = _plan(config, opened, out, seeds, only)
     left = [job for job in plan.jobs if not _evaluated(job, opened)]

@@ -18,12 +18,9 @@ from safetensors.torch import load_file, save_file
 from gavamoe.config import RunConfig
 from gavamoe.errors import InputError
 from gavamoe.files import read_json, sha256, versions, write_json
-from gavamoe.vae_gmm import VaeGmm
 
 FORMAT_VERSION = 1
 MANIFEST = "artifact.json"
-VAE_GMM_SPEC = "vae_gmm.json"
-VAE_GMM_WEIGHTS = "vae_gmm.safetensors"
 
 Kind = Literal["stage1", "stage2", "peter", "evaluation"]
 
@@ -131,24 +128,3 @@ def load_weights(path: Path, module: torch.nn.Module) -> None:
         module.load_state_dict(load_file(path), strict=True)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise InputError(f"{path}: weights do not load ({' '.join(str(error).split())})") from error
-
-
-def save_vae_gmm(folder: Path, model: VaeGmm) -> None:
-    """Write stage 1's model into a folder: what builds it, and its weights."""
-    write_json(folder / VAE_GMM_SPEC, model.to_spec())
-    save_weights(folder / VAE_GMM_WEIGHTS, model)
-
-
-def load_vae_gmm(folder: Path) -> VaeGmm:
-    """Rebuild stage 1's model from a folder, in evaluation mode.
-
-    Raises:
-        InputError: a file is missing or damaged, or they do not fit each other.
-    """
-    path = Path(folder) / VAE_GMM_SPEC
-    try:
-        model = VaeGmm.from_spec(read_json(path))
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: does not describe a VAE-GMM ({' '.join(str(error).split())})") from error
-    load_weights(Path(folder) / VAE_GMM_WEIGHTS, model)
-    return model.eval()

@@ -18,8 +18,9 @@ from gavamoe.cli_data import data_app
 from gavamoe.cli_human import human_app
 from gavamoe.cli_options import store_work
 from gavamoe.cli_plan import plan
-from gavamoe.cli_run import explain, route, serve
+from gavamoe.cli_run import explain, route
 from gavamoe.cli_scores import ablate, evaluate, report, score
+from gavamoe.cli_serve import serve
 from gavamoe.cli_train import quickstart, train, tune
 from gavamoe.errors import InputError, RunError
 

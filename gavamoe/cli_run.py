@@ -1,6 +1,5 @@
-"""`gavamoe route`, `explain` and `serve`, which use a trained run: parse, call, print."""
+"""`gavamoe route` and `explain`, which use a trained run: parse, call, print."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -67,23 +66,3 @@ def explain(
         stream=stream,
         as_json=json_output,
     )
-
-
-def serve(
-    run: RunPath,
-    host: Annotated[str, typer.Option(help="127.0.0.1: this machine only; 0.0.0.0: everyone who can reach it.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    settings: Annotated[
-        Path | None, typer.Option(help="YAML with the app builder's arguments (docs/serve.md).")
-    ] = None,
-    replicas: Annotated[int | None, typer.Option(min=1, help="Generator replicas.")] = None,
-    api_keys: Annotated[Path | None, typer.Option(help="File with one sha256:HEX of an API key a line.")] = None,
-    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Prometheus metrics, on 127.0.0.1.")] = 8001,
-    update: Annotated[bool, typer.Option("--update", help="Put RUN into the service that is up.")] = False,
-) -> None:
-    """Serve explanations over HTTP with Ray Serve: a page at /, the interface's description at /docs."""
-    from gavamoe.serving.launch import serve_command
-
-    serve_command(run, host, port, settings, replicas, api_keys, metrics_port, update=update)

@@ -7,7 +7,7 @@ Shapes: N evaluated rows.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from gavamoe.evaluation_rows import (
 from gavamoe.files import read_json, write_folder, write_json
 from gavamoe.mentions import feature_set
 from gavamoe.planted import recovered
+from gavamoe.progress import OnProgress
 from gavamoe.significance import intervals, not_better
 from gavamoe.simple_baselines import most_frequent_text, rating_baselines
 from gavamoe.text_metrics import RowStatistics, aggregate, count, measure
@@ -49,8 +50,6 @@ METRICS_FILE = "metrics.json"
 GENERATIONS_FILE = "generations.parquet"
 PREDICTED_FILE = "generations_predicted.parquet"
 """Texts of the second protocol, where both were evaluated."""
-
-OnProgress = Callable[[int, int], None]
 
 
 class Writer(Protocol):

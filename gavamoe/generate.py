@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gavamoe.base_model import special_ids
 from gavamoe.catalog import Catalog
-from gavamoe.checkpoint import load_vae_gmm, read_manifest
+from gavamoe.checkpoint import read_manifest
 from gavamoe.config import GenerationConfig
 from gavamoe.errors import InputError
 from gavamoe.explainer import GavamoeForCausalLM, load_explainer
@@ -33,6 +33,7 @@ from gavamoe.routes import Routes, route_pairs
 from gavamoe.serving.engine import Engine, Row
 from gavamoe.serving.sampling import Sampling
 from gavamoe.serving.text_stream import TextStream, clean_text
+from gavamoe.stage1_artifact import load_vae_gmm
 from gavamoe.vae_gmm import VaeGmm
 
 CATALOG_FOLDER = "catalog"

@@ -8,7 +8,7 @@ Shapes: N rows of a split, B rows of a batch.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from gavamoe.errors import InputError, RunError
 from gavamoe.files import read_json, write_folder, write_json
 from gavamoe.generate import Explanation
 from gavamoe.peter import IDS, Peter, PeterSpec
+from gavamoe.progress import OnProgress
 from gavamoe.prompts import ExplanationRequest, RatingScale, plain_line
 from gavamoe.serving.text_stream import clean_text
 from gavamoe.stage2 import rate_at
@@ -35,8 +36,6 @@ from gavamoe.stage2 import rate_at
 _SPEC_FILE, _WEIGHTS_FILE, _TOKENIZER, _METRICS_FILE = "peter.json", "peter.safetensors", "tokenizer", "metrics.json"
 _CHARACTERS = 1024
 """Of a row's features that are read at most."""
-
-OnProgress = Callable[[int, int], None]
 
 
 def train_peter(

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import yaml
 
@@ -19,35 +19,12 @@ from gavamoe.config_files import dump_config, load_config, parse_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.files import read_json, write_file, write_json
+from gavamoe.progress import NoProgress, Progress
 from gavamoe.runtime import ray_session, run_tasks, run_training, was_cut_off
-from gavamoe.tracking import Line
 
 Stage = Literal["1", "2", "all"]
 CONFIG_FILE = "config.yaml"
 DATASET_FILE = "dataset.json"
-
-
-class Progress(Protocol):
-    """Where a long job says how far it is; `gavamoe.terminal` draws it."""
-
-    def step(self, title: str) -> None:
-        """A new step begins."""
-
-    def line(self, line: Line) -> None:
-        """A log line of the running step; "step" of "steps" is how far it is."""
-
-    def count(self, done: int, total: int) -> None:
-        """Rows done of the running step."""
-
-
-class Silent:
-    """A `Progress` that says nothing."""
-
-    def step(self, title: str) -> None: ...
-
-    def line(self, line: Line) -> None: ...
-
-    def count(self, done: int, total: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -99,7 +76,7 @@ def train_run(
     Raises:
         InputError: `run_dir` holds another config or dataset, or already holds the stage and `resume` is False.
     """
-    progress = progress or Silent()
+    progress = progress or NoProgress()
     opened = open_dataset(dataset)
     run_dir = Path(run_dir)
     claim_run(run_dir, config, opened, continuing=resume or stage == "2")
@@ -122,7 +99,7 @@ def evaluate_and_report(run_dir: Path, *, progress: Progress | None = None, **op
     from gavamoe.evaluate import evaluate_run
     from gavamoe.report import write_report
 
-    progress = progress or Silent()
+    progress = progress or NoProgress()
     progress.step("Write and score explanations")
     metrics = evaluate_run(run_dir, on_progress=progress.count, **options)
     progress.step("Write the report")
@@ -134,7 +111,7 @@ def quickstart(run_dir: Path, config: RunConfig, *, data_seed: int = 0, progress
     """Synthesize the embedded default dataset, train on it, evaluate, report; resumes where it ended."""
     from gavamoe.synthetic import synthesize
 
-    progress = progress or Silent()
+    progress = progress or NoProgress()
     dataset = run_dir / "dataset"
     if not dataset.is_dir():
         progress.step("Synthesize reviews with planted user groups")

@@ -24,7 +24,7 @@ from gavamoe.texts import MAX_TITLE_CHARS, clean, sentences
 
 DEFAULT_MAX_REJECTED_SHARE = 0.1
 
-Progress = Callable[[str, int], None]
+OnRows = Callable[[str, int], None]
 """Called with the phase ("read", "write") and the rows done in it."""
 
 
@@ -71,7 +71,7 @@ def prepare(
     titles: Path | None = None,
     text_mode: TextMode | None = None,
     rating_scale: tuple[float, float] | None = None,
-    progress: Progress | None = None,
+    progress: OnRows | None = None,
 ) -> PrepareSummary:
     """Write the dataset folder `out` from `source`; whole or not at all.
 
@@ -187,7 +187,7 @@ def _write(
     repeats: int,
     settings: dict[str, Any],
     scale: tuple[float, float] | None,
-    report: Progress,
+    report: OnRows,
 ) -> PrepareSummary:
     vocabulary = intake.vocabulary()
     kept = rows.split != LEFT_OUT
@@ -222,7 +222,7 @@ def _write_texts(
     kept: np.ndarray,
     vocabulary: Vocabulary | None,
     text_mode: str,
-    report: Progress,
+    report: OnRows,
 ) -> int:
     """Choose text and features of every row taken and write them; returns how many kept rows have no feature."""
     start = bare = 0

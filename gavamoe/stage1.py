@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from gavamoe.checkpoint import Manifest, load_vae_gmm, read_manifest, save_vae_gmm, write_manifest
+from gavamoe.checkpoint import write_manifest
 from gavamoe.config import RunConfig
 from gavamoe.context import Context
 from gavamoe.dataset import SPLITS, open_dataset
 from gavamoe.files import write_folder, write_json
 from gavamoe.pairs import BUCKET_PAIRS, PairFile, Pairs
 from gavamoe.routes import ROUTES_FILE, route_pairs, training_routes, user_group_ari, write_routes
+from gavamoe.stage1_artifact import save_vae_gmm
 from gavamoe.stage1_checks import validate
 from gavamoe.stage1_trainer import Trainer, from_rank_0
-from gavamoe.vae_gmm import VaeGmm
 
 _SCORE_STEPS = 2**20
 
@@ -39,12 +39,6 @@ def train_stage1(config: RunConfig, dataset: Path, out: Path, context: Context) 
         trainer.restore(context.resume_from)
     trainer.run()
     return from_rank_0(context, lambda: _write_artifact(trainer, out, started))
-
-
-def load_stage1(folder: Path) -> tuple[VaeGmm, Manifest]:
-    """The trained model of a stage-1 artifact, in evaluation mode, and the artifact's manifest."""
-    manifest = read_manifest(folder, "stage1")
-    return load_vae_gmm(folder), manifest
 
 
 def _write_artifact(trainer: Trainer, out: Path, started: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gavamoe.checkpoint import save_vae_gmm, write_manifest
+from gavamoe.checkpoint import write_manifest
 from gavamoe.config import RunConfig
 from gavamoe.config_files import dump_config
 from gavamoe.files import write_folder, write_json
@@ -17,6 +17,7 @@ from gavamoe.generate import CATALOG_FOLDER, PROMPT_FILE
 from gavamoe.joint import EXPLAINER, VAE_GMM, part_of_state
 from gavamoe.lora import merged_state
 from gavamoe.routes import ROUTES_FILE, write_routes
+from gavamoe.stage1_artifact import save_vae_gmm
 from gavamoe.stage2_setup import Setup
 from gavamoe.vae_gmm import VaeGmm
 

@@ -30,7 +30,7 @@ from gavamoe.pairs import PairSource
 from gavamoe.prompts import PromptBuilder, PromptSpec
 from gavamoe.route_controls import RouteControl
 from gavamoe.routes import ROUTES_FILE, read_routes
-from gavamoe.stage1 import load_stage1
+from gavamoe.stage1_artifact import load_stage1
 from gavamoe.token_cache import read_cache
 from gavamoe.vae_gmm import VaeGmm
 

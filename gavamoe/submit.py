@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from gavamoe.config_files import MAX_CONFIG_BYTES, presets_folder
 from gavamoe.errors import InputError, RunError
-from gavamoe.terminal import PROGRESS_LINE
+from gavamoe.progress import PROGRESS_LINE
 
 STEPS = ("prepare", "stage1", "stage2", "evaluate", "tune", "pipeline")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"

@@ -118,7 +118,7 @@ def print_clusters(run: Run, *, as_json: bool) -> None:
     """`gavamoe route RUN`: what each cluster is, and the latent map."""
     from gavamoe.clusters import describe_clusters, plot_latents
     from gavamoe.dataset import open_dataset
-    from gavamoe.stage1 import load_stage1
+    from gavamoe.stage1_artifact import load_stage1
 
     model, _ = load_stage1(run.stage1)
     dataset = open_dataset(run.dataset)
@@ -162,7 +162,7 @@ def print_route(run: Run, user: str, item: str, *, as_json: bool) -> None:
 
     from gavamoe.dataset import open_dataset
     from gavamoe.routes import route_pairs
-    from gavamoe.stage1 import load_stage1
+    from gavamoe.stage1_artifact import load_stage1
 
     model, _ = load_stage1(run.stage1)
     catalog = open_dataset(run.dataset).catalog

@@ -17,13 +17,11 @@ WIDEST_NAME = 24
 """Characters of a table's first column that are kept on one line."""
 console = Console(stderr=True, highlight=False)
 
-PROGRESS_LINE = r"\[(?P<title>.+)\] (?P<done>\d+)/(?P<total>\d+) ?(?P<note>.*)"
-"""How far a step is, where there is no terminal to draw a bar on; `gavamoe submit` makes bars of such lines."""
 _SECONDS_BETWEEN_LINES = 5.0
 
 
 class TerminalProgress:
-    """A `gavamoe.pipeline.Progress` that draws one bar per step.
+    """A `gavamoe.progress.Progress` that draws one bar per step.
 
     Where standard error is no terminal (CI, a job's log), a step is a line when it begins, one every few seconds, and
     one when it ends.

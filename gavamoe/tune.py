@@ -16,7 +16,8 @@ from gavamoe.config_files import load_config
 from gavamoe.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError, RunError
 from gavamoe.files import read_json, write_json
-from gavamoe.pipeline import Progress, evaluate_and_report, train_run
+from gavamoe.pipeline import evaluate_and_report, train_run
+from gavamoe.progress import Progress
 from gavamoe.tune_checks import check_space, config_values, trial_config
 from gavamoe.tune_data import withhold_test
 from gavamoe.tune_engine import Watch, run_trials

@@ -13,11 +13,11 @@ from torch import Tensor, multiprocessing
 
 from gavamoe.base_model import load_base
 from gavamoe.batches import Batch
-from gavamoe.checkpoint import load_vae_gmm
 from gavamoe.config import RunConfig
 from gavamoe.config_files import parse_config
 from gavamoe.context import LocalContext, Metrics
 from gavamoe.explainer import load_explainer
+from gavamoe.stage1_artifact import load_vae_gmm
 from gavamoe.stage2 import train_stage2
 from gavamoe.stage2_setup import Setup
 

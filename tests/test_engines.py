@@ -18,13 +18,13 @@ from stage2_runs import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gavamoe.checkpoint import load_vae_gmm
 from gavamoe.dataset import open_dataset
 from gavamoe.engines import make_engine
 from gavamoe.errors import InputError
 from gavamoe.explainer import load_explainer
 from gavamoe.prompts import left_padded
 from gavamoe.routes import read_routes, route_pairs
+from gavamoe.stage1_artifact import load_vae_gmm
 from gavamoe.stage2_artifact import write_artifact
 from gavamoe.stage2_setup import Setup, prepare
 

@@ -11,14 +11,14 @@ PACKAGE = ROOT / "gavamoe"
 
 # A module may import only modules that stand before it.
 ORDER = """
-    errors files context config_problems config config_files storage tracking
+    errors files context config_problems config config_files storage tracking progress
     sequences metrics sacrebleu_style peter_style bertscore text_metrics significance scoring
     vae_gmm moe decoders conversion
     lexicon texts features catalog dataset dataset_writer mentions copying
     describe records jsonlines pickles tables readers splits
     intake reviews grammar synthetic simple_baselines
     checkpoint base_model base_shape prompts pairs batches explainer lora sentiment
-    routes route_controls clusters planted row_adam spectral mixture stage1_checks stage1_trainer stage1
+    routes route_controls clusters planted row_adam spectral mixture stage1_checks stage1_artifact stage1_trainer stage1
     serving.text_stream serving.sampling serving.kv_cache serving.engine
     generate joint expert_parallel
     engines plan_model plan_memory plan_work plan encoding plan_data token_cache stage2_setup stage2_artifact
@@ -32,7 +32,7 @@ ORDER = """
     serving.schema serving.settings serving.worker
     serving.browse serving.router serving.writer serving.backend serving.errors serving.security serving.reference
     serving.api serving.deployments serving.launch
-    submit cluster_terminal cli_options cli_data cli_human cli_cluster cli_plan cli_train cli_run
+    submit cluster_terminal cli_options cli_data cli_human cli_cluster cli_plan cli_train cli_run cli_serve
     cli_scores cli
 """.split()
 

@@ -8,7 +8,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from gavamoe.checkpoint import load_vae_gmm, save_vae_gmm
 from gavamoe.clusters import describe_clusters, plot_latents
 from gavamoe.config import Stage1Config
 from gavamoe.dataset import SPLITS, Dataset, open_dataset
@@ -22,6 +21,7 @@ from gavamoe.routes import (
     user_responsibilities,
     write_routes,
 )
+from gavamoe.stage1_artifact import load_vae_gmm, save_vae_gmm
 from gavamoe.vae_gmm import VaeGmm
 
 

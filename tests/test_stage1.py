@@ -18,7 +18,8 @@ from gavamoe.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.pairs import PairFile, PairSource
 from gavamoe.routes import read_routes, route_pairs
-from gavamoe.stage1 import load_stage1, train_stage1
+from gavamoe.stage1 import train_stage1
+from gavamoe.stage1_artifact import load_stage1
 from gavamoe.stage1_trainer import Trainer
 from gavamoe.synthetic import synthesize
 

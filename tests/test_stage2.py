@@ -10,12 +10,13 @@ import torch
 from stage2_runs import FILES, Trained, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gavamoe.checkpoint import load_vae_gmm, read_manifest
+from gavamoe.checkpoint import read_manifest
 from gavamoe.context import LocalContext
 from gavamoe.dataset import open_dataset
 from gavamoe.errors import InputError, RunError
 from gavamoe.explainer import GavamoeForCausalLM, load_explainer
 from gavamoe.routes import read_routes, route_pairs
+from gavamoe.stage1_artifact import load_vae_gmm
 from gavamoe.stage2 import rate_at, train_stage2
 from gavamoe.stage2_setup import Setup, prepare
 from gavamoe.synthetic import synthesize

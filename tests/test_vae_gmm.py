@@ -7,9 +7,9 @@ import pytest
 import torch
 from sklearn.mixture import GaussianMixture
 
-from gavamoe.checkpoint import load_vae_gmm, save_vae_gmm
 from gavamoe.config import Stage1Config
 from gavamoe.errors import InputError
+from gavamoe.stage1_artifact import load_vae_gmm, save_vae_gmm
 from gavamoe.vae_gmm import Dropout, Likelihood, MixturePrior, PairLayer, VaeGmm
 
 STARS = (1.0, 2.0, 3.0, 4.0, 5.0)

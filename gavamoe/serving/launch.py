@@ -28,36 +28,6 @@ _TOKEN_FILE = Path.home() / ".ray" / "auth_token"
 """Where Ray keeps the token that guards its own ports."""
 
 
-def serve_command(
-    run: Path,
-    host: str,
-    port: int,
-    settings: Path | None,
-    replicas: int | None,
-    api_keys: Path | None,
-    metrics_port: int,
-    *,
-    update: bool,
-) -> None:
-    """`gavamoe serve`; see `run_service` and `update_service`."""
-    from gavamoe.terminal import console
-
-    changes: dict[str, Any] = {}
-    if replicas is not None:
-        changes["generator_scaling"] = {"min_replicas": replicas, "max_replicas": replicas}
-    if api_keys is not None:
-        changes["api_keys_file"] = str(api_keys.absolute())
-    args = read_args(run, settings, changes)
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, soft_wrap=True)
-
-    if update:
-        update_service(args, say=say)
-    else:
-        run_service(args, host=host, port=port, metrics_port=metrics_port, say=say)
-
-
 def read_args(run: Path, settings: Path | None, changes: dict[str, Any]) -> ServeArgs:
     """Arguments for `run`: those of a YAML file, if one is given, with `changes` on top.
 

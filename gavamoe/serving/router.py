@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from gavamoe.catalog import Catalog
-from gavamoe.checkpoint import load_vae_gmm, read_manifest
+from gavamoe.checkpoint import read_manifest
 from gavamoe.errors import InputError
 from gavamoe.files import read_json
 from gavamoe.generate import CATALOG_FOLDER, PROMPT_FILE, prompt_features, prompt_rating
@@ -23,6 +23,7 @@ from gavamoe.route_controls import CONTROL_FILE
 from gavamoe.routes import ROUTES_FILE, route_pairs
 from gavamoe.serving.browse import Browser, TrainingRoutes, summarise_clusters
 from gavamoe.serving.schema import ClusterInfo, ServerInfo
+from gavamoe.stage1_artifact import load_vae_gmm
 from gavamoe.vae_gmm import VaeGmm
 
 
