@@ -21,17 +21,17 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from gavamoe.base_model import scratch_config
-from gavamoe.batches import WINDOW_STEPS, BatchPlan, TextRows
-from gavamoe.config import RunConfig
-from gavamoe.config_files import load_config
-from gavamoe.dataset import open_dataset
-from gavamoe.encoding import encode_rows, prompt_builder, rows_with_text
-from gavamoe.explainer import build_explainer
-from gavamoe.prompts import PromptBuilder
-from gavamoe.runtime import ray_session, run_tasks
-from gavamoe.synthetic import synthesize
-from gavamoe.token_cache import FOLDER, fill_cache, read_cache
+from gavamoe.config.files import load_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import open_dataset
+from gavamoe.data.synthetic.generator import synthesize
+from gavamoe.generation.prompts import PromptBuilder
+from gavamoe.model.base_model import scratch_config
+from gavamoe.model.explainer import build_explainer
+from gavamoe.runtime.ray_train import ray_session, run_tasks
+from gavamoe.stage2.batches import WINDOW_STEPS, BatchPlan, TextRows
+from gavamoe.stage2.token_cache import FOLDER, fill_cache, read_cache
+from gavamoe.stage2.tokenized_rows import encode_rows, prompt_builder, rows_with_text
 
 BATCH = 32
 T = TypeVar("T")

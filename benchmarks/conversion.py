@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
-from gavamoe.config import RunConfig
-from gavamoe.config_files import dump_config, load_config, override_config
-from gavamoe.context import LocalContext, Metrics
-from gavamoe.dataset import open_dataset
-from gavamoe.files import read_json, write_json
-from gavamoe.stage1 import train_stage1
-from gavamoe.stage2 import train_stage2
-from gavamoe.synthetic import synthesize
+from gavamoe.artifacts.files import read_json, write_json
+from gavamoe.config.files import dump_config, load_config, override_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import open_dataset
+from gavamoe.data.synthetic.generator import synthesize
+from gavamoe.runtime.context import LocalContext, Metrics
+from gavamoe.stage1.train import train_stage1
+from gavamoe.stage2.train import train_stage2
 
 PLAIN: dict[str, list[str]] = {
     "dense": ["stage2.experts.enabled=false"],

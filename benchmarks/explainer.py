@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from gavamoe.config_files import parse_config
-from gavamoe.explainer import GavamoeForCausalLM, build_explainer
+from gavamoe.config.files import parse_config
+from gavamoe.model.explainer import GavamoeForCausalLM, build_explainer
 
-os.environ["DNNL_PRIMITIVE_CACHE_CAPACITY"] = "8192"  # as `gavamoe.runtime` sets it for its workers; read at first use
+os.environ["DNNL_PRIMITIVE_CACHE_CAPACITY"] = "8192"  # as `runtime.ray_train` sets it for workers; read at first use
 USERS, ITEMS, SLOT, GATES, TOKENS, PROMPT = 100, 100, 64, 3, 96, 48
 TRAIN_ROWS, WRITE_ROWS = (1, 8), (1, 16)
 AUTHORS = {"train": 0.95, "write": 10.0}

@@ -21,17 +21,17 @@ import torch
 from torch import distributed, multiprocessing
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gavamoe import engines
-from gavamoe.config import RunConfig
-from gavamoe.config_files import parse_config
-from gavamoe.engines import make_engine
-from gavamoe.explainer import build_explainer
-from gavamoe.joint import JointModel
-from gavamoe.plan import own_scheme, scheme_memory
-from gavamoe.plan_memory import run_shape
-from gavamoe.plan_model import RATING_SCALE, draw
-from gavamoe.plan_work import step_traffic
-from gavamoe.vae_gmm import VaeGmm
+from gavamoe.config.files import parse_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.model.explainer import build_explainer
+from gavamoe.plan.estimate import own_scheme, scheme_memory
+from gavamoe.plan.memory import run_shape
+from gavamoe.plan.parameters import RATING_SCALE, draw
+from gavamoe.plan.work import step_traffic
+from gavamoe.stage1.vae_gmm import VaeGmm
+from gavamoe.stage2 import training_engines
+from gavamoe.stage2.joint_model import JointModel
+from gavamoe.stage2.training_engines import make_engine
 
 USERS, ITEMS, STEPS = 3000, 2000, 3
 BASE: dict[str, Any] = {
@@ -89,7 +89,7 @@ def measure(
 def _worker(rank: int, workers: int, config: RunConfig, base: dict[str, Any], folder: str, bucket: int | None) -> None:
     torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
-    engines._MAX_BUCKET = bucket or engines._MAX_BUCKET
+    training_engines._MAX_BUCKET = bucket or training_engines._MAX_BUCKET
     counts: Counter[str] = Counter()
     _count_bytes(counts)
     distributed.init_process_group(

@@ -32,7 +32,7 @@ nice cheap solid broke works as expected would buy again never more than one rea
 SECONDS_AND_MEMORY = """
 import json, resource, sys, time
 from pathlib import Path
-from gavamoe.reviews import prepare
+from gavamoe.data.prepare import prepare
 source, out, format, columns = sys.argv[1:]
 start = time.perf_counter()
 summary = prepare(Path(source), Path(out), format, columns=json.loads(columns))

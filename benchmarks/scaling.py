@@ -22,16 +22,17 @@ import torch
 from torch import distributed, multiprocessing
 
 from benchmarks.plan import RING, _count_bytes
-from gavamoe import stage1_trainer, stage2
-from gavamoe.config import RunConfig
-from gavamoe.config_files import load_config, override_config
-from gavamoe.context import LocalContext
-from gavamoe.dataset import open_dataset
-from gavamoe.plan_work import stage1_traffic
-from gavamoe.stage1 import train_stage1
-from gavamoe.synthetic import synthesize
+from gavamoe.config.files import load_config, override_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import open_dataset
+from gavamoe.data.synthetic.generator import synthesize
+from gavamoe.plan.work import stage1_traffic
+from gavamoe.runtime.context import LocalContext
+from gavamoe.stage1 import trainer
+from gavamoe.stage1.train import train_stage1
+from gavamoe.stage2 import train
 
-os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as `gavamoe.runtime` sets it for its workers; read at the first allocation
+os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as `runtime.ray_train` sets it for its workers; read at the first allocation
 USERS, ITEMS, RATINGS = 600, 300, 16_000
 BATCH = {"stage1": 512, "stage2": 32}
 """Rows of a step, of all workers; as the quickstart on one."""
@@ -80,14 +81,14 @@ def _worker(rank: int, stage: str, rows: int, workers: int, folder: Path, scratc
         "gloo", store=distributed.FileStore(f"{scratch}/store", workers), rank=rank, world_size=workers
     )
     seconds: list[float] = []
-    owner, name = (stage1_trainer.Trainer, "_train_step") if stage == "stage1" else (stage2.Training, "_step")
+    owner, name = (trainer.Trainer, "_train_step") if stage == "stage1" else (train.Training, "_step")
     _time_calls(owner, name, seconds, sent, WARM_UP + steps)
     config, context = settings(stage, rows, workers), LocalContext(rank=rank, world_size=workers)
     try:
         if stage == "stage1":
-            stage1_trainer.Trainer(config, open_dataset(folder / "data"), context).run()
+            trainer.Trainer(config, open_dataset(folder / "data"), context).run()
         else:
-            stage2.train_stage2(config, folder / "data", folder / "stage1", scratch / "out", context)
+            train.train_stage2(config, folder / "data", folder / "stage1", scratch / "out", context)
     except Enough:
         pass
     if rank == 0:
@@ -116,8 +117,8 @@ def _time_calls(owner: Any, name: str, seconds: list[float], sent: Counter[str],
 
 def planned_stage1(rows: int, workers: int, folder: Path) -> float:
     """Bytes that the plan says one of `workers` sends in a step of stage 1."""
-    trainer = stage1_trainer.Trainer(settings("stage1", rows, 1), open_dataset(folder / "data"), LocalContext())
-    return stage1_traffic(trainer.model, rows, workers)
+    stage1 = trainer.Trainer(settings("stage1", rows, 1), open_dataset(folder / "data"), LocalContext())
+    return stage1_traffic(stage1.model, rows, workers)
 
 
 def rows_of_a_step(stage: str, batch: int, folder: Path) -> int:

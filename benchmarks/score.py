@@ -34,7 +34,7 @@ def made_up(rows: int) -> tuple[list[str], list[str]]:
 
 def from_file(path: Path, rows: int) -> tuple[list[str], list[str]]:
     """The texts of a table with the columns prediction and reference, repeated up to `rows`."""
-    from gavamoe.scoring import read_columns
+    from gavamoe.evaluation.score_files import read_columns
 
     columns = read_columns(path)
     predictions, references = columns["prediction"], columns["reference"]
@@ -61,8 +61,8 @@ def main() -> None:
     else:
         candidates, references = made_up(options.rows or 3000)
 
-    from gavamoe.significance import intervals
-    from gavamoe.text_metrics import aggregate, measure
+    from gavamoe.evaluation.metrics.text_scores import aggregate, measure
+    from gavamoe.evaluation.significance import intervals
 
     times = {"load and read": (time.perf_counter() - START, time.process_time())}
     rows = timed(times, "measure rows", lambda: measure(candidates, references, style=options.style))

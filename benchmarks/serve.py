@@ -24,12 +24,12 @@ import aiohttp
 import numpy as np
 import torch
 
-from gavamoe.base_model import special_ids
-from gavamoe.config import GenerationConfig
-from gavamoe.generate import Explainer
-from gavamoe.prompts import PromptColumns, left_padded
-from gavamoe.serving.engine import Engine, Row
-from gavamoe.serving.sampling import Sampling
+from gavamoe.config.schema import GenerationConfig
+from gavamoe.generation.decoding_engine import Engine, Row
+from gavamoe.generation.generator import Explainer
+from gavamoe.generation.prompts import PromptColumns, left_padded
+from gavamoe.generation.sampling import Sampling
+from gavamoe.model.base_model import special_ids
 
 SLOTS, NEW_TOKENS = 16, 32
 CLIENTS = (1, 8, SLOTS, 32)

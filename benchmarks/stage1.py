@@ -23,17 +23,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from gavamoe.config import RunConfig
-from gavamoe.config_files import load_config, override_config
-from gavamoe.context import LocalContext
-from gavamoe.dataset import Dataset, open_dataset
-from gavamoe.dataset_writer import DatasetWriter, Rows
-from gavamoe.pairs import PairSource, global_batches
-from gavamoe.stage1 import train_stage1
-from gavamoe.stage1_trainer import Trainer
-from gavamoe.synthetic import synthesize
+from gavamoe.config.files import load_config, override_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.data.synthetic.generator import synthesize
+from gavamoe.data.writer import DatasetWriter, Rows
+from gavamoe.runtime.context import LocalContext
+from gavamoe.stage1.pair_stream import PairSource, global_batches
+from gavamoe.stage1.train import train_stage1
+from gavamoe.stage1.trainer import Trainer
 
-os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as `gavamoe.runtime` sets it for its workers; read at the first allocation
+os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as `runtime.ray_train` sets it for its workers; read at the first allocation
 USERS, ITEMS, PAIRS, BATCH = 27_147, 20_266, 200_000, 1024
 REFERENCE = 400
 """Pairs per second of the research code, repaired, on two threads of such a machine."""

@@ -22,16 +22,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from gavamoe.config import RunConfig
-from gavamoe.config_files import load_config, override_config
-from gavamoe.context import LocalContext
-from gavamoe.dataset import SPLITS, Dataset, open_dataset
-from gavamoe.dataset_writer import DatasetWriter, Rows
-from gavamoe.reviews import prepare
-from gavamoe.routes import route_pairs
-from gavamoe.stage1 import train_stage1
-from gavamoe.stage1_artifact import load_stage1
-from gavamoe.synthetic import synthesize
+from gavamoe.config.files import load_config, override_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import SPLITS, Dataset, open_dataset
+from gavamoe.data.prepare import prepare
+from gavamoe.data.synthetic.generator import synthesize
+from gavamoe.data.writer import DatasetWriter, Rows
+from gavamoe.runtime.context import LocalContext
+from gavamoe.stage1.artifact import load_stage1
+from gavamoe.stage1.routes import route_pairs
+from gavamoe.stage1.train import train_stage1
 
 HELD_OUT_USERS = 0.1
 ITEM_MEAN_SHRINKAGE = 5

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 import yaml
 
-from gavamoe.config import RunConfig
-from gavamoe.config_files import parse_config
-from gavamoe.context import LocalContext
-from gavamoe.stage1 import train_stage1
-from gavamoe.synthetic import synthesize
-from gavamoe.tune import SearchResult, run_search
-from gavamoe.tune_checks import trial_config
-from gavamoe.tune_engine import SearchState
+from gavamoe.config.files import parse_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.synthetic.generator import synthesize
+from gavamoe.runtime.context import LocalContext
+from gavamoe.stage1.train import train_stage1
+from gavamoe.tune.checks import trial_config
+from gavamoe.tune.ray_tune import SearchState
+from gavamoe.tune.search import SearchResult, run_search
 
 STAGE1: dict[str, Any] = {
     "embedding_size": 64,

@@ -12,15 +12,15 @@ from typing import Any, Literal
 
 import yaml
 
-from gavamoe import storage
-from gavamoe.checkpoint import read_manifest
-from gavamoe.config import RunConfig
-from gavamoe.config_files import dump_config, load_config, parse_config
-from gavamoe.dataset import Dataset, open_dataset
+from gavamoe.artifacts import remote
+from gavamoe.artifacts.files import read_json, write_file, write_json
+from gavamoe.artifacts.manifest import read_manifest
+from gavamoe.config.files import dump_config, load_config, parse_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
-from gavamoe.files import read_json, write_file, write_json
-from gavamoe.progress import NoProgress, Progress
-from gavamoe.runtime import ray_session, run_tasks, run_training, was_cut_off
+from gavamoe.runtime.progress import NoProgress, Progress
+from gavamoe.runtime.ray_train import ray_session, run_tasks, run_training, was_cut_off
 
 Stage = Literal["1", "2", "all"]
 CONFIG_FILE = "config.yaml"
@@ -56,7 +56,7 @@ def open_run(path: Path) -> Run:
     reference = read_json(path / DATASET_FILE)
     if not isinstance(reference, dict) or not {"path", "fingerprint"} <= reference.keys():
         raise InputError(f"{path / DATASET_FILE}: expected path and fingerprint of the dataset")
-    return Run(path, load_config(path / CONFIG_FILE), storage.located(str(reference["path"])))
+    return Run(path, load_config(path / CONFIG_FILE), remote.located(str(reference["path"])))
 
 
 def train_run(
@@ -80,7 +80,7 @@ def train_run(
     opened = open_dataset(dataset)
     run_dir = Path(run_dir)
     claim_run(run_dir, config, opened, continuing=resume or stage == "2")
-    storage.commit(run_dir)
+    remote.commit(run_dir)
     wanted = ("1", "2") if stage == "all" else (stage,)
     todo = [number for number in wanted if not _finished(run_dir, number, opened, resume)]
     if todo:
@@ -96,8 +96,8 @@ def train_run(
 
 def evaluate_and_report(run_dir: Path, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
     """Score the run's test split and write its report.html; returns the metrics."""
-    from gavamoe.evaluate import evaluate_run
-    from gavamoe.report import write_report
+    from gavamoe.evaluation.evaluate import evaluate_run
+    from gavamoe.report.page import write_report
 
     progress = progress or NoProgress()
     progress.step("Write and score explanations")
@@ -109,7 +109,7 @@ def evaluate_and_report(run_dir: Path, *, progress: Progress | None = None, **op
 
 def quickstart(run_dir: Path, config: RunConfig, *, data_seed: int = 0, progress: Progress | None = None) -> Run:
     """Synthesize the embedded default dataset, train on it, evaluate, report; resumes where it ended."""
-    from gavamoe.synthetic import synthesize
+    from gavamoe.data.synthetic.generator import synthesize
 
     progress = progress or NoProgress()
     dataset = run_dir / "dataset"
@@ -140,7 +140,7 @@ def claim_run(run_dir: Path, config: RunConfig, dataset: Dataset, *, continuing:
             )
         return
     run_dir.mkdir(parents=True, exist_ok=True)
-    stored = storage.place_of(dataset.path)
+    stored = remote.place_of(dataset.path)
     path = str(dataset.path.absolute()) if stored is None else stored.uri
     write_json(run_dir / DATASET_FILE, {"path": path, "fingerprint": dataset.fingerprint})
     with write_file(config_file) as aside:
@@ -208,7 +208,7 @@ def _train_stage(
 
 def _tokenise(config: RunConfig, dataset: Dataset, progress: Progress) -> None:
     """Make the token cache of many rows, in Ray tasks, before the workers want it; of few they make their own."""
-    from gavamoe.token_cache import WORTHWHILE, fill_cache
+    from gavamoe.stage2.token_cache import WORTHWHILE, fill_cache
 
     if dataset.size("train") < WORTHWHILE:
         return
@@ -223,10 +223,10 @@ def _stage(
     run_dir = run_dir.absolute()
     arguments: dict[str, Any] = {"config": config, "dataset": dataset.path.absolute()}
     if number == "1":
-        from gavamoe.stage1 import train_stage1
+        from gavamoe.stage1.train import train_stage1
 
         return train_stage1, arguments | {"out": run_dir / "stage1"}, "Stage 1: ratings and clusters"
-    from gavamoe.stage2 import train_stage2
+    from gavamoe.stage2.train import train_stage2
 
     read_manifest(run_dir / "stage1", "stage1")
     arguments |= {"stage1": run_dir / "stage1", "out": run_dir / "stage2"}

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from stage2_runs import Trained
+    from helpers.stage2_runs import Trained
     from starlette.testclient import TestClient
 
     from gavamoe.serving.backend import LocalBackend
@@ -19,7 +20,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Ray's workers unpickle functions of test modules by name.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+FOLDERS = [str(folder) for folder in (Path(__file__).parent, *Path(__file__).parent.iterdir()) if folder.is_dir()]
+os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")])
+sys.path += FOLDERS
 # The same examples in every run: what is green here must be green in CI.
 settings.register_profile("same", derandomize=True, database=None)
 settings.load_profile("same")
@@ -28,7 +31,7 @@ settings.load_profile("same")
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic dataset of 60 users, 40 items, 1,500 ratings, 3 planted groups."""
-    from gavamoe.synthetic import synthesize
+    from gavamoe.data.synthetic.generator import synthesize
 
     out = tmp_path_factory.mktemp("data") / "tiny"
     synthesize(out, users=60, items=40, ratings=1500, groups=3, seed=0)
@@ -40,7 +43,7 @@ def implicit_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pairs without ratings: every user takes items of its own half only."""
     import numpy as np
 
-    from gavamoe.reviews import prepare
+    from gavamoe.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("implicit")
     random = np.random.default_rng(0)
@@ -66,8 +69,8 @@ def extensions_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ray_two_workers(extensions_dir: Path) -> Iterator[None]:
     """A Ray on this machine with two CPUs, started once; `ray_session` inside the tests then uses it."""
     del extensions_dir
-    from gavamoe.config import RuntimeConfig
-    from gavamoe.runtime import ray_session
+    from gavamoe.config.schema import RuntimeConfig
+    from gavamoe.runtime.ray_train import ray_session
 
     with ray_session(RuntimeConfig(workers=2, threads_per_worker=1)):
         yield
@@ -76,7 +79,7 @@ def ray_two_workers(extensions_dir: Path) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def backend() -> Iterator["LocalBackend"]:
     """Both stages of serving in this process, over `serve_run.tiny_artifact`."""
-    from serve_run import tiny_artifact
+    from helpers.serve_run import tiny_artifact
 
     from gavamoe.serving.backend import LocalBackend
     from gavamoe.serving.settings import ServeArgs
@@ -89,7 +92,7 @@ def backend() -> Iterator["LocalBackend"]:
 @pytest.fixture(scope="module")
 def http(backend: "LocalBackend") -> Iterator["TestClient"]:
     """The HTTP interface over `backend`, without a server."""
-    from serve_run import client
+    from helpers.serve_run import client
 
     with client(backend) as opened:
         yield opened
@@ -98,10 +101,10 @@ def http(backend: "LocalBackend") -> Iterator["TestClient"]:
 @pytest.fixture(scope="session")
 def stage1(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stage 1 trained on the tiny dataset for an epoch or two."""
-    from stage2_runs import tiny
+    from helpers.stage2_runs import tiny
 
-    from gavamoe.context import LocalContext
-    from gavamoe.stage1 import train_stage1
+    from gavamoe.runtime.context import LocalContext
+    from gavamoe.stage1.train import train_stage1
 
     out = tmp_path_factory.mktemp("stage1") / "stage1"
     train_stage1(tiny(), tiny_dataset, out, LocalContext())
@@ -111,6 +114,6 @@ def stage1(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def torch_run(tiny_dataset: Path, stage1: Path, tmp_path_factory: pytest.TempPathFactory) -> "Trained":
     """A finished stage-2 run of 12 steps on the torch engine, with checkpoints at 6 and 12."""
-    from stage2_runs import Trained, tiny
+    from helpers.stage2_runs import Trained, tiny
 
     return Trained(tiny(), tiny_dataset, stage1, tmp_path_factory.mktemp("torch"))

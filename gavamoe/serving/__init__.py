@@ -1,4 +1,19 @@
-"""The service: a trained run behind HTTP, on Ray Serve. docs/serve.md is the guide.
+"""Ray Serve: the HTTP interface, the page, and the deployments behind them.
 
-Only `deployments` and `launch` know Ray; the rest is the same service in one process, which is how it is tested.
+Only `deployments` and `launch` know Ray; all else runs, and is tested, in one process.
+
+    api             the HTTP interface
+    schema          its requests and responses, with every bound
+    settings        arguments of the app builder
+    security        keys, headers, limits
+    errors          every error as JSON
+    routing         stage 1 as a service
+    writing         stage 2 as a service
+    catalog_search  looking for users and items; what a cluster is
+    backend         what the interface stands on
+    deployments     the Ray Serve deployments
+    launch          the service on this machine; a new run into one that is up
+    api_docs        the page at /docs
+
+Shape letters: N pairs, K clusters, I items, F distinct features.
 """

@@ -15,12 +15,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gavamoe import __version__
 from gavamoe.errors import InputError
 from gavamoe.serving import errors, schema
+from gavamoe.serving.api_docs import render_reference
 from gavamoe.serving.backend import Backend, Interrupted, Overloaded
-from gavamoe.serving.reference import render_reference
-from gavamoe.serving.router import Pair, RoutedPair
+from gavamoe.serving.routing import Pair, RoutedPair
 from gavamoe.serving.security import ApiKeys, Guard, page_policy
 from gavamoe.serving.settings import Limits, ServeArgs
-from gavamoe.serving.writer import Piece, TextRequest, Written
+from gavamoe.serving.writing import Piece, TextRequest, Written
 
 T = TypeVar("T")
 Observe = Callable[[str, schema.Explanation], None]

@@ -8,11 +8,11 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from gavamoe.serving.engine import EngineFull
-from gavamoe.serving.router import Pair, Ranking, RoutedPair, Router
+from gavamoe.generation.decoding_engine import EngineFull
+from gavamoe.serving.routing import Pair, Ranking, RoutedPair, Router
 from gavamoe.serving.schema import CatalogResponse, ServerInfo
 from gavamoe.serving.settings import ServeArgs
-from gavamoe.serving.writer import Piece, TextRequest, Writer, Written
+from gavamoe.serving.writing import Piece, TextRequest, Writer, Written
 
 
 class Overloaded(Exception):

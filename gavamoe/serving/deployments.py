@@ -16,13 +16,13 @@ from ray.serve.metrics import Counter, Gauge, Histogram
 from starlette.types import ASGIApp
 
 from gavamoe.errors import InputError, RunError
+from gavamoe.generation.decoding_engine import EngineFull
 from gavamoe.serving import schema
 from gavamoe.serving.api import create_api
 from gavamoe.serving.backend import Interrupted, Overloaded, Unavailable
-from gavamoe.serving.engine import EngineFull
-from gavamoe.serving.router import Pair, Ranking, RoutedPair, Router
+from gavamoe.serving.routing import Pair, Ranking, RoutedPair, Router
 from gavamoe.serving.settings import GeneratorSettings, Scaling, ServeArgs
-from gavamoe.serving.writer import Piece, TextRequest, Writer, WriterInfo, Written
+from gavamoe.serving.writing import Piece, TextRequest, Writer, WriterInfo, Written
 
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 _RETRY_PAUSE_S = 0.05

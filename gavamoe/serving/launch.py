@@ -18,10 +18,10 @@ import yaml
 from pydantic import ValidationError
 
 from gavamoe.errors import InputError, RunError
-from gavamoe.serving.router import Router
+from gavamoe.serving.routing import Router
 from gavamoe.serving.security import ApiKeys
 from gavamoe.serving.settings import ServeArgs
-from gavamoe.serving.writer import generation_defaults
+from gavamoe.serving.writing import generation_defaults
 
 APP_NAME = "gavamoe"
 _TOKEN_FILE = Path.home() / ".ray" / "auth_token"

@@ -1,0 +1,6 @@
+"""What lies on disk: written whole, hashed, refused when damaged; run folders; s3:// and other URIs.
+
+files        folders and files written whole or not at all; bounded reads
+manifest     artifact folders: listed files, hashes, strict loading
+remote       datasets and runs at s3:// and other URIs
+"""

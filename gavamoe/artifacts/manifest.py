@@ -1,0 +1,130 @@
+"""Artifact folders: complete, versioned, loaded strictly. Weights are safetensors, the rest JSON and Parquet.
+
+A folder's `artifact.json` says what made it (config, seed, versions, fingerprints of its inputs) and
+lists its files with size and SHA-256, so that a folder with a missing, added or changed file is refused.
+"""
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from gavamoe.artifacts.files import read_json, sha256, versions, write_json
+from gavamoe.config.schema import RunConfig
+from gavamoe.errors import InputError
+
+FORMAT_VERSION = 1
+MANIFEST = "artifact.json"
+
+Kind = Literal["stage1", "stage2", "peter", "evaluation"]
+
+
+class FileEntry(BaseModel):
+    """A file of an artifact."""
+
+    model_config = ConfigDict(extra="forbid")
+    bytes: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """Content of `artifact.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Kind
+    format_version: int
+    created: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    inputs: dict[str, str]
+    """Fingerprints of what it was made from, by name ("dataset", "stage1")."""
+    details: dict[str, Any]
+    files: dict[str, FileEntry]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and hashes of the files."""
+        listing = json.dumps({name: entry.sha256 for name, entry in sorted(self.files.items())})
+        return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def write_manifest(
+    folder: Path, kind: Kind, config: RunConfig, inputs: dict[str, str], details: dict[str, Any] | None = None
+) -> Manifest:
+    """Describe the finished content of `folder` in its `artifact.json`; the last file to be written."""
+    entries = {
+        path.relative_to(folder).as_posix(): FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    manifest = Manifest(
+        kind=kind,
+        format_version=FORMAT_VERSION,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        config=config.model_dump(mode="json"),
+        versions=versions(),
+        inputs=inputs,
+        details=details or {},
+        files=entries,
+    )
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    return manifest
+
+
+def read_manifest(folder: Path, kind: Kind, *, verify: bool = True) -> Manifest:
+    """Read and check a folder's manifest.
+
+    Raises:
+        InputError: no artifact, another kind, a newer format, or files missing, added or changed.
+            `verify` False compares sizes only, not hashes.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise InputError(f"{folder}: no {kind} artifact here ({MANIFEST} is missing); was this step run to its end?")
+    try:
+        manifest = Manifest.model_validate(read_json(path))
+    except ValidationError as error:
+        raise InputError(f"{path}: not a valid manifest ({error.error_count()} problems)") from error
+    if manifest.kind != kind:
+        raise InputError(f"{folder}: holds a {manifest.kind} artifact, not {kind}")
+    if manifest.format_version > FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format version {manifest.format_version} is newer than {FORMAT_VERSION}, the newest known here;"
+            " update gavamoe"
+        )
+    _check_files(Path(folder), manifest, verify)
+    return manifest
+
+
+def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
+    for problem, names in (("missing", set(manifest.files) - found), ("unexpected", found - set(manifest.files))):
+        if names:
+            raise InputError(f"{folder}: {problem} file {min(names)}; the artifact is not whole")
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if path.stat().st_size != entry.bytes or (verify and sha256(path) != entry.sha256):
+            raise InputError(f"{path}: content differs from what {MANIFEST} records; the artifact is damaged")
+
+
+def save_weights(path: Path, module: torch.nn.Module) -> None:
+    """Write a module's state as safetensors; tied tensors are stored once per name."""
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}, path)
+
+
+def load_weights(path: Path, module: torch.nn.Module) -> None:
+    """Load safetensors into a module, strictly.
+
+    Raises:
+        InputError: the file is damaged, or its names or shapes differ from the module's.
+    """
+    try:
+        module.load_state_dict(load_file(path), strict=True)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise InputError(f"{path}: weights do not load ({' '.join(str(error).split())})") from error

@@ -1,0 +1,116 @@
+"""The `gavamoe` command: its parts, its errors. Exit codes: 0 done, 1 failed, 2 wrong input or usage.
+
+The commands stand in the files beside this one and import what is heavy inside their functions: `gavamoe --help`
+answers at once.
+"""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+
+from gavamoe import __version__
+from gavamoe.cli.cluster import copy, jobs_app, status, submit
+from gavamoe.cli.data import data_app
+from gavamoe.cli.evaluate import ablate, evaluate, report, score
+from gavamoe.cli.human import human_app
+from gavamoe.cli.options import store_work
+from gavamoe.cli.plan import plan
+from gavamoe.cli.run import explain, route
+from gavamoe.cli.serve import serve
+from gavamoe.cli.train import quickstart, train, tune
+from gavamoe.errors import InputError, RunError
+
+app = typer.Typer(
+    name="gavamoe",
+    help="Train and serve a recommender that says WHY, in a sentence written for one user.\n\n"
+    "Start with [bold]gavamoe quickstart[/]; then bring your own reviews: "
+    "data prepare, train, evaluate, explain, report.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _panel(name: str, commands: Sequence[Callable[..., None]], groups: dict[str, typer.Typer] | None = None) -> None:
+    """A box of `gavamoe --help`."""
+    for command in commands:
+        settings = {"allow_extra_args": True, "ignore_unknown_options": True} if command is submit else {}
+        app.command(rich_help_panel=name, context_settings=settings)(command)
+    for group, commands_of_group in (groups or {}).items():
+        app.add_typer(commands_of_group, name=group, rich_help_panel=name)
+
+
+_panel("Data and training", [quickstart, plan, train, tune], {"data": data_app})
+_panel("A trained run", [route, explain, serve])
+_panel("Scores and comparisons", [evaluate, score, ablate, report], {"human-eval": human_app})
+_panel("On a cluster", [submit, status, copy], {"jobs": jobs_app})
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gavamoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and library logs.")] = False,
+) -> None:
+    del version, debug  # read by _print_version, and by main(), which must know it before parsing fails
+
+
+def main() -> None:
+    """Entry point: runs the app and turns errors into one line and an exit code."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    _quiet_libraries(debug)
+    try:
+        try:
+            app(prog_name="gavamoe")
+        finally:
+            store_work()
+    except (InputError, RunError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_with_uris(str(error))}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted; --resume continues a training run", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        sys.exit(1)
+
+
+def _with_uris(message: str) -> str:
+    storage = sys.modules.get("gavamoe.artifacts.remote")  # not imported: no URI was used
+    return message if storage is None else str(storage.with_uris(message))
+
+
+def _quiet_libraries(debug: bool) -> None:
+    """Libraries log to standard error by default, in the middle of progress bars."""
+    if debug:
+        return
+    logging.basicConfig(level=logging.ERROR)
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "ERROR")
+
+
+def run_job(*command: str) -> None:
+    """`main()` with the words of `command` before the script's own arguments; the scripts in jobs/ are such calls."""
+    sys.argv = ["gavamoe", *command, *sys.argv[1:]]
+    main()

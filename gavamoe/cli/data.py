@@ -1,0 +1,93 @@
+"""`gavamoe data ...`: make and look at datasets."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from gavamoe.cli.options import Json, OutPath, bounds_of, input_folder, pairs_of, shares_of
+
+if TYPE_CHECKING:
+    from gavamoe.data.readers.formats import TextMode
+
+data_app = typer.Typer(help="Make and look at datasets.", no_args_is_help=True)
+
+
+@data_app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(help="Review file, or the folder that holds it (peter).")],
+    out: OutPath,
+    format: Annotated[str, typer.Option("--format", help="amazon, yelp, peter, or table (CSV, JSONL, Parquet).")],
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=NAME", help="table: the column of user, item, rating, text, features or title."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Shares of train, valid and test.")] = "8:1:1",
+    index_dir: Annotated[
+        Path | None, typer.Option(help="Folder with train.index, validation.index, test.index to split by.")
+    ] = None,
+    titles: Annotated[Path | None, typer.Option(help="amazon, yelp: the file with the items' titles.")] = None,
+    text_mode: Annotated[
+        str | None,
+        typer.Option(help="review: choose a sentence with a feature; explanation: take the text; none: no text."),
+    ] = None,
+    rating_scale: Annotated[str | None, typer.Option(metavar="LOW:HIGH", help="Ratings outside are rejected.")] = None,
+    max_rejected_share: Annotated[float, typer.Option(min=0, max=1, help="Fail above this share of bad rows.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
+    json_output: Json = False,
+) -> None:
+    """Turn raw reviews into a dataset folder: ids, splits, features, one explanation a row."""
+    from gavamoe.cli.output import summary
+    from gavamoe.cli.terminal import TerminalProgress
+    from gavamoe.data.prepare import prepare as prepare_reviews
+
+    with TerminalProgress() as progress:
+        progress.step("Prepare reviews")
+        result = prepare_reviews(
+            source,
+            out,
+            format,
+            columns=pairs_of("--column", column),
+            split=shares_of(split),
+            index_dir=index_dir,
+            titles=titles,
+            text_mode=cast("TextMode | None", text_mode),  # checked there, with the other arguments
+            rating_scale=bounds_of(rating_scale),
+            max_rejected_share=max_rejected_share,
+            seed=seed,
+            progress=progress.rows,
+        )
+    summary.print_prepared(result, out, as_json=json_output)
+
+
+@data_app.command()
+def synthesize(
+    out: OutPath,
+    users: Annotated[int, typer.Option(min=10)] = 2000,
+    items: Annotated[int, typer.Option(min=10)] = 1000,
+    ratings: Annotated[int, typer.Option(min=100)] = 60000,
+    groups: Annotated[int, typer.Option(min=1, max=16, help="Planted user groups.")] = 3,
+    gap: Annotated[float, typer.Option(min=0, help="How far the groups' tastes differ; 0.5 is hard.")] = 1.0,
+    noise: Annotated[float | None, typer.Option(min=0, help="Standard deviation of the rating noise.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Make reviews with planted user groups, and the truth about them in truth.json."""
+    from gavamoe.cli.terminal import console
+    from gavamoe.data.synthetic.generator import synthesize as make
+
+    extra = {} if noise is None else {"noise": noise}
+    make(out, users=users, items=items, ratings=ratings, groups=groups, gap=gap, seed=seed, **extra)
+    console.print(f"dataset: {out}", markup=False)
+
+
+@data_app.command("describe")
+def describe_data(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", parser=input_folder, help="Dataset folder, or URI.")],
+    json_output: Json = False,
+) -> None:
+    """The paper's Table 1 for a dataset, and more: density, ratings, cold users, features."""
+    from gavamoe.cli.output import summary
+    from gavamoe.data.dataset import open_dataset
+    from gavamoe.data.describe import describe
+
+    summary.print_description(describe(open_dataset(dataset)), as_json=json_output)

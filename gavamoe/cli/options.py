@@ -1,0 +1,160 @@
+"""Options that several commands share, and the parsing of option values with an inner form."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gavamoe.errors import InputError, RunError
+
+Json = Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON document on standard output.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a config field, e.g. stage1.beta=0.2")
+]
+ScoreStyle = Annotated[
+    str | None,
+    typer.Option(
+        "--style",
+        help="BLEU and ROUGE: sacrebleu (and rouge-score; the default), peter (as the PETER line of papers), or both.",
+    ),
+]
+
+
+def input_folder(text: str) -> Path:
+    """A local path as it is; the local copy of what is stored at a URI.
+
+    Raises:
+        InputError: nothing is stored at the URI.
+    """
+    from gavamoe.artifacts import remote
+
+    path = remote.located(text)
+    if remote.is_uri(text) and not path.is_dir():
+        hint = "; a folder that was not stored there by gavamoe goes by its path" if text.startswith("file:") else ""
+        raise InputError(f"{text}: no dataset or run is stored there{hint}")
+    return path
+
+
+def work_folder(text: str) -> Path:
+    """What may be there already; what the command leaves is stored at the URI when it ends, whatever way it ends."""
+    from gavamoe.artifacts import remote
+
+    path = remote.located(text)
+    if remote.is_uri(text):
+        _to_store[path] = text
+    return path
+
+
+def local_path(text: str) -> Path:
+    """A path that a command writes to by itself, before anything is stored.
+
+    Raises:
+        InputError: it is a URI.
+    """
+    from gavamoe.artifacts import remote
+
+    if remote.is_uri(text):
+        raise InputError(f"{text}: this command writes to local folders; take one, then `gavamoe copy` it there")
+    return Path(text)
+
+
+def run_folder(text: str) -> Path:
+    """What must be there, and is stored again: a run that the command adds to."""
+    input_folder(text)
+    return work_folder(text)
+
+
+def store_work() -> None:
+    """Store the work folders of the command that has ended.
+
+    Raises:
+        RunError: the storage can't be written; printed instead where the command failed itself.
+    """
+    if not _to_store:
+        return
+    from gavamoe.artifacts import remote
+    from gavamoe.cli.terminal import console
+
+    failed = isinstance(sys.exc_info()[1], Exception)
+    while _to_store:
+        path, uri = _to_store.popitem()
+        if not path.is_dir():
+            continue  # the command failed before it made anything
+        try:
+            remote.commit(path)
+            console.print(f"stored: {uri}", markup=False, soft_wrap=True)
+        except (InputError, RunError) as error:
+            if not failed:
+                raise
+            print(f"error: {error}", file=sys.stderr)  # the command's own error follows it
+
+
+_to_store: dict[Path, str] = {}
+"""Work folders of the running command, and the URIs that they stand for."""
+
+RunPath = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", parser=run_folder, help="A run folder, as `gavamoe train` makes it, or its URI."),
+]
+DatasetPath = Annotated[Path, typer.Option("--dataset", metavar="FOLDER", parser=input_folder, help="Dataset, or URI.")]
+OutPath = Annotated[Path, typer.Argument(metavar="OUT", parser=work_folder, help="Dataset folder to make, or URI.")]
+
+
+def name_of(dataset: Path) -> str:
+    """What a dataset is called: the last part of its path or URI."""
+    from gavamoe.artifacts import remote
+
+    place = remote.place_of(dataset)
+    return dataset.resolve().name if place is None else place.uri.rsplit("/", 1)[-1]
+
+
+def pairs_of(option: str, values: list[str] | None) -> dict[str, str] | None:
+    """["user=uid"] -> {"user": "uid"}."""
+    if not values:
+        return None
+    pairs: dict[str, str] = {}
+    for value in values:
+        name, equals, text = value.partition("=")
+        if not (name and equals and text):
+            raise InputError(f"{option} {value}: expected FIELD=NAME, such as user=uid")
+        pairs[name] = text
+    return pairs
+
+
+def shares_of(text: str) -> tuple[float, float, float]:
+    numbers = _numbers("--split", text, 3, "8:1:1")
+    if min(numbers) < 0 or numbers[0] == 0:
+        raise InputError(f"--split {text}: shares are not negative, and that of train is above 0")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def bounds_of(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    low, high = _numbers("--rating-scale", text, 2, "1:5")
+    if low >= high:
+        raise InputError(f"--rating-scale {text}: the first number must be below the second")
+    return low, high
+
+
+def counts_of(text: str) -> list[int]:
+    low, high = _numbers("--sweep-clusters", text, 2, "2:8")
+    if not (low.is_integer() and high.is_integer() and 1 <= low < high):
+        raise InputError(f"--sweep-clusters {text}: expected two whole numbers, the first below the second")
+    return list(range(int(low), int(high) + 1))
+
+
+def weights_of(text: str) -> tuple[float, float, float]:
+    first, second, third = _numbers("--weights", text, 3, "0.4:0.3:0.3")
+    return first, second, third
+
+
+def _numbers(option: str, text: str, count: int, example: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(":")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != count or not all(abs(number) < 1e9 for number in numbers):
+        raise InputError(f"{option} {text}: expected {count} numbers such as {example}")
+    return numbers

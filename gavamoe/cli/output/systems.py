@@ -1,0 +1,71 @@
+"""What `gavamoe ablate` and `gavamoe human-eval` print: tables for people, one JSON document for machines."""
+
+from pathlib import Path
+
+from gavamoe.cli.terminal import console, print_json, print_table
+from gavamoe.evaluation.comparison import (
+    FIGURE_FILE,
+    SCORES_FILE,
+    SHORT,
+    TABLE_FILE,
+    Comparison,
+    difference_table,
+    table,
+)
+from gavamoe.evaluation.human.results import Estimate, HumanResult
+from gavamoe.evaluation.human.study import CRITERIA, Key
+
+
+def print_comparison(comparison: Comparison, folder: Path, *, as_json: bool) -> None:
+    """`gavamoe ablate`: Figure 3's table, the differences to the full system, what is left."""
+    if as_json:
+        print_json(comparison.model_dump(mode="json"))
+    if comparison.outcomes:
+        title = f"{comparison.dataset}: mean ± half the 95 % t interval over the seeds"
+        print_table(title, *table(comparison, SHORT))
+        title = "Differences under the same seed; * where the interval leaves out 0"
+        print_table(title, *difference_table(comparison, SHORT))
+        console.print(
+            f"all scores: {folder / TABLE_FILE}   figure: {folder / FIGURE_FILE}   data: {folder / SCORES_FILE}",
+            markup=False,
+            soft_wrap=True,
+        )
+        console.print(f"next:   gavamoe report {folder}", markup=False, soft_wrap=True)
+    for name, why in comparison.skipped.items():
+        console.print(f"left out: {name} ({why})", markup=False, soft_wrap=True)
+    if comparison.left:
+        console.print(
+            f"not started yet, call again to go on: {'; '.join(comparison.left)}", markup=False, soft_wrap=True
+        )
+
+
+def print_study(out: Path, key_file: Path, key: Key, raters: int) -> None:
+    """`gavamoe human-eval export`."""
+    rows = len({text.row for text in key.texts})
+    print_table(
+        f"Human evaluation of {', '.join(key.systems)}",
+        ["", ""],
+        [("rows", rows), ("texts to rate (equal ones once)", len(key.texts)), ("raters", raters)],
+    )
+    console.print(f"for raters: {out}   keep to yourself: {key_file}", markup=False, soft_wrap=True)
+    console.print(f"next: gavamoe human-eval import {key_file} RATER-1.csv ...", markup=False, soft_wrap=True)
+
+
+def print_human(result: HumanResult, out: Path, *, as_json: bool) -> None:
+    """`gavamoe human-eval import`: the paper's Table 4, with intervals and agreement."""
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+    names = list(result.agreement)
+    heads = ["system", "rows", *(criterion.letter for criterion in CRITERIA), "Human-Score"]
+    rows = [
+        (system.system, system.rows, *(_interval(system.scores[name]) for name in names)) for system in result.systems
+    ]
+    title = f"{len(result.raters)} raters, 1 to 5; 95 % bootstrap over rows"
+    print_table(title, heads, [*rows, ("agreement (alpha)", "", *result.agreement.values())])
+    gaps = [(f"{gap.system} less {gap.other}", gap.rows, _interval(gap.gap)) for gap in result.gaps]
+    print_table("Human-Score on the same rows", ["", "rows", "difference"], gaps)
+    console.print(f"result: {out}   plot: {out.with_suffix('.png')}", markup=False, soft_wrap=True)
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.2f} ({estimate.low:.2f} to {estimate.high:.2f})"

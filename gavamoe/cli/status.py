@@ -1,0 +1,189 @@
+"""`gavamoe status RUN`: what ran, when, how far it is, what is next, as the files of the run folder say it."""
+
+import re
+import shlex
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gavamoe.artifacts import remote
+from gavamoe.artifacts.files import read_json
+from gavamoe.artifacts.manifest import read_manifest
+from gavamoe.config.files import load_config
+from gavamoe.data.dataset import open_dataset
+from gavamoe.errors import InputError
+from gavamoe.evaluation.evaluated_run import read_log
+from gavamoe.pipeline import CONFIG_FILE, DATASET_FILE
+
+State = Literal["done", "running", "stopped", "damaged", "not started"]
+
+SECONDS_OF_SILENCE = 120.0
+"""A log that was written to since then belongs to a step that runs."""
+_STEPS = ("stage1", "stage2", "evaluation")
+_SHOWN = ("loss", "validation_loss", "elbo", "valid_rmse", "rmse", "tokens_per_second", "pairs_per_second")
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """One step of a run."""
+
+    name: str
+    state: State
+    step: int | None = None
+    """Of the newest log line."""
+    steps: int | None = None
+    numbers: dict[str, float] = field(default_factory=dict)
+    """The newest value of each number that tells how training goes, or the finished step's metrics."""
+    finished: str | None = None
+    """When the artifact was written, ISO 8601."""
+    seconds: float | None = None
+    """How long the step took in its last attempt."""
+    idle: float | None = None
+    """Seconds since the log was last written to."""
+    checkpoints: list[str] = field(default_factory=list)
+    """Their names, the newest last; which of them are registered is Ray's to say."""
+    warnings: list[str] = field(default_factory=list)
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run as its folder shows it."""
+
+    path: str
+    dataset: str
+    dataset_problem: str | None
+    steps: list[StepStatus]
+    logs: dict[str, str]
+    """What to look at, by name."""
+    next: str
+    """The command to go on with, or what to wait for."""
+
+
+def read_status(run: Path) -> RunStatus:
+    """Read a run folder.
+
+    Raises:
+        InputError: it is no run folder, or its config can't be read.
+    """
+    run = Path(run)
+    if not (run / CONFIG_FILE).is_file():
+        raise InputError(f"{run}: not a run folder ({CONFIG_FILE} is missing); `gavamoe train` makes one")
+    load_config(run / CONFIG_FILE)
+    reference = read_json(run / DATASET_FILE)
+    steps = [_step(run, name) for name in _STEPS]
+    place = remote.place_of(run)
+    path = str(run) if place is None else place.uri
+    return RunStatus(
+        path=path,
+        dataset=str(reference.get("path")),
+        dataset_problem=_dataset_problem(reference),
+        steps=steps,
+        logs=_logs(run),
+        next=_next(path, run / CONFIG_FILE, str(reference.get("path")), steps),
+    )
+
+
+def _step(run: Path, name: str) -> StepStatus:
+    found = _from_log(run, name)
+    folder = run / name
+    if not folder.is_dir():
+        return found
+    try:
+        manifest = read_manifest(folder, name, verify=False)  # type: ignore[arg-type]
+        metrics = read_json(folder / "metrics.json")
+    except InputError as error:
+        return StepStatus(name, "damaged", problem=str(error))
+    return StepStatus(
+        name,
+        "done",
+        step=found.step,
+        steps=found.steps,
+        numbers=_result(name, metrics),
+        finished=manifest.created,
+        seconds=metrics.get("seconds"),
+        warnings=found.warnings,
+    )
+
+
+def _from_log(run: Path, name: str) -> StepStatus:
+    """What the log tells of a step whose artifact is not there."""
+    path = run / "logs" / f"{name}.jsonl"
+    lines = read_log(path)
+    kept = sorted(p.name for p in (run / "checkpoints" / name).glob("checkpoint_[0-9]*"))
+    if not lines and not kept:
+        return StepStatus(name, "not started")
+    idle = time.time() - path.stat().st_mtime
+    numbers = {n: float(line[n]) for line in lines for n in _SHOWN if isinstance(line.get(n), int | float)}
+    return StepStatus(
+        name,
+        "running" if idle < SECONDS_OF_SILENCE else "stopped",
+        step=_newest(lines, "step"),
+        steps=_newest(lines, "steps"),
+        numbers=numbers,
+        idle=idle,
+        checkpoints=kept,
+        warnings=_warnings(lines),
+    )
+
+
+def _warnings(lines: list[dict[str, Any]]) -> list[str]:
+    """The newest of each kind: one text with other numbers comes every epoch."""
+    texts = [str(line["warning"]) for line in lines if "warning" in line]
+    return list({re.sub(r"[\d.]+", "", text): text for text in texts}.values())
+
+
+def _newest(lines: list[dict[str, Any]], name: str) -> int | None:
+    values = [line[name] for line in lines if isinstance(line.get(name), int)]
+    return values[-1] if values else None
+
+
+def _result(name: str, metrics: dict[str, Any]) -> dict[str, float]:
+    """The few numbers of a finished step that people ask for first."""
+    if name == "stage1":
+        test = metrics.get("test", {})
+        chosen = {"rmse": test.get("rmse"), "smallest_cluster_share": metrics.get("smallest_cluster_share")}
+    elif name == "stage2":
+        chosen = {key: metrics.get(key) for key in ("validation_loss", "tokens_per_second")}
+    else:
+        chosen = {key: metrics.get("metrics", {}).get(key) for key in ("bleu_4", "rouge_l", "fmr", "rmse")}
+    return {key: float(value) for key, value in chosen.items() if isinstance(value, int | float)}
+
+
+def _dataset_problem(reference: dict[str, Any]) -> str | None:
+    path = str(reference.get("path"))
+    if remote.is_uri(path):
+        return None  # looking would fetch it
+    try:
+        fingerprint = open_dataset(Path(path)).fingerprint
+    except InputError as error:
+        return str(error)
+    return None if fingerprint == reference.get("fingerprint") else f"{path}: has changed since the run was started"
+
+
+def _logs(run: Path) -> dict[str, str]:
+    found = {name: str(run / "logs" / f"{name}.jsonl") for name in _STEPS if (run / "logs" / f"{name}.jsonl").is_file()}
+    if (run / "logs" / "tensorboard").is_dir():
+        found["tensorboard"] = f"tensorboard --logdir {shlex.quote(str(run / 'logs' / 'tensorboard'))}"
+    if (run / "logs" / "mlflow.db").is_file():
+        found["mlflow"] = f"mlflow ui --backend-store-uri sqlite:///{(run / 'logs' / 'mlflow.db').absolute()}"
+    if (run / "report.html").is_file():
+        found["report"] = str(run / "report.html")
+    return found
+
+
+def _next(run: str, config: Path, dataset: str, steps: list[StepStatus]) -> str:
+    quoted = shlex.quote(run)
+    for step in steps:
+        if step.state == "damaged":
+            return f"{step.name}/ is damaged ({step.problem}); remove it, then run it again"
+        if step.state == "running":
+            return f"{step.name} is running, or was {step.idle or 0:.0f} s ago; wait, or look at its log"
+        if step.state != "done" and step.name != "evaluation":
+            return (
+                f"gavamoe train {shlex.quote(str(config))} --dataset {shlex.quote(dataset)} --run-dir {quoted} --resume"
+            )
+        if step.state != "done":
+            return f"gavamoe evaluate {quoted}"
+    return f"gavamoe serve {quoted}"

@@ -1,0 +1,99 @@
+"""Run configurations as files: YAML in and out, presets by name, `--set a.b=c` overrides.
+
+A wrong or unknown field raises `InputError` naming the field, the value, the bound, and the nearest known name.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from gavamoe.config.problems import describe
+from gavamoe.config.schema import RunConfig
+from gavamoe.errors import InputError
+
+MAX_CONFIG_BYTES = 2**20
+
+
+def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file or a shipped preset by name, apply `a.b=c` overrides, validate.
+
+    Raises:
+        InputError: one line naming file, field, value, bound and the nearest known name.
+    """
+    path = find_config(source)
+    return parse_config(_read_yaml(path), str(path), overrides)
+
+
+def parse_config(values: Any, source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Build a config from parsed YAML; `source` is named in errors."""
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: expected fields and values, found {type(values).__name__}")
+    for override in overrides:
+        values = _apply_override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{source}: {describe(error, RunConfig)}") from error
+
+
+def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """A copy of `config` with `a.b=c` overrides applied and validated."""
+    return parse_config(config.model_dump(mode="json"), "--set", overrides)
+
+
+def dump_config(config: RunConfig) -> str:
+    """The complete config as YAML; `load_config` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def find_config(source: str | Path) -> Path:
+    """Path of a config file, or of a preset shipped with the package ("quickstart", "paper", ...)."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    presets = presets_folder()
+    named = presets / f"{source}.yaml"
+    if path.name == str(source) and named.is_file():
+        return named
+    known = sorted(file.stem for file in presets.glob("*.yaml"))
+    raise InputError(f"{source}: no such config file, nor one of the presets {', '.join(known)}")
+
+
+def presets_folder() -> Path:
+    """`configs/` of the checkout, or its copy inside an installed wheel."""
+    installed = Path(__file__).parent.parent / "_configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent.parent / "configs"
+
+
+def _read_yaml(path: Path) -> Any:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise InputError(f"{path}: larger than the {MAX_CONFIG_BYTES} bytes a config may have")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        detail = " ".join(str(error).split())
+        raise InputError(f"{path}: not valid YAML ({detail})") from error
+
+
+def _apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise InputError(f"--set {override}: expected FIELD=VALUE, such as stage1.clusters=4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: {text!r} is not a YAML value") from error
+    result = dict(values)
+    node = result
+    for key in keys[:-1]:
+        child = node.get(key)
+        node[key] = dict(child) if isinstance(child, dict) else {}
+        node = node[key]
+    node[keys[-1]] = value
+    return result

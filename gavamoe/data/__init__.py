@@ -1,0 +1,15 @@
+"""Reviews of any format become a dataset folder, and are read from one.
+
+    prepare      `data prepare`: any source -> dataset folder
+    validation   first pass: rows accepted or rejected, with the reason
+    splits       ratio or index files; repeated pairs
+    cleaning     cleaning of texts, ids, titles
+    features     the words in which a text speaks about an item
+    lexicon      word lists for it
+    dataset      the prepared folder, opened
+    writer       the same, written in bounded memory
+    catalog      raw id <-> index, titles, usual features
+    describe     Table 1 and more
+
+Shape letters: N rows of a split, R rows of one batch, U users, I items, S sentences.
+"""

@@ -1,0 +1,258 @@
+"""Features of explanations: the aspects of an item that a text speaks about ("room", "battery").
+
+A statistical extractor, no downloads, two passes over the texts with bounded memory:
+
+1. `WordCounts` counts for every word the texts it occurs in and how often it stands where a noun stands: after
+   a determiner, possessive or common adjective AND before a function word or punctuation; occurrences after a
+   pronoun, "to" or an auxiliary count against it. `Vocabulary.from_counts` keeps the most frequent nouns.
+2. `Vocabulary.choose` picks, for each review, the sentence with the most frequent feature (ties: the first) and
+   names its features, most frequent first. A review without any gives its first sentence of MIN_WORDS words.
+
+English only, single words, surface forms ("room" and "rooms" are two features). Word lists: `lexicon`.
+
+Shape letters: R rows (reviews), S sentences, T words, W distinct words of a batch, V features.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gavamoe.data.lexicon import DESCRIBERS, DETERMINERS, JOINING, NEVER_FEATURES, OPINIONS, STOP_WORDS, VERB_CUES
+
+MAX_FEATURE_CHARS = 64
+MAX_ROW_FEATURES = 5
+MAX_VOCABULARY = 2_000
+MAX_COUNTED_WORDS = 500_000
+"""Distinct words counted at a time; beyond it, words seen in a single text are forgotten."""
+MIN_WORDS = 3
+"""Words that make a sentence worth choosing when none carries a feature."""
+MIN_TEXTS = 3
+MIN_TEXTS_SHARE = 0.0002
+MIN_NOUN_SHARE = 0.03
+"""Least noun evidence of a feature per occurrence, after one standard error (the root of the evidence) is taken off."""
+SUFFIX_NOUN_SHARES = {"ed": 0.6, "ing": 0.4, "ly": 0.4, "ful": 0.4, "ous": 0.4, "ive": 0.4, "able": 0.4, "est": 0.4}
+"""Least evidence per occurrence of words that end like verbs, adverbs or adjectives ("parking" passes)."""
+COMPOUND_EVIDENCE = 0.5
+"""Noun evidence of a word after another content word ("gift card."), where a determiner gives 1."""
+
+_CANDIDATE = r"^\p{L}{3,24}$"
+_STRANGE = r"[^\p{L}\p{M}\p{N}\x00-\x7f]+"
+"""Typographic quotes, dashes, emoji: bytes that `_words` would otherwise take for letters."""
+_SPACE, _PAUSE, _STOP, _LETTER = range(4)
+_KINDS = np.full(256, _SPACE, dtype=np.uint8)
+_KINDS[np.frombuffer(b",/-&", dtype=np.uint8)] = _PAUSE
+_KINDS[np.frombuffer(b'.!?;:()[]{}"|\n', dtype=np.uint8)] = _STOP
+_KINDS[np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", dtype=np.uint8)] = _LETTER
+_KINDS[0x80:] = _LETTER  # what is not ASCII and not strange is a letter
+
+
+class _Words(NamedTuple):
+    """The words of a batch of texts, in order, lower case; apostrophes part words ("don", "t")."""
+
+    distinct: pa.Array
+    """string (W,)"""
+    code: np.ndarray
+    """int32 (T,): positions in `distinct`"""
+    text: np.ndarray
+    """int64 (T,): the text each word is in"""
+    gap: np.ndarray
+    """uint8 (T,): what follows the word: _SPACE, _PAUSE (comma, hyphen) or _STOP (other punctuation, end of text)"""
+
+
+class WordCounts:
+    """First pass: `add` every text."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, list[float]] = {}
+        """word -> [texts, occurrences, noun-like minus verb-like occurrences]"""
+        self.texts = 0
+
+    def add(self, text: pa.Array) -> None:
+        """Count the words of a batch of texts."""
+        words = _words(text)
+        size = len(words.distinct)
+        candidate = pc.match_substring_regex(words.distinct, _CANDIDATE).to_numpy(zero_copy_only=False)
+        candidate &= ~_among(words.distinct, NEVER_FEATURES)
+        occurrences = np.bincount(words.code, minlength=size)
+        balance = np.bincount(words.code, _noun_evidence(words, candidate), size)
+        counted = candidate[words.code]
+        pairs = _distinct(words.text[counted] * size + words.code[counted])
+        texts = np.bincount(pairs % max(size, 1), minlength=size)
+        taken = np.flatnonzero(candidate)
+        numbers = np.stack([texts[taken], occurrences[taken], balance[taken]], axis=1).tolist()
+        self._merge(words.distinct.take(pa.array(taken)).to_pylist(), numbers)
+        self.texts += len(text)
+
+    def items(self) -> list[tuple[str, float, float, float]]:
+        """(word, texts, occurrences, noun-like minus verb-like occurrences) of every counted word."""
+        return [(word, texts, count, balance) for word, (texts, count, balance) in self._counts.items()]
+
+    def _merge(self, words: list[str], numbers: list[list[float]]) -> None:
+        counts = self._counts
+        for word, new in zip(words, numbers, strict=True):
+            old = counts.get(word)
+            counts[word] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+        if len(counts) > MAX_COUNTED_WORDS:
+            self._counts = {word: numbers for word, numbers in counts.items() if numbers[0] > 1}
+
+
+class Chosen(NamedTuple):
+    """What `Vocabulary.choose` found for each of R rows."""
+
+    text: pa.Array
+    """string (R,): the chosen sentence; empty for a row without any"""
+    features: pa.Array
+    """list<string> (R,): its features, most frequent first, at most MAX_ROW_FEATURES"""
+
+
+class Vocabulary:
+    """The features of a dataset, most frequent first."""
+
+    def __init__(self, features: list[str]) -> None:
+        self.features = features
+        self._array = pa.array(features, pa.string())
+
+    @classmethod
+    def from_counts(cls, counts: WordCounts) -> "Vocabulary":
+        """The MAX_VOCABULARY most frequent noun-like words, by the number of texts they occur in."""
+        least = max(MIN_TEXTS, math.ceil(MIN_TEXTS_SHARE * counts.texts))
+        ranked = [
+            (-texts, word)
+            for word, texts, occurrences, balance in counts.items()
+            if texts >= least and _is_noun(word, balance, occurrences)
+        ]
+        return cls([word for _, word in sorted(ranked)[:MAX_VOCABULARY]])
+
+    def choose(self, sentence: pa.Array, row: np.ndarray, n_rows: int) -> Chosen:
+        """Choose one sentence for each row.
+
+        Args:
+            sentence: string (S,), in order of rows.
+            row: int64 (S,) the row of each sentence.
+            n_rows: R.
+        """
+        none = len(self.features)
+        words = _words(sentence)
+        rank_T = self._ranks(words.distinct)[words.code]
+        best_S = np.full(len(sentence), none + 1)
+        starts = np.flatnonzero(np.diff(words.text, prepend=-1))
+        if len(starts):
+            best_S[words.text[starts]] = np.minimum.reduceat(np.where(rank_T < none, rank_T, none + 1), starts)
+        n_words_S = np.bincount(words.text, minlength=len(sentence))
+        best_S[(best_S > none) & (n_words_S >= MIN_WORDS)] = none
+        order = np.lexsort((np.arange(len(sentence)), best_S, row))
+        rows_with, first = np.unique(row[order], return_index=True)
+        chosen_R = np.full(n_rows, -1)
+        chosen_R[rows_with] = order[first]
+        taken_T = (rank_T < none) & (chosen_R[row[words.text]] == words.text)
+        features = self._lists(row[words.text[taken_T]], rank_T[taken_T], n_rows)
+        picked = sentence.take(pa.array(chosen_R, mask=chosen_R < 0))
+        return Chosen(pc.fill_null(picked, ""), features)
+
+    def _ranks(self, distinct: pa.Array) -> np.ndarray:
+        found = pc.index_in(distinct, value_set=self._array)
+        return pc.fill_null(found, len(self.features)).to_numpy()
+
+    def _lists(self, row: np.ndarray, rank: np.ndarray, n_rows: int) -> pa.Array:
+        size = max(len(self.features), 1)
+        keys = _distinct(row * size + rank)
+        row, rank = keys // size, keys % size
+        kept = np.arange(len(row)) - np.searchsorted(row, row) < MAX_ROW_FEATURES
+        offsets = np.searchsorted(row[kept], np.arange(n_rows + 1)).astype(np.int32)
+        return pa.ListArray.from_arrays(pa.array(offsets), self._array.take(pa.array(rank[kept])))
+
+
+def given_features(values: pa.Array) -> pa.Array:
+    """Clean lists of features that a source gives: list<string> (R,) from lists, or from strings parted by , ; or |.
+
+    Lower case, single blanks, no control characters, no repetitions, at most MAX_FEATURE_CHARS long and
+    MAX_ROW_FEATURES a row; nulls become empty lists.
+    """
+    if not pa.types.is_list(values.type):
+        values = pc.split_pattern_regex(pc.fill_null(values, ""), "[,;|]")
+    row = pc.list_parent_indices(values).to_numpy()
+    flat = pc.list_flatten(values).cast(pa.string())
+    flat = pc.utf8_slice_codeunits(pc.utf8_lower(flat), 0, 4 * MAX_FEATURE_CHARS)
+    flat = pc.utf8_trim(pc.replace_substring_regex(flat, r"[\p{Cc}\p{Cf}\p{Z}]+", " "), " ")
+    good = pc.and_(pc.not_equal(flat, ""), pc.less_equal(pc.utf8_length(flat), MAX_FEATURE_CHARS))
+    good_S = pc.fill_null(good, False).to_numpy(zero_copy_only=False)
+    coded = flat.filter(pa.array(good_S)).dictionary_encode()
+    row, code = row[good_S], coded.indices.to_numpy()
+    _, first = np.unique(row * max(len(coded.dictionary), 1) + code, return_index=True)
+    first.sort()
+    row, code = row[first], code[first]
+    kept = np.arange(len(row)) - np.searchsorted(row, row) < MAX_ROW_FEATURES
+    offsets = np.searchsorted(row[kept], np.arange(len(values) + 1)).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), coded.dictionary.take(pa.array(code[kept])))
+
+
+def _is_noun(word: str, evidence: float, occurrences: float) -> bool:
+    needed = next((share for suffix, share in SUFFIX_NOUN_SHARES.items() if word.endswith(suffix)), 0.0)
+    sure = evidence - math.sqrt(max(evidence, 0.0))
+    return sure > MIN_NOUN_SHARE * occurrences and evidence >= needed * occurrences
+
+
+def _noun_evidence(words: _Words, candidate: np.ndarray) -> np.ndarray:
+    """float (T,): 1 in the place of a noun, COMPOUND_EVIDENCE at the end of a compound, -1 in the place of a verb.
+
+    In "a cozy, quiet room" a comma follows an adjective, in "tasty food, fast service" a noun: after a comma or
+    "and" only words that an adjective precedes count.
+    """
+    spaced = np.roll(words.gap, 1) == _SPACE
+    before, after = np.roll(words.code, 1), np.roll(words.code, -1)
+    joins = (words.gap == _PAUSE) | _among(words.distinct, JOINING)[after]
+    closes = (words.gap == _STOP) | (~joins & _among(words.distinct, STOP_WORDS)[after])
+    noun = closes & _among(words.distinct, DETERMINERS)[before]
+    noun |= (closes | joins) & _among(words.distinct, DESCRIBERS | OPINIONS)[before]
+    compound = closes & candidate[before]
+    verb = _among(words.distinct, VERB_CUES)[before]
+    return spaced * (noun + COMPOUND_EVIDENCE * compound - verb)
+
+
+def _words(text: pa.Array) -> _Words:
+    """Part texts (R,) into words by looking at each byte once; string kernels with patterns take ten times as long."""
+    text = pc.utf8_lower(text)
+    strange = pc.invert(pc.string_is_ascii(text))
+    if pc.any(strange).as_py():
+        text = pc.replace_with_mask(text, strange, pc.replace_substring_regex(text.filter(strange), _STRANGE, " "))
+    text = pa.concat_arrays([text])  # one buffer that starts at offset 0
+    ends = np.frombuffer(text.buffers()[1], dtype=np.int32)[: len(text) + 1]
+    data = np.frombuffer(text.buffers()[2] or b"", dtype=np.uint8)[ends[0] : ends[-1]]
+    ends = ends - ends[0]
+    kinds = np.append(_KINDS[data], np.uint8(_STOP))
+    starts, stops = _spans(kinds == _LETTER, ends)
+    offsets = np.zeros(len(starts) + 1, dtype=np.int32)
+    np.cumsum(stops - starts, out=offsets[1:])
+    letters = data[kinds[:-1] == _LETTER]
+    flat = pa.StringArray.from_buffers(len(starts), pa.py_buffer(offsets), pa.py_buffer(letters))
+    encoded = flat.dictionary_encode()
+    parent = np.searchsorted(ends, starts, side="right") - 1
+    gap = np.full(len(starts), _STOP, dtype=np.uint8)
+    if len(starts):
+        bounds = np.stack([starts, stops], axis=1).ravel()
+        same_text = np.diff(parent, append=-1) == 0
+        gap[same_text] = np.maximum.reduceat(kinds, bounds)[1::2][same_text]
+    return _Words(encoded.dictionary, encoded.indices.to_numpy(), parent, gap)
+
+
+def _spans(letter: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and ends of the runs in `letter` (the last byte is none); no run crosses an end of a text."""
+    first, last = letter.copy(), letter[:-1] & ~letter[1:]
+    first[1:] &= ~letter[:-1]
+    filled = np.diff(ends) > 0
+    first[ends[:-1][filled]] = letter[ends[:-1][filled]]
+    last[ends[1:][filled] - 1] = letter[ends[1:][filled] - 1]
+    return np.flatnonzero(first), np.flatnonzero(last) + 1
+
+
+def _among(distinct: pa.Array, words: frozenset[str] | set[str]) -> np.ndarray:
+    return pc.is_in(distinct, value_set=pa.array(sorted(words), pa.string())).to_numpy(zero_copy_only=False)
+
+
+def _distinct(keys: np.ndarray) -> np.ndarray:
+    """np.unique of non-negative integers; sorting is several times as fast as its hash table here."""
+    keys = np.sort(keys)
+    return keys[np.diff(keys, prepend=-1) > 0]

@@ -1,0 +1,241 @@
+"""`gavamoe data prepare`: a source of reviews or pairs becomes a dataset folder, in bounded memory.
+
+Two passes: `intake` reads the source once, keeps the good rows and counts words; then splits are drawn, and the
+texts are read back to choose sentences and features and to write the dataset.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import BaseModel, ConfigDict
+
+from gavamoe.artifacts.files import write_folder
+from gavamoe.data.cleaning import MAX_TITLE_CHARS, clean, sentences
+from gavamoe.data.features import Vocabulary
+from gavamoe.data.readers.formats import Format, TextMode, check_columns, get_format, read_titles
+from gavamoe.data.splits import check_ratio, draw_splits, given_splits, repeated_pairs
+from gavamoe.data.validation import Intake, Taken
+from gavamoe.data.writer import LEFT_OUT, DatasetWriter, Rows
+from gavamoe.errors import InputError
+
+DEFAULT_MAX_REJECTED_SHARE = 0.1
+
+OnRows = Callable[[str, int], None]
+"""Called with the phase ("read", "write") and the rows done in it."""
+
+
+class PrepareSummary(BaseModel):
+    """What became of a source's rows."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    read: int
+    """Rows of the source."""
+    kept: int
+    """Rows in the dataset."""
+    rejected: dict[str, int]
+    """Rows not taken, by reason; each is in rejected.jsonl."""
+    repeated_pairs: int
+    """Good rows left out for a later one of the same user and item."""
+    in_no_index: int
+    """Good rows that no index file names."""
+    texts_cut: int
+    """Texts longer than the stated bound, shortened."""
+    without_feature: int
+    """Kept rows in whose text no feature was found or given."""
+    vocabulary: int
+    """Features that the extractor found; 0 where the source gives them."""
+    rows: dict[str, int]
+    """By split."""
+    users: int
+    items: int
+    titles: int
+    """Items with a title."""
+    fingerprint: str
+
+
+def prepare(
+    source: Path,
+    out: Path,
+    format: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: Sequence[float] = (8, 1, 1),
+    index_dir: Path | None = None,
+    seed: int = 0,
+    max_rejected_share: float = DEFAULT_MAX_REJECTED_SHARE,
+    titles: Path | None = None,
+    text_mode: TextMode | None = None,
+    rating_scale: tuple[float, float] | None = None,
+    progress: OnRows | None = None,
+) -> PrepareSummary:
+    """Write the dataset folder `out` from `source`; whole or not at all.
+
+    Args:
+        format: a name in `readers.FORMATS`.
+        columns: for format table: the source's column for each field it names otherwise.
+        split: ratio of train, valid and test rows.
+        index_dir: folder of index files that give the split instead; repeated pairs then stay as they are.
+        max_rejected_share: fail when a larger share of rows is rejected.
+        titles: file of item titles (Amazon's meta file, Yelp's business file).
+        text_mode: explanation, review or none; None: the format's own.
+        rating_scale: lowest and highest rating; None: the format's own.
+
+    Raises:
+        InputError: something about the source, the arguments or `out` is wrong.
+    """
+    source, kind = Path(source), get_format(format)
+    check_columns(format, columns or {})
+    check_ratio(split)
+    _check_arguments(source, format, kind, text_mode, rating_scale, max_rejected_share, titles)
+    mode, scale = text_mode or kind.text_mode, rating_scale or kind.scale
+    report = progress or (lambda phase, rows: None)
+    with write_folder(Path(out)) as folder:
+        with Intake(folder, mode, scale, rated=kind.rated) as intake:
+            for batch in kind.read(source, columns or {}):
+                intake.add(batch)
+                report("read", intake.read)
+        taken = intake.taken()
+        _check_rejections(source, intake, len(taken.row), max_rejected_share)
+        _read_title_file(source, kind, titles, intake)
+        rows, repeats = _split(intake, taken, index_dir, split, seed)
+        settings = {"source": source.name, "format": format, "text_mode": mode, "seed": seed}
+        settings["split"] = Path(index_dir).name if index_dir is not None else ":".join(f"{part:g}" for part in split)
+        return _write(folder, intake, rows, repeats, settings, scale, report)
+
+
+def _check_arguments(
+    source: Path,
+    format: str,
+    kind: Format,
+    text_mode: str | None,
+    rating_scale: tuple[float, float] | None,
+    max_rejected_share: float,
+    titles: Path | None,
+) -> None:
+    if not source.exists():
+        raise InputError(f"{source}: no such file")
+    if text_mode is not None and text_mode not in get_args(TextMode):
+        raise InputError(f"text_mode: unknown value {text_mode!r}; known are {', '.join(get_args(TextMode))}")
+    if not 0 <= max_rejected_share <= 1:
+        raise InputError(f"max_rejected_share: {max_rejected_share} is outside 0..1")
+    if rating_scale is not None and not -1e30 < rating_scale[0] < rating_scale[1] < 1e30:
+        raise InputError(f"rating_scale: {rating_scale[0]}..{rating_scale[1]} is no range from low to high")
+    if titles is not None and kind.title_keys is None:
+        raise InputError(f"titles: format {format} has no title file; a table has a title column (--column title=NAME)")
+
+
+def _check_rejections(source: Path, intake: Intake, kept: int, max_share: float) -> None:
+    """Raise InputError when too many rows were rejected, or none is left."""
+    if intake.read == 0:
+        raise InputError(f"{source}: holds no rows")
+    rejected = intake.rejected.total()
+    share = rejected / intake.read
+    if share <= max_share and kept:
+        return
+    first = intake.first_rejection
+    reasons = ", ".join(f"{reason} {count}" for reason, count in intake.rejected.most_common())
+    shown = f"; first: row {first.row}, {first.reason}: {first.raw}" if first else ""
+    way_out = (
+        "" if not kept else f"; mend the rows or allow more with --max-rejected-share {min(1.0, share + 0.01):.2f}"
+    )
+    raise InputError(
+        f"{source}: {rejected} of {intake.read} rows rejected ({share:.1%}, allowed are {max_share:.0%}): "
+        f"{reasons}{shown}{way_out}"
+    )
+
+
+def _read_title_file(source: Path, kind: Format, titles: Path | None, intake: Intake) -> None:
+    path = titles
+    if path is None and kind.title_file is not None and (source.parent / kind.title_file).is_file():
+        path = source.parent / kind.title_file
+    if path is None or kind.title_keys is None:
+        return
+    found = read_titles(Path(path), kind.title_keys, intake.items.codes)
+    cleaned = clean(pa.array(found.values(), pa.string()), MAX_TITLE_CHARS).to_pylist()
+    intake.titles.update({code: title for code, title in zip(found, cleaned, strict=True) if title})
+
+
+def _split(intake: Intake, taken: Taken, index_dir: Path | None, ratio: Sequence[float], seed: int) -> tuple[Rows, int]:
+    """The rows with their splits, and how many are left out as repeated pairs."""
+    if index_dir is not None:
+        split, repeats = given_splits(index_dir, taken.row, intake.last_row), 0
+    else:
+        single = ~repeated_pairs(taken.user, taken.item, taken.time)
+        split, repeats = np.full(len(single), LEFT_OUT, dtype=np.int8), int(np.count_nonzero(~single))
+        split[single] = draw_splits(len(single) - repeats, ratio, seed)
+    rows = Rows(
+        users=intake.users.values,
+        items=intake.items.values,
+        titles=[intake.titles.get(code) for code in range(len(intake.items))],
+        user=taken.user,
+        item=taken.item,
+        rating=taken.rating,
+        split=split,
+    )
+    return rows, repeats
+
+
+def _write(
+    folder: Path,
+    intake: Intake,
+    rows: Rows,
+    repeats: int,
+    settings: dict[str, Any],
+    scale: tuple[float, float] | None,
+    report: OnRows,
+) -> PrepareSummary:
+    vocabulary = intake.vocabulary()
+    kept = rows.split != LEFT_OUT
+    with DatasetWriter(folder, rows) as writer:
+        bare = _write_texts(intake, writer, kept, vocabulary, settings["text_mode"], report)
+        intake.remove_spool()
+        counts = {
+            "read": intake.read,
+            "kept": int(kept.sum()),
+            "repeated_pairs": repeats,
+            "in_no_index": int((~kept).sum()) - repeats,
+            "texts_cut": intake.texts_cut,
+            "without_feature": bare,
+            "vocabulary": len(vocabulary.features) if vocabulary else 0,
+        }
+        rejected = {f"rejected: {reason}": count for reason, count in sorted(intake.rejected.items())}
+        meta = writer.finish(**settings, preparation=counts | rejected, bounds=scale)
+    return PrepareSummary(
+        **counts,
+        rejected=dict(intake.rejected.most_common()),
+        rows=meta.rows,
+        users=meta.users,
+        items=meta.items,
+        titles=sum(rows.titles[code] is not None for code in np.unique(rows.item[kept]).tolist()),
+        fingerprint=meta.fingerprint,
+    )
+
+
+def _write_texts(
+    intake: Intake,
+    writer: DatasetWriter,
+    kept: np.ndarray,
+    vocabulary: Vocabulary | None,
+    text_mode: str,
+    report: OnRows,
+) -> int:
+    """Choose text and features of every row taken and write them; returns how many kept rows have no feature."""
+    start = bare = 0
+    for text, features in intake.spooled():
+        if vocabulary is not None:
+            if text_mode == "review":
+                sentence, row = sentences(text)
+            else:
+                sentence, row = text, np.arange(len(text))
+            text, features = vocabulary.choose(sentence, row, len(text))
+        writer.write(text, features)
+        empty = pc.equal(pc.list_value_length(features), 0).to_numpy(zero_copy_only=False)
+        bare += int(np.count_nonzero(empty & kept[start : start + len(text)]))
+        start += len(text)
+        report("write", start)
+    return bare

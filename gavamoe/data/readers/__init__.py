@@ -1,0 +1,10 @@
+"""Source formats; a reader yields raw batches and judges nothing.
+
+    formats      the table of source formats
+    batches      batches of raw records, bounded
+    json_lines   JSON lines and arrays, plain or gzip
+    tables       CSV and Parquet
+    pickles      reviews.pickle without running anything in it
+
+Shape letters: R rows of a batch.
+"""

@@ -1,0 +1,150 @@
+"""The table of source formats: how each is read, its rating scale, and where its item titles lie.
+
+To add a format, add a row to FORMATS (docs/data.md).
+"""
+
+import ast
+import difflib
+import html
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from gavamoe.data.readers.batches import FIELDS, RawBatch, batch_records, open_source
+from gavamoe.data.readers.json_lines import read_objects
+from gavamoe.data.readers.pickles import read_peter
+from gavamoe.data.readers.tables import read_csv, read_parquet
+from gavamoe.errors import InputError
+
+TextMode = Literal["explanation", "review", "none"]
+"""explanation: a text is the explanation already; review: choose a sentence of it; none: pairs without text."""
+MAX_TITLE_LINE_BYTES = 4 * 2**20
+
+
+class Format(NamedTuple):
+    """One kind of source."""
+
+    read: Callable[[Path, Mapping[str, str]], Iterator[RawBatch]]
+    """Source and the user's column names by field -> batches."""
+    scale: tuple[float, float] | None
+    """Lowest and highest rating; None: what is observed."""
+    text_mode: TextMode
+    title_keys: tuple[tuple[str, ...], str] | None = None
+    """Of the file with item titles: the keys that may hold the item's id, and the title's."""
+    title_file: str | None = None
+    """Name of that file where it lies beside the source by default."""
+    rated: bool = True
+    """Every row must have a rating."""
+
+
+def _read_amazon(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
+    """Amazon reviews of 2014 and 2018 (reviewerID, asin, overall, reviewText) and 2023 (user_id, parent_asin, ...)."""
+    del columns
+    fields = {
+        "user": ("reviewerID", "user_id"),
+        "item": ("parent_asin", "asin"),  # titles of 2023 go by the parent
+        "rating": ("overall", "rating"),
+        "text": ("reviewText", "text"),
+        "time": ("unixReviewTime", "timestamp", "sort_timestamp"),
+    }
+    return batch_records(source, read_objects(source), fields)
+
+
+def _read_yelp(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
+    """The review file of Yelp's academic dataset."""
+    del columns
+    fields = {
+        "user": ("user_id",),
+        "item": ("business_id",),
+        "rating": ("stars",),
+        "text": ("text",),
+        "time": ("date",),
+    }
+    return batch_records(source, read_objects(source), fields)
+
+
+def _read_peter(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
+    """The reviews.pickle of PETER and PEPLER."""
+    del columns
+    fields = {field: (field,) for field in ("user", "item", "rating", "text", "features")}
+    return batch_records(source, read_peter(source), fields)
+
+
+def _read_table(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
+    """CSV, JSON lines or Parquet, by the file's name."""
+    suffixes = [suffix.lower() for suffix in source.suffixes if suffix.lower() != ".gz"]
+    kind = suffixes[-1] if suffixes else ""
+    if kind in (".parquet", ".pq"):
+        return read_parquet(source, columns)
+    if kind in (".csv", ".tsv", ".txt"):
+        return read_csv(source, columns)
+    if kind in (".json", ".jsonl", ".ndjson"):
+        return _read_json_table(source, columns)
+    raise InputError(f"{source}: a table is .csv .tsv .txt .json .jsonl .ndjson (also .gz) or .parquet, not {kind!r}")
+
+
+def _read_json_table(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
+    fields = {field: (columns.get(field, field),) for field in FIELDS}
+    return batch_records(source, read_objects(source), fields, named=frozenset(columns))
+
+
+FORMATS: dict[str, Format] = {
+    "amazon": Format(_read_amazon, (1, 5), "review", (("parent_asin", "asin"), "title")),
+    "yelp": Format(
+        _read_yelp, (1, 5), "review", (("business_id",), "name"), title_file="yelp_academic_dataset_business.json"
+    ),
+    "peter": Format(_read_peter, (1, 5), "explanation"),
+    "table": Format(_read_table, None, "explanation", rated=False),
+}
+
+
+def get_format(name: str) -> Format:
+    """The format of that name; InputError with the nearest known name otherwise."""
+    if name in FORMATS:
+        return FORMATS[name]
+    near = difflib.get_close_matches(name.lower(), FORMATS, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise InputError(f"format: unknown value {name!r}; known are {', '.join(FORMATS)}{hint}")
+
+
+def check_columns(format: str, columns: Mapping[str, str]) -> None:
+    """Refuse a column mapping that the format would ignore or that names an unknown field."""
+    if columns and format != "table":
+        raise InputError(f"columns: only format table takes a mapping; format {format} has its own field names")
+    for field in columns:
+        if field not in FIELDS:
+            near = difflib.get_close_matches(field.lower(), FIELDS, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"columns: unknown field {field!r}; known are {', '.join(FIELDS)}{hint}")
+
+
+def read_titles(path: Path, keys: tuple[tuple[str, ...], str], wanted: Mapping[str, int]) -> dict[int, str]:
+    """Titles by item code from a file of JSON (or, as Amazon's of 2014, Python literal) lines.
+
+    Lines that can't be read, and items that are not `wanted` (raw id -> code), are passed over.
+    """
+    id_keys, title_key = keys
+    titles: dict[int, str] = {}
+    with open_source(path) as file:
+        while line := file.readline(MAX_TITLE_LINE_BYTES):
+            record = _literal(line)
+            if not isinstance(record, dict) or not isinstance(record.get(title_key), str):
+                continue
+            for key in id_keys:
+                code = wanted.get(str(record.get(key)).strip())
+                if code is not None:
+                    titles.setdefault(code, html.unescape(record[title_key]))
+    return titles
+
+
+def _literal(line: bytes) -> Any:
+    text = line.decode("utf-8", "replace")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None

@@ -1,0 +1,253 @@
+"""First pass over a source: every row is taken or rejected with a reason; texts go to a file, the rest to arrays.
+
+Memory: about 40 bytes a row, the distinct ids, and one batch.
+
+Shape letters: R rows of a batch, N rows taken.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from gavamoe.data.cleaning import (
+    MAX_EXPLANATION_CHARS,
+    MAX_REVIEW_CHARS,
+    MAX_TITLE_CHARS,
+    clean,
+    clean_id,
+    clean_review,
+    too_long,
+    unmarked,
+)
+from gavamoe.data.features import Vocabulary, WordCounts, given_features
+from gavamoe.data.readers.batches import RawBatch, Rejection, parse_numbers
+from gavamoe.data.readers.formats import TextMode
+from gavamoe.data.writer import Coder
+from gavamoe.errors import InputError
+
+REASONS = (
+    "",
+    "user missing",
+    "user id malformed",
+    "item missing",
+    "item id malformed",
+    "rating missing",
+    "rating not a number",
+    "rating off scale",
+    "text missing",
+)
+"""By reason code; 0: the row is taken. The first that applies is given."""
+_SPOOL_SCHEMA = pa.schema([("text", pa.string()), ("features", pa.list_(pa.string()))])
+
+
+class Taken(NamedTuple):
+    """The rows taken, without their texts."""
+
+    row: np.ndarray
+    """int64 (N,): row number in the source, from 1"""
+    user: np.ndarray
+    """int32 (N,): codes"""
+    item: np.ndarray
+    rating: np.ndarray
+    """float32 (N,), NaN where there is none"""
+    time: np.ndarray
+    """float64 (N,), NaN where there is none"""
+
+
+class Intake:
+    """Takes batches one by one with `add`; a context manager that closes its files."""
+
+    def __init__(self, folder: Path, text_mode: TextMode, scale: tuple[float, float] | None, rated: bool) -> None:
+        """
+        Args:
+            folder: where `rejected.jsonl` stays and the spool of texts lies until it is removed.
+            scale: lowest and highest rating allowed; None: any.
+            rated: every row must have a rating, whether or not the source has such a column.
+        """
+        self.users, self.items = Coder(), Coder()
+        self.titles: dict[int, str] = {}
+        """By item code."""
+        self.read = 0
+        self.last_row = 0
+        """The last row number, which blank lines make larger than `read`."""
+        self.rejected: Counter[str] = Counter()
+        self.first_rejection: Rejection | None = None
+        self.texts_cut = 0
+        self._text_mode: TextMode = text_mode
+        self._scale = scale
+        self._rated: bool | None = True if rated else None
+        self._featured: bool | None = None
+        self._parts: list[Taken] = []
+        self._words = WordCounts()
+        self._spool_path = folder / "texts.arrow"
+        self._spool = pa.ipc.new_stream(
+            str(self._spool_path), _SPOOL_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="lz4")
+        )
+        self._log = open(folder / "rejected.jsonl", "w", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+
+    def __enter__(self) -> "Intake":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._spool.close()
+        self._log.close()
+
+    def add(self, batch: RawBatch) -> None:
+        """Take or reject each row of a batch.
+
+        Raises:
+            InputError: the source has no texts, or begins to have ratings or features in its middle.
+        """
+        count = len(batch.row)
+        self.read += count + len(batch.broken)
+        ends = [rejection.row for rejection in batch.broken] + batch.row[-1:].tolist()
+        self.last_row = max(self.last_row, *ends, 0)
+        if not count:
+            self._reject(batch, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int8))
+            return
+        self._settle_columns(batch)
+        reasons = _Reasons(count)
+        user, item = (self._ids(batch, field, reasons) for field in ("user", "item"))
+        rating = self._ratings(batch, reasons)
+        text = self._texts(batch, reasons)
+        taken = reasons.code == 0
+        self._reject(batch, np.flatnonzero(~taken), reasons.code[~taken])
+        mask = pa.array(taken)
+        items = self.items.encode(item.filter(mask))
+        self._parts.append(
+            Taken(batch.row[taken], self.users.encode(user.filter(mask)), items, rating[taken], _times(batch)[taken])
+        )
+        self._keep_titles(batch, items, mask)
+        self._spool_texts(batch, text.filter(mask), mask)
+
+    def taken(self) -> Taken:
+        """All rows taken, in order."""
+        if not self._parts:
+            return Taken(*(np.empty(0, dtype=kind) for kind in (np.int64, np.int32, np.int32, np.float32, np.float64)))
+        return Taken(*(np.concatenate(parts) for parts in zip(*self._parts, strict=True)))
+
+    def vocabulary(self) -> Vocabulary | None:
+        """The features found in the texts; None where the source gives them or has no texts."""
+        return None if self._featured or self._text_mode == "none" else Vocabulary.from_counts(self._words)
+
+    def spooled(self) -> Iterator[tuple[pa.Array, pa.Array]]:
+        """text string (R,) and given features list<string> (R,) of the rows taken, in order, batch by batch."""
+        self._spool.close()
+        with pa.OSFile(str(self._spool_path)) as file, pa.ipc.open_stream(file) as reader:
+            for batch in reader:
+                yield batch["text"], batch["features"]
+
+    def remove_spool(self) -> None:
+        """Delete the file of texts."""
+        self._spool_path.unlink()
+
+    def _settle_columns(self, batch: RawBatch) -> None:
+        if "text" not in batch.columns and self._text_mode != "none" and self._featured is None:
+            raise InputError(
+                "the source has no text column; name it with --column text=NAME, or take pairs without text with "
+                "text mode none (--text-mode none)"
+            )
+        for name, settled in (("rating", self._rated), ("features", self._featured)):
+            if settled is False and name in batch.columns:
+                raise InputError(f"row {batch.row[0]}: the first rows have no {name} and later rows do; map or drop it")
+        self._rated = self._rated or "rating" in batch.columns
+        self._featured = self._featured or "features" in batch.columns
+        if self._featured and self._text_mode == "review":
+            raise InputError(
+                "text mode review chooses a sentence by the features it finds, but the source gives features: "
+                "use text mode explanation or leave the features column out"
+            )
+
+    def _ids(self, batch: RawBatch, field: str, reasons: "_Reasons") -> pa.Array:
+        ids, missing, malformed = clean_id(batch.columns[field])
+        reasons.mark(missing, f"{field} missing")
+        reasons.mark(malformed, f"{field} id malformed")
+        return ids
+
+    def _ratings(self, batch: RawBatch, reasons: "_Reasons") -> np.ndarray:
+        """float32 (R,), NaN where there is none."""
+        if not self._rated:
+            return np.full(len(batch.row), np.nan, dtype=np.float32)
+        values = batch.columns.get("rating", pa.nulls(len(batch.row), pa.float64()))
+        number, bad = parse_numbers(values)
+        reasons.mark(_blank(values), "rating missing")
+        reasons.mark(bad, "rating not a number")
+        if self._scale is not None:
+            low, high = self._scale
+            reasons.mark(pc.or_(pc.less(number, low), pc.greater(number, high)), "rating off scale")
+        else:  # beyond what a float32 holds
+            reasons.mark(pc.greater(pc.abs(number), 1e30), "rating off scale")
+        return pc.fill_null(number, float("nan")).to_numpy().astype(np.float32)
+
+    def _texts(self, batch: RawBatch, reasons: "_Reasons") -> pa.Array:
+        count = len(batch.row)
+        if self._text_mode == "none":
+            return pa.array([""] * count, pa.string())
+        text = batch.columns.get("text", pa.nulls(count, pa.string()))
+        if self._text_mode == "review":
+            self.texts_cut += too_long(text, MAX_REVIEW_CHARS)
+            text = clean_review(unmarked(text))
+        else:
+            self.texts_cut += too_long(text, MAX_EXPLANATION_CHARS)
+            text = clean(text, MAX_EXPLANATION_CHARS)
+        reasons.mark(pc.or_kleene(pc.is_null(text), pc.equal(text, "")), "text missing")
+        return text
+
+    def _reject(self, batch: RawBatch, places: np.ndarray, codes: np.ndarray) -> None:
+        judged = [
+            Rejection(int(batch.row[place]), REASONS[code], batch.show(place))
+            for place, code in zip(places.tolist(), codes.tolist(), strict=True)
+        ]
+        for rejection in sorted(judged + batch.broken, key=lambda rejection: rejection.row):
+            self.rejected[rejection.reason] += 1
+            self.first_rejection = self.first_rejection or rejection
+            self._log.write(json.dumps(rejection._asdict(), ensure_ascii=False) + "\n")
+
+    def _keep_titles(self, batch: RawBatch, items: np.ndarray, mask: pa.Array) -> None:
+        if "title" not in batch.columns:
+            return
+        titles = clean(batch.columns["title"].filter(mask), MAX_TITLE_CHARS)
+        codes, first = np.unique(items, return_index=True)
+        for code, title in zip(codes.tolist(), titles.take(pa.array(first)).to_pylist(), strict=True):
+            if title:
+                self.titles.setdefault(code, title)
+
+    def _spool_texts(self, batch: RawBatch, text: pa.Array, mask: pa.Array) -> None:
+        if self._featured:
+            given = batch.columns.get("features", pa.nulls(len(batch.row), pa.string()))
+            features = given_features(given.filter(mask))
+        else:
+            features = pa.array([[]] * len(text), _SPOOL_SCHEMA.field("features").type)
+            if self._text_mode != "none":
+                self._words.add(text)
+        self._spool.write_batch(pa.record_batch([text, features], schema=_SPOOL_SCHEMA))
+
+
+class _Reasons:
+    """The first reason that applies to each row."""
+
+    def __init__(self, count: int) -> None:
+        self.code = np.zeros(count, dtype=np.int8)
+
+    def mark(self, mask: pa.Array, reason: str) -> None:
+        """Give `reason` to the rows of `mask` (null: no) that have none yet."""
+        marked = pc.fill_null(mask, False).to_numpy(zero_copy_only=False)
+        self.code[marked & (self.code == 0)] = REASONS.index(reason)
+
+
+def _blank(values: pa.Array) -> pa.Array:
+    if pa.types.is_string(values.type):
+        return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True)
+    return pc.is_null(values)
+
+
+def _times(batch: RawBatch) -> np.ndarray:
+    if "time" not in batch.columns:
+        return np.full(len(batch.row), np.nan)
+    return pc.fill_null(batch.columns["time"], float("nan")).to_numpy()

@@ -1,0 +1,13 @@
+"""A split -> texts and numbers.
+
+    evaluate          write and score a split
+    rows              which rows, and what is asked for them
+    score_files       `gavamoe score`: any system's texts
+    significance      intervals; is a difference more than chance?
+    reference_scores  constant text, mean and bias ratings
+    planted_truth     how much of a planted truth was recovered
+    comparison        systems side by side: means, differences, Figure 3
+    evaluated_run     an evaluated run, read back
+
+Shape letters: N evaluated rows, M columns of statistics that add up over rows.
+"""

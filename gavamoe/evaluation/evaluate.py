@@ -1,0 +1,354 @@
+"""Texts for the rows of a split, and every number about them: `gavamoe evaluate`.
+
+Reads a run's stage1/ and stage2/ and its dataset; writes evaluation/ with metrics.json, artifact.json and a Parquet
+file of texts for each protocol. Text is made by `generate.Explainer`, as in serving.
+
+Shapes: N evaluated rows.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gavamoe.artifacts import remote
+from gavamoe.artifacts.files import read_json, write_folder, write_json
+from gavamoe.artifacts.manifest import read_manifest, write_manifest
+from gavamoe.config.files import load_config, parse_config
+from gavamoe.config.schema import GenerationConfig, RunConfig
+from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.errors import InputError
+from gavamoe.evaluation.faithfulness.features import feature_set
+from gavamoe.evaluation.faithfulness.measure import Gates, Written, measure_beyond
+from gavamoe.evaluation.metrics.bertscore import BertScore, bert_score
+from gavamoe.evaluation.metrics.text_scores import RowStatistics, aggregate, count, measure
+from gavamoe.evaluation.planted_truth import recovered
+from gavamoe.evaluation.reference_scores import most_frequent_text, rating_baselines
+from gavamoe.evaluation.rows import (
+    EvaluatedRows,
+    generations_table,
+    requests_of,
+    select_rows,
+    sparsity_thirds,
+    summary_of,
+)
+from gavamoe.evaluation.significance import intervals, not_better
+from gavamoe.runtime.progress import OnProgress
+
+if TYPE_CHECKING:
+    from gavamoe.generation.generator import Explanation
+    from gavamoe.generation.prompts import ExplanationRequest
+
+SCHEMA_VERSION = 2
+METRICS_FILE = "metrics.json"
+GENERATIONS_FILE = "generations.parquet"
+PREDICTED_FILE = "generations_predicted.parquet"
+"""Texts of the second protocol, where both were evaluated."""
+
+
+class Writer(Protocol):
+    """What evaluation needs of `generate.Explainer`."""
+
+    def explain(
+        self,
+        requests: "Sequence[ExplanationRequest]",
+        generation: GenerationConfig,
+        seed: int = 0,
+        on_progress: OnProgress | None = None,
+    ) -> "list[Explanation]": ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything measured on a split, and the rows it was measured on."""
+
+    metrics: dict[str, Any]
+    """Content of metrics.json, JSON-safe: what is undefined is None."""
+    generations: pa.Table
+    predicted: pa.Table | None = None
+    """Texts of the second protocol, where both were evaluated."""
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What a writer said under one protocol."""
+
+    requests: "list[ExplanationRequest]"
+    explanations: "list[Explanation]"
+    seconds: float
+
+    @property
+    def texts(self) -> list[str]:
+        return [explanation.text for explanation in self.explanations]
+
+
+def evaluate_run(
+    run: Path,
+    *,
+    split: str = "test",
+    dataset: Path | None = None,
+    device: str = "cpu",
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Evaluate a trained run and write its evaluation/ folder, replacing an earlier one.
+
+    Args:
+        options: fields of the config's `evaluation` section; None leaves the config's own.
+        dataset: where the run's dataset is now, if it moved.
+
+    Raises:
+        InputError: not a trained run, another dataset than it was trained on, or an impossible option.
+    """
+    from gavamoe.evaluation.faithfulness.gates import measure_gates
+    from gavamoe.generation.generator import Explainer
+
+    run = Path(run)
+    config = _configured(run, **options)
+    data = _dataset_of(run, dataset)
+    trained = read_manifest(run / "stage2", "stage2", verify=False)
+    if trained.inputs.get("dataset") != data.fingerprint:
+        raise InputError(f"{run / 'stage2'}: was trained on another dataset than {data.path}; train it again")
+    data.size(split)
+    explainer = Explainer.load(run / "stage2", device=device)
+    result = evaluate(
+        explainer,
+        data,
+        config,
+        split=split,
+        routes=run / "stage1" / "routes.parquet",
+        gates=partial(measure_gates, explainer),
+        on_progress=on_progress,
+    )
+    inputs = {"dataset": data.fingerprint, "stage2": trained.fingerprint}
+    write_evaluation(run / "evaluation", result, config, inputs)
+    return result.metrics
+
+
+def evaluate(
+    explainer: Writer,
+    dataset: Dataset,
+    config: RunConfig,
+    *,
+    split: str = "test",
+    routes: Path = Path("routes.parquet"),
+    gates: Gates | None = None,
+    on_progress: OnProgress | None = None,
+) -> Evaluation:
+    """Write and score the explanations of a split, under `config.evaluation`, `config.generation` and `config.seed`.
+
+    Args:
+        routes: stage 1's routes.parquet, for the recovery of planted groups; without it that is None.
+        gates: measures the writer's gates, if it has any.
+        on_progress: called with rows written and rows in all.
+
+    Raises:
+        InputError: the split is unknown or has no rows, or BERTScore's model is not to be had.
+    """
+    options = config.evaluation
+    chosen = select_rows(dataset, split, options.rows, config.seed)
+    protocols = ("given", "predicted") if options.protocol == "both" else (options.protocol,)
+    answers = {protocol: _answers(explainer, chosen, protocol, config, on_progress) for protocol in protocols}
+    constant = most_frequent_text(dataset)
+    measured, bert = _measure(dataset, chosen, answers, constant, config)
+    train = dataset.arrays("train")
+    training_rows = np.bincount(train.user, minlength=dataset.catalog.n_users)[chosen.pairs.user]
+
+    def section(protocol: str) -> dict[str, Any]:
+        rows, said = measured[protocol], answers[protocol]
+        return _section(rows, measured["constant"], said, chosen, training_rows, config) | {
+            "planted": recovered(
+                dataset,
+                routes,
+                generated=said.texts,
+                references=chosen.references,
+                ratings=chosen.pairs.rating,
+                seed=config.seed,
+            ),
+            "beyond": _beyond(explainer, dataset, chosen, said, gates, config) if options.probe_rows else None,
+        }
+
+    metrics: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "dataset": summary_of(dataset),
+        "split": split,
+        "protocol": protocols[0],
+        "style": options.style,
+        "rows": len(chosen.references),
+        "rows_in_split": dataset.size(split),
+        "seed": config.seed,
+        "generation": config.generation.model_dump(mode="json"),
+        "bertscore": bert.described() if bert else None,
+        **section(protocols[0]),
+        "predicted": section("predicted") if len(protocols) > 1 else None,
+        "baselines": {
+            "constant": {"text": constant, **_scored(measured["constant"])},
+            "ratings": rating_baselines(train, chosen.pairs, dataset),
+        },
+    }
+    metrics["not_measured"] = _not_measured(metrics)
+    tables = [generations_table(dataset, split, chosen, answers[protocol].explanations) for protocol in protocols]
+    return Evaluation(metrics, *tables)
+
+
+def write_evaluation(out: Path, result: Evaluation, config: RunConfig, inputs: dict[str, str]) -> None:
+    """Write the artifact folder `out` whole, in place of an earlier one; `inputs`: fingerprints by name."""
+    with write_folder(out, replace=True) as folder:
+        write_json(folder / METRICS_FILE, result.metrics)
+        pq.write_table(result.generations, folder / GENERATIONS_FILE)
+        if result.predicted is not None:
+            pq.write_table(result.predicted, folder / PREDICTED_FILE)
+        write_manifest(folder, "evaluation", config, inputs, {"split": result.metrics["split"]})
+
+
+def _answers(
+    explainer: Writer, rows: EvaluatedRows, protocol: str, config: RunConfig, on_progress: OnProgress | None
+) -> _Answers:
+    requests = requests_of(rows, protocol)
+    started = time.perf_counter()
+    explanations = explainer.explain(requests, config.generation, seed=config.seed, on_progress=on_progress)
+    return _Answers(requests, explanations, time.perf_counter() - started)
+
+
+def _section(
+    rows: RowStatistics,
+    constant: RowStatistics,
+    said: _Answers,
+    chosen: EvaluatedRows,
+    training_rows: np.ndarray,
+    config: RunConfig,
+) -> dict[str, Any]:
+    """The scores of one protocol's texts, of all rows and by group."""
+    clusters = np.array([explanation.cluster for explanation in said.explanations])
+    return {
+        **_scored(rows),
+        "intervals": intervals(rows, seed=config.seed),
+        "sparsity": {
+            name: _scored(rows, index) | {"training_rows_per_user": _range(training_rows[index])}
+            for name, index in sparsity_thirds(chosen.pairs.user, training_rows).items()
+        },
+        "clusters": {str(k): _scored(rows, np.flatnonzero(clusters == k)) for k in np.unique(clusters)},
+        "not_better_than_constant": not_better(rows, constant, seed=config.seed),
+        "seconds_writing": round(said.seconds, 3),
+        "tokens_written": int(sum(explanation.new_tokens for explanation in said.explanations)),
+    }
+
+
+def _beyond(
+    explainer: Writer,
+    dataset: Dataset,
+    chosen: EvaluatedRows,
+    said: _Answers,
+    gates: Gates | None,
+    config: RunConfig,
+) -> dict[str, Any]:
+    written = Written(said.requests, said.explanations, chosen.references, chosen.pairs.rating, chosen.features)
+    return measure_beyond(
+        written,
+        dataset,
+        write=partial(explainer.explain, generation=config.generation, seed=config.seed),
+        gates=gates,
+        probe_rows=config.evaluation.probe_rows,
+        seed=config.seed,
+    )
+
+
+def _measure(
+    dataset: Dataset, rows: EvaluatedRows, answers: dict[str, _Answers], constant: str, config: RunConfig
+) -> tuple[dict[str, RowStatistics], BertScore | None]:
+    """Statistics of each protocol's texts and of the constant text on the same rows, and what BERTScore ran on."""
+    texts = {protocol: said.texts for protocol, said in answers.items()}
+    texts["constant"] = [constant] * len(rows.references)
+    errors = {
+        protocol: _floats(explanation.predicted_rating for explanation in said.explanations) - rows.pairs.rating
+        for protocol, said in answers.items()
+    }
+    bert = _bert_scores(texts, rows.references, config)
+    known = feature_set(dataset)
+    measured = {
+        name: measure(
+            said,
+            rows.references,
+            style=config.evaluation.style,
+            features=rows.features,
+            feature_set=known,
+            rating_error=errors.get(name),
+            bertscore=bert.get(name),
+        )
+        for name, said in texts.items()
+    }
+    return measured, bert.get("constant")
+
+
+def _bert_scores(texts: dict[str, list[str]], references: list[str], config: RunConfig) -> dict[str, BertScore]:
+    """One call for all systems: bert-score encodes a text that occurs twice only once."""
+    options = config.evaluation
+    if not options.bertscore_model:
+        return {}
+    together = bert_score(
+        [text for said in texts.values() for text in said],
+        references * len(texts),
+        options.bertscore_model,
+        options.bertscore_layer,
+        seed=config.seed,
+    )
+    size = len(references)
+    return {name: together.rows(slice(n * size, (n + 1) * size)) for n, name in enumerate(texts)}
+
+
+def _configured(run: Path, **options: Any) -> RunConfig:
+    """The run's config with the given evaluation options in place of its own."""
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: not a run folder (config.yaml is missing); `gavamoe train` makes one")
+    values = load_config(run / "config.yaml").model_dump(mode="json")
+    values["evaluation"] |= {name: value for name, value in options.items() if value is not None}
+    return parse_config(values, "evaluate")
+
+
+def _dataset_of(run: Path, moved_to: Path | None) -> Dataset:
+    """The dataset a run was trained on, checked by fingerprint."""
+    recorded = read_json(run / "dataset.json")
+    if not isinstance(recorded, dict) or not {"path", "fingerprint"} <= recorded.keys():
+        raise InputError(f"{run / 'dataset.json'}: expected path and fingerprint of the dataset")
+    dataset = open_dataset(remote.located(str(recorded["path"])) if moved_to is None else Path(moved_to))
+    if dataset.fingerprint != recorded["fingerprint"]:
+        raise InputError(
+            f"{dataset.path}: not the dataset of {run} (fingerprint {dataset.fingerprint[:12]},"
+            f" the run has {str(recorded['fingerprint'])[:12]})"
+        )
+    return dataset
+
+
+def _scored(rows: RowStatistics, index: np.ndarray | None = None) -> dict[str, Any]:
+    return {"counts": count(rows, index), "metrics": aggregate(rows, index)}
+
+
+def _not_measured(metrics: dict[str, Any]) -> list[dict[str, str]]:
+    """What the numbers don't cover, and why."""
+    counts = metrics["counts"]
+    reasons = {
+        "BERTScore": "" if metrics["bertscore"] else "no model was named (--bertscore-model: hub id or folder)",
+        "FMR, FCR, DIV": "" if counts["rows_with_features"] else "no evaluated row has features",
+        "RMSE, MAE": "" if counts["rows_with_rating"] else "no evaluated row has a rating",
+        "BLEU, ROUGE": "" if counts["empty_references"] < counts["rows"] else "no evaluated row has a text",
+        "Recovery of groups, sentiment, noise floor": "" if metrics["planted"] else "only synthetic data has a truth",
+        "Features, sentiment, copies, personalisation, gates": ""
+        if metrics["beyond"]
+        else "evaluation.probe_rows is 0",
+        "Human evaluation (section 4.5.5)": "people were not asked",
+    }
+    return [{"what": what, "why": why} for what, why in reasons.items() if why]
+
+
+def _floats(values: Any) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def _range(values: np.ndarray) -> list[int] | None:
+    return [int(values.min()), int(values.max())] if values.size else None

@@ -1,0 +1,125 @@
+"""What a report reads of a run folder: config, scores, texts, the stages' metrics and their logs. Never the dataset."""
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gavamoe.artifacts.files import read_json
+from gavamoe.artifacts.manifest import Manifest, read_manifest
+from gavamoe.config.files import load_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.errors import InputError
+from gavamoe.evaluation.evaluate import GENERATIONS_FILE, METRICS_FILE, SCHEMA_VERSION
+
+MAX_LOG_BYTES = 64 * 2**20
+MAX_PICTURE_BYTES = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class RunData:
+    """All that a report needs of a run."""
+
+    name: str
+    long_name: str
+    """With the parent folder's."""
+    config: RunConfig
+    manifest: Manifest
+    metrics: dict[str, Any]
+    generations: pa.Table
+    stages: dict[str, dict[str, Any]]
+    """metrics.json of stage1 and stage2, where they are."""
+    logs: dict[str, list[dict[str, Any]]]
+    """Lines of logs/stage1.jsonl and logs/stage2.jsonl, where they are."""
+
+    latent_map: str | None
+    """clusters.png, as `gavamoe route` leaves it in the run folder, in base 64."""
+
+    def score(self, name: str) -> float | None:
+        value = self.metrics["metrics"].get(name)
+        return None if value is None else float(value)
+
+    def constant(self, name: str) -> float | None:
+        """The score of the most frequent training explanation; for ratings, of the user + item bias model."""
+        baselines = self.metrics["baselines"]
+        if name in ("rmse", "mae"):
+            return baselines["ratings"]["bias_model"][name] if baselines["ratings"] else None
+        value = baselines["constant"]["metrics"].get(name)
+        return None if value is None else float(value)
+
+
+def read_run(run: Path) -> RunData:
+    """Read what a run folder has for a report.
+
+    Raises:
+        InputError: it is no run folder, or its evaluation is missing, damaged or of another format.
+    """
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: not a run folder (config.yaml is missing); `gavamoe train` makes one")
+    manifest = read_manifest(run / "evaluation", "evaluation")
+    metrics = read_json(run / "evaluation" / METRICS_FILE)
+    if metrics.get("schema_version") != SCHEMA_VERSION:
+        raise InputError(
+            f"{run / 'evaluation'}: has schema version {metrics.get('schema_version')}, this gavamoe reads"
+            f" {SCHEMA_VERSION}; evaluate it again"
+        )
+    stages = {
+        stage: read_json(run / stage / METRICS_FILE)
+        for stage in ("stage1", "stage2")
+        if (run / stage / METRICS_FILE).is_file()
+    }
+    return RunData(
+        name=run.resolve().name,
+        long_name="/".join(run.resolve().parts[-2:]),
+        config=load_config(run / "config.yaml"),
+        manifest=manifest,
+        metrics=metrics,
+        generations=pq.read_table(run / "evaluation" / GENERATIONS_FILE),
+        stages=stages,
+        latent_map=_read_picture(run / "clusters.png"),
+        logs={stage: read_log(run / "logs" / f"{stage}.jsonl") for stage in ("stage1", "stage2")},
+    )
+
+
+def distinct_names(runs: Sequence[RunData]) -> list[RunData]:
+    """Folders of one name get their parent's before it, and a number where that does not tell them apart."""
+    once = [run.name for run in runs]
+    longer = [run.long_name if once.count(run.name) > 1 else run.name for run in runs]
+    names = [
+        f"{name} ({longer[: place + 1].count(name)})" if longer.count(name) > 1 else name
+        for place, name in enumerate(longer)
+    ]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _read_picture(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    if path.stat().st_size > MAX_PICTURE_BYTES:
+        raise InputError(f"{path}: larger than the {MAX_PICTURE_BYTES} bytes that a report takes in")
+    return base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines log; a last line that was cut off by a crash is left out. [] without the file."""
+    if not path.is_file():
+        return []
+    if path.stat().st_size > MAX_LOG_BYTES:
+        raise InputError(f"{path}: larger than the {MAX_LOG_BYTES} bytes that a report reads")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
+    return [line for line in found if isinstance(line, dict)]

@@ -1,0 +1,101 @@
+"""What sentiment a text has, and whether it agrees with the rating.
+
+On synthetic data a text is read by the planted words. On other data a reader is learnt from the training split:
+logistic regression from words to the sentiment of the rating. Its agreement on human references says how far to trust
+it.
+
+Shapes: N rows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gavamoe.data.dataset import Dataset, Truth
+from gavamoe.evaluation.metrics.registry import FeatureMatcher, word_grams, words
+from gavamoe.generation.prompts import RatingScale
+
+LEARNT_FROM = 20_000
+"""Training texts that a reader is learnt from, at most."""
+
+
+@dataclass(frozen=True)
+class SentimentReader:
+    """Reads sentiments from texts and from ratings."""
+
+    description: str
+    read: Callable[[Sequence[str]], list[str | None]]
+    """None: the text has no sentiment, or two."""
+    of_rating: Callable[[float], str]
+
+
+def planted_reader(truth: Truth) -> SentimentReader:
+    """By the words that the generator draws on; texts with none of them, or of two sentiments, have no sentiment."""
+    matchers = {name: FeatureMatcher(listed) for name, listed in truth.sentiment_words.items()}
+
+    def read(text: str) -> str | None:
+        named = [name for name, matcher in matchers.items() if matcher.find(text)]
+        return named[0] if len(named) == 1 else None
+
+    return SentimentReader("planted words", lambda texts: list(map(read, texts)), truth.sentiment_of)
+
+
+def learnt_reader(dataset: Dataset, seed: int) -> SentimentReader | None:
+    """From at most LEARNT_FROM training texts; None without ratings, texts, or ratings of two sentiments."""
+    if dataset.rating_range is None:
+        return None
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    low, high = dataset.rating_range
+    scale = RatingScale(low=low, high=high, values=dataset.rating_values)
+    texts, sentiments = _training_texts(dataset, scale, seed)
+    if len(set(sentiments)) < 2:
+        return None
+    # Balanced: with nine in ten ratings positive, a reader may not do well by saying "positive" always.
+    model = make_pipeline(
+        CountVectorizer(analyzer=word_grams, binary=True, max_features=20_000),
+        LogisticRegression(class_weight="balanced", max_iter=200),
+    ).fit(texts, sentiments)
+
+    def read(found: Sequence[str]) -> list[str | None]:
+        if not found:
+            return []
+        return [
+            label if words(text) else None for text, label in zip(found, model.predict(found).tolist(), strict=True)
+        ]
+
+    return SentimentReader(f"logistic regression on {len(texts):,} training texts", read, scale.sentiment)
+
+
+def agreement(reader: SentimentReader, texts: Sequence[str], ratings: np.ndarray) -> np.ndarray:
+    """Whether a text has the sentiment of the row's rating: (N,) 1 or 0, NaN without a rating."""
+    read = reader.read(texts)
+    return np.array(
+        [
+            np.nan if np.isnan(rating) else float(found == reader.of_rating(float(rating)))
+            for found, rating in zip(read, ratings, strict=True)
+        ]
+    )
+
+
+def by_sentiment(reader: SentimentReader, ratings: np.ndarray) -> dict[str, np.ndarray]:
+    """Row numbers of each sentiment that a rating has."""
+    names = np.array(["" if np.isnan(rating) else reader.of_rating(float(rating)) for rating in ratings])
+    return {name: np.flatnonzero(names == name) for name in sorted(set(names.tolist()) - {""})}
+
+
+def _training_texts(dataset: Dataset, scale: RatingScale, seed: int) -> tuple[list[str], list[str]]:
+    table = dataset.table("train", ["text", "rating"])
+    rating = table["rating"].to_numpy(zero_copy_only=False)
+    rated = np.flatnonzero(~np.isnan(rating.astype(np.float64)))
+    if len(rated) > LEARNT_FROM:
+        rated = np.sort(np.random.default_rng(seed).choice(rated, LEARNT_FROM, replace=False))
+    pairs = [
+        (text, scale.sentiment(float(rating[row])))
+        for row, text in zip(rated, table["text"].take(rated).to_pylist(), strict=True)
+        if text and words(text)
+    ]
+    return [text for text, _ in pairs], [sentiment for _, sentiment in pairs]

@@ -1,0 +1,223 @@
+"""`gavamoe ablate`: the systems of `systems` on one dataset, under one budget, over several seeds.
+
+Every system and seed is an ordinary run folder, R/SYSTEM/seed-S, trained, evaluated and left whole; what is there is
+not done again. Stage 1 is trained once for all that share its settings and seed. Seeds come one after the other, so
+that an interrupted comparison has the first seeds of all systems rather than all seeds of the first ones.
+"""
+
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gavamoe.artifacts.files import write_file, write_folder
+from gavamoe.artifacts.manifest import MANIFEST, read_manifest
+from gavamoe.config.files import dump_config, override_config
+from gavamoe.config.schema import RunConfig, Stage1Config
+from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.errors import InputError
+from gavamoe.evaluation.comparison import Comparison, Outcome, read_outcome, write_comparison
+from gavamoe.evaluation.evaluate import Writer, evaluate, evaluate_run, write_evaluation
+from gavamoe.experiments.baselines import peter_train
+from gavamoe.experiments.baselines.retrieval import Copier
+from gavamoe.experiments.variants import SYSTEMS, System, find_systems
+from gavamoe.pipeline import CONFIG_FILE, claim_run, train_run
+from gavamoe.runtime.progress import NoProgress, Progress
+from gavamoe.runtime.ray_train import Line, ray_session
+from gavamoe.stage1.artifact import load_stage1
+from gavamoe.stage1.clusters import plot_latents
+
+
+@dataclass(frozen=True)
+class Job:
+    """One system under one seed."""
+
+    system: System
+    config: RunConfig
+    folder: Path
+
+
+@dataclass
+class _Plan:
+    jobs: list[Job] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Systems that make no sense here, with the reason."""
+
+
+def run_ablation(
+    config: RunConfig,
+    dataset: Path,
+    out: Path,
+    *,
+    seeds: int = 3,
+    only: Sequence[str] = (),
+    minutes: float | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Train and evaluate what is missing, and compare what is there.
+
+    Args:
+        seeds: how many, from `config.seed` on; systems that copy have no seed and run once.
+        only: names of systems; empty: all of `SYSTEMS` that make sense for the config and the data.
+        minutes: start no further run after these.
+
+    Raises:
+        InputError: an unknown system, one named that makes no sense here, or folders of another comparison.
+    """
+    started = time.monotonic()
+    progress = progress or NoProgress()
+    opened, out = open_dataset(dataset), Path(out)
+    plan = _plan(config, opened, out, seeds, only)
+    left = [job for job in plan.jobs if not _evaluated(job, opened)]
+    trains = any(job.system.model == "stage2" and not (job.folder / "stage2" / MANIFEST).is_file() for job in left)
+    with ray_session(config.runtime) if trains else nullcontext():
+        for number, job in enumerate(todo := tuple(left), start=1):
+            if minutes is not None and time.monotonic() - started >= 60 * minutes:
+                break
+            shown = _Named(progress, f"[{number}/{len(todo)}] {job.system.name}, seed {job.config.seed}")
+            _run(job, opened, plan.jobs, shown)
+            left.remove(job)
+            _write(config, opened, plan, left, out)  # an interrupted comparison can be looked at
+    _draw_maps([job for job in plan.jobs if job not in left], opened, progress)
+    return _write(config, opened, plan, left, out)
+
+
+def _write(config: RunConfig, dataset: Dataset, plan: _Plan, left: Sequence[Job], out: Path) -> Comparison:
+    """The comparison of the runs that are there, also as the files in its folder."""
+    comparison = Comparison(
+        dataset=dataset.path.name,
+        fingerprint=dataset.fingerprint,
+        config=config.model_dump(mode="json"),
+        outcomes=[_outcome(job) for job in plan.jobs if job not in left],
+        skipped=plan.skipped,
+        left=[f"{job.system.name}, seed {job.config.seed}" for job in left],
+    )
+    if comparison.outcomes:
+        write_comparison(out, comparison)
+    return comparison
+
+
+def _plan(config: RunConfig, dataset: Dataset, out: Path, seeds: int, only: Sequence[str]) -> _Plan:
+    plan = _Plan()
+    chosen: list[tuple[System, list[str]]] = []
+    for system in find_systems(only) if only else SYSTEMS.values():
+        try:
+            chosen.append((system, system.changes(config, dataset) if system.changes else []))
+        except InputError as reason:
+            if only:
+                raise InputError(f"system {system.name}: {reason}") from reason
+            plan.skipped[system.name] = str(reason)
+    for seed in range(config.seed, config.seed + seeds):
+        for system, changes in chosen:
+            if system.model or seed == config.seed:
+                own = override_config(config, [*changes, f"seed={seed}"])
+                plan.jobs.append(Job(system, own, out / system.name / f"seed-{seed}"))
+    return plan
+
+
+def _evaluated(job: Job, dataset: Dataset) -> bool:
+    """Whether the job's scores are there, made under the same settings from the same data and model."""
+    folder = job.folder / "evaluation"
+    if not folder.is_dir():
+        return False
+    claim_run(job.folder, job.config, dataset, continuing=True)  # refuses a folder of other settings
+    manifest = read_manifest(folder, "evaluation", verify=False)
+    now = job.config.model_dump(mode="json")
+    same = all(manifest.config.get(section) == now[section] for section in ("generation", "evaluation"))
+    kind = job.system.model
+    if kind is None:
+        return same
+    if kind == "peter":
+        same = same and manifest.config.get("peter") == now["peter"]
+    return same and manifest.inputs.get(kind) == read_manifest(job.folder / kind, kind, verify=False).fingerprint
+
+
+def _run(job: Job, dataset: Dataset, jobs: Sequence[Job], progress: Progress) -> None:
+    if job.system.model != "stage2":
+        claim_run(job.folder, job.config, dataset, continuing=True)
+        _write_config(job)
+        inputs = {"dataset": dataset.fingerprint}
+        writer: Writer
+        if job.system.source is not None:
+            writer = Copier(dataset, job.system.source)
+        else:
+            writer = _peter(job, dataset, progress)
+            inputs["peter"] = read_manifest(job.folder / "peter", "peter", verify=False).fingerprint
+        progress.step("write and score texts")
+        result = evaluate(writer, dataset, job.config, on_progress=progress.count)
+        write_evaluation(job.folder / "evaluation", result, job.config, inputs)
+        return
+    _share_stage1(job, jobs)
+    train_run(job.config, dataset.path, job.folder, resume=True, progress=progress)
+    _write_config(job)
+    progress.step("write and score texts")
+    evaluate_run(job.folder, dataset=dataset.path, on_progress=progress.count)
+
+
+def _peter(job: Job, dataset: Dataset, progress: Progress) -> Writer:
+    folder = job.folder / "peter"
+    trained = (folder / MANIFEST).is_file() and read_manifest(folder, "peter", verify=False).config.get("peter")
+    if trained != job.config.peter.model_dump(mode="json"):
+        progress.step("train PETER")
+        features = job.system.peter == "features"
+        peter_train.train_peter(job.config, dataset, folder, features=features, on_progress=progress.count)
+    return peter_train.PeterWriter.load(folder, dataset, job.config.stage2.prompt)
+
+
+def _write_config(job: Job) -> None:
+    """How a run is evaluated may have changed since an earlier session made its folder."""
+    with write_file(job.folder / CONFIG_FILE) as aside:
+        aside.write_text(dump_config(job.config), encoding="utf-8")
+
+
+def _share_stage1(job: Job, jobs: Sequence[Job]) -> None:
+    """Copy stage 1 from a run that trained it under the same settings and seed, if there is one."""
+    if (job.folder / "stage1").exists():
+        return
+    for other in jobs:
+        same = other.config.stage1 == job.config.stage1 and other.config.seed == job.config.seed
+        source = other.folder / "stage1"
+        if same and other is not job and (source / MANIFEST).is_file():
+            with write_folder(job.folder / "stage1") as aside:
+                shutil.copytree(source, aside, dirs_exist_ok=True)
+            log = other.folder / "logs" / "stage1.jsonl"
+            if log.is_file():
+                (job.folder / "logs").mkdir(exist_ok=True)
+                shutil.copyfile(log, job.folder / "logs" / "stage1.jsonl")
+            return
+
+
+def _draw_maps(jobs: Sequence[Job], dataset: Dataset, progress: Progress) -> None:
+    """The latent map of each different stage 1 of the first seed, into its run folder: Figure 5 where K differs."""
+    drawn: list[Stage1Config] = []
+    for job in jobs:
+        if job.system.model != "stage2" or job.config.seed != jobs[0].config.seed or job.config.stage1 in drawn:
+            continue
+        drawn.append(job.config.stage1)
+        picture = job.folder / "clusters.png"
+        if not picture.is_file():
+            progress.step(f"draw the latents of {job.system.name}")
+            model, _ = load_stage1(job.folder / "stage1")
+            plot_latents(model, dataset, picture, seed=job.config.seed)
+
+
+def _outcome(job: Job) -> Outcome:
+    return read_outcome(job.system.name, job.system.label, job.system.what, job.config.seed, job.folder)
+
+
+class _Named:
+    """A `Progress` whose steps say which run they belong to."""
+
+    def __init__(self, inner: Progress, name: str) -> None:
+        self._inner, self._name = inner, name
+
+    def step(self, title: str) -> None:
+        self._inner.step(f"{self._name}: {title}")
+
+    def line(self, line: Line) -> None:
+        self._inner.line(line)
+
+    def count(self, done: int, total: int) -> None:
+        self._inner.count(done, total)

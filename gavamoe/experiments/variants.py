@@ -1,0 +1,174 @@
+"""The systems that `gavamoe ablate` compares: the paper's Figure 3, controls of its claims, PETER, systems that copy.
+
+A system is the same config with a few fields changed, or the baseline PETER, or a `retrieval` source; everything else,
+the budget and the seed among it, is equal.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import yaml
+
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import Dataset
+from gavamoe.errors import InputError
+from gavamoe.experiments.baselines.retrieval import Source
+
+GPT2 = "openai-community/gpt2"
+Changes = Callable[[RunConfig, Dataset], list[str]]
+
+
+@dataclass(frozen=True)
+class System:
+    """One line of the comparison."""
+
+    name: str
+    """Of its folder."""
+    label: str
+    what: str
+    """What it is, for people."""
+    changes: Changes | None = None
+    """Overrides of the config; raises InputError, with the reason, where the system makes no sense."""
+    source: Source | None = None
+    """A system that copies, in place of a trained one."""
+    peter: Literal["ids", "features"] | None = None
+    """PETER, or PETER+, in place of the config's own model."""
+
+    @property
+    def model(self) -> Literal["stage2", "peter"] | None:
+        """The artifact in its run folder that writes; None: it copies, and is the same for every seed."""
+        if self.source is not None:
+            return None
+        return "stage2" if self.peter is None else "peter"
+
+
+def _fixed(*overrides: str) -> Changes:
+    def changes(config: RunConfig, dataset: Dataset) -> list[str]:
+        del dataset
+        for override in overrides:
+            _must_differ(config, override)
+        return list(overrides)
+
+    return changes
+
+
+def _must_differ(config: RunConfig, override: str) -> None:
+    field, _, value = override.partition("=")
+    node: Any = config
+    for part in field.split("."):
+        node = getattr(node, part)
+    if node == yaml.safe_load(value):
+        raise InputError(f"the config itself has {override}")
+
+
+def _coarse(config: RunConfig, dataset: Dataset) -> list[str]:
+    """Experts r times as wide, r times fewer, r times fewer active, with r = gcd(count, top_k)."""
+    del dataset
+    experts = config.stage2.experts
+    ratio = math.gcd(experts.count, experts.top_k)
+    if not experts.enabled or ratio == 1:
+        raise InputError(f"{experts.count} experts with top_k {experts.top_k} have no coarser form of equal size")
+    changes = {"count": experts.count // ratio, "top_k": experts.top_k // ratio}
+    if experts.intermediate_size:
+        changes["intermediate_size"] = experts.intermediate_size * ratio
+    return [f"stage2.experts.{name}={value}" for name, value in changes.items()]
+
+
+def _wide_base(config: RunConfig, dataset: Dataset) -> list[str]:
+    """A dense layer with the parameters of dense layer and experts together, where the base is made from scratch."""
+    del dataset
+    stage2 = config.stage2
+    experts, width = stage2.experts, stage2.scratch.intermediate_size
+    if stage2.base_model != "scratch" or not experts.enabled or experts.conversion == "split":
+        raise InputError("only a scratch base can be made wider, and only experts that add parameters call for it")
+    routed = experts.count * (experts.intermediate_size or width // experts.count)
+    total = routed + (width if experts.conversion == "shared" else 0)
+    return ["stage2.experts.enabled=false", f"stage2.scratch.intermediate_size={total}"]
+
+
+def _gpt2(config: RunConfig, dataset: Dataset) -> list[str]:
+    del dataset
+    if config.stage2.base_model == "scratch":
+        _must_differ(config, "stage2.scratch.family=gpt2")
+        return ["stage2.scratch.family=gpt2"]
+    return [f"stage2.base_model={GPT2}"]
+
+
+def _oracle(config: RunConfig, dataset: Dataset) -> list[str]:
+    truth = dataset.truth()
+    if truth is None:
+        raise InputError("only synthetic data have planted groups")
+    if truth.groups > config.stage1.clusters:
+        raise InputError(f"{truth.groups} planted groups, {config.stage1.clusters} clusters")
+    return ["stage2.routes=oracle"]
+
+
+def _full(config: RunConfig, dataset: Dataset) -> list[str]:
+    del config, dataset
+    return []
+
+
+FULL = System("full", "GaVaMoE", "the config as it is", _full)
+SYSTEMS: dict[str, System] = {
+    system.name: system
+    for system in (
+        FULL,
+        System(
+            "no-multi-gating",
+            "w/o multi-gating",
+            "one gate for all clusters",
+            _fixed("stage2.experts.multi_gate=false"),
+        ),
+        System(
+            "no-fine-grained",
+            "w/o fine-grained experts",
+            "fewer, wider experts with the same parameters, all and active",
+            _coarse,
+        ),
+        System(
+            "base", "Base (dense)", "the base model's own feed-forward layers", _fixed("stage2.experts.enabled=false")
+        ),
+        System("base-wide", "Base, as large", "dense, with as many parameters as GaVaMoE", _wide_base),
+        System("gpt2", "GaVaMoE [GPT-2]", "GPT-2 as the base model", _gpt2),
+        System("alpha-0", "alpha 0", "stage 1 is not trained along (Eq. 13)", _fixed("stage2.alpha=0")),
+        System("random-routes", "random routes", "each pair's gate is drawn by a hash", _fixed("stage2.routes=random")),
+        System("oracle-routes", "oracle routes", "each user's gate is the planted group's", _oracle),
+        System("peter", "PETER", "a small Transformer on the two ids (Li et al. 2021)", peter="ids"),
+        System("peter-plus", "PETER+", "the same, which reads the features too", peter="features"),
+        System("constant", "constant text", "the most frequent training explanation", source="constant"),
+        System("copy-user", "nearest of the user", "the user's nearest training explanation", source="user"),
+        System("copy-item", "nearest of the item", "the item's nearest training explanation", source="item"),
+        System("copy-features", "nearest by features", "the nearest of all training explanations", source="features"),
+    )
+}
+
+
+def find_systems(names: Sequence[str]) -> list[System]:
+    """Systems by name, in the order given; `gates-K` is the full system with K clusters and gates (Table 3).
+
+    Raises:
+        InputError: an unknown name, or one given twice.
+    """
+    if len(set(names)) < len(names):
+        raise InputError(f"systems {', '.join(names)}: one is named twice")
+    return [_find(name) for name in names]
+
+
+def _find(name: str) -> System:
+    if name in SYSTEMS:
+        return SYSTEMS[name]
+    gates = re.fullmatch(r"gates-(\d{1,2})", name)
+    if gates:
+        return System(name, f"{gates[1]} gates", f"{gates[1]} clusters and gates", _gates(int(gates[1])))
+    raise InputError(f"system {name}: unknown; known are {', '.join(SYSTEMS)}, and gates-K such as gates-4")
+
+
+def _gates(clusters: int) -> Changes:
+    def changes(config: RunConfig, dataset: Dataset) -> list[str]:
+        del config, dataset
+        return [f"stage1.clusters={clusters}"]
+
+    return changes

@@ -1,0 +1,12 @@
+"""From a pair to its prompt to its text: one decoding engine.
+
+    prompts          what the model reads, as token ids
+    generator        explanations from a trained model
+    decoding_engine  continuous batching over rows of any cluster
+    engine_thread    the engine's thread behind an asyncio loop
+    kv_cache         keys and values of all rows being written
+    sampling         the next token of each row
+    detokenize       a growing text in pieces
+
+Shape letters: B rows, T tokens, L read length of the cache, N experts, V vocabulary, K clusters.
+"""

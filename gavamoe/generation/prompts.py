@@ -1,0 +1,279 @@
+"""Prompts: what the language model reads, as token ids, and the answer it is trained to write.
+
+Purpose: turn (user, item, rating, features, title) into token ids, and explanations into labels.
+Inputs: a Hugging Face fast tokenizer, the model's slot ids (`user_token`, `item_token`), `PromptConfig`.
+Outputs: lists of token ids; `RatingScale`, which says what a rating means.
+
+One template serves every model, scratch or pretrained; parts in brackets appear where they are known:
+
+    Explain the recommendation.
+    User: [slot] Item: [slot] [Title: ...] [Rating: positive|neutral|negative] [Features: a, b]
+    Explanation:
+
+Each piece is tokenised on its own and special tokens are never parsed in it, so no text of a user can
+forge a slot, end the prompt or start an answer; slots are single ids above the vocabulary. Too long a
+prompt loses title tokens first, then features from the last one on; slots and answer marker stay.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedTokenizerBase
+
+from gavamoe.config.schema import PromptConfig
+from gavamoe.errors import InputError
+from gavamoe.model.base_model import encode_texts
+
+Sentiment = Literal["negative", "neutral", "positive"]
+SENTIMENTS: tuple[Sentiment, ...] = ("negative", "neutral", "positive")
+
+_INSTRUCTION = "Explain the recommendation.\nUser:"
+_ITEM = "\nItem:"
+_TITLE = "\nTitle:"
+_RATING = "\nRating:"
+_FEATURES = "\nFeatures:"
+_COMMA = ","
+_ANSWER = "\nExplanation:\n"
+_CONSTANTS = (_INSTRUCTION, _ITEM, _TITLE, _RATING, _FEATURES, _COMMA, _ANSWER)
+
+_CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), " ")
+_CHARACTERS_PER_TOKEN = 16
+"""Text beyond this many characters per allowed token is not even tokenised: a bound on work, not on meaning."""
+_CONTINUOUS_MIDDLE = 0.1
+"""On a scale without steps, ratings within this share of the range around the middle are neutral."""
+
+
+class RatingScale(BaseModel):
+    """What ratings of a dataset can be, and so what one of them says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    low: float
+    high: float
+    values: tuple[float, ...] | None = None
+    """The finite scale, ascending; None if ratings are continuous."""
+
+    @property
+    def middle(self) -> float:
+        return (self.low + self.high) / 2
+
+    def nearest(self, rating: float) -> float:
+        """The scale's rating closest to a predicted one (the lower of two equally close)."""
+        if self.values is not None:
+            return min(self.values, key=lambda value: (abs(value - rating), value))
+        return min(max(rating, self.low), self.high)
+
+    def sentiment(self, rating: float) -> Sentiment:
+        """Below, at or above the middle of the scale."""
+        tolerance = 0.0 if self.values is not None else _CONTINUOUS_MIDDLE * (self.high - self.low)
+        distance = rating - self.middle
+        if abs(distance) <= tolerance + 1e-9:
+            return "neutral"
+        return "positive" if distance > 0 else "negative"
+
+    def check(self, rating: float) -> None:
+        """Raise InputError unless `rating` lies within the scale."""
+        if not (math.isfinite(rating) and self.low <= rating <= self.high):
+            raise InputError(f"rating {rating:g}: outside this dataset's scale, {self.low:g} to {self.high:g}")
+
+
+class SlotIds(BaseModel):
+    """Token ids of users and items: above the vocabulary, known ones and one for all others, users first.
+
+    The layout of `GavamoeForCausalLM.user_token` and `item_token`, for whoever has no model at hand.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    vocabulary: int
+    n_users: int
+    n_items: int
+
+    def user_token(self, index: int) -> int:
+        return self.vocabulary + min(index, self.n_users)
+
+    def item_token(self, index: int) -> int:
+        return self.vocabulary + self.n_users + 1 + min(index, self.n_items)
+
+
+class PromptSpec(BaseModel):
+    """What a trained model's prompts look like: `prompt.json` of a stage-2 artifact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    prompt: PromptConfig
+    scale: RatingScale | None
+    """None: implicit data, without ratings."""
+    usual_features: Annotated[int, Field(ge=1)]
+    """Features named where none are given: as many as training rows have, for more would be unlike any prompt read."""
+
+
+@dataclass(frozen=True)
+class ExplanationRequest:
+    """A pair to explain. Indices at or above the known counts stand for users and items never seen."""
+
+    user: int
+    item: int
+    rating: float | None = None
+    """None: stage 1's prediction takes its place."""
+    features: tuple[str, ...] | None = None
+    """None: the item's usual features take their place; empty: none are named."""
+
+
+@dataclass(frozen=True)
+class PromptColumns:
+    """N prompts by column; all of length N."""
+
+    users: Sequence[int]
+    items: Sequence[int]
+    ratings: Sequence[float | None]
+    """None or NaN: no sentiment word."""
+    features: Sequence[Sequence[str]]
+    titles: Sequence[str | None]
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+
+def template_texts() -> list[str]:
+    """The constant texts of prompts: what a tokenizer trained for this task must know well."""
+    lines = [_INSTRUCTION + _ITEM + _TITLE + f"{_RATING} {word}" + _FEATURES + _COMMA + _ANSWER for word in SENTIMENTS]
+    return ["".join(lines)]
+
+
+def plain_line(text: str, max_characters: int) -> str:
+    """Text as one line, cut to `max_characters`, without control characters."""
+    return " ".join(text[:max_characters].translate(_CONTROLS).split())
+
+
+class PromptBuilder:
+    """Builds prompts and answers for one model.
+
+    Raises:
+        InputError: `max_tokens` has no room for the parts that are never cut.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        user_token: Callable[[int], int],
+        item_token: Callable[[int], int],
+        config: PromptConfig,
+        scale: RatingScale | None,
+    ) -> None:
+        """`scale` None: the data have no ratings, and prompts no sentiment word."""
+        self.tokenizer, self.config, self.scale = tokenizer, config, scale
+        self.user_token, self.item_token = user_token, item_token
+        self.end = _end_token(tokenizer)
+        constants = dict(zip(_CONSTANTS, encode_texts(tokenizer, _CONSTANTS), strict=True))
+        self._constants = {text: tuple(ids) for text, ids in constants.items()}
+        self._start = (*_start_tokens(tokenizer), *self._constants[_INSTRUCTION])
+        words = encode_texts(tokenizer, [f" {word}" for word in SENTIMENTS])
+        self._sentiments = {
+            word: (*self._constants[_RATING], *ids) for word, ids in zip(SENTIMENTS, words, strict=True)
+        }
+        self._check_room()
+
+    @property
+    def shows_ratings(self) -> bool:
+        """Whether a rating changes the prompt."""
+        return self.config.rating and self.scale is not None
+
+    def prompts(self, columns: PromptColumns) -> list[list[int]]:
+        """Token ids of N prompts, each at most `max_tokens` long and ending in the answer marker."""
+        titles = self._encode_unique(title for title in columns.titles if title) if self.config.title else {}
+        kept = [tuple(words)[: self.config.max_features] for words in columns.features]
+        words = self._encode_unique(word for words in kept for word in words) if self.config.features else {}
+        return [
+            self._assemble(
+                self.user_token(int(columns.users[row])),
+                self.item_token(int(columns.items[row])),
+                titles.get(columns.titles[row] or "", ()),
+                self._sentiment(columns.ratings[row]),
+                [words[word] for word in kept[row] if words.get(word)],
+            )
+            for row in range(len(columns))
+        ]
+
+    def answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of N explanations, cut to `max_explanation_tokens` with the end token, which is always last."""
+        room = self.config.max_explanation_tokens - 1
+        lines = [plain_line(text, room * _CHARACTERS_PER_TOKEN) for text in texts]
+        return [[*ids[:room], self.end] for ids in encode_texts(self.tokenizer, lines)]
+
+    def _sentiment(self, rating: float | None) -> tuple[int, ...]:
+        if not self.config.rating or self.scale is None or rating is None or math.isnan(rating):
+            return ()
+        return self._sentiments[self.scale.sentiment(rating)]
+
+    def _encode_unique(self, texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        """Ids of " text" for each distinct text: titles and features repeat, tokenising each once is what is fast."""
+        distinct = list(dict.fromkeys(texts))
+        lines = [plain_line(text, self.config.max_tokens * _CHARACTERS_PER_TOKEN) for text in distinct]
+        encoded = encode_texts(self.tokenizer, [f" {line}" if line else "" for line in lines])
+        return {text: tuple(ids) for text, ids in zip(distinct, encoded, strict=True)}
+
+    def _assemble(
+        self,
+        user_slot: int,
+        item_slot: int,
+        title: tuple[int, ...],
+        sentiment: tuple[int, ...],
+        features: list[tuple[int, ...]],
+    ) -> list[int]:
+        item = (user_slot, *self._constants[_ITEM], item_slot)
+        answer = self._constants[_ANSWER]
+        room = self.config.max_tokens - len(self._start) - len(item) - len(sentiment) - len(answer)
+        listed = self._list_features(features, room)
+        room -= len(listed)
+        label = self._constants[_TITLE]
+        titled = (*label, *title)[: max(room, 0)] if title and room > len(label) else ()
+        return [*self._start, *item, *titled, *sentiment, *listed, *answer]
+
+    def _list_features(self, features: list[tuple[int, ...]], room: int) -> tuple[int, ...]:
+        """Label and features that fit into `room` tokens; only the first feature may be cut inside."""
+        label, comma = self._constants[_FEATURES], self._constants[_COMMA]
+        if not features or room <= len(label):
+            return ()
+        listed = (*label, *features[0])[:room]
+        for ids in features[1:]:
+            if len(listed) + len(comma) + len(ids) > room:
+                break
+            listed = (*listed, *comma, *ids)
+        return listed
+
+    def _check_room(self) -> None:
+        longest = max(map(len, self._sentiments.values())) if self.shows_ratings else 0
+        fixed = (self._start, self._constants[_ITEM], self._constants[_ANSWER])
+        needed = sum(map(len, fixed)) + 2 + longest  # 2: the slots
+        if needed > self.config.max_tokens:
+            raise InputError(
+                f"stage2.prompt.max_tokens: {self.config.max_tokens} is below the {needed} tokens that"
+                " instruction, slots and answer marker take with this tokenizer; raise it"
+            )
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of different lengths as (ids, attention mask), int64 (B, T), padded on the left for generation."""
+    width = max(map(len, prompts))
+    ids_BT = np.full((len(prompts), width), pad, dtype=np.int64)
+    mask_BT = np.zeros_like(ids_BT)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, width - len(prompt) :] = prompt
+        mask_BT[row, width - len(prompt) :] = 1
+    return ids_BT, mask_BT
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    end: Any = tokenizer.eos_token_id
+    if end is None:
+        raise InputError("stage2.base_model: its tokenizer has no end-of-text token, so no answer could ever stop")
+    return int(end)
+
+
+def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The begin-of-text token, where this tokenizer puts one before a text."""
+    start = tokenizer.bos_token_id
+    encoded = tokenizer("a", add_special_tokens=True)["input_ids"]
+    return (int(start),) if start is not None and encoded[:1] == [start] else ()

@@ -1,0 +1,70 @@
+"""The shape of a base model, that is its Hugging Face config, without its weights.
+
+For the common base models the config is shipped as data (`shapes/*.json`, written from the published ones), so that a
+plan needs no hub; for others it is read from the folder, the GGUF file or the hub, which is some kilobytes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from gavamoe.artifacts.files import read_json
+from gavamoe.config.schema import Stage2Config
+from gavamoe.errors import InputError
+from gavamoe.model.base_model import SUPPORTED, locate_base, scratch_config
+
+SHAPES = Path(__file__).parent / "shapes"
+
+
+def base_shape(stage2: Stage2Config, config_file: Path | None = None) -> PreTrainedConfig:
+    """The config of `stage2.base_model`: from `config_file` where given, else shipped, else from where the model is.
+
+    The scratch model has the vocabulary that it may have at most.
+
+    Raises:
+        InputError: unknown and not to be found, unreadable, or of an unsupported architecture.
+    """
+    if config_file is not None:
+        return _from_values(read_json(config_file), str(config_file))
+    if stage2.base_model == "scratch":
+        return scratch_config(stage2.scratch, stage2.scratch.vocabulary)
+    shipped = shipped_shapes()
+    if stage2.base_model in shipped:
+        return _from_values(shipped[stage2.base_model], stage2.base_model)
+    source, options = locate_base(stage2.base_model)
+    try:
+        return _supported(AutoConfig.from_pretrained(source, trust_remote_code=False, **options), stage2.base_model)
+    except (OSError, ValueError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"base_model {stage2.base_model}: its config cannot be read ({detail}); give its config.json with"
+            f" --base-config, or plan with a known model: {', '.join(sorted(shipped))}"
+        ) from error
+
+
+def shipped_shapes() -> dict[str, dict[str, Any]]:
+    """Hub id to the values of config.json."""
+    found = (read_json(path) for path in sorted(SHAPES.glob("*.json")))
+    return {value["hub_id"]: value["config"] for value in found}
+
+
+def _from_values(values: Any, source: str) -> PreTrainedConfig:
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise InputError(f"{source}: not a model's config.json (model_type is missing)")
+    model_type = values["model_type"]
+    if model_type not in SUPPORTED:
+        raise InputError(f"{source}: architecture {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
+    try:
+        return AutoConfig.for_model(**values)
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{source}: not a usable config ({' '.join(str(error).split())[:200]})") from error
+
+
+def _supported(config: PreTrainedConfig, source: str) -> PreTrainedConfig:
+    if config.model_type not in SUPPORTED:
+        raise InputError(
+            f"base_model {source}: architecture {config.model_type!r} is not supported;"
+            f" supported: {', '.join(SUPPORTED)}"
+        )
+    return config

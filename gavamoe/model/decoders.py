@@ -1,0 +1,194 @@
+"""The decoders of the explainer: LLaMA and GPT-2 whose feed-forward layers are GaVaMoE blocks, and the model's config.
+
+transformers' own models are kept whole but for the layer, which hands the rows' cluster ids to its block.
+
+Shape letters: B rows, T positions, D hidden size.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.utils.output_capturing import OutputRecorder
+
+from gavamoe.model.moe import MlpExperts, MoeSpec, MultiGateMoe, MultiGateRouter, SwiGluExperts
+
+
+class GavamoeConfig(PreTrainedConfig):
+    """Sizes of the explainer; the decoder's own are in `text_config`, a LLaMA or GPT-2 config."""
+
+    model_type = "gavamoe"
+    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
+    }
+
+    text_config: Any = None
+    n_users: int = 0
+    """Known users; the table has one row more, for all others."""
+    n_items: int = 0
+    slot_size: int = 8
+    """E."""
+    n_gates: int = 1
+    """K."""
+    experts_enabled: bool = True
+    n_experts: int = 2
+    """rN per block."""
+    experts_per_token: int = 1
+    expert_size: int = 8
+    conversion: str = "shared"
+    """How the experts came from the dense model; "shared" keeps the dense block beside them."""
+    renormalise: bool = False
+    load_balance_weight: float = 0.0
+    router_z_weight: float = 0.0
+    expert_kernel: str = "auto"
+    """One of `moe`'s kernels, unless `from_pretrained` is given `experts_implementation`."""
+    output_router_logits: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # A dense decoder refuses any kernel but "eager", which is to say none.
+        kwargs.setdefault("experts_implementation", self.expert_kernel if self.experts_enabled else "eager")
+        super().__post_init__(**kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """V: ids of text tokens; users and items follow above."""
+        return self.text_config.vocab_size
+
+
+class MoeLlamaLayer(LlamaDecoderLayer):
+    """A LLaMA layer whose feed-forward network is a GaVaMoE block and so needs the rows' clusters."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int, spec: MoeSpec, keep_dense: bool) -> None:
+        super().__init__(config, layer_idx)
+        self.mlp = MultiGateMoe(config, spec, shared_expert=self.get_submodule("mlp") if keep_dense else None)
+
+    def forward(self, hidden_states: Tensor, *, cluster_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """hidden_states (B, T, D) to the same shape; `kwargs` go to the attention, as in the parent class."""
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), cluster_ids)
+
+
+class MoeGpt2Layer(GPT2Block):
+    """The same for GPT-2."""
+
+    def __init__(self, config: GPT2Config, layer_idx: int, spec: MoeSpec, keep_dense: bool) -> None:
+        super().__init__(config, layer_idx)
+        self.mlp = MultiGateMoe(config, spec, shared_expert=self.get_submodule("mlp") if keep_dense else None)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        *,
+        cluster_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states (B, T, D) to the same shape. There is no encoder: its arguments are GPT2Model's, and None."""
+        attended, _ = self.attn(
+            self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.ln_2(hidden_states), cluster_ids)
+
+
+@torch.no_grad()
+def init_moe_weights(module: nn.Module, std: float) -> None:
+    """Draw a router's or experts' weights with standard deviation `std`, biases 0; other modules are left alone."""
+    if isinstance(module, MultiGateRouter):
+        init.normal_(module.weight, std=std)
+    elif isinstance(module, SwiGluExperts | MlpExperts):
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):
+                init.zeros_(parameter)
+            else:
+                init.normal_(parameter, std=std)
+
+
+class MoeLlamaModel(LlamaModel):
+    """LlamaModel with GaVaMoE blocks."""
+
+    # transformers looks for the kernels' decorator in the source of the module that defines a model class and caches
+    # the answer on the class; a subclass in another file inherits a False and silently runs the eager kernel.
+    _can_set_experts_implementation_cached_value = True
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": LlamaDecoderLayer,
+        "attentions": LlamaAttention,
+        "router_logits": OutputRecorder(MultiGateRouter, index=0),
+    }
+
+    def __init__(self, config: LlamaConfig, spec: MoeSpec, keep_dense: bool) -> None:
+        with init.no_init_weights():
+            super().__init__(config)
+        layers = range(config.num_hidden_layers)
+        self.layers = nn.ModuleList([MoeLlamaLayer(config, index, spec, keep_dense) for index in layers])
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_moe_weights(module, self.config.initializer_range)
+
+
+class MoeGpt2Model(GPT2Model):
+    """GPT2Model with GaVaMoE blocks."""
+
+    _can_set_experts_implementation_cached_value = True  # see MoeLlamaModel
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": GPT2Block,
+        "attentions": OutputRecorder(GPT2Attention, layer_name=".attn", index=1),
+        "router_logits": OutputRecorder(MultiGateRouter, index=0),
+    }
+
+    def __init__(self, config: GPT2Config, spec: MoeSpec, keep_dense: bool) -> None:
+        with init.no_init_weights():
+            super().__init__(config)
+        layers = range(config.num_hidden_layers)
+        self.h = nn.ModuleList([MoeGpt2Layer(config, index, spec, keep_dense) for index in layers])
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_moe_weights(module, self.config.initializer_range)
+
+
+def moe_spec(config: GavamoeConfig) -> MoeSpec:
+    """Sizes of the config's blocks, in the terms of `moe`."""
+    text = config.text_config
+    llama = text.model_type == "llama"
+    return MoeSpec(
+        hidden_size=text.hidden_size,
+        experts=config.n_experts,
+        top_k=config.experts_per_token,
+        expert_size=config.expert_size,
+        gates=config.n_gates,
+        activation=text.hidden_act if llama else text.activation_function,
+        gated=llama,
+        renormalise=config.renormalise,
+        dropout=0.0 if llama else text.resid_pdrop,
+    )
+
+
+def build_decoder(config: GavamoeConfig) -> PreTrainedModel:
+    """The decoder that the config describes: with GaVaMoE blocks, or dense where experts are off."""
+    text = config.text_config
+    moe, dense = DECODERS[text.model_type]
+    if not config.experts_enabled:
+        return dense(text)
+    return moe(text, moe_spec(config), config.conversion == "shared")
+
+
+DECODERS = {"llama": (MoeLlamaModel, LlamaModel), "gpt2": (MoeGpt2Model, GPT2Model)}
+"""Supported architectures by `model_type`: with GaVaMoE blocks, and dense."""

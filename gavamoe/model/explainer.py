@@ -1,0 +1,386 @@
+"""The explainer (section 3.3): a LLaMA or GPT-2 decoder whose feed-forward layers are GaVaMoE blocks, as an ordinary
+Hugging Face causal language model that also takes a cluster id per row and knows users and items as tokens.
+
+A user or item is one token id above the vocabulary: its embedding is a row of the table shared with stage 1, through
+a projection. Such ids are read, never written: logits cover the vocabulary only.
+
+`build_explainer` turns a dense model into an explainer; `load_explainer` reads a saved one, strictly.
+Shape letters: B rows, T positions, D hidden size, E slot size (stage 1's embedding size), V vocabulary, N experts.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+)
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from gavamoe.artifacts.files import read_json
+from gavamoe.config.schema import RunConfig
+from gavamoe.errors import InputError
+from gavamoe.model.conversion import convert_block, explainer_config
+from gavamoe.model.decoders import GavamoeConfig, build_decoder
+from gavamoe.model.moe import (
+    MlpExperts,
+    MultiGateRouter,
+    SwiGluExperts,
+    check_cluster_ids,
+    load_balance_loss,
+    router_z_loss,
+)
+
+IGNORED = -100
+"""Label of positions that carry no loss."""
+
+
+@dataclass
+class GavamoeOutput(MoeCausalLMOutputWithPast):
+    """`loss` is cross-entropy plus `aux_loss`; `aux_loss` is already weighted; the rest as in Mixtral."""
+
+
+class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
+    """The explainer. `generate()` takes `cluster_ids` (B,) beside `input_ids`."""
+
+    config: GavamoeConfig
+    config_class = GavamoeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_set_experts_implementation_cached_value = True
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+
+    def __init__(self, config: GavamoeConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        self.model = build_decoder(config)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.user_embedding = nn.Embedding(config.n_users + 1, config.slot_size)
+        self.item_embedding = nn.Embedding(config.n_items + 1, config.slot_size)
+        self.user_projection = nn.Linear(config.slot_size, text.hidden_size, bias=False)
+        self.item_projection = nn.Linear(config.slot_size, text.hidden_size, bias=False)
+        table = "embed_tokens" if text.model_type == "llama" else "wte"
+        self._tied_weights_keys = {"lm_head.weight": f"model.{table}.weight"}
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self.user_projection or module is self.item_projection:
+            # Slots enter at the scale of text tokens: rows of std s (here the tables' own) through E inputs.
+            init.normal_(module.weight, std=1.0 / math.sqrt(self.config.slot_size))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The table of text tokens."""
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the table of text tokens."""
+        self.model.set_input_embeddings(value)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute activations in the backward pass; the older `gradient_checkpointing_enable` comes here as well.
+
+        Raises:
+            ValueError: asked for the reentrant variant, which silently drops the gradient of the auxiliary losses.
+        """
+        options = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+        if options["use_reentrant"]:
+            raise ValueError("use_reentrant=True drops the gradient of the router's auxiliary losses; use False")
+        super().activation_checkpointing_enable(options, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, with `cluster_ids` (B,) as one more keyword.
+
+        `repetition_penalty` counts what was written, not the prompt: users and items in it have no logits, and its
+        features are to be named.
+        """
+        settings = kwargs.get("generation_config") or self.generation_config
+        penalty = kwargs.get("repetition_penalty", settings.repetition_penalty)
+        if penalty not in (None, 1.0):
+            prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+            ignored = 0 if prompt is None else prompt.shape[1]
+            processor = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=ignored)
+            given = kwargs.get("logits_processor") or []
+            kwargs |= {"repetition_penalty": 1.0, "logits_processor": LogitsProcessorList([*given, processor])}
+        return super().generate(*args, **kwargs)
+
+    def user_token(self, index: int) -> int:
+        """Token id of a user by index; every index from `n_users` on is the unknown user."""
+        return self.config.vocab_size + min(index, self.config.n_users)
+
+    def item_token(self, index: int) -> int:
+        """Token id of an item by index; every index from `n_items` on is the unknown item."""
+        return self.config.vocab_size + self.config.n_users + 1 + min(index, self.config.n_items)
+
+    def embed(self, input_ids_BT: Tensor) -> Tensor:
+        """Embeddings (B, T, D) of text tokens, users and items.
+
+        All three are computed for every position and one is chosen: shapes stay static, nothing waits for a GPU, and
+        each table gets a gradient (perhaps zero) on every worker, as DDP and ZeRO need.
+
+        Raises:
+            IndexError: an id is negative or above the last item's (on a GPU, the device's own assertion).
+        """
+        first_user = self.config.vocab_size
+        first_item = first_user + self.config.n_users + 1
+        is_item = input_ids_BT >= first_item
+        is_user = (input_ids_BT >= first_user) & ~is_item
+        tokens_BTD = self.get_input_embeddings()(input_ids_BT.masked_fill(is_user | is_item, 0))
+        users_BTE = self.user_embedding((input_ids_BT - first_user).masked_fill(~is_user, 0))
+        items_BTE = self.item_embedding((input_ids_BT - first_item).masked_fill(~is_item, 0))
+        users_BTD = self.user_projection(users_BTE.to(self.user_projection.weight.dtype)).to(tokens_BTD.dtype)
+        items_BTD = self.item_projection(items_BTE.to(self.item_projection.weight.dtype)).to(tokens_BTD.dtype)
+        slots_BTD = torch.where(is_item[..., None], items_BTD, users_BTD)
+        return torch.where((is_user | is_item)[..., None], slots_BTD, tokens_BTD)
+
+    @torch.no_grad()
+    def calibrate_slots(self) -> None:
+        """Rescale the projections so that slots have the text embeddings' root mean square with the present tables.
+
+        For a model that has not been trained yet, after its tables were filled or replaced. From here on
+        transformers counts every weight as initialised.
+        """
+        target = self.get_input_embeddings().weight.float().square().mean().sqrt()
+        for table, projection in (
+            (self.user_embedding, self.user_projection),
+            (self.item_embedding, self.item_projection),
+        ):
+            present = projection(table.weight.to(projection.weight.dtype)).float().square().mean().sqrt()
+            if present > 0:
+                projection.weight.mul_((target / present).to(projection.weight.dtype))
+        for module in self.modules():
+            module._is_hf_initialized = True  # a later init_weights() must not redraw what was put here
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        cluster_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> GavamoeOutput:
+        """Score the next token at each position.
+
+        Args:
+            input_ids: (B, T), users and items as ids above the vocabulary; or `inputs_embeds` (B, T, D).
+            attention_mask: (B, T), 0 at padding, on either side.
+            labels: (B, T), the input ids or -100 where there is no loss; shifted inside.
+            cluster_ids: (B,), the gate of each row; may be missing with one gate, which then serves every cluster.
+            logits_to_keep: score only the last n positions (0: all), or the positions in a 1-D tensor. The loss
+                covers only positions that are scored.
+
+        Raises:
+            ValueError: missing cluster ids, not one per row, or ids that no gate has.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        embeds_BTD = inputs_embeds if input_ids is None else self.embed(input_ids)
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = _positions(attention_mask, embeds_BTD)
+        record = self._records_router(output_router_logits, labels)
+        if self.config.experts_enabled:
+            kwargs |= {"cluster_ids": self._checked(cluster_ids), "output_router_logits": record}
+        outputs = self.model(
+            inputs_embeds=embeds_BTD,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        router_logits = outputs.router_logits if record else None
+        aux_loss = self._aux_loss(router_logits, cluster_ids, attention_mask) if router_logits else None
+        loss = None
+        if labels is not None:
+            loss = _cross_entropy(logits, labels, keep, kwargs.get("num_items_in_batch"))
+            loss = loss if aux_loss is None else loss + aux_loss.to(loss.device)
+        return GavamoeOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=router_logits,
+        )
+
+    def _checked(self, cluster_ids: Tensor | None) -> Tensor | None:
+        if cluster_ids is not None and self.config.n_gates > 1:
+            check_cluster_ids(cluster_ids, self.config.n_gates)
+        return cluster_ids
+
+    def _records_router(self, requested: bool | None, labels: Tensor | None) -> bool:
+        if not self.config.experts_enabled:
+            return False
+        weighted = self.config.load_balance_weight > 0 or self.config.router_z_weight > 0
+        wanted = self.config.output_router_logits if requested is None else requested
+        return wanted or (weighted and labels is not None)
+
+    def _aux_loss(
+        self, router_logits: tuple[Tensor, ...], cluster_ids: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor:
+        """Mean over layers of both auxiliary losses, by the config's weights."""
+        config = self.config
+        mask_BT = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        total = router_logits[0].new_zeros(())
+        for logits_BTN in router_logits:
+            if config.load_balance_weight:
+                balance = load_balance_loss(logits_BTN, config.experts_per_token, cluster_ids, config.n_gates, mask_BT)
+                total = total + config.load_balance_weight * balance
+            if config.router_z_weight:
+                total = total + config.router_z_weight * router_z_loss(logits_BTN, mask_BT)
+        return total / len(router_logits)
+
+
+def _positions(attention_mask_BT: Tensor, embeds_BTD: Any) -> Tensor:
+    """Positions (B, T) of the embedded tokens, counted from each row's first token that is no padding."""
+    return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)[:, -embeds_BTD.shape[1] :]
+
+
+def _cross_entropy(logits: Tensor, labels_BT: Tensor, keep: slice | Tensor, tokens: Tensor | int | None) -> Tensor:
+    """Mean negative log-likelihood of the next tokens, in float32 or wider; 0 for a batch without any label."""
+    targets = functional.pad(labels_BT, (0, 1), value=IGNORED)[:, 1:][:, keep].to(logits.device)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / ((targets != IGNORED).sum().clamp(min=1) if tokens is None else tokens)
+
+
+AutoConfig.register("gavamoe", GavamoeConfig)
+AutoModelForCausalLM.register(GavamoeConfig, GavamoeForCausalLM)
+
+
+def build_explainer(
+    config: RunConfig,
+    base: PreTrainedModel,
+    n_users: int,
+    n_items: int,
+    slot_size: int,
+    n_gates: int,
+    *,
+    user_table: Tensor | None = None,
+    item_table: Tensor | None = None,
+    hollow: bool = False,
+) -> GavamoeForCausalLM:
+    """Turn a dense LLaMA or GPT-2 into an explainer with `n_gates` gates; new weights are drawn by `config.seed`.
+
+    Args:
+        base: its weights are taken over, not copied: do not go on training it.
+        n_users, n_items: known ones; the tables get one row more.
+        slot_size: E, stage 1's embedding size.
+        user_table, item_table: (n + 1, E), stage 1's tables to copy. If stage 2 rather shares stage 1's embedding
+            modules, it replaces `user_embedding` and `item_embedding` and then calls `calibrate_slots()`.
+        hollow: of `load_base`: what is new stays unset as well.
+
+    Raises:
+        InputError: an unsupported architecture, or experts that are no partition of the dense width with `split`.
+    """
+    model_config = explainer_config(config, base.config, n_users, n_items, slot_size, n_gates)
+    with init.no_init_weights():
+        model: GavamoeForCausalLM = AutoModelForCausalLM.from_config(model_config, dtype=base.dtype)
+    _take_over(model, base)
+    if not hollow:
+        _draw_new_weights(model, config.seed)
+        if model_config.experts_enabled:
+            dense_layers = _feed_forwards(base.base_model)
+            for block, dense in zip(_feed_forwards(model.model), dense_layers, strict=True):
+                convert_block(block, dense, config.stage2.experts)
+        for table, values in ((model.user_embedding, user_table), (model.item_embedding, item_table)):
+            if values is not None:
+                with torch.no_grad():
+                    table.weight.copy_(values)
+        model.calibrate_slots()
+    model.generation_config = GenerationConfig(
+        bos_token_id=model_config.bos_token_id,
+        eos_token_id=model_config.eos_token_id,
+        pad_token_id=model_config.pad_token_id,
+    )
+    return model
+
+
+def load_explainer(folder: Path) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
+    """Read a folder that `save_pretrained` of the model and of its tokenizer have written; nothing may be missing.
+
+    Raises:
+        InputError: no such folder, damaged files, or weights that are missing, unknown or of another shape.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no explainer can be loaded (config.json is missing)")
+    saved = read_json(folder / "config.json")
+    model_type = saved.get("model_type") if isinstance(saved, dict) else None
+    if model_type != GavamoeConfig.model_type:
+        raise InputError(f"{folder}: holds a {model_type} model, not {GavamoeConfig.model_type}")
+    try:
+        # Other shapes are let through here only to be named below; transformers prints them and raises without.
+        model, loading = GavamoeForCausalLM.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, ignore_mismatched_sizes=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: no explainer can be loaded ({' '.join(str(error).split())[:300]})") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[problem]:
+            example = min(str(key) for key in loading[problem])
+            raise InputError(f"{folder}: {problem.replace('_', ' ')} in the weights, such as {example}")
+    return model, tokenizer
+
+
+def _take_over(model: GavamoeForCausalLM, base: PreTrainedModel) -> None:
+    """Give the base model's tensors to the explainer, all but those of feed-forward layers that become experts."""
+    state = base.base_model.state_dict()
+    unlike = model.model.load_state_dict(state, strict=False, assign=True)
+    strays = [name for name in unlike.missing_keys + unlike.unexpected_keys if ".mlp." not in name]
+    if strays or (not model.config.experts_enabled and any(unlike)):
+        raise ValueError(f"base model and explainer differ in {strays or unlike}")
+    if not model.config.tie_word_embeddings:
+        model.lm_head.load_state_dict(base.lm_head.state_dict(), assign=True)
+    model.tie_weights()
+
+
+def _draw_new_weights(model: GavamoeForCausalLM, seed: int) -> None:
+    """Initialise what has no counterpart in the base model: slots, routers, experts."""
+    slots = (model.user_embedding, model.item_embedding, model.user_projection, model.item_projection)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in slots:
+            model._init_weights(module)
+        for module in model.model.modules():
+            if isinstance(module, MultiGateRouter | SwiGluExperts | MlpExperts):
+                model.model._init_weights(module)
+
+
+def _feed_forwards(decoder: PreTrainedModel) -> Iterator[Any]:
+    layers = decoder.layers if hasattr(decoder, "layers") else decoder.h
+    return (layer.mlp for layer in layers)

@@ -1,0 +1,219 @@
+"""`gavamoe plan`: what a config will cost, before anything is paid for. No weight is loaded or made.
+
+Input: a config, the workload (a dataset or its sizes), the hardware. Output: a plain dict of numbers, for
+`plan_summary` and `--json`. The formulas are in `plan_memory` and `plan_work`, the counts in `plan_model`.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gavamoe.config.schema import RunConfig
+from gavamoe.errors import InputError
+from gavamoe.model.base_config import base_shape
+from gavamoe.plan.memory import FLOAT, USABLE, Memory, Scheme, Shape, activations, run_shape, schemes, states
+from gavamoe.plan.parameters import Blueprint, draw, draw_stage1
+from gavamoe.plan.work import (
+    FLOAT32_SHARE,
+    Traffic,
+    pair_cost,
+    row_flops,
+    stage1_traffic,
+    step_traffic,
+)
+
+TRAINING_SHARE = 0.8
+"""Of all rows: the paper's 8:1:1."""
+PAIR_BYTES = 36
+"""Of host memory for a training pair: 12 for its columns, held as read, in the epoch's order, and while shuffled."""
+_LIMITS = {"users": 1e12, "items": 1e12, "rows": 1e12, "utilisation": 1.0}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained on."""
+
+    users: int
+    items: int
+    """Known ones."""
+    rows: int
+    """Of the training split."""
+    prompt_tokens: float
+    """Mean tokens of a prompt."""
+    answer_tokens: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What it is trained with."""
+
+    devices: int
+    memory: float
+    """Bytes of one device."""
+    flops: float
+    """Peak of one device in bf16, FLOP/s."""
+    utilisation: float
+    """Share of the peak that matrix products reach."""
+    bandwidth: float
+    """Bytes per second that one device sends."""
+
+
+def make_plan(
+    config: RunConfig, workload: Workload, hardware: Hardware, base_config: Path | None = None
+) -> dict[str, Any]:
+    """Everything that `gavamoe plan` prints, in bytes, seconds, FLOPs and counts.
+
+    Raises:
+        InputError: sizes that can't be, or a base model whose shape is not to be found.
+    """
+    _check(config, workload, hardware)
+    base = base_shape(config.stage2, base_config)
+    blueprint = draw(config, base, workload.users, workload.items)
+    return {
+        "base_model": config.stage2.base_model if base_config is None else str(base_config),
+        "workload": asdict(workload),
+        "hardware": asdict(hardware),
+        "parameters": _parameters(blueprint),
+        "memory": _memory(config, blueprint, hardware),
+        "training": _training(config, blueprint, workload, hardware),
+        "traffic": _traffic(config, blueprint, hardware),
+        "stage1": _stage1(config, workload, hardware),
+    }
+
+
+def _check(config: RunConfig, workload: Workload, hardware: Hardware) -> None:
+    for name, value in asdict(workload).items() | asdict(hardware).items():
+        limit = _LIMITS.get(name, math.inf)
+        if not 0 < value <= limit:
+            raise InputError(f"{name.replace('_', '-')}: {value} is not between 0 and {limit:g}")
+    shared = config.stage2.expert_parallel
+    if hardware.devices % shared:
+        raise InputError(f"--devices {hardware.devices}: no multiple of stage2.expert_parallel {shared}")
+
+
+def _parameters(blueprint: Blueprint) -> dict[str, Any]:
+    parts = {name: asdict(part) for name, part in blueprint.parts.items()}
+    return {"parts": parts, "explainer": asdict(blueprint.explainer), "all": asdict(blueprint.whole)}
+
+
+def own_scheme(config: RunConfig, devices: int) -> Scheme:
+    """The config's own choice."""
+    stage2 = config.stage2
+    return Scheme(
+        stage2.zero_stage, stage2.offload_optimizer, stage2.offload_parameters, devices, config.stage2.expert_parallel
+    )
+
+
+def scheme_memory(config: RunConfig, blueprint: Blueprint, scheme: Scheme, *, checkpointing: bool) -> Memory:
+    """Stage 2's peak on one device, at the longest batch that can come."""
+    found = states(blueprint, scheme)
+    bf16 = config.stage2.precision == "bf16"
+    kept = activations(blueprint.config, run_shape(config), bf16=bf16, checkpointing=checkpointing)
+    if config.stage2.alpha:
+        kept += pair_cost(config.stage1).activations * _elbo_pairs(config)
+    return Memory(**{**asdict(found), "activations": kept})
+
+
+def _elbo_pairs(config: RunConfig) -> int:
+    """Pairs that go along with one forward pass."""
+    return -(-config.stage2.elbo_batch_size // config.stage2.gradient_accumulation)
+
+
+def _memory(config: RunConfig, blueprint: Blueprint, hardware: Hardware) -> list[dict[str, Any]]:
+    own = own_scheme(config, hardware.devices)
+    rows = []
+    choices = schemes(hardware.devices, config.stage2.expert_parallel)
+    for scheme in choices if own in choices else [*choices, own]:
+        row: dict[str, Any] = {"scheme": scheme.title, "own": scheme == own}
+        for name, checkpointing in (("plain", False), ("checkpointed", True)):
+            memory = scheme_memory(config, blueprint, scheme, checkpointing=checkpointing)
+            row[name] = asdict(memory) | {
+                "device": memory.device,
+                "fits": memory.device <= USABLE * hardware.memory,
+                "own": scheme == own and checkpointing == config.stage2.gradient_checkpointing,
+            }
+        rows.append(row)
+    return rows
+
+
+def _training(config: RunConfig, blueprint: Blueprint, workload: Workload, hardware: Hardware) -> dict[str, Any]:
+    stage2 = config.stage2
+    shape = Shape(1, round(workload.prompt_tokens + workload.answer_tokens), round(workload.answer_tokens))
+    flops = row_flops(blueprint, shape, checkpointing=stage2.gradient_checkpointing)
+    rows = stage2.batch_size * stage2.gradient_accumulation * hardware.devices
+    steps = -(-workload.rows // rows)
+    pairs = _elbo_pairs(config) * stage2.gradient_accumulation * hardware.devices if stage2.alpha else 0
+    step_flops = rows * flops.total
+    elbo_flops = pairs * pair_cost(config.stage1).flops
+    rate = hardware.devices * hardware.flops * hardware.utilisation
+    bf16 = stage2.precision == "bf16"
+    seconds = step_flops / (rate if bf16 else rate * FLOAT32_SHARE) + elbo_flops / (rate * FLOAT32_SHARE)
+    traffic = _step_traffic(config, blueprint, own_scheme(config, hardware.devices))
+    sending = traffic.total / hardware.bandwidth
+    total = min(stage2.epochs * steps, stage2.max_steps or math.inf)
+    return {
+        "rows_per_step": rows,
+        "steps_per_epoch": steps,
+        "steps": total,
+        "tokens_per_epoch": workload.rows * (workload.prompt_tokens + workload.answer_tokens),
+        "flops_per_row": asdict(flops),
+        "flops_per_step": step_flops + elbo_flops,
+        "flops_per_epoch": steps * (step_flops + elbo_flops),
+        "step_seconds": {"compute": seconds, "communication": sending},
+        "epoch_seconds": {"compute": steps * seconds, "communication": steps * sending},
+        "seconds": {"compute": total * seconds, "communication": total * sending},
+    }
+
+
+def _traffic(config: RunConfig, blueprint: Blueprint, hardware: Hardware) -> list[dict[str, Any]]:
+    found = []
+    for scheme in schemes(hardware.devices, config.stage2.expert_parallel):
+        if scheme.offload_optimizer:
+            continue  # what is on the host does not travel between devices
+        traffic = _step_traffic(config, blueprint, scheme)
+        found.append({"scheme": scheme.title, **asdict(traffic), "total": traffic.total})
+    return found
+
+
+def _step_traffic(config: RunConfig, blueprint: Blueprint, scheme: Scheme) -> Traffic:
+    stage2 = config.stage2
+    return step_traffic(
+        blueprint, scheme, stage2.gradient_accumulation, run_shape(config), stage2.gradient_checkpointing
+    )
+
+
+def _stage1(config: RunConfig, workload: Workload, hardware: Hardware) -> dict[str, Any]:
+    stage1 = config.stage1
+    model = draw_stage1(stage1, workload.users, workload.items)
+    tables = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    cost = pair_cost(config.stage1)
+    batch = min(stage1.batch_size, workload.rows)
+    own = batch / hardware.devices
+    rows = min(2 * batch * stage1.embedding_size, tables)
+    memory = {
+        "weights": FLOAT * total,
+        "gradients": FLOAT * (total - tables + rows),
+        "optimizer": 2 * FLOAT * total,
+        "best": FLOAT * total,
+        "activations": own * cost.activations,
+    }
+    device = sum(memory.values())
+    epochs = stage1.pretrain_epochs + stage1.epochs
+    steps = -(-workload.rows // stage1.batch_size)
+    flops = workload.rows * cost.flops
+    rate = hardware.devices * hardware.flops * FLOAT32_SHARE * hardware.utilisation
+    sent = stage1_traffic(model, batch, hardware.devices)
+    return {
+        "parameters": {"all": total, "tables": tables},
+        "memory": memory | {"device": device, "host": PAIR_BYTES * workload.rows},
+        "fits": device <= USABLE * hardware.memory,
+        "steps_per_epoch": steps,
+        "epochs": epochs,
+        "flops_per_epoch": flops,
+        "traffic_per_step": sent,
+        "seconds": {"compute": epochs * flops / rate, "communication": epochs * steps * sent / hardware.bandwidth},
+    }

@@ -1,0 +1,219 @@
+"""Bytes on one device: states by ZeRO stage, activations, buffers. Formulas, each checked against what runs.
+
+Stage 2 keeps float32 weights under both precisions (bf16 is autocast), so a trained number costs 4 bytes as weight, 4
+as gradient, 8 as AdamW's moments, and with ZeRO 4 more: DeepSpeed's optimizer works on a copy of its share.
+
+Shape letters: B rows, T tokens of a row, M = B x T, S scored positions of a row, D hidden size, N devices.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from gavamoe.config.schema import RunConfig
+from gavamoe.model.decoders import GavamoeConfig
+from gavamoe.plan.parameters import Blueprint
+
+FLOAT, HALF, LONG = 4, 2, 8
+"""Bytes of a number."""
+BUCKET = 2 * 10**8
+"""Numbers that ZeRO reduces or gathers at once, at most, unless one parameter is larger: `engines.deepspeed_config`."""
+USABLE = 0.9
+"""Share of a device's memory that is planned with: the rest is for CUDA's context, kernels' workspace and gaps."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, and in its host's memory on its behalf."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    """Moments, and master weights where DeepSpeed keeps a copy."""
+    buffers: float
+    """Reduction bucket, gathered parameters."""
+    activations: float
+    host: float = 0.0
+    late: bool = False
+    """The buffers are needed only when the activations are gone: ZeRO-0 reduces after the backward pass."""
+
+    @property
+    def device(self) -> float:
+        passing = max(self.buffers, self.activations) if self.late else self.buffers + self.activations
+        return self.weights + self.gradients + self.optimizer + passing
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the states are spread: what differs between the rows of a plan's table."""
+
+    zero_stage: int
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    devices: int = 1
+    expert_parallel: int = 1
+    """Devices that share the experts of a block."""
+
+    @property
+    def title(self) -> str:
+        name = f"ZeRO-{self.zero_stage}"
+        if self.offload_parameters:
+            return f"{name}, optimizer and weights on host"
+        return f"{name}, optimizer on host" if self.offload_optimizer else name
+
+
+def schemes(devices: int, expert_parallel: int = 1) -> list[Scheme]:
+    """ZeRO 0-3, with and without offload; with shared experts 1 and 2, which alone can do it."""
+    plain = [(stage, False, False) for stage in range(4)]
+    off = [(1, True, False), (2, True, False), (3, True, False), (3, True, True)]
+    found = [Scheme(*choice, devices=devices, expert_parallel=expert_parallel) for choice in (*plain, *off)]
+    return found if expert_parallel == 1 else [scheme for scheme in found if scheme.zero_stage in (1, 2)]
+
+
+def states(blueprint: Blueprint, scheme: Scheme) -> Memory:
+    """Weights, gradients, optimizer states and DeepSpeed's buffers on one device."""
+    whole, experts = blueprint.whole, blueprint.parts.get("experts")
+    away = 1 - 1 / scheme.expert_parallel  # share of the experts that other devices hold
+    held = whole.total - (experts.total * away if experts else 0)
+    trained = whole.trained - (experts.trained * away if experts else 0)
+    # Experts are spread over N / expert_parallel devices that hold the same ones, the rest over N: both come to this.
+    share = whole.trained / scheme.devices
+    stage = scheme.zero_stage
+    weights = FLOAT * (held if stage < 3 else whole.total / scheme.devices)
+    gradients = FLOAT * (trained if stage < 2 else share)
+    optimizer = FLOAT * (2 * trained if stage == 0 else 3 * share)
+    bucket = FLOAT * min(whole.trained, max(BUCKET, blueprint.largest))
+    buffers = bucket
+    if stage == 3:
+        buffers += FLOAT * min(whole.total, max(BUCKET, blueprint.largest_module))
+    host = 0.0
+    if scheme.offload_optimizer:
+        # The host takes master weights, moments and the averaged gradients.
+        host += FLOAT * 4 * share
+        optimizer, gradients = 0.0, gradients if stage == 1 else 0.0
+    if scheme.offload_parameters:
+        host, weights = host + weights, 0.0
+    return Memory(weights, gradients, optimizer, buffers, 0.0, host, late=stage == 0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One forward pass."""
+
+    rows: int
+    """B."""
+    tokens: int
+    """T."""
+    scored: int
+    """S: positions whose next token is an answer's in any row, at most T."""
+
+    @property
+    def count(self) -> int:
+        """M."""
+        return self.rows * self.tokens
+
+
+def activations(config: GavamoeConfig, shape: Shape, *, bf16: bool, checkpointing: bool) -> float:
+    """Bytes kept from the forward for the backward pass, at their peak.
+
+    With checkpointing: each layer's input, and the inside of the one layer that is computed again.
+    """
+    layer = layer_activations(config, shape, bf16)
+    layers, hidden = config.text_config.num_hidden_layers, config.text_config.hidden_size
+    inside = layers * layer
+    if checkpointing:
+        inside = layer + layers * FLOAT * hidden * shape.count
+    return inside + outer_activations(config, shape, bf16)
+
+
+def layer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
+    """What one decoder layer keeps: its attention half and its feed-forward half, each after a norm."""
+    text, word = config.text_config, HALF if bf16 else FLOAT
+    norm = _norm(text, word)
+    feed_forward = _moe(config, shape, word) if config.experts_enabled else _dense(text, word) * shape.count
+    routed_cast = 0 if config.experts_enabled else word * text.hidden_size
+    kept = (2 * norm + _attention(text, word) + (routed_cast if bf16 else 0)) * shape.count + feed_forward
+    # Autocast's half-precision copies of the weights live as long as the graph does.
+    return kept + (HALF * _cast_weights(config) if bf16 else 0)
+
+
+def outer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
+    """What embedding, last norm, head and loss keep, and the two float32 gradients of the logits at the peak."""
+    text, word = config.text_config, HALF if bf16 else FLOAT
+    hidden, vocabulary = text.hidden_size, text.vocab_size
+    slots = 2 * word * config.slot_size + 3 * LONG
+    per_token = slots + _norm(text, HALF)  # of the norm's output only the scored positions are kept, below
+    scored = shape.rows * shape.scored
+    # The logits as returned, their log-softmax, and on the way back the gradients of both.
+    per_scored = word * hidden + vocabulary * (2 * word + 2 * FLOAT)
+    cast = HALF * (vocabulary * hidden + 2 * config.slot_size * hidden) if bf16 else 0
+    return per_token * shape.count + per_scored * scored + cast
+
+
+def _norm(text: Any, word: int) -> float:
+    """Bytes a token of one norm: its input, for LLaMA the normalised values too, and its output."""
+    kept = 2 if text.model_type == "llama" else 1
+    return (kept + (1 if word == FLOAT else 0)) * FLOAT * text.hidden_size + 2 * FLOAT
+
+
+def _attention(text: Any, word: int) -> float:
+    """Bytes a token: queries, keys, values, mixed values, each head's log-sum; fused attention keeps no scores."""
+    heads = text.num_attention_heads
+    if text.model_type == "llama":
+        size = getattr(text, "head_dim", None) or text.hidden_size // heads
+        inner, shared = heads * size, (text.num_key_value_heads or heads) * size
+        casts = 3 if word == HALF else 0  # one of the input for each of the three projections
+    else:
+        inner = shared = text.hidden_size
+        casts = 1 if word == HALF else 0
+    dropout = text.hidden_size if getattr(text, "resid_pdrop", 0) else 0  # a mask of one byte
+    return word * (2 * inner + 2 * shared + casts * text.hidden_size) + FLOAT * heads + dropout
+
+
+def _dense(text: Any, word: int) -> float:
+    """Bytes a token of the dense feed-forward network."""
+    if text.model_type == "llama":
+        casts = text.hidden_size if word == HALF else 0  # its input, a second time
+        return word * (4 * text.intermediate_size + casts)
+    width = text.n_inner or 4 * text.hidden_size
+    return word * GELU_TENSORS * width + (text.hidden_size if text.resid_pdrop else 0)
+
+
+GELU_TENSORS = 5
+"""Tensors that transformers' GELU of GPT-2, written out in Python, keeps; and its output."""
+
+
+def _moe(config: GavamoeConfig, shape: Shape, word: int) -> float:
+    """Bytes of a GaVaMoE block. Experts compute in the weights' float32 under autocast as well."""
+    text = config.text_config
+    chosen, hidden, size = config.experts_per_token, text.hidden_size, config.expert_size
+    gated = text.model_type == "llama"
+    inner = 4 * size if gated else GELU_TENSORS * size
+    routed = FLOAT * chosen * (2 * hidden + inner + 1)
+    router = (FLOAT * hidden if word == HALF else 0) + FLOAT * config.n_experts
+    sorting = 6 * LONG * chosen
+    shared = _dense(text, word) + (word * hidden if word == HALF else 0) if config.conversion == "shared" else 0
+    gates = FLOAT * shape.rows * config.n_experts * hidden if config.n_gates > 1 else 0
+    return (routed + router + sorting + shared) * shape.count + gates
+
+
+def _cast_weights(config: GavamoeConfig) -> float:
+    """Weights of one layer that autocast copies to bf16: attention, and the dense network where there is one."""
+    text = config.text_config
+    hidden = text.hidden_size
+    if text.model_type == "llama":
+        size = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+        shared = (text.num_key_value_heads or text.num_attention_heads) * size
+        attention = hidden * (2 * text.num_attention_heads * size + 2 * shared)
+        dense = 3 * hidden * text.intermediate_size
+    else:
+        attention, dense = 4 * hidden * hidden, 2 * hidden * (text.n_inner or 4 * hidden)
+    return attention + (dense if not config.experts_enabled or config.conversion == "shared" else 0)
+
+
+def run_shape(config: RunConfig) -> Shape:
+    """The largest batch that a run can meet: every prompt and answer as long as allowed."""
+    prompt = config.stage2.prompt
+    tokens = prompt.max_tokens + prompt.max_explanation_tokens
+    # Answers of different prompts begin at different places, so up to all positions are scored.
+    scored = prompt.max_explanation_tokens if config.stage2.batch_size == 1 else tokens
+    return Shape(config.stage2.batch_size, tokens, scored)

@@ -1,0 +1,132 @@
+"""What a run trains, counted without loading or making a single weight: the real classes, built on the meta device.
+
+Input: a config, the base model's shape, the numbers of users and items. Output: a `Blueprint`.
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+
+from gavamoe.config.schema import RunConfig, Stage1Config
+from gavamoe.model.conversion import explainer_config
+from gavamoe.model.decoders import GavamoeConfig
+from gavamoe.model.explainer import GavamoeForCausalLM
+from gavamoe.model.lora import add_lora
+from gavamoe.stage1.vae_gmm import VaeGmm
+from gavamoe.stage2.joint_model import JointModel
+
+RATING_SCALE = (1.0, 2.0, 3.0, 4.0, 5.0)
+"""The decoder's outputs where no dataset is given: some hundred weights more or less."""
+
+PERSISTENT = 10**5
+"""Parameters of at most so many numbers stay whole on every device at ZeRO-3 (DeepSpeed's default)."""
+_PARTS = {
+    r"lora_": "adapters",
+    r"user_embedding|item_embedding": "slot tables",
+    r"^vae_gmm\.": "stage 1",
+    r"_projection\.": "slot projections",
+    r"\.experts\.": "experts",
+    r"\.router\.": "gates",
+    r"\.mlp\.": "dense feed-forward",
+    r"\.(self_attn|attn)\.": "attention",
+    r"embed_tokens|\.wte\.|\.wpe\.": "word embeddings",
+    r"lm_head": "output head",
+    r"": "norms",
+}
+"""The first pattern that a parameter's name contains says which part it is of."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of one part of the model."""
+
+    total: int = 0
+    trained: int = 0
+    """Those that get a gradient and optimizer states."""
+    active: int = 0
+    """Those that one text token uses: top_k of the experts, one of the gates, no table row; nothing of stage 1."""
+    multiplied: int = 0
+    """Of the active ones those in matrices, not biases."""
+
+    def __add__(self, other: "Part") -> "Part":
+        return Part(
+            self.total + other.total,
+            self.trained + other.trained,
+            self.active + other.active,
+            self.multiplied + other.multiplied,
+        )
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """The joint model's sizes."""
+
+    config: GavamoeConfig
+    parts: dict[str, Part]
+    largest: int
+    """Numbers in the largest single parameter."""
+    largest_module: int
+    """Numbers in the parameters of the module that has most of its own: what ZeRO-3 gathers at once."""
+
+    small: int
+    """Numbers in parameters that ZeRO-3 leaves whole on every device."""
+
+    @property
+    def whole(self) -> Part:
+        return sum(self.parts.values(), Part())
+
+    @property
+    def explainer(self) -> Part:
+        """All but stage 1's own parameters, which include its tables."""
+        return sum((part for name, part in self.parts.items() if name != "stage 1"), Part())
+
+
+def draw(config: RunConfig, base: PreTrainedConfig, users: int, items: int) -> Blueprint:
+    """Build the joint model of stage 2 on the meta device and count it.
+
+    Args:
+        users, items: known ones; the tables have one row more each.
+
+    Raises:
+        InputError: an architecture or expert sizes that can't be built.
+    """
+    sizes = explainer_config(config, base, users, items, config.stage1.embedding_size, config.gates)
+    with torch.device("meta"), init.no_init_weights():
+        explainer = GavamoeForCausalLM(sizes)
+        if config.stage2.lora.rank:
+            add_lora(explainer, config.stage2.lora, config.seed)
+        joint = JointModel(explainer, draw_stage1(config.stage1, users, items), config.stage2.alpha)
+    if sizes.tie_word_embeddings:
+        explainer.tie_weights()  # initialising weights does it otherwise
+    share = {"experts": sizes.experts_per_token / sizes.n_experts, "gates": 1 / sizes.n_gates}
+    share |= {"slot tables": 0, "stage 1": 0}
+    parts: dict[str, Part] = {}
+    for name, parameter in joint.named_parameters():
+        part = next(value for pattern, value in _PARTS.items() if re.search(pattern, name))
+        count = parameter.numel()
+        active = round(count * share.get(part, 1))
+        multiplied = 0 if name.endswith("bias") else active
+        found = Part(count, count if parameter.requires_grad else 0, active, multiplied)
+        parts[part] = parts.get(part, Part()) + found
+    ordered = {name: parts[name] for name in _PARTS.values() if name in parts}
+    return Blueprint(
+        sizes,
+        ordered,
+        max(parameter.numel() for parameter in joint.parameters()),
+        max(_own_parameters(module) for module in joint.modules()),
+        sum(p.numel() for p in joint.parameters() if p.numel() <= PERSISTENT),
+    )
+
+
+def draw_stage1(config: Stage1Config, users: int, items: int) -> VaeGmm:
+    """Stage 1's model on the meta device."""
+    with torch.device("meta"):
+        return VaeGmm(config, users, items, "categorical", RATING_SCALE)
+
+
+def _own_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))

@@ -1,0 +1,157 @@
+"""What a run computes and sends: FLOPs, time at a utilisation, bytes between devices by ZeRO stage.
+
+FLOPs count a multiply-add as two, and attention scores in full, as torch's counter does. Bytes are what one device
+sends with ring algorithms: of G bytes over N devices, (N - 1) / N x G for an all-gather or a reduction to shares, twice
+that for an all-reduce. Counted on two workers: DeepSpeed 0.19 all-reduces gradients at ZeRO 0, 1 and 2, and reduces
+them to shares at ZeRO 3 alone.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gavamoe.config.schema import Stage1Config
+from gavamoe.plan.memory import BUCKET, FLOAT, Scheme, Shape
+from gavamoe.plan.parameters import Blueprint, draw_stage1
+
+TRACED_PAIRS = 64
+FLOAT32_SHARE = 1 / 16
+"""Of the bf16 peak that float32 arithmetic reaches: 19.5 of 312 TFLOP/s on an A100, 67 of 989 on an H100."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one row: a prompt and its answer."""
+
+    forward: float
+    backward: float
+    recomputed: float
+    """Forward passes done again under gradient checkpointing."""
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward + self.recomputed
+
+
+def row_flops(blueprint: Blueprint, shape: Shape, *, checkpointing: bool) -> Flops:
+    """Matrix products of one row of `shape.tokens` tokens of which `shape.scored` go through the output head."""
+    text, parts = blueprint.config.text_config, blueprint.parts
+    products = [parts[name] for name in _PRODUCTS if name in parts]
+    inside = 2.0 * sum(part.multiplied for part in products) * shape.tokens
+    trained = 2.0 * sum(part.multiplied * part.trained / part.total for part in products) * shape.tokens
+    heads = text.num_attention_heads
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    scores = 4.0 * shape.tokens**2 * width * text.num_hidden_layers
+    slots = 2.0 * parts["slot projections"].total * shape.tokens
+    head = 2.0 * text.vocab_size * text.hidden_size * shape.scored
+    head_trained = 1.0 if _head_trained(blueprint) else 0.0
+    layers = inside + scores
+    # Going back, every product has a gradient of its input, and one of its weight where that is trained. The slots'
+    # inputs are table rows, which need theirs as well.
+    backward = inside + trained + 2 * scores + 2 * slots + head * (1 + head_trained)
+    return Flops(layers + slots + head, backward, layers if checkpointing else 0.0)
+
+
+_PRODUCTS = ("attention", "dense feed-forward", "experts", "gates", "adapters")
+
+
+def _head_trained(blueprint: Blueprint) -> bool:
+    part = blueprint.parts.get("output head") or blueprint.parts["word embeddings"]
+    return part.trained > 0
+
+
+@dataclass(frozen=True)
+class PairCost:
+    """Of one user-item pair in stage 1's ELBO, counted by running its own code on the meta device."""
+
+    flops: float
+    """Forward and backward."""
+    activations: float
+    """Bytes kept between them."""
+
+
+@functools.lru_cache(maxsize=8)
+def pair_cost(config: Stage1Config) -> PairCost:
+    """Trace a small batch, without weights or data. How many users and items there are does not matter."""
+    model = draw_stage1(config, 1, 1)
+    model.train()
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(storage)
+        return tensor
+
+    alive: list[torch.UntypedStorage] = []
+    ids = torch.zeros(TRACED_PAIRS, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model.elbo(ids, ids, ids.float(), config.beta).loss
+        loss.backward()
+    return PairCost(counter.get_total_flops() / TRACED_PAIRS, sum(kept.values()) / TRACED_PAIRS)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one device sends per optimizer step, by purpose."""
+
+    gradients: float
+    weights: float
+    tokens: float
+    """Hidden states on their way to experts elsewhere and back."""
+
+    @property
+    def total(self) -> float:
+        return self.gradients + self.weights + self.tokens
+
+
+def step_traffic(blueprint: Blueprint, scheme: Scheme, accumulation: int, shape: Shape, checkpointing: bool) -> Traffic:
+    """What ZeRO `scheme.zero_stage` moves in one optimizer step of `accumulation` forward and backward passes."""
+    devices, stage = scheme.devices, scheme.zero_stage
+    ring = (devices - 1) / devices
+    trained, total = FLOAT * blueprint.whole.trained, FLOAT * blueprint.whole.total
+    if stage == 0:
+        return Traffic(2 * ring * trained, 0.0, 0.0)
+    experts = blueprint.parts.get("experts")
+    if stage == 3:
+        whole_again = FLOAT * blueprint.small
+        gathered = total - whole_again
+        # Weights that fit among those kept live are gathered once for the way there and back.
+        times = 1 if blueprint.whole.total <= BUCKET else 2
+        return Traffic(accumulation * ring * trained, ring * (accumulation * times * gathered + whole_again), 0.0)
+    shared = scheme.expert_parallel
+    replicas = devices // shared
+    expert_ring = (replicas - 1) / replicas
+    part = (FLOAT * experts.trained / shared) if experts and shared > 1 else 0.0
+    rest = trained - (FLOAT * experts.trained if experts and shared > 1 else 0.0)
+    once = ring * rest + expert_ring * part
+    passes = accumulation if stage == 2 else 1
+    tokens = 0.0
+    if shared > 1:
+        tokens = accumulation * _token_traffic(blueprint, shape, shared, checkpointing)
+    return Traffic(2 * passes * once, once, tokens)
+
+
+def _token_traffic(blueprint: Blueprint, shape: Shape, shared: int, checkpointing: bool) -> float:
+    """Each token goes to its top_k experts and back, in every layer, forward and backward: 4 all-to-alls, 6 if the
+    forward pass is done twice; (E - 1) / E of it leaves the device."""
+    config = blueprint.config
+    text = config.text_config
+    once = shape.count * config.experts_per_token * text.hidden_size * FLOAT * (shared - 1) / shared
+    return once * text.num_hidden_layers * (6 if checkpointing else 4)
+
+
+def stage1_traffic(model: nn.Module, batch_size: int, devices: int) -> float:
+    """Bytes that one device sends per stage-1 step: an all-reduce of dense gradients, an all-gather of table rows."""
+    if devices == 1:
+        return 0.0
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    dense = sum(p.numel() for p in model.parameters()) - sum(table.weight.numel() for table in tables)
+    rows = sum(batch_size * (FLOAT * table.embedding_dim + 8) for table in tables)
+    return (devices - 1) / devices * (2 * FLOAT * dense + rows)

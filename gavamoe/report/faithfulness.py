@@ -1,0 +1,69 @@
+"""Parts of the report about what n-gram scores hide (`beyond`) and about the second protocol."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gavamoe.evaluation.evaluated_run import RunData
+from gavamoe.evaluation.faithfulness.measure import BEYOND
+from gavamoe.evaluation.metrics.registry import METRICS
+
+
+def beyond_section(runs: Sequence[RunData]) -> dict[str, Any] | None:
+    """Rows by score, each with a cell a column; swaps and gate tables of those that have them. None without any.
+
+    A run evaluated under both protocols has two columns.
+    """
+    columns = [column for run in runs for column in _columns(run)]
+    found = [one for _, one in columns]
+    if not any(found):
+        return None
+    scores = [one["scores"] if one else {} for one in found]
+    rows = []
+    for metric in BEYOND.values():
+        cells = [of_run.get(metric.name) for of_run in scores]
+        known = [cell for cell in cells if cell and cell["value"] is not None]
+        if known:
+            beside = {(cell["references"], cell["chance"]) for cell in known}
+            # Runs on different rows have humans and chance of their own, which then stand in the cells.
+            shared = len(beside) == 1
+            references, chance = beside.pop() if shared else (None, None)
+            rows.append(
+                {"metric": metric, "cells": cells, "references": references, "chance": chance, "shared": shared}
+            )
+    gates = [(name, one["gates"]) for name, one in columns if one and one["gates"]]
+    swaps: tuple[str, list[Any]] = next(
+        ((name, one["swaps"]) for name, one in columns if one and one["swaps"]), ("", [])
+    )
+    return {
+        "columns": [name for name, _ in columns],
+        "rows": rows,
+        "sizes": next(one["rows"] for one in found if one),
+        "swaps_of": swaps[0],
+        "swaps": swaps[1],
+        "gates": [(name, table) for name, table in gates if table["gates"] > 1],
+    }
+
+
+def _columns(run: RunData) -> list[tuple[str, dict[str, Any] | None]]:
+    """Name and section of each protocol that a run was evaluated under."""
+    second = run.metrics["predicted"]
+    if not second:
+        return [(run.name, run.metrics["beyond"])]
+    return [(f"{run.name}, given", run.metrics["beyond"]), (f"{run.name}, predicted", second["beyond"])]
+
+
+def protocol_section(runs: Sequence[RunData]) -> list[dict[str, Any]]:
+    """For each run that was evaluated under both protocols: its scores with rating and features given and predicted."""
+    return [
+        {
+            "name": run.name,
+            "rows": [
+                {"metric": metric, "given": run.score(metric.name), "predicted": second["metrics"].get(metric.name)}
+                for metric in METRICS.values()
+                if run.score(metric.name) is not None and metric.name not in ("rmse", "mae")
+            ],
+        }
+        for run in runs
+        for second in [run.metrics["predicted"]]
+        if second
+    ]

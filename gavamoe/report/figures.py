@@ -1,0 +1,117 @@
+"""The report's tables as CSV and its figures as PNG, for papers and slides: `gavamoe report RUN... --figures FOLDER`.
+
+table1.csv datasets, table2.csv scores with intervals, figure4.csv and .png scores by sparsity, table5.csv the case
+study, figure5.png the latent maps that `gavamoe route` left in the run folders.
+"""
+
+import base64
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gavamoe.artifacts.files import write_file
+from gavamoe.evaluation.evaluated_run import RunData
+from gavamoe.evaluation.metrics.registry import METRICS
+
+SPARSITY = {
+    "ds1": "ds1 (most frequent)",
+    "ds2": "ds2",
+    "ds3": "ds3 (least frequent)",
+    "zero_shot": "zero-shot",
+}
+FIGURE4 = ("bleu_4", "bertscore_f", "rouge_l", "rmse")
+"""The paper's two, and two more; those that were not measured are left out."""
+_DATASET = ("name", "users", "items", "rows", "rows_per_user", "rows_per_item", "density_percent", "zero_shot_users")
+
+
+def write_figures(runs: Sequence[RunData], cases: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Write all that the runs have matter for, in place of earlier files of these names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    datasets = {run.metrics["dataset"]["fingerprint"]: run.metrics["dataset"] for run in runs}
+    _write_csv(folder / "table1.csv", _DATASET, ([data[name] for name in _DATASET] for data in datasets.values()))
+    _write_csv(folder / "table2.csv", ("run", "metric", "value", "low", "high", "rows"), _scores(runs))
+    _write_csv(folder / "figure4.csv", ("run", "group", "rows", "metric", "value"), _sparsity(runs))
+    _plot_sparsity(runs, folder / "figure4.png")
+    if cases:
+        _write_csv(
+            folder / "table5.csv",
+            ("case", "user", "training rows", "item", "features", "system", "text"),
+            _case_lines(cases),
+        )
+    maps = [(run.name, run.latent_map) for run in runs if run.latent_map]
+    if maps:
+        _plot_maps(maps, folder / "figure5.png")
+
+
+def _scores(runs: Sequence[RunData]) -> Iterable[Sequence[Any]]:
+    for run in runs:
+        for name in METRICS:
+            value = run.score(name)
+            if value is not None:
+                low, high = run.metrics["intervals"].get(name, ("", ""))
+                yield run.name, name, value, low, high, run.metrics["rows"]
+
+
+def _sparsity(runs: Sequence[RunData]) -> Iterable[Sequence[Any]]:
+    for run in runs:
+        for group in SPARSITY:
+            found = run.metrics["sparsity"][group]
+            for name, value in found["metrics"].items():
+                if value is not None:
+                    yield run.name, group, found["counts"]["rows"], name, value
+
+
+def _case_lines(cases: Sequence[dict[str, Any]]) -> Iterable[Sequence[Any]]:
+    for case in cases:
+        about = (case["name"], case["user"], case["training_rows"], case["item"], ", ".join(case["features"] or ()))
+        yield *about, "reference", case["reference"]
+        for system, text in case["texts"]:
+            yield *about, system, text
+
+
+def _plot_sparsity(runs: Sequence[RunData], out: Path) -> None:
+    """Figure 4: a panel a score, a line a run, over ds1, ds2, ds3 and zero-shot users."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in FIGURE4 if any(run.score(name) is not None for run in runs)]
+    if not names:
+        return
+    figure = Figure(figsize=(3.4 * len(names), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        for run in runs:
+            values = [run.metrics["sparsity"][group]["metrics"][name] for group in SPARSITY]
+            axes.plot(range(len(SPARSITY)), [float("nan") if v is None else v for v in values], "o-", label=run.name)
+        axes.set_xticks(range(len(SPARSITY)), ["ds1", "ds2", "ds3", "zero-shot"])
+        axes.set(title=f"{METRICS[name].label} {METRICS[name].arrow}", ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(fontsize="x-small")
+    FigureCanvasAgg(figure)
+    with write_file(out) as aside:
+        figure.savefig(aside, format="png", dpi=130)
+
+
+def _plot_maps(maps: Sequence[tuple[str, str]], out: Path) -> None:
+    """Figure 5: the runs' latent maps side by side."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    figure = Figure(figsize=(5 * len(maps), 4.6), layout="constrained")
+    for axes, (name, picture) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+        axes.imshow(imread(io.BytesIO(base64.b64decode(picture)), format="png"))
+        axes.set_title(name)
+        axes.set_axis_off()
+    FigureCanvasAgg(figure)
+    with write_file(out) as aside:
+        figure.savefig(aside, format="png", dpi=130)
+
+
+def _write_csv(path: Path, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    with write_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(heads)
+        lines.writerows(rows)

@@ -1,0 +1,108 @@
+"""Parts of the report that compare systems: means over seeds (Figure 3), and the case study (Table 5)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from markupsafe import Markup
+
+from gavamoe.evaluation.comparison import (
+    COMPARISON_FILE,
+    REFERENCE,
+    Comparison,
+    Outcome,
+    Score,
+    difference_table,
+    means,
+    reach,
+    read_comparison,
+    shown_scores,
+    systems_of,
+    table,
+)
+from gavamoe.evaluation.evaluated_run import RunData, distinct_names, read_run
+from gavamoe.report.charts import Reading, interval_chart
+
+CHARTS = ("bleu_4", "bertscore_f", "rouge_l", "validation_loss", "rmse", "style_of_group", "route_gap")
+_CATALOG = Path("stage2") / "catalog" / "users.parquet"
+
+
+def open_runs(paths: Sequence[Path]) -> tuple[list[RunData], list[Path], list[Comparison]]:
+    """Runs to show side by side with their folders, and the comparisons among `paths`.
+
+    A comparison stands for the first seed of each of its systems, under the system's label.
+    """
+    runs, folders, comparisons = [], [], []
+    for path in paths:
+        if not (path / COMPARISON_FILE).is_file():
+            runs.append(read_run(path))
+            folders.append(path)
+            continue
+        comparison = read_comparison(path)
+        comparisons.append(comparison)
+        for outcomes in systems_of(comparison).values():
+            folder = path / outcomes[0].folder
+            runs.append(replace(read_run(folder), name=outcomes[0].label))
+            folders.append(folder)
+    return distinct_names(runs), folders, comparisons
+
+
+def comparison_section(comparison: Comparison) -> dict[str, Any]:
+    """Tables and charts of a comparison, for the template."""
+    systems = systems_of(comparison)
+    return {
+        "comparison": comparison,
+        "seeds": max(len(outcomes) for outcomes in systems.values()),
+        "scores": table(comparison),
+        "differences": difference_table(comparison) if len(systems) > 1 else None,
+        "charts": Markup("").join(_chart(score, systems) for score in shown_scores(comparison, CHARTS)),
+        "what": [(outcomes[0].label, outcomes[0].what) for outcomes in systems.values()],
+    }
+
+
+def _chart(score: Score, systems: dict[str, list[Outcome]]) -> Markup:
+    """A reading a system."""
+    readings: list[Reading] = []
+    marked = 0
+    for name, outcomes in systems.items():
+        one = means(outcomes, score.name)
+        if one is None:
+            continue
+        low, high = reach(outcomes, score.name, one)
+        marked = len(readings) if name == REFERENCE else marked
+        readings.append(Reading(outcomes[0].label, one.mean, low, high))
+    return interval_chart(f"{score.label} {score.arrow}", readings, marked=marked)
+
+
+def case_study(runs: Sequence[RunData], folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Table 5: the rows of the known users with the fewest and with the most training rows, and what each run wrote.
+
+    The first such row of the split, so nobody picked a good one. [] without a trained run, or where rows differ.
+    """
+    asked = [run.generations.select(["split", "row"]) for run in runs]
+    catalogs = [folder / _CATALOG for folder in folders if (folder / _CATALOG).is_file()]
+    if not catalogs or not all(rows.equals(asked[0]) for rows in asked):
+        return []
+    users = pq.read_table(catalogs[0], columns=["id", "count"])
+    count = dict(zip(users["id"].to_pylist(), users["count"].to_pylist(), strict=True))
+    rows = np.array([count.get(user, 0) for user in runs[0].generations["user"].to_pylist()])
+    known = np.flatnonzero(rows > 0)
+    if not known.size:
+        return []
+    chosen = {
+        "Limited interactions": int(known[rows[known].argmin()]),
+        "Sufficient interactions": int(known[rows[known].argmax()]),
+    }
+    return [_case(name, index, int(rows[index]), runs) for name, index in chosen.items()]
+
+
+def _case(name: str, index: int, training_rows: int, runs: Sequence[RunData]) -> dict[str, Any]:
+    written = [run.generations.slice(index, 1).to_pylist()[0] for run in runs]
+    return written[0] | {
+        "name": name,
+        "training_rows": training_rows,
+        "texts": [(run.name, row["generated"]) for run, row in zip(runs, written, strict=True)],
+    }

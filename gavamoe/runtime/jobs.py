@@ -1,0 +1,277 @@
+"""Ray jobs: a step of the work runs on a cluster, its log is followed here.
+
+`submit` uploads this package, the scripts in `jobs/` and the YAML files named on the command line (an allow-list:
+Ray alone would upload the whole working directory, secrets included) and starts `jobs/STEP.py` on the cluster.
+Datasets and runs are never uploaded: their paths must mean the same on the cluster (docs/cluster.md).
+"""
+
+import asyncio
+import logging
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gavamoe.config.files import MAX_CONFIG_BYTES, presets_folder
+from gavamoe.errors import InputError, RunError
+from gavamoe.runtime.progress import PROGRESS_LINE
+
+STEPS = ("prepare", "stage1", "stage2", "evaluate", "tune", "pipeline")
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+FORWARDED = ("DS_ACCELERATOR", "HF_HUB_OFFLINE", "HF_HOME", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
+"""Environment variables of this shell that a job gets, where they are set. Keys and passwords are not among them."""
+
+_PACKAGE = Path(__file__).parent.parent
+_INPUTS = "inputs"
+_RECONNECTS = 5
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging",
+)  # fmt: skip
+"""Modules that tell of every package that they upload, and of every connection's end."""
+_NO_AGENT = "No available agent"
+
+
+class Follower(Protocol):
+    """Where a job's log goes; `gavamoe.cli.output.cluster.JobTerminal` draws its progress lines as bars."""
+
+    def text(self, line: str) -> None:
+        """A line of the log."""
+
+    def progress(self, title: str, done: int, total: int, note: str) -> None:
+        """A line that says how far a step is."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the cluster knows it."""
+
+    id: str
+    status: str
+    entrypoint: str
+    message: str
+    exit_code: int | None
+    started: float | None
+    """Seconds since the epoch."""
+    ended: float | None
+
+
+class Jobs:
+    """The jobs of one cluster."""
+
+    def __init__(self, address: str | None = None) -> None:
+        """Connect.
+
+        Raises:
+            RunError: no job server answers at `address`, or it refuses this client's token.
+        """
+        from ray.job_submission import JobSubmissionClient
+
+        for module in _TALKATIVE:
+            logging.getLogger(module).setLevel(logging.WARNING)
+        self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+        with self._asked():
+            self._client = JobSubmissionClient(self.address)
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Around a request: what goes wrong is one line."""
+        from ray.exceptions import AuthenticationError
+
+        try:
+            yield
+        except AuthenticationError as error:
+            raise RunError(
+                f"{self.address}: the cluster refuses this client's token ({_one_line(error)}); set RAY_AUTH_MODE=token"
+                " and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+            ) from error
+        except (ConnectionError, ValueError) as error:
+            raise RunError(
+                f"{self.address}: no job server answers ({_one_line(error)}); --address names the cluster's dashboard"
+            ) from error
+        except RuntimeError as error:
+            raise RunError(f"{self.address}: the job server says: {_one_line(error)}") from error
+
+    def submit(self, step: str, arguments: Sequence[str], environment: dict[str, str], *, gpus: float = 0) -> str:
+        """Start `jobs/STEP.py ARGUMENTS` on the cluster; returns the job's id.
+
+        Args:
+            environment: of the job's processes. The cluster keeps it readably: no secrets.
+            gpus: of the machine that the script itself runs on; `evaluate` computes there, training does not.
+        """
+        if step not in STEPS:
+            raise InputError(f"{step}: no such step; there are {', '.join(STEPS)}")
+        with staged_code(arguments) as (folder, command), self._asked():
+            return self._submit_when_ready(
+                entrypoint=shlex.join(["python", f"jobs/{step}.py", *command]),
+                submission_id=f"{step}-{time.strftime('%m%d-%H%M%S')}-{os.urandom(2).hex()}",
+                runtime_env={"working_dir": str(folder), "env_vars": job_environment(environment)},
+                entrypoint_num_gpus=gpus or None,
+            )
+
+    def _submit_when_ready(self, **job: Any) -> str:
+        """Submit; a head that has just started answers before it can take jobs."""
+        for attempt in range(_RECONNECTS):
+            try:
+                return str(self._client.submit_job(**job))
+            except RuntimeError as error:
+                if _NO_AGENT not in str(error):
+                    raise
+                time.sleep(2**attempt)
+        raise RunError(
+            f"{self.address}: the head's agent, which takes jobs, does not run; where another Ray holds its port, start"
+            " the head with another --dashboard-agent-listen-port"
+        )
+
+    def list(self) -> list[Job]:
+        """All jobs that were submitted, the newest first."""
+        with self._asked():
+            found = [_job(details) for details in self._client.list_jobs() if details.submission_id]
+        return sorted(found, key=lambda job: job.started or 0, reverse=True)
+
+    def get(self, job: str) -> Job:
+        """One job.
+
+        Raises:
+            InputError: the cluster knows no such job.
+        """
+        with self._asked():
+            try:
+                return _job(self._client.get_job_info(job))
+            except RuntimeError as error:
+                if "status code 404" not in str(error):
+                    raise
+                raise InputError(f"{job}: no such job at {self.address}; `gavamoe jobs list` shows them") from error
+
+    def logs(self, job: str) -> str:
+        """All that a job has printed so far."""
+        self.get(job)
+        with self._asked():
+            return str(self._client.get_job_logs(job))
+
+    def stop(self, job: str) -> bool:
+        """Ask a job to end; False if it had ended before."""
+        self.get(job)
+        with self._asked():
+            return bool(self._client.stop_job(job))
+
+    def follow(self, job: str, follower: Follower) -> Job:
+        """Hand over the job's log as it grows, until the job ends; returns how it ended."""
+        self.get(job)
+        reader = _Reader(follower)
+        for attempt in range(_RECONNECTS + 1):
+            try:
+                asyncio.run(self._tail(job, reader))
+                break
+            except (RuntimeError, OSError) as error:
+                if attempt == _RECONNECTS:
+                    raise RunError(f"{job}: its log can't be followed ({_one_line(error)}); it goes on") from error
+                time.sleep(2**attempt)
+        reader.end()
+        while (found := self.get(job)).status not in _ENDED:  # the log closes a moment before the status says so
+            time.sleep(0.5)
+        return found
+
+    async def _tail(self, job: str, reader: "_Reader") -> None:
+        reader.rewind()
+        async for chunk in self._client.tail_job_logs(job):
+            reader.feed(chunk)
+
+
+class _Reader:
+    """Cuts chunks into lines; after a reconnection, which starts at the log's beginning, skips what was shown."""
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower = follower
+        self._shown = self._skip = 0
+        self._rest = ""
+
+    def rewind(self) -> None:
+        self._skip = self._shown
+
+    def feed(self, chunk: str) -> None:
+        skipped = min(self._skip, len(chunk))
+        self._skip -= skipped
+        fresh = chunk[skipped:]
+        self._shown += len(fresh)
+        *lines, self._rest = (self._rest + fresh).split("\n")
+        for line in lines:
+            self._hand_over(line)
+
+    def end(self) -> None:
+        if self._rest:
+            self._hand_over(self._rest)
+
+    def _hand_over(self, line: str) -> None:
+        match = re.fullmatch(PROGRESS_LINE, line)
+        if match:
+            self._follower.progress(match["title"], int(match["done"]), int(match["total"]), match["note"])
+        else:
+            self._follower.text(line)
+
+
+@contextmanager
+def staged_code(arguments: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
+    """A folder with what a job needs, and the arguments with local YAML files renamed to their copies in it.
+
+    Raises:
+        InputError: a YAML file is larger than a config may be.
+    """
+    with tempfile.TemporaryDirectory(prefix="gavamoe-job-") as name:
+        folder = Path(name)
+        shutil.copytree(_PACKAGE, folder / "gavamoe", ignore=shutil.ignore_patterns("__pycache__", "_jobs"))
+        shutil.copytree(_jobs_folder(), folder / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
+        if presets_folder().parent != _PACKAGE:  # a checkout; an installed package holds them itself
+            for beside in ("configs", "tune_spaces"):
+                shutil.copytree(_PACKAGE.parent / beside, folder / beside)
+        yield folder, [_staged_argument(argument, folder / _INPUTS) for argument in arguments]
+
+
+def _staged_argument(argument: str, inputs: Path) -> str:
+    path = Path(argument)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return argument
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise InputError(f"{path}: larger than the {MAX_CONFIG_BYTES} bytes a config may have")
+    inputs.mkdir(exist_ok=True)
+    taken = inputs / path.name
+    if taken.exists() and taken.read_bytes() != path.read_bytes():
+        raise InputError(f"{path}: another file of that name is uploaded already; rename one")
+    shutil.copyfile(path, taken)
+    return f"{_INPUTS}/{path.name}"
+
+
+def job_environment(extra: dict[str, str]) -> dict[str, str]:
+    """What the job's processes find in their environment."""
+    forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    return {"PYTHONUNBUFFERED": "1"} | forwarded | extra
+
+
+def _jobs_folder() -> Path:
+    """`jobs/` of the checkout, or its copy inside an installed wheel."""
+    installed = _PACKAGE / "_jobs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "jobs"
+
+
+def _job(details: Any) -> Job:
+    return Job(
+        id=details.submission_id,
+        status=str(getattr(details.status, "value", details.status)),
+        entrypoint=details.entrypoint,
+        message=details.message or "",
+        exit_code=details.driver_exit_code,
+        started=details.start_time / 1000 if details.start_time else None,
+        ended=details.end_time / 1000 if details.end_time else None,
+    )
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,382 @@
+"""The only place that knows Ray Train: gives a training loop its workers, checkpoints, logs and restarts.
+
+A loop is a function `loop(*, context: Context, **arguments)`, defined at module level. It runs on
+`placement.workers` Ray Train workers (their side is `ray_worker`); the log goes to `FOLDER/logs` as `tracking` says,
+checkpoints to `FOLDER/checkpoints/NAME` until the step is done. Where FOLDER is the staging folder of a URI
+(`storage`), checkpoints go to the storage itself, and workers on other machines fetch their inputs from there.
+"""
+
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gavamoe.artifacts import remote
+from gavamoe.config.schema import RunConfig, RuntimeConfig
+from gavamoe.errors import InputError, RunError
+from gavamoe.runtime.context import LocalContext
+from gavamoe.runtime.tracking import Line, RunLog
+from gavamoe.runtime.worker import Desk, WorkerJob, run_worker, storage_problem
+
+OnLine = Callable[[Line], None]
+
+_CONTROLLER_RESTARTS = 3
+"""A worker group that cannot start is retried without limit by Ray's default, which looks like a hang."""
+_SECONDS_BETWEEN_LOOKS = 0.2
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of the checkpoints that count."""
+_KNOWN_FAILURES = {
+    "running low on memory": "a worker was killed, because its machine was running low on memory",
+    "worker group startup timed out": "the workers did not start within runtime.wait_minutes: too few nodes",
+}
+"""What a long text of Ray's holds -> what it means."""
+
+
+@contextmanager
+def ray_session(placement: RuntimeConfig, *, dashboard: bool = False) -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS, or start a Ray on this machine and stop it at the end.
+
+    A Ray that is already connected in this process is used as it is and left running.
+
+    Args:
+        dashboard: a Ray started here has its dashboard (on the loopback interface). Without it Ray does not free what
+            the workers of a training held whose caller, such as a trial of a search, was killed.
+    """
+    # ray.train.report blocks for one poll of the controller: 2 s by default, paid at every checkpoint.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, logging_level="WARNING", log_to_driver=False)
+    else:
+        _start_ray(placement, dashboard=dashboard)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_ray(placement: RuntimeConfig, *, dashboard: bool) -> None:
+    import ray
+
+    environment = _worker_environment(placement)
+    if dashboard:
+        # What frees places asks Ray's State API, which gives up where several Rays run on the machine and none is
+        # named: the workers' environment names this one, so its port is chosen before it starts.
+        port = _free_port()
+        os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+        environment["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, placement.workers * placement.threads_per_worker),
+            include_dashboard=dashboard,
+            logging_level="ERROR",
+            log_to_driver=False,
+            runtime_env={"env_vars": environment},
+        )
+    finally:
+        os.environ.pop("RAY_GCS_SERVER_PORT", None)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def run_training(
+    loop: Callable[..., Any],
+    arguments: dict[str, Any],
+    *,
+    placement: RuntimeConfig,
+    folder: Path,
+    name: str,
+    resume: bool = False,
+    elastic: bool = False,
+    on_line: OnLine | None = None,
+    stop_file: Path | None = None,
+) -> Any:
+    """Run `loop` on Ray Train workers and return what rank 0's call returned.
+
+    Args:
+        loop: module-level function; called as `loop(context=..., **arguments)` on every worker.
+        folder: the run folder; logs and checkpoints go below it.
+        resume: continue from the last registered checkpoint of an earlier call, where there is one.
+        elastic: the loop can go on with another number of workers: `placement.min_workers` then holds.
+        on_line: called in this process with each log line, as it appears.
+        stop_file: once it exists, the workers end together at their next log line.
+
+    Raises:
+        Stopped: because of `stop_file`.
+        InputError, RunError: as raised by the loop; these are not retried.
+        RunError: the workers died more often than `placement.max_failures`, or did not start in time.
+    """
+    import ray
+    from ray import train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    folder = Path(folder).absolute()
+    checkpoints = _Checkpoints(folder, name)
+    if not resume:
+        checkpoints.remove()
+    # Read by Ray Train's controller, which counts a failed start as one of its restarts.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(placement.wait_minutes * 60 / (1 + _CONTROLLER_RESTARTS))
+    desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=_on_this_node()).remote()
+    job = WorkerJob(
+        loop=loop,
+        arguments={key: _portable(value) for key, value in arguments.items()},
+        placement=placement,
+        desk=desk,
+        labels={"run": folder.name, "step": name},
+        stop_file=stop_file,
+    )
+    workers = (placement.min_workers, placement.workers) if elastic and placement.min_workers else placement.workers
+    trainer = TorchTrainer(
+        run_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if placement.gpu else "gloo"),
+        scaling_config=train.ScalingConfig(
+            num_workers=workers,
+            use_gpu=placement.gpu,
+            resources_per_worker={"CPU": placement.threads_per_worker} | ({"GPU": 1} if placement.gpu else {}),
+        ),
+        run_config=train.RunConfig(
+            name=name,
+            storage_path=checkpoints.path,
+            storage_filesystem=checkpoints.filesystem,
+            failure_config=train.FailureConfig(
+                max_failures=placement.max_failures, controller_failure_limit=_CONTROLLER_RESTARTS
+            ),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=2),
+            logging_config=train.LoggingConfig(log_level="ERROR"),
+            worker_runtime_env={"env_vars": _worker_environment(placement)},
+        ),
+    )
+    config = arguments.get("config")
+    kept = resume and checkpoints.exist()
+    with (
+        RunLog(folder, name, placement, config if isinstance(config, RunConfig) else None, keep=kept) as log,
+        _following(desk, log, on_line),
+    ):
+        outcome = _fit(trainer, desk, name)
+    checkpoints.remove()
+    if remote.place_of(folder) is not None:
+        remote.commit(folder)
+        remote.checkout(str(checkpoints.base))
+    return outcome
+
+
+def _fit(trainer: Any, desk: Any, name: str) -> Any:
+    """Train; the loop's own error, which came to the desk, is raised as it was."""
+    import ray
+    from ray import train
+
+    failure: Exception | None = None
+    outcome = None
+    try:
+        outcome = trainer.fit().return_value
+    except (train.TrainingFailedError, ray.exceptions.RayError) as error:
+        failure = error
+    try:
+        refusals = ray.get(desk.refusals.remote())
+    except ray.exceptions.RayError as error:
+        raise RunError(f"{name}: the process that keeps the log has died; continue with --resume") from error
+    if refusals:
+        raise refusals[0]
+    if failure is not None:
+        problem = storage_problem(failure) or _failure(failure)
+        raise RunError(f"{name}: {problem}; continue with --resume") from failure
+    return outcome
+
+
+class _Checkpoints:
+    """Where Ray Train keeps the checkpoints of a step: below the run folder, or below its URI."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        place = remote.place_of(folder)
+        self.base = folder if place is None else place.uri
+        self._local = folder / "checkpoints" / name
+        self._uri = None if place is None else f"{place.uri}/checkpoints/{name}"
+        self.filesystem, self.path = None, str(self._local.parent)
+        if place is not None:
+            self.filesystem, self.path = remote.filesystem(f"{place.uri}/checkpoints")
+
+    def exist(self) -> bool:
+        """Whether there are any that count."""
+        return (self._local / _SNAPSHOT).exists() if self._uri is None else remote.exists(f"{self._uri}/{_SNAPSHOT}")
+
+    def remove(self) -> None:
+        """The list first: what a removal that breaks leaves doesn't count."""
+        if self._uri is None:
+            (self._local / _SNAPSHOT).unlink(missing_ok=True)
+            shutil.rmtree(self._local, ignore_errors=True)
+        else:
+            remote.remove(f"{self._uri}/{_SNAPSHOT}")
+            remote.remove(self._uri)
+
+
+def was_cut_off(folder: Path, name: str) -> bool:
+    """Whether the last `run_training` of that name didn't come to its end, but to a checkpoint. Its workers outlive a
+    killed driver for a second or two and may have written their results, of which the log then doesn't tell."""
+    return _Checkpoints(Path(folder).absolute(), name).exist()
+
+
+def _portable(value: Any) -> Any:
+    """A staged path as a place that other machines can fetch; anything else as it is."""
+    return (remote.place_of(value) or value) if isinstance(value, Path) else value
+
+
+def _on_this_node() -> Any:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # Not soft: Ray then puts an actor that asks for no CPU on any node, and the loss of that node ends the training.
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+@contextmanager
+def _following(desk: Any, log: RunLog, on_line: OnLine | None) -> Iterator[None]:
+    """While the block runs, write each line that comes to the desk to the log, and hand it to `on_line`.
+
+    Raises:
+        RunError: the block is done, and the log can't be written.
+    """
+    stop = threading.Event()
+    problems: list[OSError] = []
+    follower = threading.Thread(target=_follow, args=(desk, log, on_line, stop, problems), daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        follower.join()
+    if problems:
+        _write_anew(desk, log)
+
+
+def _follow(desk: Any, log: RunLog, on_line: OnLine | None, stop: threading.Event, problems: list[OSError]) -> None:
+    import ray
+
+    generation = position = 0
+    while True:
+        last = stop.wait(_SECONDS_BETWEEN_LOOKS)
+        try:
+            current, kept, lines = ray.get(desk.since.remote(generation, position))
+        except ray.exceptions.RayError:  # no answer, perhaps for a while; `_fit` tells of a desk that has died
+            if last:
+                return
+            continue
+        try:
+            if current != generation:  # workers have started, and what their checkpoint held is the log now
+                log.restart(lines[:kept])
+            for line in lines[kept if current != generation else 0 :]:
+                log.add(line)
+        except OSError as error:  # a full disk, perhaps for a while: the training goes on as long as it can
+            problems.append(error)
+        if current != generation:
+            generation, position, lines = current, kept, lines[kept:]
+        for line in lines:
+            if on_line is not None:
+                on_line(line)
+        position += len(lines)
+        if last:
+            return
+
+
+def _write_anew(desk: Any, log: RunLog) -> None:
+    """Write the whole log, of which some lines could not be written when they came."""
+    import ray
+
+    _, _, lines = ray.get(desk.since.remote(-1, 0))
+    try:
+        log.restart(lines)
+    except OSError as error:
+        raise RunError(f"{log.path}: the training is done, its log can't be written ({error.strerror})") from error
+
+
+def run_tasks(
+    loop: Callable[..., Any],
+    jobs: Sequence[dict[str, Any]],
+    placement: RuntimeConfig,
+    on_done: Callable[[int, int], None] | None = None,
+) -> list[Any]:
+    """Call `loop(context=..., **job)` for every job, side by side as Ray tasks; returns the results in jobs' order.
+
+    As many run at once as the cluster has room for, each a single worker with `placement.threads_per_worker` CPUs.
+
+    Args:
+        loop: module-level function that needs no checkpoints; a task whose process died starts anew.
+        on_done: called in this process with (jobs done, jobs) whenever one ends.
+
+    Raises:
+        InputError, RunError: as raised by a job; the other jobs are cancelled.
+        RunError: a job failed otherwise, or its process died more often than `placement.max_failures`.
+    """
+    import ray
+
+    task = ray.remote(_task).options(
+        num_cpus=placement.threads_per_worker,
+        num_gpus=1 if placement.gpu else 0,
+        max_retries=placement.max_failures,
+        runtime_env={"env_vars": _worker_environment(placement)},
+    )
+    results = [task.remote(loop, job, placement) for job in jobs]
+    waiting = results
+    try:
+        while waiting:
+            ended, waiting = ray.wait(waiting)
+            ray.get(ended)
+            if on_done is not None:
+                on_done(len(jobs) - len(waiting), len(jobs))
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, InputError | RunError):
+            raise cause from None
+        raise RunError(f"{loop.__name__}: {_failure(error)}") from error
+    finally:
+        for result in waiting:
+            ray.cancel(result, force=True)
+    return list(ray.get(results))
+
+
+def _task(loop: Callable[..., Any], job: dict[str, Any], placement: RuntimeConfig) -> Any:
+    """One job's life; runs in a Ray worker process."""
+    import torch
+
+    torch.set_num_threads(placement.threads_per_worker)
+    return loop(context=LocalContext(device="cuda" if placement.gpu else "cpu"), **job)
+
+
+def _worker_environment(placement: RuntimeConfig) -> dict[str, str]:
+    threads = str(placement.threads_per_worker)
+    environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    if not placement.gpu:
+        environment["DS_ACCELERATOR"] = "cpu"
+        # Large tensors on huge pages: a training step of stage 1 spends a twentieth less on page faults.
+        environment["THP_MEM_ALLOC_ENABLE"] = "1"
+        # Experts meet other numbers of tokens at each step: with oneDNN's default of 1,024, bfloat16 products are
+        # compiled again and again, a tenth of a step of stage 2.
+        environment["DNNL_PRIMITIVE_CACHE_CAPACITY"] = "8192"
+    return environment
+
+
+def _failure(error: Exception) -> str:
+    """The last line of the first worker's error, or of the controller's."""
+    failures = getattr(error, "worker_failures", None)
+    cause = next(iter(failures.values())) if failures else error
+    for sign, meaning in _KNOWN_FAILURES.items():
+        if sign in str(cause):
+            return meaning
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1] if lines else type(cause).__name__

@@ -1,0 +1,284 @@
+"""A Ray Train worker's side of a training: its context, its checkpoints with checksums, and what it tells the driver.
+
+A checkpoint holds the loop's files, `log.jsonl` (the log so far: the driver's is set back to it when workers restart)
+and `checksums-RANK.json` for each rank. Rank 0 checks them before anything is resumed, and goes back to the checkpoint
+before where one is damaged.
+"""
+
+import errno
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gavamoe.artifacts import remote
+from gavamoe.artifacts.files import read_json, sha256, write_json
+from gavamoe.config.schema import RuntimeConfig
+from gavamoe.errors import InputError, RunError, Stopped
+from gavamoe.runtime.context import Metrics
+from gavamoe.runtime.tracking import Line
+
+LOG_FILE = "log.jsonl"
+_NO_SPACE = {
+    errno.ENOSPC: "no space is left",
+    errno.EDQUOT: "the quota is used up",
+    errno.EFBIG: "a file would be larger than is allowed",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "permission is denied",
+}
+_TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
+"""How torch.save says that a disk is full: a RuntimeError without an error number."""
+_SECONDS_TO_AGREE = 5.0
+GAUGES = {"step": "train_step", "loss": "train_loss", "tokens_per_second": "train_tokens_per_second",
+           "pairs_per_second": "train_pairs_per_second"}  # fmt: skip
+"""Field of a log line -> Ray metric, which Prometheus shows as ray_gavamoe_NAME."""
+
+
+class Desk:
+    """An actor beside the driver that the workers tell their log lines and refusals. Outlives restarts of workers."""
+
+    def __init__(self) -> None:
+        self._generation = self._kept = 0
+        self._lines: list[Line] = []
+        self._refused: dict[int, Exception] = {}
+
+    def restart(self, lines: list[Line]) -> None:
+        """Workers start, with the log of their checkpoint."""
+        self._generation += 1
+        self._kept, self._lines = len(lines), lines
+
+    def add(self, line: Line) -> None:
+        self._lines.append(line)
+
+    def since(self, generation: int, position: int) -> tuple[int, int, list[Line]]:
+        """Number of the workers' latest start, how many lines it began with, and the lines from `position` on; all
+        lines where `generation` is an earlier start."""
+        return self._generation, self._kept, self._lines[position if generation == self._generation else 0 :]
+
+    def refuse(self, rank: int, error: Exception) -> None:
+        """The loop's own error: trying again would end the same way."""
+        self._refused[rank] = error
+
+    def refusals(self) -> list[Exception]:
+        """Those of the ranks, in the order in which they came."""
+        return list(self._refused.values())
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """What every worker is given."""
+
+    loop: Callable[..., Any]
+    arguments: dict[str, Any]
+    """Staged paths of the driver are `storage.Place`s here."""
+    placement: RuntimeConfig
+    desk: Any
+    """Handle of the `Desk`."""
+    labels: dict[str, str]
+    """Of the Ray metrics."""
+    stop_file: Path | None
+    """Once it exists, the workers end together at their next log line."""
+
+
+def run_worker(config: dict[str, Any]) -> Any:
+    """One worker's life. Errors of the loop's own are told to the desk and end the training without another attempt."""
+    import ray
+    import torch
+    from ray import train
+
+    job: WorkerJob = config["job"]
+    if ray.get(job.desk.refusals.remote()):
+        return None  # an attempt before this one was refused, by one rank only
+    torch.set_num_threads(job.placement.threads_per_worker)
+    places = {name: value for name, value in job.arguments.items() if isinstance(value, remote.Place)}
+    try:
+        arguments = job.arguments | {name: remote.local_path(place) for name, place in places.items()}
+        with RayContext(job) as context:
+            outcome = job.loop(context=context, **arguments)
+        if train.get_context().get_world_rank() == 0:
+            for name, place in places.items():
+                if place.part and arguments[name].is_dir():
+                    remote.push(arguments[name], place.uri)
+        return outcome
+    except (InputError, RunError) as error:
+        return _refuse(job, error)
+    except (OSError, RuntimeError) as error:
+        problem = storage_problem(error)
+        if problem is None:
+            raise
+        return _refuse(job, RunError(f"{problem}; make room or give permission, then continue with --resume"))
+
+
+def storage_problem(error: BaseException | None) -> str | None:
+    """What keeps a disk from being written, if that is what an error comes from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            where = f"{error.filename}: " if error.filename else ""
+            return f"{where}can't be written: {_NO_SPACE[error.errno]}"
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_WRITE_ERRORS):
+            return "a checkpoint can't be written: the disk for temporary files (TMPDIR) seems full"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _refuse(job: WorkerJob, error: Exception) -> None:
+    """Tell the desk. Where all ranks refuse, training ends at once; else the others wait for this one in a collective
+    operation, and only a failure stops them: the next attempt then ends at its start."""
+    import ray
+    from ray import train
+
+    context = train.get_context()
+    ray.get(job.desk.refuse.remote(context.get_world_rank(), error))
+    end = time.monotonic() + _SECONDS_TO_AGREE
+    while len(ray.get(job.desk.refusals.remote())) < context.get_world_size():
+        if time.monotonic() > end:
+            raise error
+        time.sleep(0.1)
+
+
+class RayContext:
+    """`gavamoe.runtime.context.Context` backed by Ray Train."""
+
+    def __init__(self, job: WorkerJob) -> None:
+        from ray import train
+
+        ray_context = train.get_context()
+        self.rank: int = ray_context.get_world_rank()
+        self.world_size: int = ray_context.get_world_size()
+        self.device = f"cuda:{ray_context.get_local_rank()}" if job.placement.gpu else "cpu"
+        self.resume_from: Path | None = None
+        self._desk, self._labels, self._stop_file = job.desk, job.labels, job.stop_file
+        self._lines: list[Line] = []
+        self._gauges: dict[str, Any] = {}
+        self._resources = ExitStack()
+
+    def __enter__(self) -> "RayContext":
+        checkpoint, damaged = _newest_whole_checkpoint(self.rank)
+        if checkpoint is not None:
+            self.resume_from = Path(self._resources.enter_context(checkpoint.as_directory()))
+        if self.rank == 0:
+            self._start_log()
+            for problem in damaged:
+                self._tell({"phase": "resume", "warning": f"{problem}; the checkpoint before it is used"})
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        import ray
+
+        self._resources.close()
+        if self.rank == 0:
+            ray.get(self._desk.refusals.remote())  # calls are carried out in order: all lines have arrived
+
+    def log(self, metrics: Metrics) -> None:
+        if self.rank == 0:
+            self._tell(dict(metrics))
+        if self._stop_file is not None:
+            self._stop_if_asked(self._stop_file)
+
+    def _tell(self, line: Line) -> None:
+        self._lines.append(line)
+        self._desk.add.remote(line)
+        for field, gauge in self._gauges.items():
+            value = line.get(field)
+            if isinstance(value, int | float):
+                gauge.set(value)
+
+    def _stop_if_asked(self, stop_file: Path) -> None:
+        """All workers log at the same steps, and rank 0's look decides for all: none waits for one that has left."""
+        import torch
+
+        asked = torch.tensor([int(self.rank == 0 and stop_file.exists())], device=self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(asked)
+        if asked:
+            raise Stopped(f"asked to by {stop_file}")
+
+    def checkpoint(self, folder: Path, metrics: Metrics) -> None:
+        import ray
+        from ray import train
+
+        if self.rank == 0:
+            text = "".join(json.dumps(line) + "\n" for line in self._lines)
+            (folder / LOG_FILE).write_text(text, encoding="utf-8")
+        write_checksums(folder, self.rank, self.world_size)
+        train.report(dict(metrics), checkpoint=train.Checkpoint.from_directory(folder))
+        if self.rank == 0:
+            ray.get(self._desk.refusals.remote())  # a desk that has died ends the training here, not at its end
+
+    def _start_log(self) -> None:
+        from ray.util.metrics import Gauge
+
+        if self.resume_from is not None:
+            text = (self.resume_from / LOG_FILE).read_text(encoding="utf-8")
+            self._lines = [json.loads(line) for line in text.splitlines()]
+        self._desk.restart.remote(list(self._lines))
+        for field, name in GAUGES.items():
+            gauge = Gauge(f"gavamoe_{name}", f"{field} of the latest log line", tag_keys=tuple(self._labels))
+            gauge.set_default_tags(self._labels)
+            self._gauges[field] = gauge
+
+
+def _newest_whole_checkpoint(rank: int) -> tuple[Any, list[str]]:
+    """The newest registered checkpoint whose files are as they were written (None: nothing to resume), the same on all
+    ranks, and on rank 0 what is wrong with the newer ones.
+
+    Raises:
+        InputError: there are checkpoints, and all are damaged.
+    """
+    from ray import train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    reported = train.get_all_reported_checkpoints(consistency_mode=train.CheckpointConsistencyMode.COMMITTED)
+    damaged: list[str] = []
+    chosen = -1
+    if rank == 0:
+        for place in reversed(range(len(reported))):
+            with reported[place].checkpoint.as_directory() as folder:
+                problem = find_damage(Path(folder))
+            if problem is None:
+                chosen = place
+                break
+            damaged.append(f"{reported[place].checkpoint.path}: {problem}")
+    chosen = broadcast_from_rank_zero(chosen)
+    if chosen >= 0:
+        return reported[chosen].checkpoint, damaged
+    if reported:
+        reason = f" ({damaged[0]})" if damaged else ""
+        raise InputError(f"no whole checkpoint is left{reason}; start again without --resume")
+    return None, damaged
+
+
+def write_checksums(folder: Path, rank: int, workers: int) -> None:
+    """Note size and SHA-256 of this rank's files, which are all that `folder` holds."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    write_json(folder / _checksums(rank), {"workers": workers, "files": files})
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if all ranks' are as they were written."""
+    try:
+        workers = read_json(folder / _checksums(0))["workers"]
+        for rank in range(workers):
+            for name, entry in read_json(folder / _checksums(rank))["files"].items():
+                path = folder / name
+                if not path.is_file():
+                    return f"{name} is missing"
+                if path.stat().st_size != entry["bytes"]:
+                    return f"{name} has {path.stat().st_size} of {entry['bytes']} bytes"
+                if sha256(path) != entry["sha256"]:
+                    return f"the content of {name} has changed"
+    except (InputError, KeyError, TypeError, AttributeError) as error:
+        return f"its checksums can't be read ({error})"
+    return None
+
+
+def _checksums(rank: int) -> str:
+    return f"checksums-{rank}.json"

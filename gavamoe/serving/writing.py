@@ -1,0 +1,190 @@
+"""Stage 2 as a service: writes the text of a routed pair, whole or piece by piece, with an engine of its own.
+
+A pair that another version of the artifact has routed (in the middle of a rolling update) is routed anew, so that
+cluster, rating and text of an answer always come from one version.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from gavamoe.artifacts.manifest import read_manifest
+from gavamoe.config.schema import GenerationConfig
+from gavamoe.errors import InputError
+from gavamoe.generation.decoding_engine import Engine, Row, Timings
+from gavamoe.generation.detokenize import TextStream, clean_text
+from gavamoe.generation.engine_thread import EngineThread
+from gavamoe.generation.generator import Explainer
+from gavamoe.generation.prompts import PromptColumns
+from gavamoe.generation.sampling import Sampling
+from gavamoe.model.base_model import special_ids
+from gavamoe.serving.routing import RoutedPair, Router
+from gavamoe.serving.settings import GeneratorSettings
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """How a text is to be written; None: as the run's config says."""
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+    trace: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished text."""
+
+    routed: RoutedPair
+    """As it was written: another than was asked for, if it had to be routed anew."""
+    text: str
+    new_tokens: int
+    finish_reason: Literal["end", "length"]
+    timings: Timings
+    experts: list[list[int]] | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a text has grown by."""
+
+    text: str
+    tokens: int
+    """Written so far."""
+
+
+@dataclass(frozen=True)
+class WriterInfo:
+    """What clients may want to know about the model."""
+
+    model_version: str
+    layers: int
+    experts: int
+    max_new_tokens: int
+    """The default."""
+
+
+class Writer:
+    """Loads the language model and writes; call it on one asyncio loop."""
+
+    def __init__(self, explainer: Explainer, folder: Path, settings: GeneratorSettings, max_new_tokens: int) -> None:
+        """`max_new_tokens` is the largest that a request may ask for."""
+        self._explainer, self._settings = explainer, settings
+        self._router = Router(explainer.vae_gmm, explainer.catalog, explainer.spec, folder, explainer.device)
+        self.defaults = generation_defaults(folder)
+        builder = explainer.builder
+        engine = Engine(
+            explainer.model,
+            builder.end,
+            sorted(special_ids(explainer.tokenizer) - {builder.end}),
+            slots=settings.slots,
+            capacity=explainer.spec.prompt.max_tokens + max(max_new_tokens, self.defaults.max_new_tokens),
+            max_waiting=settings.max_waiting,
+            prefill_rows=settings.prefill_rows,
+        )
+        self.engine = EngineThread(engine)
+        self._end = builder.end
+
+    @classmethod
+    def load(cls, folder: Path, settings: GeneratorSettings, max_new_tokens: int) -> "Writer":
+        """Read a stage-2 artifact and start its engine.
+
+        Raises:
+            InputError: it is missing, damaged or not whole, or its config asks for beam search.
+        """
+        torch.set_num_threads(settings.threads)
+        return cls(Explainer.load(folder, settings.device), folder, settings, max_new_tokens)
+
+    @property
+    def info(self) -> WriterInfo:
+        """About the model."""
+        config = self._explainer.model.config
+        experts = config.n_experts if config.experts_enabled else 0
+        layers = config.text_config.num_hidden_layers
+        return WriterInfo(self._router.version, layers, experts, self.defaults.max_new_tokens)
+
+    async def write(self, routed: RoutedPair, request: TextRequest) -> Written:
+        """Write the whole text.
+
+        Raises:
+            EngineFull: too many wait.
+        """
+        routed = self._same_version(routed)
+        row = self._row(routed, request)
+        ticket = self.engine.start(row)
+        try:
+            async for _ in ticket:
+                pass
+        finally:
+            ticket.close()
+        return self._written(routed, row)
+
+    async def stream(self, routed: RoutedPair, request: TextRequest) -> AsyncIterator[RoutedPair | Piece | Written]:
+        """The route that is written by, then pieces of text, then the finished text, which the pieces add up to."""
+        routed = self._same_version(routed)
+        row = self._row(routed, request)
+        pieces = TextStream(self._explainer.tokenizer)
+        ticket = self.engine.start(row)
+        try:
+            yield routed
+            async for count in ticket:
+                last = row.done and count == len(row.tokens)
+                text = pieces.piece(row.tokens[:count], last=last)
+                if text:
+                    yield Piece(text, count)
+        finally:
+            ticket.close()
+        yield self._written(routed, row)
+
+    def check(self) -> None:
+        """Raise RunError if no answer can be expected."""
+        self.engine.check(self._settings.stuck_after_s)
+
+    def _same_version(self, routed: RoutedPair) -> RoutedPair:
+        if routed.model_version == self._router.version:
+            return routed
+        return self._router.route([routed.pair])[0]
+
+    def _row(self, routed: RoutedPair, request: TextRequest) -> Row:
+        [prompt] = self._explainer.builder.prompts(
+            PromptColumns([routed.user_index], [routed.item_index], [routed.rating], [routed.features], [routed.title])
+        )
+        defaults = self.defaults
+        sampling = Sampling(
+            max_new_tokens=request.max_new_tokens or defaults.max_new_tokens,
+            temperature=defaults.temperature if request.temperature is None else request.temperature,
+            top_p=defaults.top_p if request.top_p is None else request.top_p,
+            seed=request.seed,
+            no_repeat_ngram=defaults.no_repeat_ngram,
+            repetition_penalty=defaults.repetition_penalty,
+            min_new_tokens=defaults.min_new_tokens,
+        )
+        return Row(
+            prompt, routed.cluster, sampling, trace=request.trace and self._explainer.model.config.experts_enabled
+        )
+
+    def _written(self, routed: RoutedPair, row: Row) -> Written:
+        return Written(
+            routed=routed,
+            text=clean_text(self._explainer.tokenizer, row.tokens),
+            new_tokens=len(row.tokens),
+            finish_reason="end" if row.tokens[-1] == self._end else "length",
+            timings=row.timings,
+            experts=None if row.expert_use is None else row.expert_use.tolist(),
+        )
+
+
+def generation_defaults(folder: Path) -> GenerationConfig:
+    """The generation settings that the artifact's run was configured with."""
+    defaults = GenerationConfig.model_validate(read_manifest(folder, "stage2", verify=False).config["generation"])
+    if defaults.beams > 1:
+        raise InputError(
+            f"{folder}: configured with generation.beams={defaults.beams}; a service writes token by token, without"
+            " beam search: train with generation.beams=1, or evaluate with it and serve another run"
+        )
+    return defaults

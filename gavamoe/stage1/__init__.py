@@ -1,0 +1,18 @@
+"""The variational autoencoder with a Gaussian mixture: ratings, clusters, routes.
+
+    vae_gmm          the model and its ELBO
+    train            its training, from dataset to artifact
+    trainer          the loop: pretraining, mixture fit, ELBO
+    validation       held-out scores, guards against collapse
+    pair_stream      the order of pairs, negatives, hidden ids
+    mixture_init     fitting the mixture to the latents
+    spectral_init    spectral initialization of the embeddings
+    sparse_adam      Adam that touches only the rows of a batch
+    routes           pair -> cluster and responsibilities
+    route_overrides  random and planted routes, as experiments
+    clusters         what each cluster is; the latent map
+    artifact         its model on disk
+    cache            one training shared between runs that agree in all that stage 1 reads
+
+Shape letters: B pairs of a batch, N pairs, U users, I items, K clusters, L latent, E embedding.
+"""

@@ -1,0 +1,112 @@
+"""Stage 1's mixture and the users' clusters: how they start after pretraining, and how users change cluster.
+
+Pairs are what the mixture models, but users are what the clusters are for. A mixture fitted to the pairs' latents
+alone sorts pairs by rating or genre, and one user's pairs then go to every gate. So users are clustered by
+their pretrained embeddings, the mixture takes the moments of each cluster's pairs, and in training all pairs of
+a user share one q(c|x) (docs/stage1.md).
+
+Shape letters: N pairs, U users, K clusters, L latent, E embedding.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from sklearn.decomposition import PCA
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+from gavamoe.config.schema import Stage1Config
+from gavamoe.errors import InputError
+
+SAMPLE = 20_000
+"""Users, or pairs, at most to which a mixture is fitted."""
+_MAX_ITERATIONS = 300
+_LEAST_SHARE = 1e-6
+
+
+class Mixture(NamedTuple):
+    """Parameters of a mixture with diagonal covariances, float64."""
+
+    weights_K: np.ndarray
+    means_KL: np.ndarray
+    variances_KL: np.ndarray
+
+
+def fit_pairs(mu_NL: np.ndarray, config: Stage1Config, seed: int) -> Mixture:
+    """A mixture fitted to pairs' latents."""
+    fitted = _fit(mu_NL, config, seed)
+    return Mixture(fitted.weights_, fitted.means_, fitted.covariances_)
+
+
+def cluster_users(embedding_UE: np.ndarray, config: Stage1Config, seed: int) -> np.ndarray:
+    """Each user's cluster shares, (U, K), by a mixture fitted to the users' embeddings.
+
+    K clusters lie in at most K - 1 directions; the embeddings are reduced to that many, and two at least.
+    """
+    users, size = embedding_UE.shape
+    kept = min(max(config.clusters - 1, 2), size, users)
+    points = PCA(kept, svd_solver="covariance_eigh").fit_transform(embedding_UE.astype(np.float64))
+    sample = np.random.default_rng([seed, 2]).permutation(users)[:SAMPLE]
+    return _fit(points[np.sort(sample)], config, seed).predict_proba(points)
+
+
+def mixture_of_users(mu_NL: np.ndarray, user_N: np.ndarray, shares_UK: np.ndarray) -> Mixture:
+    """The moments of the latents of each cluster's pairs."""
+    shares_NK = shares_UK[user_N] + _LEAST_SHARE
+    counts_K1 = shares_NK.sum(axis=0)[:, None]
+    means_KL = shares_NK.T @ mu_NL / counts_K1
+    variances_KL = np.maximum(shares_NK.T @ mu_NL**2 / counts_K1 - means_KL**2, 1e-6)
+    return Mixture(counts_K1[:, 0] / counts_K1.sum(), means_KL, variances_KL)
+
+
+class UserClusters:
+    """q(c|u): the cluster distribution that all training pairs of a user share.
+
+    An epoch gathers each user's evidence; `update` makes it the posterior of a cluster drawn once per user,
+    q(c|u) ~ pi_c * exp(sum over the user's pairs of E[log p(z|c)]). The unknown user has the users' mean.
+    """
+
+    def __init__(self, shares_UK: np.ndarray) -> None:
+        self.log_q = self._with_unknown(torch.from_numpy(shares_UK).clamp_min(_LEAST_SHARE).log())
+        """(U + 1, K) float32"""
+        self._evidence = torch.zeros_like(self.log_q, dtype=torch.float64)
+
+    def disagreement(self, user_B: Tensor, log_gamma_BK: Tensor) -> Tensor:
+        """KL(q(c|u) || gamma) of every pair, (B,): what the bound would lose with q(c|u) as q(c|x)."""
+        log_q_BK = self.log_q[user_B.long().cpu()].to(log_gamma_BK.device)
+        return (log_q_BK.exp() * (log_q_BK - log_gamma_BK)).sum(dim=-1)
+
+    def add(self, user_B: Tensor, log_density_BK: Tensor) -> None:
+        """Count a batch's E[log p(z|c)] as evidence."""
+        self._evidence.index_add_(0, user_B.long().cpu(), log_density_BK.detach().double().cpu())
+
+    def update(self, log_weights_K: Tensor, world_size: int, device: str) -> None:
+        """Turn the epoch's evidence, of all workers, into q(c|u), and start to count anew."""
+        evidence = self._evidence
+        if world_size > 1:
+            shared = evidence.to(device)
+            dist.all_reduce(shared)
+            evidence = shared.cpu()
+        log_q_UK = (log_weights_K.detach().double().cpu() + evidence[:-1]).log_softmax(dim=-1)
+        self.log_q = self._with_unknown(log_q_UK.clamp_min(np.log(_LEAST_SHARE)))
+        self._evidence.zero_()
+
+    @staticmethod
+    def _with_unknown(log_q_UK: Tensor) -> Tensor:
+        log_q_UK = log_q_UK.log_softmax(dim=-1)
+        return torch.cat([log_q_UK, log_q_UK.exp().mean(dim=0, keepdim=True).log()]).float()
+
+
+def _fit(points: np.ndarray, config: Stage1Config, seed: int) -> GaussianMixture:
+    if len(points) < config.clusters:
+        raise InputError(f"stage1.clusters: {config.clusters} is more than the {len(points)} points to be clustered")
+    mixture = GaussianMixture(
+        config.clusters,
+        covariance_type="diag",
+        n_init=config.mixture_restarts,
+        random_state=seed,
+        max_iter=_MAX_ITERATIONS,
+    )
+    return mixture.fit(points)

@@ -1,0 +1,201 @@
+"""Which cluster every pair goes to (Eq. 8, 9), from the latent's mean and never a sample.
+
+The same pair takes the same route in any batch, on any worker, on every call. `routes.parquet` holds one row
+per pair: split, user, item, cluster, responsibilities, predicted_rating, in each split's own row order.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from gavamoe.artifacts.files import write_file
+from gavamoe.data.dataset import SPLITS, Dataset
+from gavamoe.errors import InputError
+from gavamoe.stage1.vae_gmm import VaeGmm
+
+ROUTES_FILE = "routes.parquet"
+BATCH_SIZE = 8192
+
+_SCHEMA = pa.schema(
+    [
+        ("split", pa.string()),
+        ("user", pa.int32()),
+        ("item", pa.int32()),
+        ("cluster", pa.int16()),
+        ("responsibilities", pa.list_(pa.float32())),
+        ("predicted_rating", pa.float32()),
+    ]
+)
+
+
+class Routes(NamedTuple):
+    """Routes of N pairs over K clusters."""
+
+    cluster: np.ndarray
+    """(N,) int16: the most likely cluster (Eq. 9)."""
+    responsibilities: np.ndarray
+    """(N, K) float32, rows sum to 1 (Eq. 8)."""
+    rating: np.ndarray
+    """(N,) float32: stage 1's expected rating; the probability of interaction for implicit data."""
+
+
+def route_pairs(
+    model: VaeGmm, user: np.ndarray, item: np.ndarray, batch_size: int = BATCH_SIZE, device: str = "cpu"
+) -> Routes:
+    """Route pairs by index; an index at or above the known counts is an unknown id."""
+    parts = list(_route_batches(model, user, item, batch_size, device))
+    if not parts:
+        empty = np.zeros(0, np.float32)
+        return Routes(empty.astype(np.int16), np.zeros((0, model.config.clusters), np.float32), empty)
+    return Routes(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def _route_batches(model: VaeGmm, user: np.ndarray, item: np.ndarray, batch_size: int, device: str) -> Iterator[Routes]:
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(user), batch_size):
+            user_B = torch.tensor(user[start : start + batch_size], device=device)
+            item_B = torch.tensor(item[start : start + batch_size], device=device)
+            mu_BL, _ = model.encode(user_B, item_B)
+            gamma_BK = model.responsibilities(mu_BL)
+            rating_B = model.expected_rating(model.decode(mu_BL)).float()
+            yield Routes(
+                gamma_BK.argmax(dim=-1).to(torch.int16).cpu().numpy(),
+                gamma_BK.cpu().numpy(),
+                rating_B.cpu().numpy(),
+            )
+    finally:
+        model.train(training)
+
+
+def write_routes(path: Path, dataset: Dataset, model: VaeGmm, device: str = "cpu") -> None:
+    """Route every pair of every split into one Parquet file, written whole."""
+    with write_file(path) as aside, pq.ParquetWriter(aside, _SCHEMA, compression="zstd") as writer:
+        for split in SPLITS:
+            for pairs in dataset.pairs(split):
+                found = _route_batches(model, pairs.user, pairs.item, BATCH_SIZE, device)
+                for start, routes in enumerate(found):
+                    rows = slice(start * BATCH_SIZE, start * BATCH_SIZE + len(routes.cluster))
+                    writer.write_table(_table(split, pairs.user[rows], pairs.item[rows], routes))
+
+
+def _table(split: str, user: np.ndarray, item: np.ndarray, routes: Routes) -> pa.Table:
+    clusters = routes.responsibilities.shape[1]
+    offsets = np.arange(len(user) + 1, dtype=np.int32) * clusters
+    responsibilities = pa.ListArray.from_arrays(offsets, pa.array(routes.responsibilities.reshape(-1)))
+    columns = [pa.array([split] * len(user)), user, item, routes.cluster, responsibilities, routes.rating]
+    return pa.table([pa.array(column) for column in columns], schema=_SCHEMA)
+
+
+def read_routes(path: Path, split: str, rows: int | None = None) -> Routes:
+    """Routes of one split in its row order; `rows` is how many there must be.
+
+    Raises:
+        InputError: no such file, not a routes file, or routes of another dataset.
+    """
+    _check(path)
+    table = pq.read_table(path, filters=[("split", "==", split)])
+    found = table.num_rows
+    if rows is not None and found != rows:
+        raise InputError(f"{path}: routes {found} {split} pairs, the dataset has {rows}; they don't belong together")
+    return _routes(table)
+
+
+def route_batches(path: Path, split: str) -> Iterator[tuple[np.ndarray, Routes]]:
+    """(users int32 (B,), their pairs' routes) of one split in its row order, without holding the file in memory.
+
+    Raises:
+        InputError: as `read_routes`.
+    """
+    _check(path)
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            table = table.filter(pc.equal(table["split"], split))
+            if len(table):
+                yield table["user"].to_numpy(), _routes(table)
+
+
+def _check(path: Path) -> None:
+    try:
+        names = pq.read_schema(path).names
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; run stage 1 first") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from error
+    if names != _SCHEMA.names:
+        raise InputError(f"{path}: has columns {', '.join(names)}, not {', '.join(_SCHEMA.names)}")
+
+
+def _routes(table: pa.Table) -> Routes:
+    responsibilities = table["responsibilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return Routes(
+        table["cluster"].to_numpy(),
+        responsibilities.reshape(len(table), -1) if len(table) else np.zeros((0, 0), np.float32),
+        table["predicted_rating"].to_numpy(),
+    )
+
+
+class TrainingRoutes(NamedTuple):
+    """What the routes of the training pairs add up to."""
+
+    pairs_K: np.ndarray
+    """int64 (K,): pairs of each cluster."""
+    user_means_UK: np.ndarray
+    """float64 (known users, K): a user's clusters, the mean of the responsibilities of its training pairs."""
+
+
+def training_routes(dataset: Dataset, path: Path) -> TrainingRoutes:
+    """Add up a routes file, a batch in memory.
+
+    Raises:
+        InputError: no such file, not a routes file, or routes of another dataset.
+    """
+    users, found = dataset.catalog.known_users, 0
+    count_U1, sum_UK, pairs_K = np.zeros((users, 1)), np.zeros(()), np.zeros((), np.int64)
+    for user, routes in route_batches(path, "train"):
+        if user.max() >= users:
+            raise InputError(f"{path}: routes user {user.max()}, the dataset knows {users}; they don't belong together")
+        clusters = routes.responsibilities.shape[1]
+        sums = [np.bincount(user, weights=column, minlength=users) for column in routes.responsibilities.T]
+        sum_UK = sum_UK + np.stack(sums, axis=1)
+        count_U1 += np.bincount(user, minlength=users)[:, None]
+        pairs_K = pairs_K + np.bincount(routes.cluster, minlength=clusters)
+        found += len(user)
+    if found != dataset.size("train"):
+        raise InputError(f"{path}: routes {found} training pairs, the dataset has {dataset.size('train')}")
+    return TrainingRoutes(pairs_K, sum_UK / np.maximum(count_U1, 1))
+
+
+def user_responsibilities(dataset: Dataset, path: Path) -> np.ndarray:
+    """A known user's clusters: the mean of the responsibilities of its training pairs, (known users, K)."""
+    return training_routes(dataset, path).user_means_UK
+
+
+def mean_by_user(user: np.ndarray, values: np.ndarray, n_users: int) -> np.ndarray:
+    """Means of the rows of `values` (N, K) over each user's pairs: (n_users, K)."""
+    counts = np.bincount(user, minlength=n_users)
+    sums = [np.bincount(user, weights=column, minlength=n_users) for column in values.T]
+    return np.stack(sums, axis=1) / np.maximum(counts, 1)[:, None]
+
+
+def user_group_ari(responsibilities: np.ndarray, groups: np.ndarray, seed: int) -> float:
+    """Agreement of users' clusters with planted groups: adjusted Rand index, 0 by chance, 1 perfect.
+
+    Users are clustered by k-means, with as many clusters as groups, on their mean responsibilities.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import adjusted_rand_score
+
+    wanted = len(np.unique(groups))
+    distinct = len(np.unique(responsibilities.round(6), axis=0))
+    found = KMeans(min(wanted, distinct), n_init=10, random_state=seed).fit_predict(responsibilities)
+    return float(adjusted_rand_score(groups, found))

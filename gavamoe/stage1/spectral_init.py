@@ -1,0 +1,174 @@
+"""Where stage 1's embeddings start: the leading singular vectors of the training ratings.
+
+From small random embeddings the interaction of users with items is a saddle that takes epochs to leave while the
+network memorises pairs; the singular vectors of what a user + item bias model leaves over show it at once.
+
+Shape letters: N pairs, U users, I items, R components.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse.linalg  # type: ignore[import-untyped]  # comes with scikit-learn, without stubs
+import torch
+
+from gavamoe.stage1.pair_stream import Pairs
+from gavamoe.stage1.vae_gmm import VaeGmm
+
+MAX_COMPONENTS = 16
+SCALE = 3.0
+"""Standard deviation of the strongest component. Far above the random part, for the encoder's first layer norm sees
+only directions, and large enough that the user's own embedding stays visible in the latent (docs/stage1.md)."""
+_SHRINKAGE = 5.0
+"""Ratings of the mean that each user and item is given beside its own, when biases are fitted."""
+_BIAS_ROUNDS = 3
+_NO_SPREAD = 1e-6
+_POWER_ITERATIONS = 7
+_OVERSAMPLES = 10
+
+
+class Spectral(NamedTuple):
+    """Coordinates of users and items: the bias first, then the components, the strongest first."""
+
+    user: np.ndarray
+    """(U, 1 + R)"""
+    item: np.ndarray
+    """(I, 1 + R)"""
+
+
+Stream = Callable[[], Iterable[Pairs]]
+"""The training pairs, a batch at a time, anew at each call."""
+
+
+def spectral_coordinates(pairs: Stream, n_users: int, n_items: int, components: int, seed: int) -> Spectral | None:
+    """Coordinates from the residual ratings, each row and column scaled by its count (plus the mean count).
+
+    Singular values are lowered by the first one left out, so that components of pure noise vanish.
+    None when the data are too small or hold no interaction at all.
+    """
+    components = min(components, n_users - 1, n_items - 1)
+    if components < 1:
+        return None
+    biases = _fit_biases(pairs, n_users, n_items)
+    matrix = _Residuals(pairs, biases)
+    left, singular, right = _singular_vectors(matrix, components + 1, seed)
+    kept = (singular - singular[-1])[:-1]
+    if kept[0] <= 1e-9:
+        return None
+    user = _standardised(left[:, :-1] * kept * matrix.user_scale[:, None])
+    item = _standardised(right[:, :-1] * kept * matrix.item_scale[:, None])
+    return Spectral(np.c_[biases.user, user], np.c_[biases.item, item])
+
+
+def init_embeddings(model: VaeGmm, pairs: Stream, seed: int) -> bool:
+    """Add the coordinates to the leading columns of the model's tables; the unknown rows stay at the mean, zero."""
+    components = min(MAX_COMPONENTS, model.config.embedding_size - 1)
+    found = spectral_coordinates(pairs, model.n_users, model.n_items, components, seed)
+    if found is None:
+        return False
+    with torch.no_grad():
+        for table, part in ((model.user_embedding, found.user), (model.item_embedding, found.item)):
+            added = torch.from_numpy(SCALE * part).to(table.weight)
+            table.weight[:-1, : added.shape[1]] += added
+    return True
+
+
+class _Biases(NamedTuple):
+    """A user + item bias model in standard deviations of the rating.
+
+    Implicit data have no rating to explain: residuals are 1 and the biases are activity and popularity.
+    """
+
+    user: np.ndarray
+    """(U,)"""
+    item: np.ndarray
+    """(I,)"""
+    user_count: np.ndarray
+    """(U,) pairs."""
+    item_count: np.ndarray
+    mean: float
+    spread: float
+    """Of the ratings; 0 for implicit data."""
+
+    def rating(self, pairs: Pairs) -> np.ndarray:
+        """Standardised ratings, float64 (N,)."""
+        return (pairs.rating.astype(np.float64) - self.mean) / self.spread
+
+    def residual(self, pairs: Pairs) -> np.ndarray:
+        """What the model leaves over, float64 (N,)."""
+        if not self.spread:
+            return np.ones(pairs.size)
+        return self.rating(pairs) - self.user[pairs.user] - self.item[pairs.item]
+
+
+def _fit_biases(pairs: Stream, n_users: int, n_items: int) -> _Biases:
+    user_count, item_count, moments = np.zeros(n_users), np.zeros(n_items), np.zeros(3)
+    for own in pairs():
+        user_count += np.bincount(own.user, minlength=n_users)
+        item_count += np.bincount(own.item, minlength=n_items)
+        rating = own.rating.astype(np.float64)
+        moments += np.array([own.size, rating.sum(), rating @ rating])
+    mean = moments[1] / moments[0]
+    spread = np.sqrt(max(moments[2] / moments[0] - mean**2, 0.0))
+    if spread < _NO_SPREAD:
+        activity, popularity = np.log1p(user_count), np.log1p(item_count)
+        user, item = activity - activity.mean(), popularity - popularity.mean()
+        return _Biases(user, item, user_count, item_count, mean, spread=0.0)
+    found = _Biases(np.zeros(n_users), np.zeros(n_items), user_count, item_count, mean, spread)
+    for _ in range(_BIAS_ROUNDS):
+        item_sum, user_sum = np.zeros(n_items), np.zeros(n_users)
+        for own in pairs():
+            item_sum += np.bincount(own.item, found.rating(own) - found.user[own.user], n_items)
+        found = found._replace(item=item_sum / (item_count + _SHRINKAGE))
+        for own in pairs():
+            user_sum += np.bincount(own.user, found.rating(own) - found.item[own.item], n_users)
+        found = found._replace(user=user_sum / (user_count + _SHRINKAGE))
+    return found
+
+
+class _Residuals(scipy.sparse.linalg.LinearOperator):
+    """The matrix of scaled residuals, (U, I), of which one batch of pairs is in memory."""
+
+    def __init__(self, pairs: Stream, biases: _Biases) -> None:
+        super().__init__(np.float64, (len(biases.user), len(biases.item)))
+        self._pairs, self._biases = pairs, biases
+        self.user_scale, self.item_scale = (_degree_scale(count) for count in (biases.user_count, biases.item_count))
+
+    def _blocks(self) -> Iterator[scipy.sparse.csr_matrix]:
+        for own in self._pairs():
+            values = self._biases.residual(own) * self.user_scale[own.user] * self.item_scale[own.item]
+            yield scipy.sparse.csr_matrix((values, (own.user, own.item)), shape=self.shape)
+
+    def _matmat(self, columns: np.ndarray) -> np.ndarray:
+        return sum(block @ columns for block in self._blocks())
+
+    def _rmatmat(self, columns: np.ndarray) -> np.ndarray:
+        return sum(block.T @ columns for block in self._blocks())
+
+
+def _singular_vectors(matrix: _Residuals, count: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The leading singular vectors, left (U, R) and right (I, R), and values, by subspace iteration (Halko 2011).
+
+    scikit-learn's `randomized_svd` does the same for a matrix in memory.
+    """
+    basis = np.random.default_rng([seed, 3]).normal(size=(matrix.shape[1], count + _OVERSAMPLES))
+    for _ in range(_POWER_ITERATIONS):
+        basis, _ = np.linalg.qr(matrix @ basis)
+        basis, _ = np.linalg.qr(matrix.T @ basis)
+    basis, _ = np.linalg.qr(matrix @ basis)
+    right, singular, left = np.linalg.svd(matrix.T @ basis, full_matrices=False)
+    return (basis @ left.T)[:, :count], singular[:count], right[:, :count]
+
+
+def _degree_scale(count: np.ndarray) -> np.ndarray:
+    return 1 / np.sqrt(count + count.mean())
+
+
+def _standardised(part: np.ndarray) -> np.ndarray:
+    """Centred, the column that varies most at unit variance.
+
+    Without ratings a leading component is all but constant: the popularity that the bias column tells already.
+    """
+    part = part - part.mean(axis=0)
+    return part / max(part.std(axis=0).max(), 1e-12)

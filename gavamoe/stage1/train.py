@@ -1,0 +1,114 @@
+"""Train stage 1 (section 3.4.1) and write its artifact.
+
+`train_stage1` reads a dataset folder and writes the folder `stage1/`: vae_gmm.json, vae_gmm.safetensors,
+routes.parquet, metrics.json, artifact.json. The loop itself is in `stage1_trainer`.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gavamoe.artifacts.files import write_folder, write_json
+from gavamoe.artifacts.manifest import write_manifest
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import SPLITS, open_dataset
+from gavamoe.runtime.context import Context
+from gavamoe.stage1.artifact import save_vae_gmm
+from gavamoe.stage1.pair_stream import BUCKET_PAIRS, PairFile, Pairs
+from gavamoe.stage1.routes import ROUTES_FILE, route_pairs, training_routes, user_group_ari, write_routes
+from gavamoe.stage1.trainer import Trainer, from_rank_0
+from gavamoe.stage1.validation import validate
+
+_SCORE_STEPS = 2**20
+
+
+def train_stage1(config: RunConfig, dataset: Path, out: Path, context: Context) -> dict[str, Any]:
+    """Train on this worker and, on rank 0, write the artifact `out`; every rank returns the metrics.
+
+    Raises:
+        InputError: the dataset or the checkpoint to resume from does not fit the config.
+        RunError: the loss is no longer finite, or the clusters collapsed and `on_collapse` is "stop".
+    """
+    started = time.perf_counter()
+    data = open_dataset(dataset)
+    trainer = Trainer(config, data, context)
+    if context.resume_from is not None:
+        trainer.restore(context.resume_from)
+    trainer.run()
+    return from_rank_0(context, lambda: _write_artifact(trainer, out, started))
+
+
+def _write_artifact(trainer: Trainer, out: Path, started: float) -> dict[str, Any]:
+    """Route all pairs with the best model and write the folder whole."""
+    with write_folder(out) as folder:
+        save_vae_gmm(folder, trainer.model)
+        write_routes(folder / ROUTES_FILE, trainer.dataset, trainer.model, trainer.context.device)
+        metrics = _final_metrics(trainer, folder / ROUTES_FILE)
+        metrics["seconds"] = time.perf_counter() - started
+        write_json(folder / "metrics.json", metrics)
+        write_manifest(folder, "stage1", trainer.run_config, {"dataset": trainer.dataset.fingerprint})
+    return metrics
+
+
+def _final_metrics(trainer: Trainer, routes: Path) -> dict[str, Any]:
+    dataset = trainer.dataset
+    metrics: dict[str, Any] = {}
+    for split in SPLITS[1:]:
+        pairs = trainer.source.held_out(split)
+        if pairs.size:
+            metrics[split] = _split_metrics(trainer, pairs)
+    train = training_routes(dataset, routes)
+    shares = train.pairs_K / train.pairs_K.sum()
+    metrics["cluster_shares"] = shares.tolist()
+    metrics["smallest_cluster_share"] = float(shares.min())
+    metrics["epochs"] = trainer.epoch
+    metrics["best_epoch"] = trainer.best["epoch"]
+    metrics["steps"] = trainer.step
+    metrics["stopped_early"] = trainer.stopped_early
+    truth = dataset.truth()
+    if truth is not None:
+        groups = truth.group[: dataset.catalog.known_users]
+        metrics["user_ari"] = user_group_ari(train.user_means_UK, groups, trainer.run_config.seed)
+    metrics["history"] = trainer.history
+    return metrics
+
+
+def _split_metrics(trainer: Trainer, pairs: PairFile) -> dict[str, Any]:
+    alone = _Alone(trainer.context)
+    numbers = validate(trainer.model, pairs, trainer.config.beta, alone).numbers()
+    if trainer.dataset.implicit:
+        popularity = np.zeros(trainer.dataset.catalog.n_items, np.int64)
+        for observed in trainer.source.observed():
+            popularity += np.bincount(observed.item, minlength=len(popularity))
+        numbers["auc"] = _auc(pairs, lambda own: route_pairs(trainer.model, own.user, own.item, device=alone.device)[2])
+        numbers["popularity_auc"] = _auc(pairs, lambda own: popularity[own.item] / popularity.max())
+    return numbers
+
+
+def _auc(pairs: PairFile, score: Callable[[Pairs], np.ndarray]) -> float:
+    """How often a chosen pair scores above a sampled negative: .5 by chance, 1 perfect.
+
+    Scores, 0 to 1, are counted in steps of 2^-20: equal to all digits that count, and the pairs need not be held.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    counts_2S = np.zeros((2, _SCORE_STEPS + 1), np.int64)
+    for start in range(0, pairs.size, BUCKET_PAIRS):
+        own = pairs.take(slice(start, start + BUCKET_PAIRS))
+        place = (score(own) * _SCORE_STEPS).round().astype(np.int64)
+        for chosen in (0, 1):
+            counts_2S[chosen] += np.bincount(place[own.rating == chosen], minlength=_SCORE_STEPS + 1)
+    is_chosen, step = counts_2S.nonzero()
+    return float(roc_auc_score(is_chosen, step, sample_weight=counts_2S[is_chosen, step]))
+
+
+class _Alone:
+    """Rank 0 working by itself."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self, context: Context) -> None:
+        self.device = context.device

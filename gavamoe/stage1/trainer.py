@@ -1,0 +1,338 @@
+"""Stage 1's training loop: pretrain the autoencoder, fit the mixture to its latents, then raise the ELBO.
+
+It runs as one of `context.world_size` workers. Every random choice is a function of (seed, epoch, place in the
+epoch), so that a resumed run equals one that never stopped, and workers only share out the same global batches.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gavamoe.config.schema import RunConfig, Stage1Config
+from gavamoe.data.dataset import Dataset
+from gavamoe.errors import InputError, RunError
+from gavamoe.runtime.context import Context
+from gavamoe.stage1.mixture_init import SAMPLE, UserClusters, cluster_users, fit_pairs, mixture_of_users
+from gavamoe.stage1.pair_stream import Epoch, Pairs, PairSource, global_batches, worker_slices
+from gavamoe.stage1.sparse_adam import GradientSum, RowAdam, clip_gradients
+from gavamoe.stage1.spectral_init import init_embeddings
+from gavamoe.stage1.vae_gmm import Likelihood, VaeGmm
+from gavamoe.stage1.validation import Validation, collapse_warnings, validate
+
+CHECKPOINT_FILE = "stage1.pt"
+LOGS_PER_EPOCH = 10
+FINAL_RATE = 0.05
+"""Share of the learning rates that a linear schedule ends with."""
+
+
+def build_model(config: RunConfig, dataset: Dataset) -> VaeGmm:
+    """The untrained model for a dataset, its weights a function of the seed."""
+    likelihood, values = rating_model(config.stage1, dataset)
+    torch.manual_seed(config.seed)
+    catalog = dataset.catalog
+    return VaeGmm(config.stage1, catalog.known_users, catalog.known_items, likelihood, values)
+
+
+def rating_model(config: Stage1Config, dataset: Dataset) -> tuple[Likelihood, tuple[float, ...]]:
+    """p(x|z) and its rating values, resolved for a dataset.
+
+    Raises:
+        InputError: the configured likelihood cannot describe the dataset's ratings.
+    """
+    wanted = config.likelihood
+    if dataset.implicit:
+        if wanted not in ("auto", "bernoulli"):
+            raise InputError(f"stage1.likelihood: {wanted} needs ratings, and {dataset.path} has none; use bernoulli")
+        return "bernoulli", (0.0, 1.0)
+    scale, ends = dataset.rating_values, dataset.rating_range
+    if ends is None or ends[0] >= ends[1]:
+        raise InputError(f"{dataset.path}: all ratings are equal ({ends}); there is nothing for stage 1 to learn")
+    if wanted == "categorical" and scale is None:
+        raise InputError(f"stage1.likelihood: categorical needs a scale of few values, {dataset.path} has a continuum")
+    if wanted == "bernoulli":
+        return "bernoulli", ends
+    if scale is None or wanted == "gaussian":
+        return "gaussian", ends
+    return "categorical", scale
+
+
+class Trainer:
+    """One worker's training state."""
+
+    def __init__(self, config: RunConfig, dataset: Dataset, context: Context) -> None:
+        stage1 = config.stage1
+        self.run_config, self.config, self.dataset, self.context = config, stage1, dataset, context
+        self.source = PairSource(
+            dataset, negatives=stage1.negatives, unknown_rate=stage1.unknown_id_rate, seed=config.seed
+        )
+        self.held_out = self.source.held_out("valid")
+        self.model = build_model(config, dataset)
+        if stage1.embedding_init == "spectral" and context.rank == 0 and context.resume_from is None:
+            init_embeddings(self.model, self.source.observed, config.seed)
+        self.model.to(context.device)
+        self._share_parameters()
+        self._make_optimizers()
+        self.user_clusters: UserClusters | None = None
+        """q(c|u) in the ELBO phase, unless `user_agreement` is 0."""
+        self.epoch = 0
+        """Epochs done, pretraining included."""
+        self.step = 0
+        self.best: dict[str, Any] = {"loss": float("inf"), "epoch": -1, "model": None}
+        self.history: list[dict[str, Any]] = []
+
+    @property
+    def total_epochs(self) -> int:
+        """Of both phases, if it is not stopped early."""
+        return self.config.pretrain_epochs + self.config.epochs
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether `patience` ELBO epochs went by without a better validation ELBO."""
+        waited = self.epoch - 1 - self.best["epoch"]
+        return bool(self.config.patience and self.best["model"] is not None and waited >= self.config.patience)
+
+    def run(self) -> None:
+        """Train to the end and put the best state into the model."""
+        while self.epoch < self.total_epochs and not self.stopped_early:
+            if self.epoch == self.config.pretrain_epochs:
+                self._init_mixture()
+            self._train_epoch()
+            self._after_epoch()
+        self.model.load_state_dict(self.best["model"])
+
+    def _make_optimizers(self) -> None:
+        config, model = self.config, self.model
+        self.tables = [model.user_embedding.weight, model.item_embedding.weight]
+        model.user_embedding.sparse = model.item_embedding.sparse = True
+        mixture = list(model.prior.parameters())
+        others = {id(parameter) for parameter in self.tables + mixture}
+        network = [parameter for parameter in model.parameters() if id(parameter) not in others]
+        self.dense = network + mixture
+        self.sum_gradients = GradientSum(self.dense, self.tables)
+        groups = [
+            {"params": network, "lr": config.learning_rate, "weight_decay": config.weight_decay},
+            {"params": mixture, "lr": config.mixture_learning_rate, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        self.row_optimizer = RowAdam(self.tables, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+    def _train_epoch(self) -> None:
+        config, context = self.config, self.context
+        pretraining = self.epoch < config.pretrain_epochs
+        pairs = self.source.epoch(self.epoch)
+        batches = list(global_batches(pairs.size, config.batch_size))
+        noise = torch.Generator().manual_seed(_stream(self.run_config.seed, self.epoch))
+        torch.manual_seed(_stream(self.run_config.seed, self.epoch, context.rank))  # of dropout
+        self.model.train()
+        started, log_every = time.perf_counter(), max(1, len(batches) // LOGS_PER_EPOCH)
+        for index, rows in enumerate(batches):
+            beta = None if pretraining else self._beta(index / len(batches))
+            self._set_rates(index / len(batches))
+            noise_BL = torch.randn(rows.stop - rows.start, config.latent_size, generator=noise)
+            terms = self._train_step(pairs, rows, beta, noise_BL)
+            self.step += 1
+            if (index + 1) % log_every == 0 or index + 1 == len(batches):
+                self._log_step(terms, beta, len(batches), rows.stop / (time.perf_counter() - started))
+
+    def _train_step(self, pairs: Epoch, rows: slice, beta: float | None, noise_BL: Tensor) -> dict[str, Tensor]:
+        """One optimizer step on one global batch, of which this worker computes its slice."""
+        slices = worker_slices(rows, self.context.world_size)
+        own = slices[self.context.rank]
+        user_B, item_B, rating_B = (torch.tensor(part, device=self.context.device) for part in pairs.take(own))
+        mu_BL, log_var_BL = self.model.encode(user_B, item_B)
+        share = 1 / (rows.stop - rows.start)
+        if beta is None:
+            loss = -self.model.log_likelihood(self.model.decode(mu_BL), rating_B).sum() * share
+            parts = {"loss": loss.detach()}
+        else:
+            own_noise_BL = noise_BL[own.start - rows.start : own.stop - rows.start].to(self.context.device)
+            z_BL = self.model.sample(mu_BL, log_var_BL, own_noise_BL)
+            terms = self.model.pair_elbo(mu_BL, log_var_BL, z_BL, rating_B, beta)
+            loss = terms.loss.sum() * share
+            parts = {name: value.detach().sum() * share for name, value in terms._asdict().items()}
+            if self.user_clusters is not None:
+                self.user_clusters.add(user_B, self.model.prior.expected_log_density(mu_BL, log_var_BL))
+                apart_B = self.user_clusters.disagreement(user_B, self.model.log_responsibilities(z_BL))
+                parts["disagreement"] = apart_B.detach().sum() * share
+                loss = loss + self.config.user_agreement * apart_B.sum() * share
+        loss.backward()
+        self.sum_gradients([piece.stop - piece.start for piece in slices])
+        norm = clip_gradients(self.dense, self.tables, self.config.clip_norm)
+        if not torch.isfinite(norm):
+            raise RunError(f"stage 1, step {self.step}: the gradient is not finite; lower stage1.learning_rate")
+        for optimizer in (self.optimizer, self.row_optimizer):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return {**parts, "gradient_norm": norm}
+
+    def _beta(self, place: float) -> float:
+        """The KL's weight at `place` (0 to 1) of the present epoch, growing linearly over the warm-up."""
+        done = self.epoch - self.config.pretrain_epochs + place
+        warmup = self.config.beta_warmup_epochs
+        return self.config.beta * (min(1.0, done / warmup) if warmup else 1.0)
+
+    def _set_rates(self, place: float) -> None:
+        """Both learning rates at `place` (0 to 1) of the present epoch."""
+        config, done = self.config, (self.epoch + place) / self.total_epochs
+        share = 1 - (1 - FINAL_RATE) * done if config.schedule == "linear" else 1.0
+        network, mixture = self.optimizer.param_groups
+        rows = self.row_optimizer.param_groups[0]
+        network["lr"] = rows["lr"] = share * config.learning_rate
+        mixture["lr"] = share * config.mixture_learning_rate
+
+    def _log_step(self, parts: Mapping[str, Tensor], beta: float | None, steps: int, rate: float) -> None:
+        """Log one step: the global batch's loss and terms (summed over the workers), pairs per second."""
+        names = [name for name in parts if name != "gradient_norm"]
+        values = torch.stack([parts[name] for name in names])
+        if self.context.world_size > 1:
+            dist.all_reduce(values)
+        self.context.log(
+            {
+                "phase": "stage1-pretrain" if beta is None else "stage1",
+                "step": self.step,
+                "steps": steps * self.total_epochs,
+                "epoch": self.epoch,
+                **dict(zip(names, values.tolist(), strict=True)),
+                "beta": beta or 0.0,
+                "gradient_norm": float(parts["gradient_norm"]),
+                "pairs_per_second": rate,
+            }
+        )
+
+    @torch.no_grad()
+    def _init_mixture(self) -> None:
+        """Fit the mixture to the pretrained model on rank 0, and give it to every rank."""
+        if self.config.mixture_init == "random":
+            return
+        shares = from_rank_0(self.context, self._fit_mixture)["user_shares"]
+        self._share_parameters()
+        self.user_clusters = UserClusters(shares) if shares is not None else None
+
+    def _fit_mixture(self) -> dict[str, Any]:
+        """Set the prior; returns the users' cluster shares (known users, K), None without `user_agreement`."""
+        config, seed = self.config, self.run_config.seed
+        sample = self.source.sample(SAMPLE, np.random.default_rng([seed, 1]))
+        mu_NL, var_NL = self._latents(sample)
+        shares = None
+        if config.user_agreement:
+            shares = cluster_users(self.model.user_embedding.weight[:-1].cpu().numpy(), config, seed)
+            mixture = mixture_of_users(mu_NL, sample.user, shares)
+        else:
+            mixture = fit_pairs(mu_NL, config, seed)
+        variances_KL = mixture.variances_KL + var_NL.mean(axis=0)
+        self.model.prior.set(*map(torch.from_numpy, (mixture.weights_K, mixture.means_KL, variances_KL)))
+        return {"user_shares": shares}
+
+    def _latents(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
+        """Means and variances of q(z|x), float64 (N, L) each."""
+        self.model.eval()
+        ids = (torch.tensor(column, device=self.context.device).split(4096) for column in pairs[:2])
+        parts = [self.model.encode(user_B, item_B) for user_B, item_B in zip(*ids, strict=True)]
+        mu_NL, log_var_NL = (torch.cat(column).double().cpu() for column in zip(*parts, strict=True))
+        return mu_NL.numpy(), log_var_NL.exp().numpy()
+
+    def _share_parameters(self) -> None:
+        """Give every rank rank 0's parameters."""
+        if self.context.world_size > 1:
+            for parameter in self.model.parameters():
+                dist.broadcast(parameter.data, src=0)
+
+    def _after_epoch(self) -> None:
+        """Move users between clusters, validate, keep the best state, log, register a checkpoint."""
+        config = self.config
+        if self.user_clusters is not None:
+            self.user_clusters.update(self.model.prior.log_weights, self.context.world_size, self.context.device)
+        phase = "pretrain" if self.epoch < config.pretrain_epochs else "elbo"
+        held_out = validate(self.model, self.held_out, config.beta, self.context)
+        numbers = held_out.numbers()
+        self.history.append({"epoch": self.epoch, "phase": phase, **numbers})
+        if phase == "elbo" and held_out.loss <= self.best["loss"]:  # always, where there is nothing to validate on
+            state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            self.best = {"loss": held_out.loss, "epoch": self.epoch, "model": state}
+        self.epoch += 1
+        log = {f"valid_{name}": value for name, value in numbers.items() if isinstance(value, float)}
+        self.context.log({"phase": f"stage1-{phase}-valid", "step": self.step, "epoch": self.epoch, **log})
+        if phase == "elbo" and held_out.pairs:
+            self._guard(held_out)
+        self._save(log)
+
+    def _guard(self, held_out: Validation) -> None:
+        """Log what looks like collapse; stop there if the config says so."""
+        for warning in collapse_warnings(held_out, self.config):
+            self.context.log({"phase": "stage1", "step": self.step, "epoch": self.epoch, "warning": warning})
+            if self.config.on_collapse == "stop" and self._beta(0.0) >= self.config.beta:
+                raise RunError(f"stage 1, epoch {self.epoch}: {warning}")
+
+    def _save(self, metrics: Mapping[str, float]) -> None:
+        """Register a checkpoint; rank 0 has the file, for all ranks hold the same state."""
+        with tempfile.TemporaryDirectory() as folder:
+            if self.context.rank == 0:
+                torch.save(self._state(), Path(folder) / CHECKPOINT_FILE)
+            self.context.checkpoint(Path(folder), {"epoch": self.epoch, "step": self.step, **metrics})
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset.fingerprint,
+            "config": self.config.model_dump(mode="json"),
+            "seed": self.run_config.seed,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "row_optimizer": self.row_optimizer.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "best": self.best,
+            "history": self.history,
+            "user_clusters": None if self.user_clusters is None else self.user_clusters.log_q,
+        }
+
+    def restore(self, folder: Path) -> None:
+        """Take over a checkpoint's state.
+
+        Raises:
+            InputError: the checkpoint is missing or belongs to another dataset, seed or config.
+        """
+        path = folder / CHECKPOINT_FILE
+        if not path.is_file():
+            raise InputError(f"{path}: no such checkpoint file; start without --resume")
+        state = torch.load(path, map_location=self.context.device, weights_only=True)
+        own = self._state()
+        for name in ("dataset", "seed", "config"):
+            if state[name] != own[name]:
+                raise InputError(f"{path}: {_difference(name, state[name], own[name])}; start without --resume")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.row_optimizer.load_state_dict(state["row_optimizer"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.best, self.history = state["best"], state["history"]
+        if state["user_clusters"] is not None:
+            self.user_clusters = UserClusters(state["user_clusters"][:-1].exp().double().cpu().numpy())
+            self.user_clusters.log_q = state["user_clusters"].cpu()
+
+
+def from_rank_0(context: Context, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The value that rank 0 makes, on every rank."""
+    if context.world_size == 1:
+        return make()
+    box = [make() if context.rank == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    assert box[0] is not None
+    return box[0]
+
+
+def _stream(*parts: int) -> int:
+    """A 63-bit seed from whole numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _difference(name: str, saved: Any, own: Any) -> str:
+    if name != "config":
+        return f"made with {name} {saved}, not {own}"
+    field = next(key for key in own if saved.get(key) != own[key])
+    return f"made with stage1.{field} {saved.get(field)}, not {own[field]}"

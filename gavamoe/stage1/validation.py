@@ -1,0 +1,147 @@
+"""How well stage 1 does on held-out pairs, and whether its clusters or its latent have collapsed.
+
+Shape letters as in vae_gmm.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gavamoe.config.schema import Stage1Config
+from gavamoe.stage1.pair_stream import PairFile, Pairs
+from gavamoe.stage1.vae_gmm import ElboTerms, VaeGmm
+
+_BATCH_SIZE = 4096
+_ACTIVE_VARIANCE = 0.01
+"""A latent dimension is active when the means of q(z|x) vary more than this over the pairs (Burda et al. 2015)."""
+_MIN_KL = 0.1
+"""Nats per pair; less means that q(z|x) is the prior, whatever the pair."""
+
+
+class Worker(Protocol):
+    """The part of a Context that says who works."""
+
+    rank: int
+    world_size: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Means over the held-out pairs."""
+
+    terms: dict[str, float]
+    """The ELBO's parts by name (`ElboTerms`), at the full beta."""
+    rmse: float
+    mae: float
+    constant_rmse: float
+    """RMSE of these pairs' mean rating: what knowing nothing about a pair gives."""
+    cluster_shares: list[float]
+    """Share of the pairs routed to each cluster."""
+    active_dimensions: int
+    pairs: int
+
+    @property
+    def loss(self) -> float:
+        """-ELBO at the full beta; lower is better."""
+        return self.terms["loss"]
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON: the terms beside the rest, the bound itself as "elbo"."""
+        rest = {name: value for name, value in self.__dict__.items() if name != "terms"}
+        return {"elbo": -self.loss, **self.terms, **rest, "smallest_cluster_share": min(self.cluster_shares)}
+
+
+@torch.no_grad()
+def validate(model: VaeGmm, pairs: PairFile, beta: float, worker: Worker) -> Validation:
+    """Measure a model on pairs, shared out over the workers; every worker returns the same numbers.
+
+    The sample of z is seeded by a pair's place, so that the numbers of two epochs can be compared.
+    """
+    training = model.training
+    model.eval()
+    total = torch.zeros(len(_Sums.names(model)), dtype=torch.float64)
+    for index, start in enumerate(range(0, pairs.size, _BATCH_SIZE)):
+        if index % worker.world_size == worker.rank:
+            batch = pairs.take(slice(start, start + _BATCH_SIZE))
+            total += _Sums.of(model, batch, beta, index, worker.device)
+    model.train(training)
+    if worker.world_size > 1:
+        total = total.to(worker.device)
+        dist.all_reduce(total)
+    return _Sums.finish(model, total.cpu(), pairs.size)
+
+
+class _Sums:
+    """Sums over pairs in one float64 vector, so that one reduction adds up the workers' shares."""
+
+    _SCALARS = (*ElboTerms._fields, "squared", "absolute", "rating", "rating_squared")
+
+    @classmethod
+    def names(cls, model: VaeGmm) -> list[str]:
+        config = model.config
+        vectors = ["cluster"] * config.clusters + ["mean"] * config.latent_size + ["mean_squared"] * config.latent_size
+        return [*cls._SCALARS, *vectors]
+
+    @classmethod
+    def of(cls, model: VaeGmm, batch: Pairs, beta: float, index: int, device: str) -> Tensor:
+        user_B, item_B, rating_B = (torch.tensor(part, device=device) for part in batch)
+        mu_BL, log_var_BL = model.encode(user_B, item_B)
+        noise_BL = torch.randn(mu_BL.shape, generator=torch.Generator().manual_seed(index)).to(device)
+        z_BL = model.sample(mu_BL, log_var_BL, noise_BL)
+        terms = model.pair_elbo(mu_BL, log_var_BL, z_BL, rating_B, beta)
+        error_B = model.expected_rating(model.decode(mu_BL)) - rating_B
+        scalars = [*terms, error_B.square(), error_B.abs(), rating_B, rating_B.square()]
+        cluster_B = model.log_responsibilities(mu_BL).argmax(dim=-1)
+        vectors = [
+            torch.bincount(cluster_B, minlength=model.config.clusters).double(),
+            mu_BL.double().sum(dim=0),
+            mu_BL.double().square().sum(dim=0),
+        ]
+        return torch.cat([torch.stack([value.double().sum() for value in scalars]), *vectors]).cpu()
+
+    @classmethod
+    def finish(cls, model: VaeGmm, total: Tensor, count: int) -> Validation:
+        means = total / max(count, 1)
+        scalars = dict(zip(cls._SCALARS, means.tolist(), strict=False))
+        sizes = [len(cls._SCALARS), model.config.clusters, model.config.latent_size, model.config.latent_size]
+        _, shares_K, mean_L, square_L = means.split(sizes)
+        return Validation(
+            terms={name: scalars[name] for name in ElboTerms._fields},
+            rmse=scalars["squared"] ** 0.5,
+            mae=scalars["absolute"],
+            constant_rmse=max(scalars["rating_squared"] - scalars["rating"] ** 2, 0.0) ** 0.5,
+            cluster_shares=shares_K.tolist(),
+            active_dimensions=int((square_L - mean_L.square() > _ACTIVE_VARIANCE).sum()),
+            pairs=count,
+        )
+
+
+def collapse_warnings(found: Validation, config: Stage1Config) -> list[str]:
+    """What has collapsed, with numbers and the remedy; empty when nothing has."""
+    warnings = []
+    smallest = min(found.cluster_shares)
+    if smallest < config.min_cluster_share:
+        warnings.append(
+            f"cluster {found.cluster_shares.index(smallest)} holds {smallest:.1%} of the pairs, less than"
+            f" stage1.min_cluster_share {config.min_cluster_share:.1%}: lower stage1.clusters, or raise"
+            " stage1.pretrain_epochs and stage1.mixture_restarts (with stage1.mixture_init gmm)"
+        )
+    if found.terms["kl"] < _MIN_KL:
+        warnings.append(
+            f"the KL is {found.terms['kl']:.3f} nats, less than {_MIN_KL}: the latent says nothing about a pair;"
+            " lower stage1.beta or raise stage1.beta_warmup_epochs"
+        )
+    if found.active_dimensions == 0:
+        warnings.append(
+            "no latent dimension is active (posterior collapse): lower stage1.beta, or raise stage1.pretrain_epochs"
+        )
+    if found.rmse >= found.constant_rmse:
+        warnings.append(
+            f"the RMSE {found.rmse:.3f} is no better than that of a constant ({found.constant_rmse:.3f}): nothing is"
+            " learnt; raise stage1.learning_rate or the epochs"
+        )
+    return warnings

@@ -1,0 +1,15 @@
+"""Joint training of the explainer and stage 1; DeepSpeed or plain torch.
+
+    train             the training loop
+    setup             what the loop starts from
+    best_state        which state is kept, and when to stop
+    model_card        the folder it leaves, with a model card
+    joint_model       both stages around shared embeddings (Eq. 13)
+    batches           tokenized rows, their order, tensors
+    tokenized_rows    a dataset's rows as token ids
+    token_cache       the same, made once, beside the dataset
+    training_engines  DeepSpeed or plain torch behind one interface
+    expert_parallel   experts sharded over workers; all-to-all of tokens
+
+Shape letters: N rows, B rows of a batch, T tokens, P pairs, W workers, D hidden size.
+"""

@@ -1,0 +1,197 @@
+"""Stage 2's batches: tokenised rows in memory, their order, and the tensors of a batch.
+
+Purpose: rows -> batches whose order is a function of (seed, epoch) alone, so that a resumed run and a run on
+another number of workers see the same ones. Cluster ids travel with the rows, as a column.
+Inputs: token ids from `prompts`. Outputs: dicts of tensors for `joint.JointModel`.
+
+Shape letters: N rows, B rows of a batch, T tokens, W workers, A accumulated batches of one optimizer step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gavamoe.stage1.pair_stream import Epoch, Pairs, PairSource
+
+IGNORED = -100
+"""Label of a token that is not learnt."""
+WINDOW_STEPS = 32
+"""Rows are sorted by length within this many steps' worth of shuffled rows: little padding, still mixed."""
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """N sequences of different length in one array."""
+
+    values: np.ndarray
+    """int32, all sequences one after the other."""
+    offsets: np.ndarray
+    """int64 (N + 1,)"""
+
+    @classmethod
+    def pack(cls, sequences: Sequence[Sequence[int]]) -> "Ragged":
+        """Copy lists into one array."""
+        lengths = np.fromiter(map(len, sequences), dtype=np.int64, count=len(sequences))
+        offsets = np.concatenate([np.zeros(1, np.int64), lengths.cumsum()])
+        values = np.fromiter(chain.from_iterable(sequences), dtype=np.int32, count=int(offsets[-1]))
+        return cls(values, offsets)
+
+    @classmethod
+    def join(cls, parts: Sequence["Ragged"]) -> "Ragged":
+        """All sequences of several, in order."""
+        lengths = np.concatenate([part.lengths for part in parts])
+        values = np.concatenate([part.values for part in parts])
+        return cls(values, np.concatenate([np.zeros(1, np.int64), lengths.cumsum()]))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        found: np.ndarray = self.values[self.offsets[row] : self.offsets[row + 1]]
+        return found
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (N,)"""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """Prompts and answers of a split, in its row order."""
+
+    prompts: Ragged
+    answers: Ragged
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, prompt and answer: int64 (N,)."""
+        return self.prompts.lengths + self.answers.lengths
+
+    def collate(self, rows: np.ndarray, cluster_N: np.ndarray, pad: int) -> Batch:
+        """Tensors of the given rows, padded on the right; only answers carry labels.
+
+        Returns:
+            input_ids, attention_mask, labels: int64 (B, T); cluster_ids: int64 (B,).
+        """
+        pieces = [(self.prompts[row], self.answers[row]) for row in rows]
+        width = max(len(prompt) + len(answer) for prompt, answer in pieces)
+        ids_BT = np.full((len(rows), width), pad, dtype=np.int64)
+        mask_BT = np.zeros_like(ids_BT)
+        labels_BT = np.full_like(ids_BT, IGNORED)
+        for index, (prompt, answer) in enumerate(pieces):
+            start, end = len(prompt), len(prompt) + len(answer)
+            ids_BT[index, :start] = prompt
+            ids_BT[index, start:end] = labels_BT[index, start:end] = answer
+            mask_BT[index, :end] = 1
+        return {
+            "input_ids": torch.from_numpy(ids_BT),
+            "attention_mask": torch.from_numpy(mask_BT),
+            "labels": torch.from_numpy(labels_BT),
+            "cluster_ids": torch.from_numpy(cluster_N[rows].astype(np.int64)),
+        }
+
+
+@dataclass(frozen=True)
+class SlotHiding:
+    """Puts the unknown user's or item's slot in place of some, so that users never seen can be served."""
+
+    share: float
+    """Of the rows, for users and items each."""
+    vocabulary: int
+    n_users: int
+    n_items: int
+    """Known ones; the layout of slot ids is that of `GavamoeForCausalLM.user_token` and `item_token`."""
+
+    def apply(self, input_ids_BT: Tensor, random: np.random.Generator) -> Tensor:
+        """The same ids with slots hidden in a random share of the rows: int64 (B, T)."""
+        hidden_B2 = torch.from_numpy(random.random((len(input_ids_BT), 2)) < self.share)
+        unknown_user = self.vocabulary + self.n_users
+        unknown_item = unknown_user + 1 + self.n_items
+        is_user = (input_ids_BT >= self.vocabulary) & (input_ids_BT <= unknown_user)
+        is_item = input_ids_BT > unknown_user
+        ids_BT = input_ids_BT.masked_fill(is_user & hidden_B2[:, :1], unknown_user)
+        return ids_BT.masked_fill(is_item & hidden_B2[:, 1:], unknown_item)
+
+
+class BatchPlan:
+    """Which rows which worker takes at which step.
+
+    The rows of a step depend on the seed, the epoch and the product A x W x B alone, so that one worker
+    with twice the accumulation takes the same steps as two workers. An epoch's last step is filled up from
+    the epoch's beginning: every worker always has a full batch.
+    """
+
+    def __init__(
+        self,
+        length_N: np.ndarray,
+        batch_size: int,
+        world_size: int,
+        accumulation: int,
+        seed: int,
+        window_steps: int = WINDOW_STEPS,
+    ) -> None:
+        if not len(length_N):
+            raise ValueError("no rows to make batches of")
+        self._length_N, self._seed, self._window_steps = length_N, seed, window_steps
+        self._shape = (accumulation, world_size, batch_size)
+        self._rows = accumulation * world_size * batch_size
+        self.steps_per_epoch = -(-len(length_N) // self._rows)
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def rows(self, step: int) -> np.ndarray:
+        """Row numbers of optimizer step `step`, counted from 0 over all epochs: int64 (A, W, B)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, self._epoch_order(epoch))
+        found: np.ndarray = self._order[1][place].reshape(self._shape)
+        return found
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        """All rows in the epoch's order: (steps, rows of a step)."""
+        random = np.random.default_rng([self._seed, epoch])
+        shuffled = np.resize(random.permutation(len(self._length_N)), self.steps_per_epoch * self._rows)
+        window = self._window_steps * self._rows
+        for start in range(0, len(shuffled), window):
+            part = shuffled[start : start + window]
+            shuffled[start : start + window] = part[np.argsort(self._length_N[part], kind="stable")]
+        steps = shuffled.reshape(self.steps_per_epoch, self._rows)
+        ordered: np.ndarray = steps[random.permutation(self.steps_per_epoch)]
+        return ordered
+
+
+class PairBatches:
+    """Stage-1 pairs for the ELBO, in stage 1's own seeded order: epoch after epoch, without their last odd pairs."""
+
+    def __init__(self, source: PairSource, pairs_per_step: int) -> None:
+        self._source, self._size = source, pairs_per_step
+        self._start()
+
+    def step(self, step: int) -> Pairs:
+        """The pairs of optimizer step `step` for all workers, (pairs_per_step,); too few pairs are repeated."""
+        if step < self._first:
+            self._start()
+        while step >= self._first + self._steps:
+            self._turn(self._epoch + 1, self._first + self._steps)
+        place = step - self._first
+        return self._pairs.take(slice(place * self._size, (place + 1) * self._size))
+
+    def _start(self) -> None:
+        self._turn(0, 0)
+
+    def _turn(self, epoch: int, first_step: int) -> None:
+        """Load an epoch, whose length may differ from the last one's where negatives are sampled."""
+        pairs: Epoch | Pairs = self._source.epoch(epoch)
+        if pairs.size < self._size:
+            pairs = pairs.take(slice(0, pairs.size)).take(np.resize(np.arange(pairs.size), self._size))
+        self._epoch, self._first, self._pairs = epoch, first_step, pairs
+        self._steps = pairs.size // self._size

@@ -1,0 +1,73 @@
+"""Which state of a stage-2 run becomes the artifact: the best on validation so far, or the last; and when to stop.
+
+The best state is kept whole in rank 0's memory and in each checkpoint, so that a resumed run still has it.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gavamoe.config.schema import Stage2Config
+from gavamoe.stage2.training_engines import Engine
+
+_FILE = "best.pt"
+
+Validations = Sequence[tuple[int, float]]
+"""(optimizer steps done, loss), in their order."""
+
+
+class BestState:
+    """Follows the validations of a run."""
+
+    def __init__(self, config: Stage2Config) -> None:
+        # With alpha 1 the text is not trained, so its loss says nothing about the training.
+        self._wanted = config.keep == "best" and config.alpha < 1
+        self._patience = config.patience
+        self._state: dict[str, Tensor] | None = None
+
+    def follow(self, validations: Validations, engine: Engine) -> None:
+        """Take a copy of the state if the last validation is the best. Every rank calls it."""
+        best = best_step(validations)
+        if self._wanted and best is not None and best == validations[-1][0]:
+            self._state = engine.state_dict()
+
+    def exhausted(self, validations: Validations) -> bool:
+        """Whether the last `patience` validations were all without a new best."""
+        return self._patience > 0 and _since_best(validations) >= self._patience
+
+    def kept_step(self, validations: Validations, last: int) -> int:
+        """Optimizer steps that the kept state has behind it; `last` are those of the run."""
+        best = best_step(validations) if self._wanted else None
+        return last if best is None else best
+
+    def kept_state(self, validations: Validations, last: int, engine: Engine) -> dict[str, Tensor]:
+        """The kept state on rank 0, empty on others. Every rank calls it."""
+        if self.kept_step(validations, last) == last:
+            return engine.state_dict()
+        assert self._state is not None  # taken at that step, or read from the checkpoint
+        return self._state
+
+    def save(self, folder: Path) -> None:
+        """Add the best state to a checkpoint; for rank 0."""
+        if self._state is not None:
+            torch.save(self._state, folder / _FILE)
+
+    def load(self, folder: Path, validations: Validations, rank: int) -> None:
+        """Read what `save` wrote, if there was a best by then; ranks above 0 hold nothing, as they did."""
+        if self._wanted and best_step(validations) is not None:
+            self._state = torch.load(folder / _FILE, map_location="cpu", weights_only=True) if rank == 0 else {}
+
+
+def best_step(validations: Validations) -> int | None:
+    """The first step of the lowest finite loss; what came before any training does not count. None without one."""
+    found = [(loss, step) for step, loss in validations if step > 0 and math.isfinite(loss)]
+    return min(found)[1] if found else None
+
+
+def _since_best(validations: Validations) -> int:
+    """Validations after the best one."""
+    best = best_step(validations)
+    return 0 if best is None else sum(step > best for step, _ in validations)

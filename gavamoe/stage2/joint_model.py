@@ -1,0 +1,159 @@
+"""Stage 2's trainable whole (section 3.4.2): explainer and VAE-GMM around the same two embedding tables.
+
+Inputs: a batch of prompts with answers, a batch of stage-1 pairs. Outputs: the joint loss of Eq. 13 and its parts.
+
+Shape letters: B text rows, T tokens, P pairs.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gavamoe.config.schema import Stage2Config
+from gavamoe.model.explainer import GavamoeForCausalLM
+from gavamoe.stage1.vae_gmm import VaeGmm
+from gavamoe.stage2.batches import IGNORED
+
+Losses = dict[str, Tensor]
+
+EXPLAINER, VAE_GMM = "explainer.", "vae_gmm."
+"""Prefixes of both parts' names in the joint state."""
+_TABLES = ("user_embedding.", "item_embedding.")
+
+
+class JointModel(nn.Module):
+    """L = alpha * L_ELBO + (1 - alpha) * L_explanation (Eq. 13), with what each side owns and what they share.
+
+    alpha 0 leaves stage 1's own parameters out of training, alpha 1 the explainer's own: they carry no gradient
+    and get into no optimizer (AdamW would decay even parameters without gradients). Parameters that come frozen, as
+    LoRA leaves the base model's, stay so. The embedding tables, stage 1's
+    values in modules that both hold, are trained by whichever loss has weight.
+    """
+
+    def __init__(self, explainer: GavamoeForCausalLM, vae_gmm: VaeGmm, alpha: float, *, bf16: bool = False) -> None:
+        super().__init__()
+        explainer.user_embedding, explainer.item_embedding = vae_gmm.user_embedding, vae_gmm.item_embedding
+        self.explainer, self.vae_gmm = explainer, vae_gmm
+        self.alpha, self.beta, self.bf16 = alpha, vae_gmm.config.beta, bf16
+        for name, parameter in self.named_parameters():
+            own = not name.removeprefix(EXPLAINER).startswith(_TABLES)
+            idle = VAE_GMM if alpha == 0 else EXPLAINER if alpha == 1 else None
+            if own and idle and name.startswith(idle):
+                parameter.requires_grad_(False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        cluster_ids: Tensor | None = None,
+        label_count: Tensor | None = None,
+        users: Tensor | None = None,
+        items: Tensor | None = None,
+        ratings: Tensor | None = None,
+    ) -> Losses:
+        """Losses of a batch; a part that gets no input, or has weight 0 in training, is left out.
+
+        Args:
+            input_ids, attention_mask, labels: (B, T); cluster_ids: (B,).
+            label_count: what to divide the summed negative log-likelihood by; None: this batch's labels.
+            users, items, ratings: (P,).
+
+        Returns:
+            "loss" and, where computed, "explanation_loss" (nats per token), "router_loss" (weighted), "elbo_loss" and
+            its "reconstruction" and "kl" (nats per pair). Only "loss" has a gradient.
+        """
+        losses: Losses = {}
+        total: Tensor | None = None
+        if input_ids is not None and labels is not None and (self.alpha < 1 or not self.training):
+            explanation = self._explanation(input_ids, attention_mask, labels, cluster_ids, label_count, losses)
+            total = (1 - self.alpha) * explanation
+        if users is not None and items is not None and ratings is not None and self.alpha > 0:
+            terms = self.vae_gmm.elbo(users, items, ratings, self.beta)
+            losses |= {"elbo_loss": terms.loss, "reconstruction": terms.reconstruction, "kl": terms.kl}
+            total = self.alpha * terms.loss + (0 if total is None else total)
+        if total is None:
+            raise ValueError("no input for any loss with a weight")
+        return {name: value.detach() for name, value in losses.items()} | {"loss": total}
+
+    def _explanation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor,
+        cluster_ids: Tensor | None,
+        label_count: Tensor | None,
+        losses: Losses,
+    ) -> Tensor:
+        """Negative log-likelihood of the answers, plus the weighted router losses."""
+        # Without the cache autocast keeps no bfloat16 copy of every weight alive, which would undo ZeRO-3's sharding.
+        autocast = torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
+        with autocast:
+            output = self.explainer(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                labels=labels,
+                cluster_ids=cluster_ids,
+                logits_to_keep=_scored_positions(labels),
+                use_cache=False,
+                num_items_in_batch=label_count,
+            )
+        loss: Tensor = output.loss
+        losses["explanation_loss"] = loss
+        if output.aux_loss is not None:
+            losses["explanation_loss"] = loss - output.aux_loss
+            losses["router_loss"] = output.aux_loss
+        return loss
+
+    def read_outside_forward(self) -> Iterator[nn.Parameter]:
+        """Parameters that are read as attributes, not in their own module's forward: ZeRO-3 must be told of them."""
+        yield from self.vae_gmm.prior.parameters()
+        yield from self.vae_gmm.parameters(recurse=False)
+
+
+_ROUTED = (".experts.", ".router.")
+"""Marks of routed experts and gates in parameter names."""
+
+
+def parameter_groups(model: JointModel, config: Stage2Config) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters: each side's rate; no decay of norms, biases, tables and prior.
+
+    Each group keeps its peak rate as "peak_lr", which schedules scale.
+    """
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        explainers = name.startswith(EXPLAINER) and not name.removeprefix(EXPLAINER).startswith(_TABLES)
+        rate = config.learning_rate if explainers else config.stage1_learning_rate
+        if any(part in name for part in _ROUTED):
+            rate = config.expert_learning_rate or rate
+        plain = parameter.ndim < 2 or name.endswith("bias") or id(parameter) in tables or ".prior." in name
+        groups.setdefault((rate, 0.0 if plain else config.weight_decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def part_of_state(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """One part's entries of the joint state, under the part's own names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def mean_losses(losses: Iterable[Losses]) -> Losses:
+    """Means, by name, over the accumulated batches of one step."""
+    gathered: dict[str, list[Tensor]] = {}
+    for step in losses:
+        for name, value in step.items():
+            gathered.setdefault(name, []).append(value.detach().float())
+    return {name: torch.stack(values).mean() for name, values in gathered.items()}
+
+
+def _scored_positions(labels_BT: Tensor) -> Tensor:
+    """Positions whose next token is an answer's in any row: the vocabulary is scored there alone. 1-D int64."""
+    labelled_T = (labels_BT != IGNORED).any(dim=0)
+    return labelled_T[1:].nonzero().flatten()

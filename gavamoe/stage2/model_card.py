@@ -1,0 +1,94 @@
+"""Stage 2's artifact: a Hugging Face model folder that is complete in itself, with a model card.
+
+Inputs: the consolidated state of a training run. Output: a folder that `generate.Explainer.load`, and, for the language
+model alone, transformers' Auto classes (after `import gavamoe.model.explainer`) read.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gavamoe.artifacts.files import write_folder, write_json
+from gavamoe.artifacts.manifest import write_manifest
+from gavamoe.config.files import dump_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.generation.generator import CATALOG_FOLDER, PROMPT_FILE
+from gavamoe.model.lora import merged_state
+from gavamoe.stage1.artifact import save_vae_gmm
+from gavamoe.stage1.routes import ROUTES_FILE, write_routes
+from gavamoe.stage1.vae_gmm import VaeGmm
+from gavamoe.stage2.joint_model import EXPLAINER, VAE_GMM, part_of_state
+from gavamoe.stage2.setup import Setup
+
+
+def write_artifact(
+    out: Path, config: RunConfig, setup: Setup, state: dict[str, Tensor], metrics: dict[str, Any]
+) -> None:
+    """Write the folder whole, from the joint model's `state` (on the CPU) rather than from sharded modules."""
+    vae_gmm = VaeGmm.from_spec(setup.model.vae_gmm.to_spec())
+    vae_gmm.load_state_dict(part_of_state(state, VAE_GMM))
+    explainer_state = part_of_state(state, EXPLAINER)
+    if config.stage2.lora.rank:
+        explainer_state = merged_state(setup.model.explainer, explainer_state)
+    with write_folder(out) as folder:
+        setup.model.explainer.save_pretrained(folder, state_dict=explainer_state)
+        setup.tokenizer.save_pretrained(folder)
+        save_vae_gmm(folder, vae_gmm)
+        setup.data.catalog.save(folder / CATALOG_FOLDER)
+        write_routes(folder / ROUTES_FILE, setup.data, vae_gmm)
+        write_json(folder / PROMPT_FILE, setup.spec.model_dump(mode="json"))
+        write_json(folder / "metrics.json", metrics)
+        if setup.control is not None:
+            setup.control.save(folder)
+        (folder / "README.md").write_text(model_card(config, setup, metrics), encoding="utf-8")
+        inputs = {"dataset": setup.data.fingerprint, "stage1": setup.stage1.fingerprint}
+        write_manifest(folder, "stage2", config, inputs, {"parameters": setup.parameters})
+
+
+def model_card(config: RunConfig, setup: Setup, metrics: dict[str, Any]) -> str:
+    """README.md of the folder: what it is, what it was trained on, what it reached, how to use it."""
+    stage2, meta = config.stage2, setup.data.meta
+    experts = stage2.experts
+    blocks = (
+        f"{experts.count} experts per block ({experts.conversion}), top {experts.top_k}, {config.gates} gates"
+        if experts.enabled
+        else "dense feed-forward layers, no experts"
+    )
+    lora = f" (LoRA of rank {stage2.lora.rank} on attention, merged)" if stage2.lora.rank else ""
+    rows = [
+        ("base model", stage2.base_model),
+        ("blocks", blocks),
+        ("routes", stage2.routes),
+        ("parameters", f"{setup.parameters:,}"),
+        ("parameters trained", f"{setup.trained:,}{lora}"),
+        ("dataset", f"{meta.source}, {meta.rows['train']:,} training rows, fingerprint {setup.data.fingerprint[:12]}"),
+        ("steps", _steps(metrics)),
+        ("validation loss (nats per token)", _number(metrics["validation_loss"])),
+        ("the same before training", _number(metrics["validation_loss_at_start"])),
+        ("validation perplexity", _number(metrics["validation_perplexity"])),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return (
+        "---\nlibrary_name: transformers\ntags: [recommendation, explanation, gavamoe]\n---\n\n"
+        "# GaVaMoE explainer\n\n"
+        "Writes a sentence that explains why an item is recommended to a user. Trained by `gavamoe train`.\n\n"
+        f"| | |\n|---|---|\n{table}\n\n"
+        "Texts are generated from ratings, feature words and learnt preferences; they are not facts about the item.\n"
+        "Scores on the test split are in the run's `evaluation/metrics.json`.\n\n"
+        "```python\nfrom gavamoe.config.schema import GenerationConfig\n"
+        "from gavamoe.generation.generator import Explainer\n"
+        "from gavamoe.generation.prompts import ExplanationRequest\n\n"
+        'explainer = Explainer.load("stage2")\n'
+        "[explanation] = explainer.explain([ExplanationRequest(user=0, item=0)], GenerationConfig())\n```\n\n"
+        f"## Config\n\n```yaml\n{dump_config(config)}```\n"
+    )
+
+
+def _steps(metrics: dict[str, Any]) -> str:
+    taken = f"{metrics['steps']:,} of {metrics['planned_steps']:,} on {metrics['workers']} workers"
+    return f"{taken}; these weights are those after {metrics['kept_step']:,}"
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"

@@ -1,0 +1,156 @@
+"""What stage 2's loop starts from: the joint model, the tokenised rows, and each row's cluster.
+
+Inputs: the config, a dataset folder, a stage-1 folder. Output: a `Setup`, the same on every worker.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gavamoe.artifacts.manifest import Manifest
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.errors import InputError
+from gavamoe.generation.prompts import PromptBuilder, PromptSpec
+from gavamoe.model.base_model import load_base
+from gavamoe.model.explainer import GavamoeForCausalLM, build_explainer
+from gavamoe.model.lora import add_lora
+from gavamoe.stage1.artifact import load_stage1
+from gavamoe.stage1.pair_stream import PairSource
+from gavamoe.stage1.route_overrides import RouteControl
+from gavamoe.stage1.routes import ROUTES_FILE, read_routes
+from gavamoe.stage1.vae_gmm import VaeGmm
+from gavamoe.stage2.batches import TextRows
+from gavamoe.stage2.joint_model import JointModel
+from gavamoe.stage2.token_cache import read_cache
+from gavamoe.stage2.tokenized_rows import (
+    encode_rows,
+    rating_scale,
+    rows_with_text,
+    tokenizer_texts,
+    usual_features,
+    validation_rows,
+)
+
+Split = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that the training loop and the artifact need."""
+
+    data: Dataset
+    stage1: Manifest
+    model: JointModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: PromptSpec
+    train: TextRows
+    valid: TextRows
+    """At most `validation_rows`, chosen by the seed."""
+    routed: dict[str, Split]
+    """Users and items of the rows of `train` and `valid`, by split name."""
+    clusters: dict[str, np.ndarray]
+    """Each of these rows' cluster, by stage 1 or by the control: int64."""
+    control: RouteControl | None
+    """What routes in stage 1's place, if anything."""
+    pairs: PairSource
+    pad: int
+    parameters: int
+    """Of explainer and stage 1 together, shared tables once; adapters are not counted, which end merged."""
+    trained: int
+    """Parameters that get into the optimizer, adapters included."""
+
+
+def prepare(config: RunConfig, dataset: Path, stage1: Path, *, hollow: bool = False) -> Setup:
+    """Load, build and tokenise; `hollow` leaves the explainer's own weights unset, for another worker to send.
+
+    Raises:
+        InputError: stage 1 was trained on another dataset or with other clusters; no row has a text.
+    """
+    data = open_dataset(dataset)
+    vae_gmm, manifest = load_stage1(stage1)
+    _check_stage1(config, data, Path(dataset), vae_gmm, manifest, Path(stage1))
+    explainer, tokenizer = _build_explainer(config, data, vae_gmm, hollow)
+    model = JointModel(explainer, vae_gmm, config.stage2.alpha, bf16=config.stage2.precision == "bf16")
+    if not hollow:
+        explainer.calibrate_slots()
+    parameters = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)
+    spec = PromptSpec(
+        prompt=config.stage2.prompt,
+        scale=rating_scale(data),
+        usual_features=usual_features(data, config.stage2.prompt.max_features),
+    )
+    builder = PromptBuilder(tokenizer, explainer.user_token, explainer.item_token, spec.prompt, spec.scale)
+    chosen = {"train": rows_with_text(data, "train"), "valid": validation_rows(config, data)}
+    arrays = {split: data.arrays(split) for split in chosen}
+    routed = {split: (arrays[split].user[rows], arrays[split].item[rows]) for split, rows in chosen.items()}
+    control = RouteControl.of(config, data)
+    return Setup(
+        data=data,
+        stage1=manifest,
+        model=model,
+        tokenizer=tokenizer,
+        spec=spec,
+        train=read_cache(data, builder, chosen["train"]) or encode_rows(builder, data, "train", chosen["train"]),
+        valid=encode_rows(builder, data, "valid", chosen["valid"]),
+        routed=routed,
+        clusters={
+            split: control.cluster(*routed[split]) if control else _clusters(data, Path(stage1), split)[rows]
+            for split, rows in chosen.items()
+        },
+        control=control,
+        pairs=PairSource(
+            data, negatives=config.stage1.negatives, unknown_rate=config.stage1.unknown_id_rate, seed=config.seed
+        ),
+        pad=tokenizer.pad_token_id,
+        parameters=parameters,
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+    )
+
+
+def _check_stage1(
+    config: RunConfig, data: Dataset, dataset: Path, vae_gmm: VaeGmm, manifest: Manifest, stage1: Path
+) -> None:
+    if manifest.inputs.get("dataset") != data.fingerprint:
+        raise InputError(f"{stage1}: was trained on another dataset than {dataset}; train stage 1 on this one")
+    if vae_gmm.config.clusters != config.stage1.clusters:
+        raise InputError(
+            f"{stage1}: has {vae_gmm.config.clusters} clusters, the config has"
+            f" stage1.clusters {config.stage1.clusters}; set it to the same value or train stage 1 again"
+        )
+
+
+def _build_explainer(
+    config: RunConfig, data: Dataset, vae_gmm: VaeGmm, hollow: bool
+) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
+    stage2 = config.stage2
+    base, tokenizer = load_base(stage2.base_model, stage2.scratch, tokenizer_texts(data), config.seed, hollow=hollow)
+    _check_positions(config, base)
+    explainer = build_explainer(
+        config, base, vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates, hollow=hollow
+    )
+    if stage2.lora.rank:
+        add_lora(explainer, stage2.lora, config.seed)
+    if stage2.gradient_checkpointing:
+        explainer.activation_checkpointing_enable()
+    return explainer, tokenizer
+
+
+def _check_positions(config: RunConfig, base: PreTrainedModel) -> None:
+    """GPT-2's positions are a table: beyond its end there is nothing to look up."""
+    prompt, positions = config.stage2.prompt, base.config.max_position_embeddings
+    answer = max(prompt.max_explanation_tokens, config.generation.max_new_tokens)
+    if prompt.max_tokens + answer > positions:
+        raise InputError(
+            f"stage2.prompt: {prompt.max_tokens} + {answer} tokens of prompt and explanation are more than the"
+            f" {positions} positions of the base model; lower max_tokens or max_explanation_tokens"
+        )
+
+
+def _clusters(data: Dataset, stage1: Path, split: str) -> np.ndarray:
+    clusters = read_routes(stage1 / ROUTES_FILE, split).cluster.astype(np.int64)
+    if len(clusters) != data.size(split):
+        raise InputError(f"{stage1 / ROUTES_FILE}: {len(clusters)} {split} rows, the dataset has {data.size(split)}")
+    return clusters

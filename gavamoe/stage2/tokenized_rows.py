@@ -1,0 +1,106 @@
+"""A dataset's rows as token ids: the prompt builder of a run, and the encoding of a split's rows with it.
+
+Needs the base model's tokenizer, never its weights.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import Dataset
+from gavamoe.errors import InputError
+from gavamoe.generation.prompts import PromptBuilder, PromptColumns, RatingScale, SlotIds, template_texts
+from gavamoe.model.base_config import base_shape
+from gavamoe.model.base_model import load_tokenizer
+from gavamoe.stage2.batches import Ragged, TextRows
+
+_TEXTS_PER_TEMPLATE = 10
+"""The scratch tokenizer sees the prompts' constant text once per so many explanations."""
+
+
+def prompt_builder(config: RunConfig, data: Dataset) -> PromptBuilder:
+    """What makes the prompts of a run, without the model's weights.
+
+    Raises:
+        InputError: the base model's tokenizer or shape is not to be found.
+    """
+    stage2 = config.stage2
+    tokenizer = load_tokenizer(stage2.base_model, stage2.scratch, tokenizer_texts(data))
+    vocabulary = len(tokenizer) if stage2.base_model == "scratch" else base_shape(stage2).vocab_size
+    slots = SlotIds(vocabulary=vocabulary, n_users=data.catalog.known_users, n_items=data.catalog.known_items)
+    return PromptBuilder(tokenizer, slots.user_token, slots.item_token, stage2.prompt, rating_scale(data))
+
+
+def rating_scale(data: Dataset) -> RatingScale | None:
+    """The dataset's ratings as prompts understand them; None for implicit data."""
+    if data.rating_range is None:
+        return None
+    low, high = data.rating_range
+    return RatingScale(low=low, high=high, values=data.rating_values)
+
+
+def encode_rows(builder: PromptBuilder, data: Dataset, split: str, rows: np.ndarray) -> TextRows:
+    """Prompts and answers of the given rows (ascending) of a split; the file is read in parts."""
+    titles = [data.catalog.item_title(item) for item in range(data.catalog.n_items)]
+    prompts, answers = [Ragged.pack([])], [Ragged.pack([])]
+    start = 0
+    for batch in data.batches(split):
+        wanted = rows[(rows >= start) & (rows < start + batch.num_rows)] - start
+        start += batch.num_rows
+        if not len(wanted):
+            continue
+        part = batch.take(wanted).to_pydict()
+        columns = PromptColumns(
+            users=part["user"],
+            items=part["item"],
+            ratings=part["rating"],
+            features=[words or () for words in part["features"]],
+            titles=[titles[item] for item in part["item"]],
+        )
+        prompts.append(Ragged.pack(builder.prompts(columns)))
+        answers.append(Ragged.pack(builder.answers(part["text"])))
+    return TextRows(Ragged.join(prompts), Ragged.join(answers))
+
+
+def tokenizer_texts(data: Dataset) -> Iterator[str]:
+    """What the scratch tokenizer learns its words from: training texts, features, titles, the prompts' constants."""
+    templates = template_texts()
+    for number, (text, words) in enumerate(_texts_and_features(data)):
+        yield text
+        yield " " + ", ".join(words)
+        if number % _TEXTS_PER_TEMPLATE == 0:
+            yield from templates
+    for item in range(data.catalog.n_items):
+        yield " " + (data.catalog.item_title(item) or "")
+
+
+def _texts_and_features(data: Dataset) -> Iterator[tuple[str, list[str]]]:
+    for batch in data.batches("train", ["text", "features"]):
+        for text, words in zip(batch["text"].to_pylist(), batch["features"].to_pylist(), strict=True):
+            yield text or "", words or []
+
+
+def rows_with_text(data: Dataset, split: str) -> np.ndarray:
+    """Row numbers of a split whose explanation is not empty, ascending: int64."""
+    texts = data.table(split, ["text"])["text"].to_pylist()
+    rows = np.array([row for row, text in enumerate(texts) if text and text.strip()], dtype=np.int64)
+    if split == "train" and not len(rows):
+        raise InputError(f"{data.path}: no training row has a text, so there is no explanation to learn from")
+    return rows
+
+
+def validation_rows(config: RunConfig, data: Dataset) -> np.ndarray:
+    """At most `validation_rows` rows of the validation split with a text, drawn by the seed, ascending: int64."""
+    rows = rows_with_text(data, "valid")
+    count = min(len(rows), config.stage2.validation_rows)
+    return np.sort(np.random.default_rng(config.seed).choice(rows, count, replace=False))
+
+
+def usual_features(data: Dataset, most: int) -> int:
+    """The number of features that a quarter of the training rows with any have at least; at most `most`."""
+    counts = (
+        data.table("train", ["features"])["features"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+    )
+    some = counts[counts > 0]
+    return min(int(np.percentile(some, 75, method="higher")), most) if len(some) else 1

@@ -1,0 +1,362 @@
+"""Train stage 2 (section 3.4.2): the explainer and stage 1 together, on the joint loss of Eq. 13.
+
+`train_stage2` reads a dataset and a stage-1 folder and writes the artifact `stage2/`, which is complete in itself:
+model, tokenizer, README.md, vae_gmm.*, catalog/, prompt.json, routes.parquet, metrics.json, artifact.json. It runs as
+one of `context.world_size` workers. Every random choice is a function of (seed, step, worker), so that a resumed run
+equals one that never stopped.
+
+Routes: stage 1's at first; where it is trained along (alpha above 0), training pairs are routed anew at the start of
+each epoch and validation pairs before each validation: a state is judged by the gates that it would be served with. In
+an experiment a rule of `route_controls` routes instead, from the first step to the last.
+
+The state that becomes the artifact is the best on validation (`stage2.keep`); `stage2.patience` ends a run early.
+"""
+
+import math
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, distributed
+
+from gavamoe.artifacts.files import read_json, write_json
+from gavamoe.config.schema import RunConfig, Stage2Config
+from gavamoe.errors import InputError, RunError
+from gavamoe.runtime.context import Context
+from gavamoe.stage1.routes import route_pairs
+from gavamoe.stage1.vae_gmm import VaeGmm
+from gavamoe.stage2.batches import Batch, BatchPlan, PairBatches, SlotHiding
+from gavamoe.stage2.best_state import BestState
+from gavamoe.stage2.joint_model import VAE_GMM, Losses, part_of_state
+from gavamoe.stage2.model_card import write_artifact
+from gavamoe.stage2.setup import Setup, prepare
+from gavamoe.stage2.training_engines import Engine, make_engine
+
+LOG_EVERY = 10
+"""Optimizer steps between log lines."""
+SHORT_ROW = 256
+"""Tokens up to which plain attention is the faster one on a CPU: the fused kernel's backward pass, made for long
+rows, takes a tenth of a step at 96 tokens."""
+STATE_FILE, CLUSTERS_FILE = "state.json", "clusters.safetensors"
+
+
+def train_stage2(config: RunConfig, dataset: Path, stage1: Path, out: Path, context: Context) -> dict[str, Any]:
+    """Train on this worker and, on rank 0, write the artifact `out`; every rank returns the metrics.
+
+    Raises:
+        InputError: wrong or unfitting inputs, `out` exists, or a checkpoint that this run can't continue.
+        RunError: the loss is no longer finite.
+    """
+    started = time.perf_counter()
+    if Path(out).exists():
+        raise InputError(f"{out}: already exists; choose another folder or remove it first")
+    torch.manual_seed(config.seed)
+    # At ZeRO-3 DeepSpeed sends rank 0's weights to the others, shard by shard: one worker in all reads the base model.
+    setup = prepare(config, dataset, stage1, hollow=config.stage2.zero_stage == 3 and context.rank > 0)
+    prompt = config.stage2.prompt
+    if context.device == "cpu" and prompt.max_tokens + prompt.max_explanation_tokens <= SHORT_ROW:
+        setup.model.explainer.set_attn_implementation("eager")
+    engine = make_engine(
+        config.runtime.engine,
+        setup.model,
+        config.stage2,
+        world_size=context.world_size,
+        device=context.device,
+    )
+    try:
+        training = Training(config, setup, engine, context)
+        if context.resume_from is not None:
+            training.resume(context.resume_from)
+        training.run()
+        metrics = training.metrics() | {"seconds": time.perf_counter() - started}
+        state = training.kept_state()
+        if context.rank == 0:
+            write_artifact(Path(out), config, setup, state, metrics)
+    finally:
+        engine.close()
+    return metrics
+
+
+def rate_at(step: int, steps: int, config: Stage2Config) -> float:
+    """Share of the peak learning rate at optimizer step `step` (from 0) of `steps`: warm-up, then the schedule."""
+    warmup = round(config.warmup_share * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    place = (step - warmup) / max(1, steps - warmup)
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * place))
+    return 1 - place if config.schedule == "linear" else 1.0
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint keeps beside the engine's state."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    """(steps done, loss in nats per token)"""
+    train_loss: float | None = None
+    """As logged last."""
+    tokens: int = 0
+    seconds: float = 0.0
+    """Spent in optimizer steps."""
+
+
+class Training:
+    """The loop, on one worker."""
+
+    def __init__(self, config: RunConfig, setup: Setup, engine: Engine, context: Context) -> None:
+        self._config, self._setup, self._engine, self._context = config, setup, engine, context
+        stage2 = config.stage2
+        self._plan = BatchPlan(
+            setup.train.lengths, stage2.batch_size, context.world_size, stage2.gradient_accumulation, config.seed
+        )
+        # Each of the accumulated batches gets an equal share of the step's pairs.
+        self._pairs_per_batch = -(-stage2.elbo_batch_size // stage2.gradient_accumulation)
+        pairs_per_step = self._pairs_per_batch * stage2.gradient_accumulation * context.world_size
+        self._pairs = PairBatches(setup.pairs, pairs_per_step) if stage2.alpha > 0 else None
+        model = setup.model.explainer
+        self._hiding = SlotHiding(
+            config.stage1.unknown_id_rate, model.config.vocab_size, model.config.n_users, model.config.n_items
+        )
+        planned = stage2.epochs * self._plan.steps_per_epoch
+        self.steps = min(planned, stage2.max_steps) if stage2.max_steps else planned
+        self._clusters = dict(setup.clusters)
+        self._progress = _Progress()
+        self._best = BestState(stage2)
+        self._unlogged: list[Losses] = []
+        self._unlogged_tokens, self._unlogged_since = 0, time.perf_counter()
+
+    def run(self) -> None:
+        """Take the steps that are left, or fewer by `patience`; validate at the start, in between and at the end."""
+        stage2, progress = self._config.stage2, self._progress
+        if progress.step == 0 and stage2.evaluate_every:
+            self._validate()
+        while not self._ended():
+            self._start_step()
+            self._step()
+            last = progress.step == self.steps
+            validate = last or _due(progress.step, stage2.evaluate_every)
+            checkpoint = last or _due(progress.step, stage2.checkpoint_every)
+            if checkpoint or validate or _due(progress.step, LOG_EVERY):  # no step is lost between two runs' lines
+                self._log()
+            if validate:
+                self._validate()
+                self._best.follow(progress.validations, self._engine)
+            if checkpoint or self._ended():
+                self._checkpoint()
+
+    def kept_state(self) -> dict[str, Tensor]:
+        """What becomes the artifact, on rank 0; every rank calls it."""
+        return self._best.kept_state(self._progress.validations, self._progress.step, self._engine)
+
+    def _ended(self) -> bool:
+        return self._progress.step >= self.steps or self._best.exhausted(self._progress.validations)
+
+    def metrics(self) -> dict[str, Any]:
+        """What goes into metrics.json."""
+        progress = self._progress
+        losses = dict(progress.validations)
+        kept_step = self._best.kept_step(progress.validations, progress.step)
+        kept = losses.get(kept_step)
+        return {
+            "kept_step": kept_step,
+            "validation_loss": kept,
+            "validation_perplexity": None if kept is None else math.exp(min(kept, 700)),
+            "validation_loss_at_start": losses.get(0),
+            "validation_loss_at_end": losses.get(progress.step),
+            "validation_losses": [{"step": step, "loss": loss} for step, loss in progress.validations],
+            "train_loss": progress.train_loss,
+            "steps": progress.step,
+            "planned_steps": self.steps,
+            "stopped_early": progress.step < self.steps,
+            "steps_per_epoch": self._plan.steps_per_epoch,
+            "tokens": progress.tokens,
+            "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
+            "parameters": self._setup.parameters,
+            "trained_parameters": self._setup.trained,
+            "workers": self._context.world_size,
+        }
+
+    def resume(self, folder: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            InputError: it was written under another engine, ZeRO stage, worker count or number of steps.
+        """
+        path = folder / STATE_FILE
+        state = read_json(path)
+        for name, here in self._identity().items():
+            if state["identity"].get(name) != here:
+                raise InputError(
+                    f"{path}: the checkpoint has {name} {state['identity'].get(name)}, this run has {here}, so its"
+                    " steps would hold other rows or its states not fit; resume with the same value, or start without"
+                    " --resume"
+                )
+        self._engine.load(folder)
+        self._clusters = load_file(folder / CLUSTERS_FILE)
+        values = state["progress"]
+        self._progress = _Progress(**values | {"validations": [tuple(pair) for pair in values["validations"]]})
+        self._best.load(folder, self._progress.validations, self._context.rank)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint's state and data order to continue here."""
+        stage2, runtime = self._config.stage2, self._config.runtime
+        return {
+            "runtime.engine": runtime.engine,
+            "runtime.workers": self._context.world_size,
+            "stage2.zero_stage": stage2.zero_stage,
+            "stage2.expert_parallel": stage2.expert_parallel,
+            "steps": self.steps,
+            "steps per epoch": self._plan.steps_per_epoch,
+            "seed": self._config.seed,
+            "dataset": self._setup.data.fingerprint,
+        }
+
+    def _start_step(self) -> None:
+        if self._progress.step and self._progress.step % self._plan.steps_per_epoch == 0:
+            self._refresh_routes("train")
+        # Dropout and latent samples: the same for this step on this worker, whatever ran before.
+        words = np.random.SeedSequence([self._config.seed, self._progress.step, self._context.rank])
+        torch.manual_seed(int(words.generate_state(1)[0]))
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        step = self._progress.step
+        rows_AWB = self._plan.rows(step)
+        losses = self._engine.train_step(self._batches(step, rows_AWB), rate_at(step, self.steps, self._config.stage2))
+        tokens = int(self._setup.train.lengths[rows_AWB].sum())
+        self._unlogged.append(losses)
+        self._unlogged_tokens += tokens
+        self._progress.tokens += tokens
+        self._progress.seconds += time.perf_counter() - started
+        self._progress.step += 1
+
+    def _batches(self, step: int, rows_AWB: np.ndarray) -> list[Batch]:
+        """This worker's accumulated batches of a step."""
+        train, pad = self._setup.train, self._setup.pad
+        accumulated, workers, _ = rows_AWB.shape
+        # Tokens count alike wherever they are: each batch's sum is divided by the mean label count of all batches.
+        labels = int(train.answers.lengths[rows_AWB].sum()) / (accumulated * workers)
+        random = np.random.default_rng([self._config.seed, step, self._context.rank])
+        pairs = self._own_pairs(step, accumulated)
+        batches = []
+        for place, rows_WB in enumerate(rows_AWB):
+            batch: Batch = {}
+            if self._config.stage2.alpha < 1:
+                batch = train.collate(rows_WB[self._context.rank], self._clusters["train"], pad)
+                batch["input_ids"] = self._hiding.apply(batch["input_ids"], random)
+                batch["label_count"] = torch.tensor(labels)
+            if pairs is not None:
+                batch |= {name: values[place] for name, values in pairs.items()}
+            batches.append(batch)
+        return batches
+
+    def _own_pairs(self, step: int, accumulated: int) -> dict[str, Tensor] | None:
+        """This worker's stage-1 pairs of a step, each (A, P)."""
+        if self._pairs is None:
+            return None
+        count = self._pairs_per_batch * accumulated
+        own = self._pairs.step(step).take(slice(self._context.rank * count, (self._context.rank + 1) * count))
+        columns = {"users": own.user, "items": own.item, "ratings": own.rating}
+        return {name: torch.from_numpy(column).view(accumulated, -1) for name, column in columns.items()}
+
+    def _log(self) -> None:
+        """Write the means since the last line, over all workers."""
+        names = sorted(self._unlogged[0])
+        means = torch.stack([torch.stack([step[name] for step in self._unlogged]).mean() for name in names])
+        values = dict(zip(names, (self._sum(means) / self._context.world_size).tolist(), strict=True))
+        progress, elapsed = self._progress, time.perf_counter() - self._unlogged_since
+        if not math.isfinite(values["loss"]):
+            raise RunError(f"stage 2: the loss is {values['loss']} at step {progress.step}; lower the learning rates")
+        progress.train_loss = values["loss"]
+        self._context.log(
+            {
+                "phase": "train",
+                "step": progress.step,
+                "steps": self.steps,
+                "epoch": (progress.step - 1) // self._plan.steps_per_epoch,
+                **values,
+                "learning_rate": rate_at(progress.step - 1, self.steps, self._config.stage2)
+                * self._config.stage2.learning_rate,
+                "tokens_per_second": self._unlogged_tokens / elapsed,
+            }
+        )
+        self._unlogged, self._unlogged_tokens, self._unlogged_since = [], 0, time.perf_counter()
+
+    def _validate(self) -> None:
+        """Mean negative log-likelihood per token of the validation rows' explanations, over all workers."""
+        valid, context = self._setup.valid, self._context
+        if not len(valid):
+            return
+        started = time.perf_counter()
+        if self._progress.step:
+            self._refresh_routes("valid")
+        share = self._config.stage2.batch_size
+        order = np.argsort(valid.lengths, kind="stable")
+        total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
+        # Every worker takes the same number of batches: with ZeRO-3 each one is a collective operation.
+        for start in range(0, len(order), share * context.world_size):
+            rows = order[start + context.rank * share : start + (context.rank + 1) * share]
+            counts = len(rows) > 0
+            batch = valid.collate(rows if counts else order[:1], self._clusters["valid"], self._setup.pad)
+            loss = self._engine.evaluate(batch)["explanation_loss"]
+            labels = int(valid.answers.lengths[rows].sum())
+            total += torch.tensor([float(loss) * labels, labels], dtype=torch.float64)
+        summed, labels_all = self._sum(total).tolist()
+        self._progress.validations.append((self._progress.step, summed / labels_all))
+        context.log(
+            {
+                "phase": "valid",
+                "step": self._progress.step,
+                "steps": self.steps,
+                "validation_loss": summed / labels_all,
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        self._unlogged_since = time.perf_counter()
+
+    def _refresh_routes(self, split: str) -> None:
+        """Route a split's pairs by stage 1's present parameters; each worker routes a slice."""
+        if self._config.stage2.alpha == 0 or self._setup.control is not None:
+            return
+        state = part_of_state(self._engine.state_dict(VAE_GMM, everywhere=True), VAE_GMM)
+        model = VaeGmm.from_spec(self._setup.model.vae_gmm.to_spec())
+        model.load_state_dict(state)
+        model.to(self._context.device)
+        users, items = self._setup.routed[split]
+        cuts = np.linspace(0, len(users), self._context.world_size + 1).astype(int)
+        own = slice(cuts[self._context.rank], cuts[self._context.rank + 1])
+        clusters = np.zeros(len(users), dtype=np.int64)
+        clusters[own] = route_pairs(model, users[own], items[own], device=self._context.device).cluster
+        self._clusters[split] = self._sum(torch.from_numpy(clusters)).numpy()
+        self._unlogged_since = time.perf_counter()
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Sum over the workers."""
+        if self._context.world_size == 1:
+            return values
+        moved = values.to(self._context.device)
+        distributed.all_reduce(moved)
+        return moved.cpu()
+
+    def _checkpoint(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="gavamoe-checkpoint-") as name:
+            folder = Path(name)
+            self._engine.save(folder)
+            if self._context.rank == 0:
+                write_json(folder / STATE_FILE, {"identity": self._identity(), "progress": vars(self._progress)})
+                save_file(self._clusters, folder / CLUSTERS_FILE)
+                self._best.save(folder)
+            self._context.checkpoint(folder, {"step": self._progress.step, "steps": self.steps})
+        self._unlogged_since = time.perf_counter()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

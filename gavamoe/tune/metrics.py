@@ -1,0 +1,151 @@
+"""What a search can measure and optimise: each name with its direction, where it comes from and what it costs.
+
+Names of the registry (`metrics.METRICS`: "rouge_l", "rmse", ...) are measured on the VALIDATION split. Those of the
+stages are "stage1.elbo" or "stage2.validation_loss"; those of cost "parameters", "active_parameters" and
+"seconds_per_text".
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gavamoe.errors import InputError
+from gavamoe.evaluation.metrics.registry import METRICS
+
+Direction = Literal["higher", "lower"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Where the metric's values during training are found among a stage's log lines, for pruning."""
+
+    phase: str
+    """Of the log line."""
+    unit: str
+    """The line's field that counts the way, and so its share of the whole: "epoch" or "step"."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One thing that is measured of a trial."""
+
+    name: str
+    label: str
+    direction: Direction
+    source: Literal["stage1", "stage2", "texts", "model"]
+    """stage1, stage2: the stage's metrics; texts: explanations written for validation rows; model: its weights."""
+    curve: Curve | None = None
+    """None: known only at the end, so that nothing can be pruned by it."""
+    unfair: tuple[str, ...] = ()
+    """Fields that change what the number means, so that trials that differ in them don't compare."""
+    definition: str = ""
+
+    @property
+    def stage(self) -> int:
+        """The last stage that a trial must train for it."""
+        return 1 if self.source == "stage1" else 2
+
+    @property
+    def arrow(self) -> str:
+        return "↑" if self.direction == "higher" else "↓"
+
+
+_STAGE1_CURVE = Curve("stage1-elbo-valid", "epoch")
+_STAGE2_CURVE = Curve("valid", "step")
+_TOKENS = ("stage2.base_model", "stage2.scratch.vocabulary")
+
+_OWN = (
+    Measure(
+        "stage1.elbo", "ELBO", "higher", "stage1", _STAGE1_CURVE, ("stage1.likelihood",),
+        "evidence lower bound per validation pair in nats: reconstruction - KL, whatever beta training used",
+    ),
+    Measure("stage1.rmse", "RMSE", "lower", "stage1", _STAGE1_CURVE, (), "of the ratings of the validation pairs"),
+    Measure("stage1.mae", "MAE", "lower", "stage1", _STAGE1_CURVE, (), "of the ratings of the validation pairs"),
+    Measure("stage1.auc", "AUC", "higher", "stage1", None, (), "implicit data: observed against sampled pairs"),
+    Measure(
+        "stage1.smallest_cluster_share", "smallest cluster", "higher", "stage1", _STAGE1_CURVE, ("stage1.clusters",),
+        "share of the validation pairs that go to the smallest cluster",
+    ),
+    Measure(
+        "stage2.validation_loss", "validation loss", "lower", "stage2", _STAGE2_CURVE, _TOKENS,
+        "nats per token of the validation rows' explanations",
+    ),
+    Measure("stage2.validation_perplexity", "perplexity", "lower", "stage2", None, _TOKENS, "exp(validation loss)"),
+    Measure("parameters", "parameters", "lower", "model", None, (), "of explainer and stage 1 together"),
+    Measure(
+        "active_parameters", "active parameters", "lower", "model", None, (),
+        "the same, less the experts that a token does not see",
+    ),
+    Measure(
+        "seconds_per_text", "seconds a text", "lower", "texts", None, ("generation.batch_size",),
+        "wall time of writing the validation rows' explanations, by their number; trials at once slow each other",
+    ),
+)  # fmt: skip
+
+TRUTH = "user_ari"
+"""Agreement with the planted groups: recorded for synthetic data, never optimised."""
+
+
+def _registered() -> tuple[Measure, ...]:
+    return tuple(
+        Measure(metric.name, metric.label, metric.direction, "texts", None, (), metric.definition)
+        for metric in METRICS.values()
+    )
+
+
+MEASURES: dict[str, Measure] = {measure.name: measure for measure in (*_OWN, *_registered())}
+
+
+def find_measure(name: str, stages: int) -> Measure:
+    """The measure of that name for a space whose trials train `stages` stages.
+
+    Raises:
+        InputError: unknown (with the nearest name), or not to be had without stage 2.
+    """
+    if stages == 1 and name in ("rmse", "mae"):  # the registry's rating metrics need no texts
+        name = f"stage1.{name}"
+    if name in (TRUTH, f"stage1.{TRUTH}"):
+        raise InputError(f"metric {name}: compares with the planted truth, which a search may not see")
+    if name not in MEASURES:
+        close = difflib.get_close_matches(name, MEASURES, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(MEASURES)}"
+        raise InputError(f"metric {name}: unknown; {hint}")
+    measure = MEASURES[name]
+    if measure.stage > stages:
+        raise InputError(f"metric {name}: needs stage 2, and the space's trials end with stage 1; set stages: 2")
+    return measure
+
+
+def curve_value(name: str, line: dict[str, Any]) -> float | None:
+    """The value of a stage measure in one of its stage's validation log lines."""
+    if name == "stage1.elbo":
+        parts = line.get("valid_reconstruction"), line.get("valid_kl")
+        return None if None in parts else parts[0] - parts[1]  # type: ignore[operator]
+    stage, _, field = name.partition(".")
+    return line.get(f"valid_{field}" if stage == "stage1" else field)
+
+
+def stage1_values(metrics: dict[str, Any]) -> dict[str, float]:
+    """All stage-1 measures of a stage-1 metrics.json: of its validation split, and the planted truth's."""
+    valid = metrics["valid"]
+    found = {
+        "stage1.elbo": valid["reconstruction"] - valid["kl"],
+        TRUTH: metrics.get(TRUTH),
+        "stage1.seconds": metrics["seconds"],
+    }
+    for field in ("rmse", "mae", "auc", "smallest_cluster_share"):
+        found[f"stage1.{field}"] = valid.get(field)
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def stage2_values(metrics: dict[str, Any]) -> dict[str, float]:
+    """All stage-2 measures of a stage-2 metrics.json."""
+    names = ("validation_loss", "validation_perplexity", "seconds")
+    found = {f"stage2.{name}": metrics[name] for name in names if metrics.get(name) is not None}
+    return {name: float(value) for name, value in (found | {"parameters": metrics["parameters"]}).items()}
+
+
+def text_values(metrics: dict[str, Any]) -> dict[str, float]:
+    """All text measures of an evaluation of the validation split."""
+    found = {name: float(value) for name, value in metrics["metrics"].items() if value is not None}
+    return found | {"seconds_per_text": metrics["seconds_writing"] / max(metrics["rows"], 1)}

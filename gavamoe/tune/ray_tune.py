@@ -1,0 +1,338 @@
+"""Ray Tune runs the trials, the Optuna study decides which: the only part of the search that knows Ray.
+
+Ray's own OptunaSearch is not used: it tells Optuna that a trial which ASHA stopped is complete, with the value of its
+short budget, which misleads TPE and the importances; and what it knows is on disk only at Tune's next snapshot. Here a
+searcher hands trials out of the study and writes each result into it at once, so that the study alone is enough to
+go on from, and Tune's state is thrown away after every session.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from ray import tune
+from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from gavamoe.config.schema import RuntimeConfig
+from gavamoe.errors import InputError, RunError, Stopped
+from gavamoe.runtime.ray_train import ray_session
+from gavamoe.tune.checks import trial_config
+from gavamoe.tune.space import Space, Values
+from gavamoe.tune.study import Record, Study
+from gavamoe.tune.trial import Job, ask_to_stop, asked_at, discard_work, run_trial
+
+_CONFIGURATION_ERRORS = (InputError, RunError, RuntimeError, ValueError, ArithmeticError, MemoryError)
+"""What a configuration can bring about (torch's out-of-memory is a RuntimeError): recorded as the trial's result.
+Anything else, such as a killed worker, is tried again, at most `runtime.max_failures` times."""
+
+_NEVER_ENOUGH = 1_000_000
+"""Samples that Tune may ask for; the searcher says when to stop."""
+
+_RAY_FOLDER = "ray"
+_MEBIBYTE = 2**20
+
+
+class Watch(Protocol):
+    """Who looks on while a search runs; `gavamoe.cli.output.search` draws it."""
+
+    def update(self, state: "SearchState") -> None:
+        """Something happened."""
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """How far a search is."""
+
+    space: Space
+    records: list[Record]
+    slots: int
+    """Trials at once."""
+    earlier: int
+    """Trials that were finished before this session."""
+    seconds: float
+    """Since this session began."""
+    restarts: dict[int, int] = field(default_factory=dict)
+    """Times that a trial's worker died and it was started again."""
+
+
+def run_trials(job: Job, study: Study, watch: Watch, *, concurrent: int | None) -> bool:
+    """Train trials until the budget is spent; False when it was interrupted (Ctrl-C) before that.
+
+    Args:
+        concurrent: trials at once, at most; None: as many as the cluster's CPUs and GPUs take.
+    """
+    placement = trial_config(job.config, job.space, {}).runtime
+    with _ray(job, placement):
+        session = _Session(job, study, watch, _slots(placement, concurrent))
+        if not session.work_left():
+            return True
+        _fit(job, session, placement)
+    return session.spent and not any(record.state == "running" for record in study.records)
+
+
+@contextmanager
+def _ray(job: Job, placement: RuntimeConfig) -> Iterator[None]:
+    """A Ray session; with the dashboard where Ray Train runs inside trials, which may be killed."""
+    # Not wanted: Tune's log files for each trial; its check that every report has the metric (the last has none);
+    # tracebacks of dead workers in the middle of the live table; the trial folder as working directory.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    with ray_session(placement, dashboard=not job.in_process):
+        yield
+
+
+def _slots(placement: RuntimeConfig, concurrent: int | None) -> int:
+    """Trials at once that the cluster's resources allow.
+
+    Raises:
+        InputError: not even one fits.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    need = {"CPU": placement.workers * placement.threads_per_worker}
+    if placement.gpu:
+        need["GPU"] = placement.workers
+    fit = min(int(have.get(kind, 0) // count) for kind, count in need.items())
+    if fit < 1:
+        wanted = ", ".join(f"{count} {kind}" for kind, count in need.items())
+        raise InputError(
+            f"runtime: a trial needs {wanted}, the cluster has {have.get('CPU', 0):g} CPU,"
+            f" {have.get('GPU', 0):g} GPU; lower runtime.workers or runtime.threads_per_worker"
+        )
+    return fit if concurrent is None else min(fit, concurrent)
+
+
+def _fit(job: Job, session: "_Session", placement: RuntimeConfig) -> None:
+    storage = job.folder.absolute() / _RAY_FOLDER
+    shutil.rmtree(storage, ignore_errors=True)  # of a killed session
+    # With Ray Train inside, the trial itself only waits. It must reserve something; a share of a CPU would keep the
+    # workers from a machine that they fill.
+    resources: dict[str, float] = {"CPU": placement.threads_per_worker} if job.in_process else {"memory": _MEBIBYTE}
+    if placement.gpu and job.in_process:
+        resources["GPU"] = 1.0
+    trainable = tune.with_resources(tune.with_parameters(_trainable, job=job), resources)
+    tuner = Tuner(
+        trainable,
+        tune_config=TuneConfig(
+            search_alg=_StudySearcher(session),
+            scheduler=_scheduler(session),
+            num_samples=_NEVER_ENOUGH,
+            reuse_actors=job.in_process,
+        ),
+        run_config=RunConfig(
+            name="trials",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=placement.max_failures),
+            callbacks=[_Listener(session)],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    shutil.rmtree(storage, ignore_errors=True)
+
+
+def _scheduler(session: "_Session") -> TrialScheduler | None:
+    pruning = session.job.space.pruning
+    if pruning is None:
+        return None
+    arguments: dict[str, Any] = {
+        "time_attr": "percent",
+        "metric": "value",
+        "mode": "max" if session.job.space.objectives[0].direction == "higher" else "min",
+        "max_t": 100,
+        "grace_period": pruning.grace,
+        "reduction_factor": pruning.reduction,
+    }
+    return ASHAScheduler(**arguments) if session.job.in_process else _AskingAsha(session, **arguments)
+
+
+class _AskingAsha(ASHAScheduler):
+    """ASHA for trials of several workers: asks a trial to end, where ASHA has it killed.
+
+    A killed trial leaves its Ray Train workers behind: they keep their places until a clean-up finds them, and the
+    next trial, which needs the places, was seen to wait without end. A trial that is asked ends like any other.
+    """
+
+    def __init__(self, session: "_Session", **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._session = session
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        if decision != TrialScheduler.STOP:
+            return decision
+        ask_to_stop(self._session.job, result["number"], result["percent"])
+        return str(TrialScheduler.CONTINUE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as the searcher's
+
+
+def _trainable(config: dict[str, Any], job: Job) -> None:
+    """One Tune trial; runs in a worker process."""
+    number: int = config["number"]
+
+    def report(percent: int, value: float) -> None:
+        tune.report({"number": number, "percent": percent, "value": value})
+
+    try:
+        outcome = run_trial(job, number, config["values"], report)
+    except Stopped:
+        tune.report({"number": number, "stopped": asked_at(job, number)})
+    except _CONFIGURATION_ERRORS as error:
+        tune.report({"number": number, "failed": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+    else:
+        tune.report({"number": number, "finished": json.dumps(asdict(outcome))})
+
+
+class _Session:
+    """What searcher and listener share: the study, and who is at work."""
+
+    def __init__(self, job: Job, study: Study, watch: Watch, slots: int) -> None:
+        self.job, self.study, self.slots = job, study, slots
+        self.spent = False
+        """The budget is used up, or the space is."""
+        self._watch = watch
+        self._live: dict[str, int] = {}
+        """Trial number by Tune's id."""
+        self._since: dict[int, float] = {}
+        self._began = time.monotonic()
+        self._earlier = sum(record.state != "running" for record in study.records)
+        self._restarts: dict[int, int] = {}
+
+    def work_left(self) -> bool:
+        records = self.study.records
+        return len(records) < self.job.space.budget.trials or any(record.state == "running" for record in records)
+
+    def next(self, trial_id: str) -> dict[str, Any] | None:
+        """The next trial for Tune; None when there is none, now or ever (`spent`)."""
+        if len(self._live) >= self.slots:
+            return None
+        if not self.study.interrupted and (
+            self._out_of_time() or len(self.study.records) >= self.job.space.budget.trials
+        ):
+            self.spent = True
+            return None
+        found = self.study.next(self._refused)
+        if found is None:
+            self.spent = True
+            return None
+        number, values = found
+        self._live[trial_id] = number
+        self._since[number] = time.monotonic()
+        self.study.start(number)
+        self.show()
+        return {"number": number, "values": values}
+
+    def reported(self, result: dict[str, Any]) -> None:
+        if "percent" in result:
+            self.study.report(result["number"], int(result["percent"]), float(result["value"]))
+            self.show()
+
+    def ended(self, trial_id: str, result: dict[str, Any] | None) -> None:
+        """A trial returned, or the scheduler stopped it."""
+        number = self._live.pop(trial_id, None)
+        if number is None or result is None:
+            return
+        if "finished" in result:
+            outcome = json.loads(result["finished"])
+            self.study.complete(number, outcome["measured"], outcome["seconds"])
+        elif "failed" in result:
+            self.study.fail(number, result["failed"])
+        else:
+            self.reported(result)  # the value a killed one was stopped for, which Tune tells only here
+            percent = result["stopped"] if "stopped" in result else result["percent"]
+            seconds = time.monotonic() - self._since[number]
+            self.study.prune(number, f"stopped at {percent} % of its way: others did better there", seconds)
+        discard_work(self.job, number)
+        self.show()
+
+    def died(self, trial_id: str, error: Exception | None) -> None:
+        """A trial's worker was lost for good."""
+        number = self._live.pop(trial_id, None)
+        if number is not None:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = lines[-1] if lines else "no message"
+            self.study.fail(number, f"the worker died {self._restarts.get(number, 0) + 1} times: {reason}")
+            discard_work(self.job, number)
+            self.show()
+
+    def restarted(self, trial_id: str) -> None:
+        number = self._live[trial_id]
+        self._restarts[number] = self._restarts.get(number, 0) + 1
+        self.show()
+
+    def show(self) -> None:
+        seconds = time.monotonic() - self._began
+        state = SearchState(
+            self.job.space, self.study.records, self.slots, self._earlier, seconds, dict(self._restarts)
+        )
+        self._watch.update(state)
+
+    def _refused(self, values: Values) -> str | None:
+        """Why the config can't take these values, if it can't."""
+        try:
+            trial_config(self.job.config, self.job.space, values)
+        except InputError as error:
+            return str(error)
+        return None
+
+    def _out_of_time(self) -> bool:
+        minutes = self.job.space.budget.minutes
+        return minutes is not None and time.monotonic() - self._began > 60 * minutes
+
+
+class _StudySearcher(Searcher):
+    """What Tune asks for configurations."""
+
+    def __init__(self, session: _Session) -> None:
+        super().__init__()
+        self._session: _Session = session
+
+    def suggest(self, trial_id: str) -> Any:
+        found = self._session.next(trial_id)
+        return Searcher.FINISHED if found is None and self._session.spent else found
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._session.reported(result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        if not error:  # the reason of an error comes by the listener
+            self._session.ended(trial_id, result)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is on disk already."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the study is on disk already."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its set-up for a restore that never comes; an open study can't be pickled
+
+
+class _Listener(Callback):
+    """What Tune tells of trials beside their results."""
+
+    def __init__(self, session: _Session) -> None:
+        self._session = session
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._session.died(trial.trial_id, trial.get_error())
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._session.restarted(trial.trial_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}

@@ -1,0 +1,125 @@
+"""`gavamoe tune`: search a space on a dataset, keep the best configuration, train it in full, score it once on test.
+
+    space + config + dataset -> trials on train and validation rows -> best.yaml -> final/ -> test.json
+
+The test rows are not in the dataset that trials see (tune_data). Once they have scored the best trial the search is
+closed: it can't be extended and choose again.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gavamoe.artifacts.files import read_json, write_json
+from gavamoe.config.files import load_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.errors import InputError, RunError
+from gavamoe.pipeline import evaluate_and_report, train_run
+from gavamoe.runtime.progress import Progress
+from gavamoe.tune.checks import check_space, config_values, trial_config
+from gavamoe.tune.folder import TEST_FILE, claimed_folder
+from gavamoe.tune.ray_tune import Watch, run_trials
+from gavamoe.tune.report import write_results
+from gavamoe.tune.search_data import withhold_test
+from gavamoe.tune.space import Space, load_space
+from gavamoe.tune.study import Record, Study
+from gavamoe.tune.trial import Job
+
+FINAL = "final"
+
+
+class SearchProgress(Watch, Progress, Protocol):
+    """Who looks on: while trials run, and while the best configuration is trained in full."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """A search as it stands when a session ends."""
+
+    folder: Path
+    space: Space
+    records: list[Record]
+    best: Record | None
+    front: list[Record]
+    interrupted: bool
+    """By Ctrl-C, before the budget was spent."""
+    test: dict[str, Any] | None
+    """Content of test.json: the best trial's scores on the test split, once it was trained in full."""
+
+
+def run_search(
+    space: str | Path,
+    config: RunConfig,
+    dataset: Path,
+    folder: Path,
+    *,
+    progress: SearchProgress,
+    trials: int | None = None,
+    concurrent: int | None = None,
+    seeds: int = 1,
+    resume: bool = False,
+    final: bool = True,
+) -> SearchResult:
+    """Run a search, or go on with one.
+
+    Args:
+        space: a file, or the name of a shipped space.
+        trials: in place of the space's budget.
+        seeds: trainings of each configuration, with the config's seed and those that follow it.
+        final: train the best configuration on the whole and score it on test; it closes the search.
+
+    Raises:
+        InputError: anything about space, config, dataset or folder that can't be; before any training.
+        RunError: no trial came to an end.
+    """
+    for name, value in (("--trials", trials), ("--concurrent", concurrent), ("--seeds", seeds)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value}: at least 1")
+    opened, loaded = open_dataset(dataset), load_space(space)
+    if trials is not None:
+        loaded = loaded.model_copy(update={"budget": loaded.budget.model_copy(update={"trials": trials})})
+    check_space(loaded, config, opened, str(space))
+    folder = Path(folder).absolute()
+    with claimed_folder(folder, loaded, config, opened, seeds, resume=resume):
+        view = withhold_test(opened, folder / "search_data")
+        job = Job(loaded, config, view.path, view.fingerprint, folder, seeds)
+        fixed = config_values(trial_config(config, loaded, {}))
+        study = Study(folder, loaded, fixed, seed=config.seed, name=Path(space).stem)
+        finished = run_trials(job, study, progress, concurrent=concurrent)
+        best = write_results(folder, study, loaded, config)
+        if finished and best is None:
+            raise RunError(f"{folder}: {_nothing_found(study.records)}")
+        test = None
+        if finished and final and best is not None:
+            test = _score_once(best, job, opened, len(study.records), progress)
+        return SearchResult(folder, loaded, study.records, best, study.front(), not finished, test)
+
+
+def _nothing_found(records: list[Record]) -> str:
+    if not records:
+        return "no trial was started before budget.minutes were over"
+    reasons = [record.reason for record in records if record.reason]
+    return f"none of {len(records)} trials came to an end; the last: {reasons[-1] if reasons else 'no reason known'}"
+
+
+def _score_once(best: Record, job: Job, dataset: Dataset, trials: int, progress: Progress) -> dict[str, Any]:
+    """Train the best configuration in full and score it on the test split; a second call reads what is there."""
+    path = job.folder / TEST_FILE
+    if path.exists():
+        scored: dict[str, Any] = read_json(path)
+        return scored
+    config = trial_config(job.config, job.space, best.values, cheap=False)
+    final = job.folder / FINAL
+    if (final / "config.yaml").exists() and load_config(final / "config.yaml") != config:
+        shutil.rmtree(final)  # begun for an earlier best, never scored
+    whole = job.space.stages == 2
+    metrics = train_run(config, dataset.path, final, stage="all" if whole else "1", resume=True, progress=progress)
+    if whole:
+        found = evaluate_and_report(final, progress=progress, split="test")["metrics"]
+    else:
+        found = metrics["stage1"]["test"]
+    scored = {"trial": best.number, "trials": trials, "split": "test", "metrics": found}
+    write_json(path, scored)
+    return scored

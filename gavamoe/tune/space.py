@@ -1,0 +1,348 @@
+"""Search spaces: data in YAML (`tune_spaces/`), typed and validated, naming config fields by their dotted paths.
+
+A space says which fields are searched, over what, under which conditions and constraints; what is optimised; which
+stages a trial trains; and the budget. docs/tune.md has the format. Nothing here knows Ray or Optuna: `draw` asks
+whatever has Optuna's `suggest_*` methods.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gavamoe.errors import InputError
+from gavamoe.tune.metrics import Measure, find_measure
+
+MAX_SPACE_BYTES = 2**20
+MAX_POINTS = 10_000
+
+Scalar = bool | int | float | str
+Values = dict[str, Scalar]
+"""Drawn values by field path; a parameter whose condition does not hold is absent."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class _Parameter(_Model):
+    when: dict[str, Scalar | list[Scalar]] = {}
+    """Fields with the value (or one of the values) they must have for this parameter to be searched."""
+
+
+class _Range(_Parameter):
+    log: bool = False
+    """Draw the logarithm evenly."""
+
+    def check(self, low: float, high: float, step: float | None) -> None:
+        if low > high:
+            raise ValueError(f"low {low} is above high {high}")
+        if self.log and low <= 0:
+            raise ValueError(f"log needs a low above 0, not {low}")
+        if self.log and step is not None:
+            raise ValueError("log and step exclude each other")
+
+
+class IntRange(_Range):
+    """Whole numbers from low to high, both included."""
+
+    type: Literal["int"]
+    low: int
+    high: int
+    step: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "IntRange":
+        self.check(self.low, self.high, self.step)
+        return self
+
+
+class FloatRange(_Range):
+    """Real numbers from low to high."""
+
+    type: Literal["float"]
+    low: float
+    high: float
+    step: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "FloatRange":
+        self.check(self.low, self.high, self.step)
+        return self
+
+
+class Choice(_Parameter):
+    """One of a list of values."""
+
+    type: Literal["choice"]
+    values: Annotated[list[Scalar], Field(min_length=1)]
+
+    @field_validator("values")
+    @classmethod
+    def _different(cls, values: list[Scalar]) -> list[Scalar]:
+        if len({(type(value), value) for value in values}) < len(values):
+            raise ValueError("a value occurs twice")
+        return values
+
+
+Parameter = Annotated[IntRange | FloatRange | Choice, Field(discriminator="type")]
+
+
+class Budget(_Model):
+    """How much a search may cost."""
+
+    trials: int = 12
+    """Different configurations that are trained."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """No trial starts after so long (in each session); those that run are finished."""
+    set: dict[str, Any] = {}
+    """Config fields that make trials cheaper than the final training; best.yaml does not have them."""
+
+    @field_validator("trials")
+    @classmethod
+    def _some(cls, trials: int) -> int:
+        if trials < 1:
+            raise ValueError(f"a search needs at least 1 trial, not {trials}")
+        return trials
+
+
+class Pruning(_Model):
+    """ASHA: trials that do worse than others at the same share of their way are stopped."""
+
+    grace: Annotated[int, Field(ge=1, le=99)] = 30
+    """Percent of its way that every trial may go."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """At each rung, one in so many goes on."""
+
+
+class Space(_Model):
+    """Content of a space file."""
+
+    description: str = ""
+    stages: Annotated[int, Field(ge=1, le=2)]
+    """1: a trial trains stage 1 alone; 2: both."""
+    metric: str | list[str]
+    """What is optimised, on the validation split: a name, or several for a Pareto front."""
+    measure: list[str] = []
+    """What is recorded beside it."""
+    sampler: Literal["tpe", "random", "nsga2", "grid"] = "tpe"
+    pruning: Pruning | None = None
+    budget: Budget = Budget()
+    parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
+    constraints: list[str] = []
+    """"FIELD <= FIELD" (or <, >=, >): the left one, a searched range, is kept within bounds."""
+
+    @property
+    def metrics(self) -> list[str]:
+        return [self.metric] if isinstance(self.metric, str) else list(self.metric)
+
+    @property
+    def objectives(self) -> list[Measure]:
+        """What is optimised, in the file's order."""
+        return [find_measure(name, self.stages) for name in self.metrics]
+
+    @property
+    def recorded(self) -> list[Measure]:
+        """What is measured besides."""
+        return [find_measure(name, self.stages) for name in self.measure]
+
+    @property
+    def rules(self) -> "list[Constraint]":
+        return [Constraint.parse(text) for text in self.constraints]
+
+    def order(self) -> list[str]:
+        """The parameters' names, each after those that its conditions and constraints look at.
+
+        Raises:
+            InputError: they look at each other in a circle.
+        """
+        needs = {name: [key for key in spec.when if key in self.parameters] for name, spec in self.parameters.items()}
+        for rule in self.rules:
+            if rule.left in needs and rule.right in needs:
+                needs[rule.left].append(rule.right)
+        ordered: list[str] = []
+        while len(ordered) < len(needs):
+            ready = [n for n in needs if n not in ordered and all(need in ordered for need in needs[n])]
+            if not ready:
+                circle = ", ".join(sorted(set(needs) - set(ordered)))
+                raise InputError(f"parameters {circle}: their conditions or constraints go in a circle")
+            ordered += ready
+        return ordered
+
+    def draw(self, source: "Suggester", fixed: Values) -> Values:
+        """One point of the space. `fixed`: the config's values of fields that are not searched, by path."""
+        drawn: Values = {}
+        for name in self.order():
+            spec = self.parameters[name]
+            if self._active(spec, drawn, fixed):
+                drawn[name] = _suggest(source, name, self._narrowed(name, spec, drawn, fixed))
+        return drawn
+
+    def points(self, fixed: Values) -> list[Values] | None:
+        """Every point of the space, in order; None where they are without number, or more than MAX_POINTS."""
+        if any(isinstance(spec, FloatRange) and spec.step is None for spec in self.parameters.values()):
+            return None
+        points: list[Values] = [{}]
+        for name in self.order():
+            points = [p for point in points for p in self._extended(name, point, fixed)]
+            if len(points) > MAX_POINTS:
+                return None
+        return points
+
+    def _extended(self, name: str, point: Values, fixed: Values) -> Iterator[Values]:
+        spec = self.parameters[name]
+        if not self._active(spec, point, fixed):
+            yield point
+            return
+        for value in _values(self._narrowed(name, spec, point, fixed)):
+            yield point | {name: value}
+
+    def _active(self, spec: "IntRange | FloatRange | Choice", drawn: Values, fixed: Values) -> bool:
+        for field, wanted in spec.when.items():
+            found = drawn.get(field) if field in self.parameters else fixed.get(field)
+            if not any(_same(found, value) for value in (wanted if isinstance(wanted, list) else [wanted])):
+                return False
+        return True
+
+    def _narrowed(
+        self, name: str, spec: "IntRange | FloatRange | Choice", drawn: Values, fixed: Values
+    ) -> "IntRange | FloatRange | Choice":
+        """The parameter's range as far as the constraints allow it beside the values drawn so far."""
+        for rule in self.rules:
+            other = drawn.get(rule.right, fixed.get(rule.right))
+            if rule.left == name and isinstance(spec, IntRange | FloatRange) and isinstance(other, int | float):
+                spec = rule.narrow(spec, other)
+        return spec
+
+
+class Constraint(_Model):
+    """left OP right."""
+
+    left: str
+    operator: Literal["<=", "<", ">=", ">"]
+    right: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Constraint":
+        words = text.split()
+        if len(words) != 3 or words[1] not in ("<=", "<", ">=", ">"):
+            raise InputError(f"constraints: {text!r}: expected FIELD <= FIELD (or <, >=, >)")
+        return cls(left=words[0], operator=words[1], right=words[2])  # type: ignore[arg-type]
+
+    def narrow(self, spec: IntRange | FloatRange, other: float) -> IntRange | FloatRange:
+        """`spec` within the bound; the space's check has made sure that something is left.
+
+        A strict bound on real numbers is kept as a closed one: a draw hits it with probability 0.
+        """
+        strict = int(self.operator in ("<", ">")) if isinstance(spec, IntRange) else 0
+        if self.operator in ("<=", "<"):
+            return spec.model_copy(update={"high": min(spec.high, _number(spec, other) - strict)})
+        return spec.model_copy(update={"low": max(spec.low, _number(spec, other) + strict)})
+
+    def always_fits(self, spec: IntRange | FloatRange, others: list[float]) -> bool:
+        """Whether a value is left beside each of the other field's `others`."""
+        kept = [self.narrow(spec, other) for other in others]
+        return all(range_.low <= range_.high for range_ in kept)
+
+
+class Suggester(Protocol):
+    """What draws values: an Optuna trial."""
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int: ...
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float: ...
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
+
+
+def find_space(source: str | Path) -> Path:
+    """Path of a space file, or of a space shipped with the package ("gates", "joint", ...)."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = spaces_folder() / f"{source}.yaml"
+    if path.name == str(source) and shipped.is_file():
+        return shipped
+    known = sorted(file.stem for file in spaces_folder().glob("*.yaml"))
+    raise InputError(f"{source}: no such space file, nor one of the shipped spaces {', '.join(known)}")
+
+
+def spaces_folder() -> Path:
+    """`tune_spaces/` of the checkout, or its copy inside an installed wheel."""
+    installed = Path(__file__).parent.parent / "_tune_spaces"
+    return installed if installed.is_dir() else Path(__file__).parent.parent.parent / "tune_spaces"
+
+
+def load_space(source: str | Path) -> Space:
+    """Read a space file or a shipped space by name. Whether it fits a config and a dataset is `tune_checks`' business.
+
+    Raises:
+        InputError: one line naming file, field, value and what would do.
+    """
+    path = find_space(source)
+    if path.stat().st_size > MAX_SPACE_BYTES:
+        raise InputError(f"{path}: larger than the {MAX_SPACE_BYTES} bytes a space may have")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    return parse_space(values, str(path))
+
+
+def parse_space(values: Any, source: str) -> Space:
+    """Build a space from parsed YAML; `source` is named in errors."""
+    if not isinstance(values, dict) or not values:
+        raise InputError(f"{source}: expected a search space (stages, metric, parameters), found nothing of the kind")
+    if not values.get("parameters"):
+        raise InputError(f"{source}: parameters: the space is empty; name at least one config field to search")
+    try:
+        return Space.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_describe(error)}") from error
+
+
+def _describe(error: ValidationError) -> str:
+    """One line for the first problem."""
+    problems = error.errors(include_url=False, include_context=False)
+    first = problems[0]
+    field = ".".join(str(part) for part in first["loc"] if part not in ("int", "float", "choice"))
+    message = first["msg"].replace("Value error, ", "")
+    if first["type"] == "extra_forbidden":
+        message = "unknown field"
+    elif first["type"] != "value_error" and not isinstance(first["input"], dict):
+        message = f"{first['input']!r}: {message[0].lower()}{message[1:]}"
+    others = len(problems) - 1
+    return f"{field}: {message}" + (f" (and {others} more)" if others else "")
+
+
+def _suggest(source: Suggester, name: str, spec: IntRange | FloatRange | Choice) -> Scalar:
+    if isinstance(spec, Choice):
+        value: Scalar = source.suggest_categorical(name, spec.values)
+        return value
+    if isinstance(spec, IntRange):
+        return source.suggest_int(name, spec.low, spec.high, step=spec.step or 1, log=spec.log)
+    return source.suggest_float(name, spec.low, spec.high, step=spec.step, log=spec.log)
+
+
+def _values(spec: IntRange | FloatRange | Choice) -> list[Scalar]:
+    """All values of a parameter, for a grid."""
+    if isinstance(spec, Choice):
+        return list(spec.values)
+    if isinstance(spec, IntRange):
+        return list(range(spec.low, spec.high + 1, spec.step or 1))
+    step = spec.step or 1.0
+    count = int((spec.high - spec.low) / step + 1e-9) + 1
+    return [spec.low + index * step for index in range(count)]
+
+
+def _same(found: Scalar | None, wanted: Scalar) -> bool:
+    """Equality that tells True from 1."""
+    return found == wanted and isinstance(found, bool) == isinstance(wanted, bool)
+
+
+def _number(spec: IntRange | FloatRange, value: float) -> Any:
+    return int(value) if isinstance(spec, IntRange) else float(value)

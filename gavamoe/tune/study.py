@@ -1,0 +1,251 @@
+"""The Optuna study of a search: what was tried, what runs, what is next. The storage file is the only truth.
+
+Every change is written before the next step is taken, so that a search killed at any moment goes on with all that
+was known. A configuration that is drawn again is answered from the study and not trained again.
+
+States: complete (all seeds measured), pruned (stopped early, with the values on its way), failed (with a reason),
+running. Draws that were not worth a trial (repeated, or refused by the config) are failed ones with `draw` set.
+"""
+
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from gavamoe.tune.space import Space, Values
+
+STUDY_FILE = "study.db"
+MAX_VAIN_DRAWS = 100
+"""Draws in a row that lead to no new configuration: the space is taken to be exhausted."""
+MAX_REPEATS = 10
+"""The same in a space of finitely many points: then the next point that was not tried is taken instead."""
+
+_LISTED = "listed"
+_DRAWN, _REASON, _MEASURED, _VAIN, _STARTED, _SECONDS = "values", "reason", "measured", "draw", "started", "seconds"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One trial as it stands."""
+
+    number: int
+    state: str
+    """running, complete, pruned or failed."""
+    values: Values
+    """What was drawn, by field path."""
+    objectives: list[float] | None
+    """Means over the seeds of what is optimised, in the space's order; None unless complete."""
+    steps: dict[int, float] = field(default_factory=dict)
+    """The first seed's objective by percent of its way, where it was reported."""
+    measured: dict[str, list[float]] = field(default_factory=dict)
+    """Everything measured: by name, one value a seed."""
+    reason: str | None = None
+    started: str | None = None
+    """ISO time of its (last) start."""
+    seconds: float | None = None
+    """Wall time of all seeds, waiting for a shared stage 1 included."""
+
+
+class Study:
+    """Ask, tell and remember, for one space."""
+
+    def __init__(self, folder: Path, space: Space, fixed: Values, *, seed: int, name: str) -> None:
+        """Open the folder's study, or create it.
+
+        Args:
+            fixed: the config's values by path, for conditions and constraints on fields that are not searched.
+        """
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._space, self._fixed, self._seed = space, fixed, seed
+        self._points = space.points(fixed)
+        self._names = [measure.name for measure in space.objectives]
+        directions = [
+            StudyDirection.MAXIMIZE if measure.direction == "higher" else StudyDirection.MINIMIZE
+            for measure in space.objectives
+        ]
+        self.study = optuna.create_study(
+            storage=storage_url(folder),
+            study_name=name,
+            load_if_exists=True,
+            sampler=RandomSampler(seed=seed),
+            directions=directions,
+        )
+        # A continued search must not draw its first random points again.
+        self.study.sampler = make_sampler(space, seed + 1000 * len(self.study.trials))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # names for the dashboard's axes, nothing rests on it
+            self.study.set_metric_names(self._names)
+        if not self.study.trials:
+            self._list_points()
+        self._listed = bool(self.study.user_attrs.get(_LISTED))
+        self._waiting = self._unfinished()
+
+    def next(self, accept: Callable[[Values], str | None]) -> tuple[int, Values] | None:
+        """The next trial to train: one that was interrupted, or a new configuration; None when the space is exhausted.
+
+        Args:
+            accept: says why a configuration can't be trained, or None.
+        """
+        if self._waiting:
+            return self._waiting.pop(0)
+        for vain in range(MAX_VAIN_DRAWS):
+            if self._listed and not self.study.get_trials(states=[TrialState.WAITING], deepcopy=False):
+                return None
+            if vain == MAX_REPEATS and self._points is not None and not self._queue_untried(accept):
+                return None
+            trial = self.study.ask()
+            values = self._space.draw(trial, self._fixed)
+            reason = accept(values) or self._repeated(values)
+            if reason is None:
+                trial.set_user_attr(_DRAWN, values)
+                return trial.number, values
+            trial.set_user_attr(_VAIN, True)
+            self.fail(trial.number, reason)
+        return None
+
+    def _queue_untried(self, accept: Callable[[Values], str | None]) -> bool:
+        """Make the next draw one of the points that were not tried, any of them; False when there is none."""
+        points = self._points or []
+        # The first in order would walk along one edge of the space.
+        for values in random.Random(self._seed + len(self.study.trials)).sample(points, len(points)):
+            if self._repeated(values) is None and accept(values) is None:
+                self.study.enqueue_trial(values)
+                return True
+        return False
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether trials of an earlier session wait to be gone on with."""
+        return bool(self._waiting)
+
+    def start(self, number: int) -> None:
+        """Note when a trial began."""
+        self._trial(number).set_user_attr(_STARTED, datetime.now().astimezone().isoformat(timespec="seconds"))
+
+    def report(self, number: int, percent: int, value: float) -> None:
+        """A value on the way, for pruning and plots."""
+        if len(self._names) > 1:  # Optuna takes none for several objectives
+            return
+        if (
+            percent not in self.study.get_trials(deepcopy=False)[number].intermediate_values
+        ):  # else: gone on from before
+            self._trial(number).report(value, percent)
+
+    def complete(self, number: int, measured: dict[str, list[float]], seconds: float) -> None:
+        """All seeds are measured."""
+        trial = self._trial(number)
+        trial.set_user_attr(_MEASURED, measured)
+        trial.set_user_attr(_SECONDS, seconds)
+        self.study.tell(number, [sum(measured[name]) / len(measured[name]) for name in self._names])
+
+    def prune(self, number: int, reason: str, seconds: float) -> None:
+        """Stopped early: its values on the way tell the sampler that it was bad, never how good it might have been."""
+        trial = self._trial(number)
+        trial.set_user_attr(_REASON, reason)
+        trial.set_user_attr(_SECONDS, seconds)
+        self.study.tell(number, state=TrialState.PRUNED)
+
+    def fail(self, number: int, reason: str) -> None:
+        """It came to nothing, and why."""
+        self._trial(number).set_user_attr(_REASON, reason)
+        self.study.tell(number, state=TrialState.FAIL)
+
+    @property
+    def records(self) -> list[Record]:
+        """All trials that were worth training, in order."""
+        trials = self.study.get_trials(deepcopy=False)
+        return [_record(trial) for trial in trials if _DRAWN in trial.user_attrs]
+
+    def best(self) -> Record | None:
+        """The best complete trial by the first objective; None without any."""
+        complete = [record for record in self.records if record.objectives]
+        sign = -1 if self._space.objectives[0].direction == "higher" else 1
+        return min(complete, key=lambda record: sign * (record.objectives or [0.0])[0], default=None)
+
+    def front(self) -> list[Record]:
+        """The complete trials that no other beats in every objective, best first by the first one."""
+        numbers = {trial.number for trial in self.study.best_trials}
+        sign = -1 if self._space.objectives[0].direction == "higher" else 1
+        front = [record for record in self.records if record.number in numbers and record.objectives]
+        return sorted(front, key=lambda record: sign * (record.objectives or [0.0])[0])
+
+    def _list_points(self) -> None:
+        """Queue every point of a grid, and of any space that the budget covers: drawing would only repeat some."""
+        points = self._points
+        if points is not None and (self._space.sampler == "grid" or len(points) <= self._space.budget.trials):
+            for values in points:
+                self.study.enqueue_trial(values)
+            self.study.set_user_attr(_LISTED, True)
+
+    def _unfinished(self) -> list[tuple[int, Values]]:
+        """Trials that an earlier process left running; those it was still drawing are given up."""
+        found = []
+        for trial in self.study.get_trials(states=[TrialState.RUNNING]):
+            values = trial.user_attrs.get(_DRAWN)
+            if values is None:
+                self.fail(trial.number, "the search was killed while it drew this")
+                if self._listed:
+                    self.study.enqueue_trial(trial.system_attrs.get("fixed_params", trial.params))
+            else:
+                found.append((trial.number, values))
+        return found
+
+    def _repeated(self, values: Values) -> str | None:
+        for record in self.records:
+            if record.values == values:
+                return f"the same configuration as trial {record.number}"
+        return None
+
+    def _trial(self, number: int) -> optuna.Trial:
+        frozen = self.study.get_trials(deepcopy=False)[number]
+        return optuna.Trial(self.study, frozen._trial_id)
+
+
+def storage_url(folder: Path) -> str:
+    """What Optuna and optuna-dashboard open."""
+    return f"sqlite:///{folder.absolute() / STUDY_FILE}"
+
+
+def make_sampler(space: Space, seed: int) -> BaseSampler:
+    """The sampler by the space's name for it, sized to the budget."""
+    if space.sampler in ("random", "grid"):  # a grid's points are queued, and nothing else is ever drawn
+        return RandomSampler(seed=seed)
+    trials = space.budget.trials
+    if space.sampler == "nsga2":
+        return NSGAIISampler(seed=seed, population_size=min(50, max(4, trials // 4)))
+    # Ten random trials, Optuna's default, would be the whole of a small budget. The constant liar keeps trials that
+    # run at the same time apart.
+    return TPESampler(seed=seed, n_startup_trials=min(10, max(4, trials // 3)), constant_liar=True)
+
+
+_STATES = {
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "running",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+
+
+def _record(trial: FrozenTrial) -> Record:
+    attrs: dict[str, Any] = trial.user_attrs
+    return Record(
+        number=trial.number,
+        state=_STATES[trial.state],
+        values=attrs[_DRAWN],
+        objectives=list(trial.values) if trial.state == TrialState.COMPLETE else None,
+        steps=dict(trial.intermediate_values),
+        measured=attrs.get(_MEASURED, {}),
+        reason=attrs.get(_REASON),
+        started=attrs.get(_STARTED),
+        seconds=attrs.get(_SECONDS),
+    )

@@ -1,0 +1,127 @@
+"""Folders and files are written whole or not at all; manifests refuse anything else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gavamoe.artifacts.files import read_json, write_file, write_folder, write_json
+from gavamoe.artifacts.manifest import MANIFEST, load_weights, read_manifest, save_weights, write_manifest
+from gavamoe.config.schema import RunConfig
+from gavamoe.errors import InputError
+
+
+def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with write_folder(out) as aside:
+        (aside / "a").write_text("1")
+        assert not out.exists()
+    assert (out / "a").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_failed_folder_leaves_nothing(tmp_path: Path) -> None:
+    def half() -> None:
+        with write_folder(tmp_path / "out") as aside:
+            (aside / "a").write_text("1")
+            raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        half()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_folder_is_refused_or_replaced_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("1")
+    with pytest.raises(InputError, match="already exists"), write_folder(out):
+        pass
+    with write_folder(out, replace=True) as aside:
+        (aside / "new").write_text("2")
+    assert [path.name for path in out.iterdir()] == ["new"]
+
+
+def test_failed_file_keeps_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+
+    def half() -> None:
+        with write_file(path) as aside:
+            aside.write_text("half")
+            raise RuntimeError("boom")
+
+    write_json(path, {"x": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"x": float("nan")})
+    with pytest.raises(RuntimeError, match="boom"):
+        half()
+    assert read_json(path) == {"x": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no such file"), ("{", "not valid JSON"), ("[" * 100_000, "not valid JSON")]
+)
+def test_bad_json_is_one_clear_error(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_json(path)
+    if content == "{":
+        with pytest.raises(InputError, match="more than the 0 that"):
+            read_json(path, max_bytes=0)
+
+
+def _artifact(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "a.txt").write_text("hello")
+    write_manifest(folder, "stage1", RunConfig(), {"dataset": "f" * 64})
+    return folder
+
+
+def test_manifest_round_trip(tmp_path: Path) -> None:
+    manifest = read_manifest(_artifact(tmp_path / "s"), "stage1")
+    assert manifest.inputs == {"dataset": "f" * 64}
+    assert set(manifest.files) == {"a.txt"}
+    assert RunConfig.model_validate(manifest.config) == RunConfig()
+    assert "torch" in manifest.versions
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "a.txt").write_text("jello"), "content differs"),
+        (lambda folder: (folder / "a.txt").unlink(), "missing file a.txt"),
+        (lambda folder: (folder / "b.txt").write_text("x"), "unexpected file b.txt"),
+        (lambda folder: (folder / MANIFEST).unlink(), "no stage1 artifact here"),
+        (lambda folder: (folder / MANIFEST).write_text('{"kind": 3}'), "not a valid manifest"),
+        (
+            lambda folder: write_json(folder / MANIFEST, read_json(folder / MANIFEST) | {"format_version": 99}),
+            "format version 99 is newer than",
+        ),
+        (
+            lambda folder: write_json(folder / MANIFEST, read_json(folder / MANIFEST) | {"kind": "stage2"}),
+            "holds a stage2 artifact, not stage1",
+        ),
+    ],
+)
+def test_damaged_artifact_is_refused(tmp_path: Path, damage: object, message: str) -> None:
+    folder = _artifact(tmp_path / "s")
+    assert callable(damage)
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        read_manifest(folder, "stage1")
+
+
+def test_weights_load_strictly(tmp_path: Path) -> None:
+    source, path = torch.nn.Linear(2, 3), tmp_path / "w.safetensors"
+    save_weights(path, source)
+    target = torch.nn.Linear(2, 3)
+    load_weights(path, target)
+    assert torch.equal(source.weight, target.weight)
+    with pytest.raises(InputError, match="weights do not load"):
+        load_weights(path, torch.nn.Linear(2, 4))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(InputError, match="weights do not load"):
+        load_weights(path, target)

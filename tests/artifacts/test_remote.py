@@ -1,0 +1,181 @@
+"""Storage at URIs: whole or not at all, verified, through failures; against an S3 server and the local filesystem."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.flaky_s3 import BUCKET, KEYS, FlakyProxy, s3_server
+from test_cli import Runner
+
+from gavamoe.artifacts import remote
+from gavamoe.data.dataset import open_dataset
+from gavamoe.errors import InputError, RunError
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def client(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": server, "GAVAMOE_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.0)
+
+
+@pytest.fixture(params=["s3", "file"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"s3://{BUCKET}/{tmp_path.name}" if request.param == "s3" else f"file://{tmp_path}/stored"
+
+
+def make_folder(path: Path, text: str = "hello") -> Path:
+    (path / "deep" / "er").mkdir(parents=True)
+    (path / "meta.json").write_text("{}")
+    (path / "deep" / "er" / "empty").write_text("")
+    (path / "big").write_bytes(text.encode() * 1_000_000)
+    return path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_a_folder_comes_back_as_it_was(uri: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a")
+    remote.push(folder, uri)
+    assert content(remote.checkout(uri)) == content(folder)
+    first = os.stat(remote.checkout(uri) / "big").st_ino
+    assert os.stat(remote.checkout(uri) / "big").st_ino == first, "what is there already is not fetched again"
+    remote.remove(uri)
+    assert not remote.exists(uri)
+
+
+def test_a_replacement_is_one_switch_and_the_old_files_go(uri: str, tmp_path: Path) -> None:
+    store = remote._Store(uri)
+    remote.push(make_folder(tmp_path / "a"), uri)
+    before = store.index()
+    remote.push(make_folder(tmp_path / "b", "other"), uri)
+    after = store.index()
+    assert before is not None
+    assert after is not None
+    assert store.children() == sorted([after.version, "_folder.json"])
+    assert content(remote.checkout(uri)) == content(tmp_path / "b")
+
+
+def test_an_upload_that_breaks_leaves_what_was_there(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remote.push(make_folder(tmp_path / "a"), uri)
+    real = remote.fs.copy_files
+
+    def broken(source: str, *rest: object, **options: object) -> None:
+        if source.endswith("empty"):
+            raise OSError("the line is cut")
+        real(source, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote.fs, "copy_files", broken)
+        with pytest.raises(RunError, match=r"the storage failed 4 times \(the line is cut\)"):
+            remote.push(make_folder(tmp_path / "b", "other"), uri)
+    assert content(remote.checkout(uri)) == content(tmp_path / "a")
+    remote.push(tmp_path / "b", uri)
+    assert content(remote.checkout(uri)) == content(tmp_path / "b")
+
+
+def test_damage_is_told_and_nothing_of_it_stays(uri: str, tmp_path: Path) -> None:
+    remote.push(make_folder(tmp_path / "a"), uri)
+    store = remote._Store(uri)
+    index = store.index()
+    assert index is not None
+    store.put_bytes(b"x" * 5_000_000, f"{index.version}/big")
+    with pytest.raises(RunError, match=r"big differs from what _folder.json records"):
+        remote.checkout(uri)
+    assert not (remote._staging(uri) / "big").exists()
+    store.put_bytes(b"{", "_folder.json")
+    with pytest.raises(RunError, match="not an index"):
+        remote.checkout(uri)
+    evil = index.model_copy(update={"files": {"../../evil": index.files["big"]}})
+    store.put_bytes(evil.model_dump_json().encode(), "_folder.json")
+    with pytest.raises(RunError, match="outside of its folder"):
+        remote.checkout(uri)
+
+
+def test_a_flaky_server_costs_retries_only(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"s3://{BUCKET}/flaky"
+    folder = make_folder(tmp_path / "a", "0123456789" * 2)  # 20 MB: sent in several parts
+    with FlakyProxy(server, share=0.3) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
+        remote.push(folder, uri)
+        assert content(remote.checkout(uri)) == content(folder)
+        assert proxy.failed >= 4
+        assert proxy.passed >= 8
+
+
+def test_a_dead_server_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(remote, "_REQUEST_ATTEMPTS", 1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(RunError, match=r"s3://bucket/x: the storage failed 4 times"):
+        remote.checkout("s3://bucket/x")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"), [("s3://nosuchbucket/x", "nosuchbucket"), ("nosuch://a/b", "nosuch://a/b: can't be reached")]
+)
+def test_wrong_uris_are_wrong_input(uri: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        remote.push(make_folder(tmp_path / "a"), uri)
+
+
+def test_places_are_known_by_path_and_fetched_elsewhere(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = remote.checkout(uri)
+    assert remote.place_of(tmp_path) is None
+    run.mkdir()
+    shutil.copytree(make_folder(tmp_path / "a"), run / "stage1")
+    (run / "config.yaml").write_text("seed: 1")
+    (run / "checkpoints" / "x").mkdir(parents=True)
+    remote.commit(run)
+    place = remote.place_of(run / "stage1")
+    assert place == remote.Place(uri, "stage1")
+    assert remote._Store(uri).children() == ["config.yaml", "stage1"]
+
+    monkeypatch.setenv("GAVAMOE_CACHE", str(tmp_path / "other"))
+    assert content(remote.local_path(place)) == content(tmp_path / "a")
+    new = remote.local_path(remote.Place(uri, "stage2"))
+    assert not new.exists()
+    assert remote.place_of(new) == remote.Place(uri, "stage2")
+    assert sorted(path.name for path in remote.checkout(uri).iterdir() if path.name[0] != ".") == [
+        "config.yaml",
+        "stage1",
+    ]
+
+
+@pytest.fixture
+def gavamoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    return Runner(monkeypatch, capsys)
+
+
+def test_datasets_are_made_described_and_copied_by_uri(
+    gavamoe: Runner, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = f"{uri}/data"
+    size = ("--users", 60, "--items", 40, "--ratings", 1500)
+    made = gavamoe("data", "synthesize", data, *size)
+    assert made.code == 0, made.err
+    assert f"stored: {data}" in made.err.replace("\n", "")
+    assert gavamoe("data", "synthesize", data, *size).code == 2, "it is there already"
+    monkeypatch.setenv("GAVAMOE_CACHE", str(tmp_path / "other"))
+    described = gavamoe("data", "describe", data, "--json")
+    assert json.loads(described.out)["users"] == 60
+    assert gavamoe("copy", data, tmp_path / "mine").code == 0
+    assert gavamoe("copy", tmp_path / "mine", f"{uri}/again").code == 0
+    copied = remote.checkout(f"{uri}/again")
+    assert open_dataset(copied).fingerprint == open_dataset(tmp_path / "mine").fingerprint
+    twice = gavamoe("copy", tmp_path / "mine", f"{uri}/again")
+    assert (twice.code, "already exists" in twice.err) == (2, True)
+    assert gavamoe("copy", f"{uri}/nothing", tmp_path / "none").code == 2

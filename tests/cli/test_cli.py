@@ -1,0 +1,186 @@
+"""The command line: help at once, one clear line and exit code 2 for wrong input, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gavamoe import __version__, cli
+from gavamoe.errors import InputError
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+class Runner:
+    """Calls `main()` as the installed script does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: object) -> Result:
+        self.monkeypatch.setattr(sys, "argv", ["gavamoe", *map(str, arguments)])
+        self.capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = self.capsys.readouterr()
+        return Result(code, out, err)
+
+
+@pytest.fixture
+def gavamoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    return Runner(monkeypatch, capsys)
+
+
+def test_help_teaches_without_heavy_imports() -> None:
+    code = (
+        "import sys; sys.argv = ['gavamoe', '--help']\n"
+        "from gavamoe.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'ray', 'transformers', 'pyarrow', 'numpy', 'pydantic'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "heavy: []" in shown
+    for command in ("quickstart", "data", "train", "route", "explain", "evaluate", "score", "report"):
+        assert command in shown
+
+
+def test_every_command_has_help(gavamoe: Runner) -> None:
+    for command in (["data", "prepare"], ["data", "synthesize"], ["data", "describe"], ["train"], ["explain"]):
+        result = gavamoe(*command, "--help")
+        assert result.code == 0
+        assert "Usage: gavamoe " + " ".join(command) in result.out
+
+
+def test_version(gavamoe: Runner) -> None:
+    assert gavamoe("--version").out == f"gavamoe {__version__}\n"
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    path = tmp_path / "reviews.csv"
+    path.write_text(
+        "user,item,rating,text\n" + "".join(f"u{n % 7},i{n % 5},{1 + n % 5},fine film\n" for n in range(40))
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "prepare", "missing.csv", "OUT", "--format", "table"], "missing.csv: no such file"),
+        (["data", "prepare", "REVIEWS", "OUT", "--format", "tabel"], "tabel"),
+        (["data", "prepare", "REVIEWS", "OUT", "--format", "table", "--column", "user"], "--column user: expected"),
+        (["data", "prepare", "REVIEWS", "OUT", "--format", "table", "--column", "user=usr"], "usr"),
+        (["data", "prepare", "REVIEWS", "OUT", "--format", "table", "--split", "8:1"], "--split 8:1: expected"),
+        (["data", "prepare", "REVIEWS", "OUT", "--format", "table", "--split", "0:1:1"], "train is above 0"),
+        (["data", "prepare", "REVIEWS", "OUT", "--format", "table", "--rating-scale", "5:1"], "--rating-scale 5:1"),
+        (["data", "prepare", "REVIEWS", "HERE", "--format", "table"], "already exists"),
+        (["data", "synthesize", "HERE"], "already exists"),
+        (["data", "describe", "missing"], "missing: no such dataset folder"),
+        (["train", "nosuch", "--dataset", "DATASET"], "nosuch: no such config file"),
+        (["train", "quickstart", "--dataset", "DATASET", "--set", "stage1.cluster=2"], "did you mean clusters?"),
+        (["train", "quickstart", "--dataset", "DATASET", "--stage", "3"], "--stage 3: expected 1, 2 or all"),
+        (["train", "quickstart", "--dataset", "missing", "--run-dir", "OUT"], "missing: no such dataset folder"),
+        (["train", "quickstart", "--dataset", "DATASET", "--stage", "2", "--run-dir", "OUT"], "no stage1 artifact"),
+        (["evaluate", "missing"], "missing: not a run folder"),
+        (["explain", "missing", "--user", "a", "--item", "b"], "missing: not a run folder"),
+        (["route", "missing"], "missing: not a run folder"),
+        (["route", "missing", "--user", "a"], "--user and --item go together"),
+        (["report", "missing"], "missing"),
+        (["score", "missing.txt", "missing.txt"], "missing.txt: no such file"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    gavamoe: Runner,
+    tmp_path: Path,
+    tiny_dataset: Path,
+    reviews: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "here"
+    here.mkdir()
+    paths = {"REVIEWS": reviews, "OUT": tmp_path / "out", "HERE": here, "DATASET": tiny_dataset}
+    before = sorted(path.name for path in tmp_path.iterdir())
+    result = gavamoe(*[paths.get(argument, argument) for argument in arguments])
+    assert result.code == 2
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in result.err
+    assert not list(here.iterdir())
+    if "--stage" not in arguments:
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_usage_error_is_exit_code_2(gavamoe: Runner) -> None:
+    assert gavamoe("train").code == 2
+    assert gavamoe("nosuch").code == 2
+
+
+def test_prepare_and_describe_speak_json(gavamoe: Runner, tmp_path: Path, reviews: Path) -> None:
+    prepared = gavamoe("data", "prepare", reviews, tmp_path / "out", "--format", "table", "--json")
+    assert prepared.code == 0
+    assert json.loads(prepared.out)["kept"] == 35
+    described = gavamoe("data", "describe", tmp_path / "out", "--json")
+    assert json.loads(described.out)["users"] == 7
+
+
+def test_unexpected_error_is_a_line_and_exit_code_1(gavamoe: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("surprise")
+
+    monkeypatch.setattr("gavamoe.data.dataset.open_dataset", broken)
+    result = gavamoe("data", "describe", "x")
+    assert result.code == 1
+    assert "error: ZeroDivisionError: surprise (--debug shows where)" in result.err
+    with pytest.raises(ZeroDivisionError):
+        gavamoe("--debug", "data", "describe", "x")
+
+
+def test_uris_are_named_as_they_were_given(
+    gavamoe: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_dataset: Path
+) -> None:
+    monkeypatch.setenv("GAVAMOE_CACHE", str(tmp_path / "cache"))
+    nothing = f"file://{tmp_path}/nothing"
+    for command in (["route", nothing], ["report", nothing], ["plan", "quickstart", "--dataset", nothing]):
+        result = gavamoe(*command)
+        assert result.code == 2
+        assert result.err.startswith(f"error: {nothing}: no dataset or run is stored there"), command
+    stored = f"file://{tmp_path}/stored"
+    assert gavamoe("copy", tiny_dataset, stored).code == 0
+    result = gavamoe("route", stored)  # a dataset, not a run
+    assert result.code == 2
+    assert stored in result.err
+    assert "cache" not in result.err
+
+
+def test_quickstart_needs_no_option(gavamoe: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Path] = []
+
+    def quickstart(folder: Path, *_: object, **__: object) -> None:
+        called.append(folder)
+        raise InputError("enough")
+
+    monkeypatch.setattr("gavamoe.pipeline.quickstart", quickstart)
+    assert gavamoe("quickstart").err == "error: enough\n"
+    assert gavamoe("quickstart", "--run-dir", tmp_path).err == "error: enough\n"
+    assert called == [Path("runs/quickstart"), tmp_path]
+
+
+def test_a_command_that_writes_locally_refuses_a_uri(gavamoe: Runner, tiny_dataset: Path) -> None:
+    result = gavamoe("ablate", "quickstart", "--dataset", tiny_dataset, "--run-dir", "s3://bucket/compare")
+    assert result.code == 2
+    assert result.err.startswith("error: s3://bucket/compare: this command writes to local folders")

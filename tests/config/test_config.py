@@ -1,0 +1,112 @@
+"""Config: round trip, presets, and errors that name field, value, bound and the nearest name."""
+
+from pathlib import Path
+
+import pytest
+
+from gavamoe.config.files import dump_config, load_config, parse_config, presets_folder
+from gavamoe.config.problems import field_paths
+from gavamoe.config.schema import RunConfig
+from gavamoe.errors import InputError
+
+PRESETS = sorted(path.stem for path in presets_folder().glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_load_and_round_trip(preset: str, tmp_path: Path) -> None:
+    config = load_config(preset)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+
+
+def test_shipped_presets() -> None:
+    assert set(PRESETS) == {"quickstart", "smollm2", "paper", "gpt2"}
+
+
+def test_paper_preset_is_section_4_2() -> None:
+    config = load_config("paper")
+    stage1, stage2 = config.stage1, config.stage2
+    assert (stage1.encoder_layers, stage1.latent_size, stage1.embedding_size) == (2, 128, 768)
+    assert (stage1.batch_size, stage1.learning_rate, stage1.beta, stage1.epochs) == (4096, 1e-5, 0.1, 30)
+    assert (stage2.batch_size, stage2.learning_rate, stage2.gradient_accumulation, stage2.clip_norm) == (
+        1,
+        3e-5,
+        8,
+        0.3,
+    )
+    assert (stage2.experts.count, stage2.experts.intermediate_size, stage2.experts.top_k) == (12, 1280, 2)
+    assert (stage2.experts.conversion, stage2.epochs, stage2.base_model) == ("random", 3, "meta-llama/Llama-3.1-8B")
+    assert config.gates == stage1.clusters
+    assert not stage2.experts.renormalise
+    assert stage2.experts.load_balance_weight == stage2.experts.router_z_weight == 0
+
+
+def test_gates_follow_clusters() -> None:
+    assert parse_config({"stage1": {"clusters": 5}}, "x").gates == 5
+    assert parse_config({"stage1": {"clusters": 5}, "stage2": {"experts": {"multi_gate": False}}}, "x").gates == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage1.cluster=3", r"stage1\.cluster: unknown field; did you mean clusters\?"),
+        ("clusters=3", r"clusters: unknown field; did you mean stage1\.clusters\?"),
+        ("stage2.experts.topk=3", r"stage2\.experts\.topk: unknown field; did you mean top_k\?"),
+        ("stage2.base_model.x=3", r"stage2\.base_model: .*valid string"),
+        ("stage1.clusters=0", r"stage1\.clusters: 0: .*greater than or equal to 1"),
+        ("stage1.clusters=five", r"stage1\.clusters: 'five': .*valid integer"),
+        ("stage1.beta=.nan", r"stage1\.beta: nan: .*finite"),
+        ("stage2.experts.top_k=20", r"stage2\.experts\.top_k: 20 is above count 12"),
+        ("stage1.encoder_heads=7", r"stage1\.encoder_heads: 7 does not divide embedding_size 768"),
+        ("stage2.offload_parameters=true", r"stage2\.offload_parameters: needs zero_stage 3, not 1"),
+        ("runtime.engine=tensorflow", r"runtime\.engine: 'tensorflow': .*'deepspeed' or 'torch'"),
+        ("stage2=3", r"stage2: 3: .*valid dictionary"),
+        ("seed", r"--set seed: expected FIELD=VALUE"),
+        ("seed=[", r"--set seed=\[: .*not a YAML value"),
+    ],
+)
+def test_bad_override_names_field_and_bound(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_config({}, "config.yaml", [override])
+
+
+def test_torch_engine_refuses_two_workers() -> None:
+    with pytest.raises(InputError, match=r"runtime\.engine: torch runs one worker, not 2"):
+        parse_config({"runtime": {"engine": "torch", "workers": 2}}, "x")
+
+
+def test_overrides_apply_in_order_and_read_exponents() -> None:
+    config = parse_config({"stage1": {"beta": 0.5}}, "x", ["stage1.beta=1e-2", "stage1.beta=2e-2", "stage1.epochs=3"])
+    assert config.stage1.beta == 0.02
+    assert config.stage1.epochs == 3
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", "a: !!python/object/apply:os.system ['true']", "\x00"])
+def test_hostile_yaml_is_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"bad\.yaml: (not valid YAML|expected fields)") as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(InputError, match="nosuch: no such config file, nor one of the presets gpt2, paper"):
+        load_config("nosuch")
+
+
+def test_field_paths_cover_nested_fields() -> None:
+    paths = field_paths(RunConfig)
+    assert "stage2.experts.top_k" in paths
+    assert "seed" in paths
+    assert len(paths) == len(set(paths))
+
+
+def test_every_field_is_read_somewhere() -> None:
+    """A config field that no code reads would be silently ignored."""
+    package = presets_folder().parent / "gavamoe"
+    source = "\n".join(path.read_text() for path in package.rglob("*.py") if path.parent.name != "config")
+    paths = set(field_paths(RunConfig)) - {"stage2.experts.multi_gate"}  # RunConfig.gates reads it
+    unread = sorted(path for path in paths if f".{path.rsplit('.', 1)[-1]}" not in source)
+    assert unread == []

@@ -1,0 +1,172 @@
+"""The feature extractor: what counts as a feature, which sentence is chosen, and that features are clean words."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gavamoe.data import features as module
+from gavamoe.data.cleaning import clean, clean_id, clean_review, cut, sentences, unmarked
+from gavamoe.data.features import MAX_FEATURE_CHARS, MAX_ROW_FEATURES, Vocabulary, WordCounts, given_features
+from gavamoe.data.lexicon import NEVER_FEATURES
+
+
+def vocabulary(texts: list[str], repeat: int = 10) -> list[str]:
+    counts = WordCounts()
+    counts.add(pa.array(texts * repeat))
+    return Vocabulary.from_counts(counts).features
+
+
+def test_nouns_are_found_and_other_words_are_not() -> None:
+    found = vocabulary(
+        [
+            "The room was spotless and my bed is soft.",
+            "We arrived late, but the room has a huge balcony.",
+            "I unpack in the room. They unpack quickly too.",
+            "A beautiful garden, friendly staff and the garden.",
+        ]
+    )
+    assert found[0] == "room", "most frequent first"
+    assert set(found) == {"room", "bed", "balcony", "garden", "staff"}
+
+
+def test_compounds_end_in_a_noun() -> None:
+    assert "card" in vocabulary(["A gift card.", "I like the gift card, it works.", "Great gift for all."])
+
+
+def test_words_of_judgement_and_time_are_never_features() -> None:
+    found = vocabulary(["The great was the day.", "A love is a love.", "The people are the best of the year."])
+    assert found == []
+    assert not {"good", "terrible", "the", "day", "people"} - NEVER_FEATURES
+
+
+def test_a_word_of_two_texts_is_too_rare() -> None:
+    texts = ["The balcony was closed."] * 2 + ["The room was open."] * 3
+    assert vocabulary(texts, repeat=1) == ["room"]
+
+
+def test_the_vocabulary_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["The room was open. The bed was open. The desk was open."] * 3 + ["The room was open."] * 3
+    monkeypatch.setattr(module, "MAX_VOCABULARY", 2)
+    assert vocabulary(texts) == ["room", "bed"]
+
+
+def test_counting_forgets_rare_words_but_stays_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_COUNTED_WORDS", 30)
+    counts = WordCounts()
+    for number in range(40):
+        letters = "".join(chr(97 + int(digit)) for digit in str(number))
+        counts.add(pa.array([f"The room was big. The q{letters}x was big.", "The room is here."]))
+    assert Vocabulary.from_counts(counts).features == ["room"]
+    assert len(counts.items()) <= 31
+
+
+def test_counts_do_not_depend_on_batches() -> None:
+    texts = ["The room, the café and my bed.", "", "It's the hotel's lobby!", "Room? THE ROOM.", "…", "über der Tür."]
+    whole, parts = WordCounts(), WordCounts()
+    whole.add(pa.array(texts))
+    for text in texts:
+        parts.add(pa.array([text]))
+    assert sorted(whole.items()) == sorted(parts.items())
+
+
+def test_the_sentence_with_the_most_frequent_feature_is_chosen_first_of_equals() -> None:
+    texts = [
+        "Nothing here at all. The bed was soft. I liked the room. Another room.",
+        "Oh. We came by train again.",
+        "Fine.",
+        "",
+    ]
+    sentence, row = sentences(clean_review(pa.array(texts)))
+    chosen = Vocabulary(["room", "bed"]).choose(sentence, row, len(texts))
+    assert chosen.text.to_pylist() == ["I liked the room.", "We came by train again.", "Fine.", ""]
+    assert chosen.features.to_pylist() == [["room"], [], [], []]
+
+
+def test_features_of_a_text_come_most_frequent_first_without_repetition_and_bounded() -> None:
+    names = ["room", "bed", "desk", "lamp", "sink", "door", "wall"]
+    text = "The wall, door, sink, lamp, desk, Bed, BED and room."
+    chosen = Vocabulary(names).choose(pa.array([text]), np.array([0]), 1)
+    assert chosen.features.to_pylist() == [names[:MAX_ROW_FEATURES]]
+    assert chosen.text.to_pylist() == [text]
+
+
+def test_part_of_a_word_is_no_feature() -> None:
+    chosen = Vocabulary(["room", "bed"]).choose(pa.array(["Bedrooms and roomy."]), np.array([0]), 1)
+    assert chosen.features.to_pylist() == [[]]
+
+
+def test_an_empty_vocabulary_chooses_the_first_real_sentence() -> None:
+    sentence, row = sentences(clean_review(pa.array(["Hm. One two three. Four five six."])))
+    chosen = Vocabulary([]).choose(sentence, row, 1)
+    assert chosen.text.to_pylist() == ["One two three."]
+    assert chosen.features.to_pylist() == [[]]
+
+
+def test_given_features_are_cleaned() -> None:
+    found = given_features(pa.array(["Room Service, wifi ;WiFi|  ", None, "a\x00b\n c", "x" * 65 + ",ok"]))
+    assert found.to_pylist() == [["room service", "wifi"], [], ["a b c"], ["ok"]]
+    lists = pa.array([["b", "a", "b", None], None, [str(number) for number in range(9)]], pa.list_(pa.string()))
+    assert given_features(lists).to_pylist() == [["b", "a"], [], ["0", "1", "2", "3", "4"]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.text(max_size=60), max_size=8))
+def test_any_text_goes_through(texts: list[str]) -> None:
+    array = pa.array([text.encode("utf-8", "replace").decode() for text in texts], pa.string())
+    counts = WordCounts()
+    counts.add(array)
+    cleaned = clean_review(array)
+    sentence, row = sentences(cleaned)
+    chosen = Vocabulary(["room"]).choose(sentence, row, len(texts))
+    assert len(chosen.text) == len(chosen.features) == len(texts)
+    assert all(text.as_py() == "" or text.as_py().isprintable() for text in clean(array, 100) if text.as_py().isascii())
+    for words in given_features(array).to_pylist():
+        assert len(words) <= MAX_ROW_FEATURES
+        assert all(0 < len(word) <= MAX_FEATURE_CHARS and word == word.strip() for word in words)
+
+
+def test_clean_removes_control_characters_and_folds_blanks() -> None:
+    dirty = pa.array(["  a\x00\tb\u00a0\u2028c\r\n\r\nd \u202egood", None, "\x07"])
+    assert clean(dirty, 100).to_pylist() == ["a b c d good", None, ""]
+
+
+def test_special_tokens_in_a_text_are_left_to_the_tokeniser() -> None:
+    text = "<|endoftext|> <s> [INST] {user} </s>"
+    assert clean(pa.array([text]), 100).to_pylist() == [text]
+
+
+def test_cut_never_parts_a_word_unless_it_alone_is_too_long() -> None:
+    found = cut(pa.array(["one two three", "one two", "abcdefghij", "été été"]), 7).to_pylist()
+    assert found == ["one two", "one two", "abcdefg", "été été"]
+
+
+def test_sentences() -> None:
+    text = 'Dr. Smith paid 3.50 for it. "Great!" he said... J. R. agreed\nand a wrapped line\n- A list\n\nEnd'
+    sentence, row = sentences(clean_review(pa.array([text, "Solo"])))
+    assert sentence.to_pylist() == [
+        "Dr. Smith paid 3.50 for it.",
+        '"Great!"',
+        "he said...",
+        "J. R. agreed and a wrapped line",
+        "- A list",
+        "End",
+        "Solo",
+    ]
+    assert row.tolist() == [0] * 6 + [1]
+
+
+def test_markup_of_web_pages_is_removed() -> None:
+    assert unmarked(pa.array(["A &amp; B<br />C &#34;d&#34;", "a < b <br> c", None])).to_pylist() == [
+        'A & B\nC "d"',
+        "a < b \n c",
+        None,
+    ]
+
+
+def test_ids_are_trimmed_and_judged() -> None:
+    ids, missing, malformed = clean_id(pa.array([" u1 ", "", None, "  ", "x" * 257, "a\x00b", "ü 2"]))
+    assert ids.to_pylist()[0] == "u1"
+    assert missing.to_pylist() == [False, True, True, True, False, False, False]
+    assert malformed.to_pylist() == [False, False, False, False, True, True, False]

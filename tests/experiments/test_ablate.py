@@ -1,0 +1,203 @@
+"""Systems as configuration, what a comparison computes and writes, and that finished runs are not done again."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+from helpers.stage2_runs import tiny
+from test_evaluate import bare_dataset
+
+from gavamoe.artifacts.manifest import read_manifest
+from gavamoe.config.files import load_config, override_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.errors import InputError
+from gavamoe.evaluation.comparison import (
+    FIGURE_FILE,
+    SCORES_FILE,
+    TABLE_FILE,
+    Comparison,
+    Outcome,
+    difference,
+    difference_table,
+    mean_of,
+    means,
+    read_comparison,
+    table,
+)
+from gavamoe.experiments.ablate import run_ablation
+from gavamoe.experiments.baselines import retrieval
+from gavamoe.experiments.variants import SYSTEMS, find_systems
+
+COPIERS = ["constant", "copy-user", "copy-item", "copy-features"]
+
+
+@pytest.fixture(scope="module")
+def planted(tiny_dataset: Path) -> Dataset:
+    return open_dataset(tiny_dataset)
+
+
+def changed(name: str, config: RunConfig, dataset: Dataset) -> RunConfig:
+    [system] = find_systems([name])
+    assert system.changes is not None
+    return override_config(config, system.changes(config, dataset))
+
+
+def test_each_ablation_changes_what_its_name_says(planted: Dataset) -> None:
+    config = load_config("quickstart")
+    assert changed("full", config, planted) == config
+    assert changed("no-multi-gating", config, planted).gates == 1
+    assert not changed("base", config, planted).stage2.experts.enabled
+    assert changed("alpha-0", config, planted).stage2.alpha == 0
+    assert changed("gpt2", config, planted).stage2.scratch.family == "gpt2"
+    assert changed("random-routes", config, planted).stage2.routes == "random"
+    assert changed("oracle-routes", config, planted).stage2.routes == "oracle"
+    assert changed("gates-5", config, planted).gates == 5
+    for name in ("no-multi-gating", "base", "gpt2", "random-routes"):
+        other = changed(name, config, planted)
+        assert (other.stage1, other.seed) == (config.stage1, config.seed)
+        assert other.stage2.max_steps == config.stage2.max_steps
+
+
+def test_coarse_experts_keep_the_parameters(planted: Dataset) -> None:
+    coarse = changed("no-fine-grained", load_config("quickstart"), planted).stage2.experts
+    assert (coarse.count, coarse.top_k, coarse.intermediate_size) == (2, 1, 0)
+    paper = load_config("paper")
+    experts = changed("no-fine-grained", paper, planted).stage2.experts
+    assert (experts.count, experts.top_k, experts.intermediate_size) == (6, 1, 2560)
+    with pytest.raises(InputError, match="5 experts with top_k 2 have no coarser form"):
+        changed("no-fine-grained", override_config(paper, ["stage2.experts.count=5"]), planted)
+
+
+def test_the_wide_base_is_as_large_as_the_full_system(planted: Dataset) -> None:
+    config = load_config("quickstart")
+    assert changed("base-wide", config, planted).stage2.scratch.intermediate_size == 2 * 192
+    random = override_config(config, ["stage2.experts.conversion=random"])
+    assert changed("base-wide", random, planted).stage2.scratch.intermediate_size == 192
+    with pytest.raises(InputError, match="only a scratch base"):
+        changed("base-wide", load_config("gpt2"), planted)
+
+
+def test_what_makes_no_sense_says_why(planted: Dataset, tmp_path: Path) -> None:
+    dense = override_config(load_config("quickstart"), ["stage2.experts.enabled=false"])
+    with pytest.raises(InputError, match=r"the config itself has stage2\.experts\.enabled=false"):
+        changed("base", dense, planted)
+    with pytest.raises(InputError, match="only synthetic data"):
+        changed("oracle-routes", dense, bare_dataset(tmp_path / "bare", ["a text"] * 10))
+    with pytest.raises(InputError, match=r"system fulll: unknown; known are full, .*gates-K"):
+        find_systems(["fulll"])
+    with pytest.raises(InputError, match="named twice"):
+        find_systems(["full", "full"])
+    with pytest.raises(InputError, match="system base: the config itself"):
+        run_ablation(dense, planted.path, tmp_path / "out", only=["base"])
+
+
+def outcome(system: str, seed: int, value: float | None, *, trained: bool = True) -> Outcome:
+    return Outcome(
+        system=system, label=system, what="", seed=seed, trained=trained, folder="", rows=10,
+        scores={"bleu_4": value, "parameters": 250_000 if trained else None}, intervals={},
+    )  # fmt: skip
+
+
+def test_means_and_intervals_by_hand() -> None:
+    one = mean_of([1.0, 2.0, 3.0])
+    assert one.mean == 2.0
+    assert one.half == pytest.approx(4.302653 * 1.0 / math.sqrt(3))
+    assert mean_of([4.0]).half is None
+    assert mean_of([1.0, 3.0]).half == pytest.approx(12.7062, rel=1e-4)
+    assert means([outcome("a", 0, 1.0), outcome("a", 1, None)], "bleu_4") is None
+    assert one.text() == "2.000 ± 2.484"
+
+
+def test_differences_are_paired_by_seed() -> None:
+    full = [outcome("full", seed, value) for seed, value in enumerate([10.0, 20.0, 30.0])]
+    other = [outcome("base", seed, value) for seed, value in enumerate([11.0, 21.0])]
+    gap = difference(other, full, "bleu_4")
+    assert gap is not None
+    assert (gap.mean, gap.half, gap.seeds) == (1.0, 0.0, 2)
+    copied = difference([outcome("constant", 0, 0.0, trained=False)], full, "bleu_4")
+    assert copied is not None
+    assert (copied.mean, copied.seeds) == (-20.0, 3)
+    assert difference([outcome("base", 7, 1.0)], full, "bleu_4") is None
+
+
+def test_tables_name_systems_and_mark_differences() -> None:
+    outcomes = [outcome("full", s, 10.0 + s) for s in range(3)] + [outcome("base", s, 8.0 + s) for s in range(3)]
+    comparison = Comparison(dataset="d", fingerprint="f", config={}, outcomes=outcomes, skipped={}, left=[])
+    heads, rows = table(comparison)
+    assert heads == ["system", "seeds", "BLEU-4 ↑", "parameters"]
+    assert rows[0] == ["full", "3", "11.00 ± 2.48", "250,000"]
+    assert difference_table(comparison)[1] == [["base", "-2.000 ± 0.000 *"]]
+
+
+def test_copying_systems_run_once_and_are_kept(planted: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = tiny("evaluation.rows=20")
+    found = run_ablation(config, planted.path, out, only=COPIERS, seeds=3)
+    assert [o.system for o in found.outcomes] == COPIERS
+    assert {o.rows for o in found.outcomes} == {20}
+    assert read_comparison(out) == found
+    with (out / SCORES_FILE).open() as file:
+        lines = list(csv.DictReader(file))
+    value = next(line["value"] for line in lines if line["system"] == "copy-item" and line["score"] == "rouge_l")
+    assert float(value) == found.outcomes[2].scores["rouge_l"]
+    assert (out / FIGURE_FILE).read_bytes().startswith(b"\x89PNG")
+    assert "nearest of the item" in (out / TABLE_FILE).read_text()
+    made = [(out / name / "seed-0" / "evaluation" / "metrics.json").stat().st_mtime_ns for name in COPIERS]
+    run_ablation(config, planted.path, out, only=COPIERS)
+    assert made == [(out / name / "seed-0" / "evaluation" / "metrics.json").stat().st_mtime_ns for name in COPIERS]
+    again = run_ablation(tiny("evaluation.rows=30"), planted.path, out, only=COPIERS[:1])
+    assert again.outcomes[0].rows == 30
+    with pytest.raises(InputError, match=r"was started with stage2\.alpha"):
+        run_ablation(tiny("stage2.alpha=0.5"), planted.path, out, only=COPIERS)
+
+
+def test_the_time_limit_leaves_runs_for_later(planted: Dataset, tmp_path: Path) -> None:
+    config = tiny("evaluation.rows=20")
+    found = run_ablation(config, planted.path, tmp_path / "out", only=COPIERS, minutes=0)
+    assert found.outcomes == []
+    assert found.left[0] == "constant, seed 0"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_comparison_shows_what_it_has(
+    planted: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def copier(dataset: Dataset, source: retrieval.Source) -> retrieval.Copier:
+        if source == "item":
+            raise KeyboardInterrupt
+        return retrieval.Copier(dataset, source)
+
+    monkeypatch.setattr("gavamoe.experiments.ablate.Copier", copier)
+    with pytest.raises(KeyboardInterrupt):
+        run_ablation(tiny("evaluation.rows=20"), planted.path, tmp_path, only=COPIERS)
+    found = read_comparison(tmp_path)
+    assert [o.system for o in found.outcomes] == COPIERS[:2]
+    assert found.left == ["copy-item, seed 0", "copy-features, seed 0"]
+
+
+def test_a_damaged_comparison_is_named(tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").write_text(json.dumps({"dataset": 1}))
+    with pytest.raises(InputError, match=r"comparison\.json: not a comparison"):
+        read_comparison(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_two_workers")
+def test_trained_systems_share_stage_1_and_go_on_where_they_ended(planted: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    config = tiny("evaluation.rows=10", "generation.max_new_tokens=4", "runtime.workers=1")
+    names = ["full", "base", "random-routes", "gpt2", "gates-2"]
+    first = run_ablation(config, planted.path, out, only=names[:1], seeds=2)
+    assert [o.seed for o in first.outcomes] == [0, 1]
+    found = run_ablation(config, planted.path, out, only=names, seeds=2)
+    assert len(found.outcomes) == 10
+    prints = {
+        (o.system, o.seed): read_manifest(out / o.folder / "stage1", "stage1").fingerprint for o in found.outcomes
+    }
+    assert len({prints[name, 0] for name in names[:4]}) == 1
+    assert prints["full", 0] not in {prints["full", 1], prints["gates-2", 0]}
+    assert all(o.scores["validation_loss"] for o in found.outcomes)
+    assert set(SYSTEMS) >= {o.system for o in found.outcomes if o.system != "gates-2"}

@@ -1,0 +1,1 @@
+"""What tests share: tiny configs and models, fake writers, servers that stop by themselves."""

@@ -1,0 +1,57 @@
+"""For the tests of serving: a tiny artifact, trained once a session, and a client of the interface in one process."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from starlette.testclient import TestClient
+
+from gavamoe.data.synthetic.generator import synthesize
+from gavamoe.generation.generator import Explainer
+from gavamoe.runtime.context import LocalContext
+from gavamoe.serving.api import create_api
+from gavamoe.serving.settings import ServeArgs
+from gavamoe.stage1.train import train_stage1
+from gavamoe.stage2.train import train_stage2
+from helpers.stage2_runs import tiny
+
+PAIR = {"user": "U000001", "item": "I000001"}
+
+
+@functools.cache
+def tiny_artifact() -> Path:
+    """A stage-2 folder of 60 users and 40 items, K = 3."""
+    work = Path(tempfile.mkdtemp(prefix="gavamoe-serve-"))
+    synthesize(work / "data", users=60, items=40, ratings=1500, groups=3, seed=0)
+    config = tiny("stage2.max_steps=150", "stage2.evaluate_every=0", "stage2.checkpoint_every=0")
+    train_stage1(config, work / "data", work / "stage1", LocalContext())
+    train_stage2(config, work / "data", work / "stage1", work / "stage2", LocalContext())
+    return work / "stage2"
+
+
+def exact_explainer(folder: Path) -> Explainer:
+    """The artifact in float64, with experts that say something: texts are long, differ by cluster, and have no ties."""
+    loaded = Explainer.load(folder)
+    with torch.no_grad():
+        for layer in loaded.model.model.layers:
+            torch.nn.init.normal_(layer.mlp.experts.down_proj, std=0.3, generator=torch.Generator().manual_seed(0))
+    loaded.model.double().set_experts_implementation("eager")
+    return loaded
+
+
+def client(backend: Any, **values: Any) -> TestClient:
+    """Of an interface over `backend`; `values` are arguments of the server."""
+    args = ServeArgs(run="unused", **values)
+    return TestClient(create_api(backend, args), raise_server_exceptions=False)
+
+
+def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Name and data of each server-sent event."""
+    found = []
+    for block in text.strip().split("\n\n"):
+        name, data = block.split("\n")
+        found.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return found

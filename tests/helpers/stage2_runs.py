@@ -1,0 +1,135 @@
+"""Tiny stage-2 runs, in this process and in two, for the tests of training."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, multiprocessing
+
+from gavamoe.config.files import parse_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.model.base_model import load_base
+from gavamoe.model.explainer import load_explainer
+from gavamoe.runtime.context import LocalContext, Metrics
+from gavamoe.stage1.artifact import load_vae_gmm
+from gavamoe.stage2.batches import Batch
+from gavamoe.stage2.setup import Setup
+from gavamoe.stage2.train import train_stage2
+
+STEPS = 12
+TINY: dict[str, Any] = {
+    "stage1": {
+        "embedding_size": 16, "latent_size": 4, "encoder_heads": 2, "encoder_feedforward": 32, "decoder_hidden": 16,
+        "batch_size": 256, "pretrain_epochs": 1, "epochs": 1, "mixture_restarts": 1, "learning_rate": 5e-3,
+    },
+    "stage2": {
+        "scratch": {"hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64, "vocabulary": 400},
+        "experts": {"count": 4, "intermediate_size": 16}, "batch_size": 16, "elbo_batch_size": 64, "max_steps": STEPS,
+        "evaluate_every": 6, "checkpoint_every": 6, "validation_rows": 24, "learning_rate": 1e-2,
+        "stage1_learning_rate": 1e-3,
+    },
+    "runtime": {"engine": "torch"},
+}  # fmt: skip
+FILES = [
+    "README.md", "artifact.json", "catalog/catalog.json", "catalog/items.parquet", "catalog/users.parquet",
+    "config.json", "generation_config.json", "metrics.json", "model.safetensors", "prompt.json", "routes.parquet",
+    "tokenizer.json", "tokenizer_config.json", "vae_gmm.json", "vae_gmm.safetensors",
+]  # fmt: skip
+
+
+def tiny(*overrides: str) -> RunConfig:
+    return parse_config(TINY, "test", overrides)
+
+
+def numbers(lines: list[dict[str, Any]], phase: str) -> list[dict[str, Any]]:
+    """The lines of a phase, without its name and without what time decides."""
+    left_out = ("phase", "seconds", "tokens_per_second")
+    return [{n: v for n, v in line.items() if n not in left_out} for line in lines if line["phase"] == phase]
+
+
+class Trained:
+    """A finished run: its context's lines and checkpoints, its folder, its metrics."""
+
+    def __init__(self, config: RunConfig, data: Path, stage1: Path, work: Path, resume: Path | None = None) -> None:
+        self.context = LocalContext(storage=work / "checkpoints", resume_from=resume)
+        self.out = work / "stage2"
+        self.metrics = train_stage2(config, data, stage1, self.out, self.context)
+
+    def lines(self, phase: str, *, after: int = -1) -> list[dict[str, Any]]:
+        """Numbers of log lines, without what time decides."""
+        return numbers([line for line in self.context.lines if line["step"] > after], phase)
+
+    def weights(self) -> dict[str, Tensor]:
+        model, _ = load_explainer(self.out)
+        vae_gmm = load_vae_gmm(self.out)
+        return model.state_dict() | {f"vae.{name}": tensor for name, tensor in vae_gmm.state_dict().items()}
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        torch.testing.assert_close(tensor, b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_equal_runs(run: Trained, expected: Trained) -> None:
+    """Losses to 1e-4 and weights to 1e-3: float32, whose sums the engines take in different orders."""
+    for phase in ("train", "valid"):
+        for line, wanted in zip(run.lines(phase), expected.lines(phase), strict=True):
+            assert line == pytest.approx(wanted, rel=1e-4)
+    close(run.weights(), expected.weights(), 1e-3)
+
+
+def _worker(rank: int, config: RunConfig, data: Path, stage1: Path, work: Path, resume: Path | None) -> None:
+    """One of two processes, as Ray Train would start it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{work}/meeting", rank=rank, world_size=2)
+    lines: list[dict[str, Any]] = []
+
+    class Context(LocalContext):
+        def log(self, metrics: Metrics) -> None:
+            lines.append(dict(metrics))
+
+        def checkpoint(self, folder: Path, metrics: Metrics) -> None:
+            """Both ranks' files in one folder, as Ray Train merges them."""
+            shutil.copytree(folder, work / "checkpoints" / f"{metrics['step']}", dirs_exist_ok=True)
+
+    context = Context(rank=rank, world_size=2, resume_from=resume)
+    metrics = train_stage2(config, data, stage1, work / "stage2", context)
+    (work / f"rank{rank}.json").write_text(json.dumps({"lines": lines, "metrics": metrics}))
+    torch.distributed.destroy_process_group()
+
+
+def in_two_workers(
+    config: RunConfig, data: Path, stage1: Path, work: Path, resume: Path | None = None
+) -> list[dict[str, Any]]:
+    """Both workers' log lines and metrics; `work` gets stage2 and checkpoints/STEP."""
+    work.mkdir(parents=True)
+    multiprocessing.spawn(_worker, (config, data, stage1, work, resume), nprocs=2)
+    ranks = [json.loads((work / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert ranks[0]["metrics"]["validation_losses"] == ranks[1]["metrics"]["validation_losses"]
+    return ranks
+
+
+TWO_WORKERS = ("runtime.engine=deepspeed", "runtime.workers=2", "stage2.batch_size=8")
+
+
+def save_base(folder: Path) -> Path:
+    """A tiny pretrained LLaMA with its tokenizer, as `stage2.base_model` takes it."""
+    texts = ["What a fine book about ghosts and clues!"] * 20
+    model, tokenizer = load_base("scratch", tiny().stage2.scratch, texts, seed=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def joint_batch(setup: Setup) -> Batch:
+    pairs = setup.pairs.epoch(0).take(slice(0, 64))
+    columns = {"users": pairs.user, "items": pairs.item, "ratings": pairs.rating}
+    batch = setup.train.collate(np.arange(16), setup.clusters["train"], setup.pad)
+    return batch | {name: torch.from_numpy(column) for name, column in columns.items()}

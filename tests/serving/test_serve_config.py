@@ -1,0 +1,120 @@
+"""The Serve config files say what the app builder takes; the app has the parts and limits that they ask for."""
+
+import asyncio
+import importlib.util
+import os
+import shutil
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gavamoe.errors import InputError
+from gavamoe.serving.routing import Pair
+from gavamoe.serving.settings import ServeArgs
+
+FOLDER = Path(__file__).parent.parent.parent / "serve"
+
+
+def configs() -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in sorted(FOLDER.glob("*.yaml")):
+        document = yaml.safe_load(path.read_text())
+        found[path.name] = yaml.safe_load(document["spec"]["serveConfigV2"]) if "spec" in document else document
+    return found
+
+
+@pytest.mark.parametrize("name", configs())
+def test_config_files_are_valid(name: str) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = configs()[name]
+    schema = ServeDeploySchema.model_validate(config)
+    [application] = schema.applications
+    module, _, function = application.import_path.partition(":")
+    assert (module, function) == ("gavamoe.serving.deployments", "build")
+    args = ServeArgs.model_validate(application.args)
+    for scaling in (args.router_scaling, args.generator_scaling, args.ingress_scaling):
+        assert scaling.min_replicas <= scaling.max_replicas
+    assert "kuberay" in name or config["http_options"]["host"] == "127.0.0.1"
+
+
+def test_the_app_is_built_as_asked(tmp_path: Path) -> None:
+    from gavamoe.serving.deployments import build
+
+    args = ServeArgs.model_validate(
+        {
+            "run": str(tmp_path),
+            "generator": {"slots": 5, "max_waiting": 7, "threads": 3},
+            "generator_scaling": {"min_replicas": 1, "max_replicas": 4, "num_gpus": 1},
+        }
+    )
+    app = build(args)
+    ingress = app._bound_deployment
+    router, generator = (bound._bound_deployment for bound in ingress.init_args[1:])
+    assert [ingress.name, router.name, generator.name] == ["Ingress", "ClusterRouter", "Generator"]
+    assert generator.max_ongoing_requests == 12
+    scaling = generator._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 4)
+    options = generator.ray_actor_options
+    assert options["num_gpus"] == 1
+    assert options["runtime_env"]["env_vars"]["OMP_NUM_THREADS"] == "3"
+    assert ingress._deployment_config.backpressure_config.status_code == 429
+
+
+def test_builder_arguments_are_typed() -> None:
+    for wrong in ({"run": "x", "slots": 3}, {"run": "x", "limits": {"max_batch": 65}}, {}):
+        with pytest.raises(ValueError, match=r"slots|max_batch|run"):
+            ServeArgs.model_validate(wrong)
+
+
+def test_the_way_through_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HAProxy where there is one, its sockets out of others' reach; what is set already stays."""
+    from gavamoe.serving import launch
+
+    def prepared(found: bool, **given: str) -> dict[str, str]:
+        monkeypatch.setattr(os, "environ", dict(given))
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if found else None)
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+        with launch.prepared_environment():
+            if "RAY_SERVE_HAPROXY_SOCKET_PATH" in os.environ:
+                folder = Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
+                assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+            return dict(os.environ)
+
+    fast = prepared(True, RAY_SERVE_HAPROXY_STATS_PORT="8404")
+    assert fast["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert fast["RAY_SERVE_HAPROXY_STATS_PORT"] == "8404"
+    assert "RAY_SERVE_ENABLE_DIRECT_INGRESS" not in fast
+    for slow in (prepared(False), prepared(True, RAY_SERVE_ENABLE_HA_PROXY="0")):
+        assert slow["RAY_SERVE_ENABLE_DIRECT_INGRESS"] == "0", "or replicas would listen with no proxy before them"
+        assert slow.get("RAY_SERVE_ENABLE_HA_PROXY", "0") == "0"
+
+
+def test_requests_that_come_during_a_call_share_the_next_one() -> None:
+    from gavamoe.serving.deployments import Together
+
+    calls: list[list[str]] = []
+
+    async def call(pairs: Sequence[Any]) -> list[Any]:
+        calls.append([pair.user for pair in pairs])
+        await asyncio.sleep(0.02)
+        if any(pair.rating == 9 for pair in pairs):
+            raise InputError("rating 9")
+        return [f"route of {pair.user}" for pair in pairs]
+
+    async def ask() -> list[Any]:
+        together = Together(call)
+        first = asyncio.create_task(together.route([Pair("a", "i")]))
+        await asyncio.sleep(0.005)
+        others = [together.route([Pair("b", "i"), Pair("c", "i")]), together.route([Pair("d", "i", 9)])]
+        found = await asyncio.gather(first, *others, return_exceptions=True)
+        return [*found, await together.route([Pair("e", "i")])]
+
+    one, two, wrong, later = asyncio.run(ask())
+    assert (one, two, later) == (["route of a"], ["route of b", "route of c"], ["route of e"])
+    assert isinstance(wrong, InputError), "and it alone"
+    assert calls == [["a"], ["b", "c", "d"], ["b", "c"], ["d"], ["e"]]
