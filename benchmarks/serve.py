@@ -26,7 +26,7 @@ import torch
 
 from gavamoe.config.schema import GenerationConfig
 from gavamoe.generation.decoding_engine import Engine, Row
-from gavamoe.generation.generator import Explainer
+from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.prompts import PromptColumns, left_padded
 from gavamoe.generation.sampling import Sampling
 from gavamoe.model.base_model import special_ids
@@ -38,7 +38,7 @@ Results = dict[str, float]
 Ask = Callable[[], Awaitable[Any]]
 
 
-def prompts_of(explainer: Explainer, rows: int) -> tuple[list[list[int]], list[int]]:
+def prompts_of(explainer: ExplanationGenerator, rows: int) -> tuple[list[list[int]], list[int]]:
     """Prompts and clusters of random pairs."""
     draw, catalog = random.Random(0), explainer.catalog
     users = [draw.randrange(catalog.n_users) for _ in range(rows)]
@@ -51,7 +51,7 @@ def prompts_of(explainer: Explainer, rows: int) -> tuple[list[list[int]], list[i
     return explainer.builder.prompts(columns), [draw.randrange(explainer.model.config.n_gates) for _ in range(rows)]
 
 
-def by_generate(explainer: Explainer, prompts: list[list[int]], clusters: list[int]) -> int:
+def by_generate(explainer: ExplanationGenerator, prompts: list[list[int]], clusters: list[int]) -> int:
     """Bare `generate()` on batches of SLOTS rows; returns the tokens written."""
     options = explainer._options(GenerationConfig(max_new_tokens=NEW_TOKENS))
     written = 0
@@ -68,13 +68,13 @@ def by_generate(explainer: Explainer, prompts: list[list[int]], clusters: list[i
     return written
 
 
-def new_engine(explainer: Explainer) -> Engine:
+def new_engine(explainer: ExplanationGenerator) -> Engine:
     """An engine as the service makes it."""
     forbidden = sorted(special_ids(explainer.tokenizer) - {explainer.builder.end})
     return Engine(explainer.model, explainer.builder.end, forbidden, slots=SLOTS, max_waiting=10**6)
 
 
-def by_engine(explainer: Explainer, prompts: list[list[int]], clusters: list[int]) -> int:
+def by_engine(explainer: ExplanationGenerator, prompts: list[list[int]], clusters: list[int]) -> int:
     """The engine with all rows waiting; returns the tokens written."""
     engine = new_engine(explainer)
     rows = [Row(prompt, cluster, Sampling(NEW_TOKENS)) for prompt, cluster in zip(prompts, clusters, strict=True)]
@@ -85,7 +85,7 @@ def by_engine(explainer: Explainer, prompts: list[list[int]], clusters: list[int
     return sum(len(row.tokens) for row in rows)
 
 
-def measure_engine(explainer: Explainer, rows: int, rounds: int) -> Results:
+def measure_engine(explainer: ExplanationGenerator, rows: int, rounds: int) -> Results:
     """Best rate of each, in turns."""
     prompts, clusters = prompts_of(explainer, rows)
     rates: dict[str, list[float]] = {"generate": [], "engine": []}
@@ -99,7 +99,7 @@ def measure_engine(explainer: Explainer, rows: int, rounds: int) -> Results:
     return found | {"engine / generate": found["engine tokens/s"] / found["generate tokens/s"]}
 
 
-def arrivals(explainer: Explainer, count: int, rate: float, continuous: bool) -> Results:
+def arrivals(explainer: ExplanationGenerator, count: int, rate: float, continuous: bool) -> Results:
     """Texts of different lengths arrive `rate` times a second; a static batch is made when the last one is done."""
     prompts, clusters = prompts_of(explainer, count)
     draw = random.Random(1)
@@ -314,7 +314,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     results: dict[str, Results] = {}
     if (arguments.run / "stage2").is_dir():
-        explainer = Explainer.load(arguments.run / "stage2")
+        explainer = ExplanationGenerator.load(arguments.run / "stage2")
         results["engine, 16 rows"] = measure_engine(explainer, arguments.rows, arguments.rounds)
         rate = results["engine, 16 rows"]["engine tokens/s"] / 20
         for name, continuous in (("static batches", False), ("continuous batching", True)):

@@ -8,6 +8,7 @@
     lexicon      word lists for it
     dataset      the prepared folder, opened
     writer       the same, written in bounded memory
+    ratings      what ratings can be, and the sentiment of one
     catalog      raw id <-> index, titles, usual features
     describe     Table 1 and more
 

@@ -1,7 +1,7 @@
 """Texts for the rows of a split, and every number about them: `gavamoe evaluate`.
 
 Reads a run's stage1/ and stage2/ and its dataset; writes evaluation/ with metrics.json, artifact.json and a Parquet
-file of texts for each protocol. Text is made by `generate.Explainer`, as in serving.
+file of texts for each protocol. Text is made by `ExplanationGenerator`, as in serving.
 
 Shapes: N evaluated rows.
 """
@@ -43,7 +43,7 @@ from gavamoe.runtime.progress import OnProgress
 
 if TYPE_CHECKING:
     from gavamoe.generation.generator import Explanation
-    from gavamoe.generation.prompts import ExplanationRequest
+    from gavamoe.generation.request import ExplanationRequest
 
 SCHEMA_VERSION = 2
 METRICS_FILE = "metrics.json"
@@ -53,7 +53,7 @@ PREDICTED_FILE = "generations_predicted.parquet"
 
 
 class Writer(Protocol):
-    """What evaluation needs of `generate.Explainer`."""
+    """What evaluation needs of `ExplanationGenerator`."""
 
     def explain(
         self,
@@ -107,7 +107,7 @@ def evaluate_run(
         InputError: not a trained run, another dataset than it was trained on, or an impossible option.
     """
     from gavamoe.evaluation.faithfulness.gates import measure_gates
-    from gavamoe.generation.generator import Explainer
+    from gavamoe.generation.generator import ExplanationGenerator
 
     run = Path(run)
     config = _configured(run, **options)
@@ -116,7 +116,7 @@ def evaluate_run(
     if trained.inputs.get("dataset") != data.fingerprint:
         raise InputError(f"{run / 'stage2'}: was trained on another dataset than {data.path}; train it again")
     data.size(split)
-    explainer = Explainer.load(run / "stage2", device=device)
+    explainer = ExplanationGenerator.load(run / "stage2", device=device)
     result = evaluate(
         explainer,
         data,

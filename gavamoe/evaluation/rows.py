@@ -15,7 +15,7 @@ from gavamoe.errors import InputError
 
 if TYPE_CHECKING:
     from gavamoe.generation.generator import Explanation
-    from gavamoe.generation.prompts import ExplanationRequest
+    from gavamoe.generation.request import ExplanationRequest
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def select_rows(dataset: Dataset, split: str, limit: int, seed: int) -> Evaluate
 
 def requests_of(rows: EvaluatedRows, protocol: str) -> "list[ExplanationRequest]":
     """given: the row's rating (if it has one) and features; predicted: neither."""
-    from gavamoe.generation.prompts import ExplanationRequest
+    from gavamoe.generation.request import ExplanationRequest
 
     pairs = zip(rows.pairs.user.tolist(), rows.pairs.item.tolist(), strict=True)
     if protocol == "predicted":

@@ -1,5 +1,6 @@
 """From a pair to its prompt to its text: one decoding engine.
 
+    request          what is asked for, by index
     prompts          what the model reads, as token ids
     generator        explanations from a trained model
     decoding_engine  continuous batching over rows of any cluster

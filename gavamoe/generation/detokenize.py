@@ -7,7 +7,7 @@ _INCOMPLETE = "\ufffd"
 
 
 def clean_text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
-    """The text of tokens as `Explainer` writes it: without special tokens, on one line."""
+    """The text of tokens as `ExplanationGenerator` writes it: without special tokens, on one line."""
     return " ".join(tokenizer.decode(tokens, skip_special_tokens=True).split())
 
 

@@ -1,8 +1,8 @@
 """Explanations from a trained model: the only way text is made, for evaluation and serving alike.
 
 Inputs: a stage-2 folder, which is complete in itself, and requests by index (`catalog` maps raw ids).
-Outputs: one `Explanation` per request, in order. How to run: `Explainer.load(folder).explain(requests, generation)`,
-or `.stream(...)` for the texts piece by piece as they are written.
+Outputs: one `Explanation` per request, in order. How to run:
+`ExplanationGenerator.load(folder).explain(requests, generation)`, or `.stream(...)` for the texts piece by piece as they are written.
 
 Stage 1 routes each pair and predicts its rating in one pass. A rating that is not given is that prediction, moved to
 the nearest rating of the scale; features that are not given are the item's usual ones.
@@ -27,7 +27,8 @@ from gavamoe.data.catalog import Catalog
 from gavamoe.errors import InputError
 from gavamoe.generation.decoding_engine import Engine, Row
 from gavamoe.generation.detokenize import TextStream, clean_text
-from gavamoe.generation.prompts import ExplanationRequest, PromptBuilder, PromptColumns, PromptSpec, left_padded
+from gavamoe.generation.prompts import PromptBuilder, PromptColumns, PromptSpec, left_padded
+from gavamoe.generation.request import ExplanationRequest
 from gavamoe.generation.sampling import Sampling
 from gavamoe.model.base_model import special_ids
 from gavamoe.model.explainer import GavamoeForCausalLM, load_explainer
@@ -94,7 +95,7 @@ class _Writing:
     new_tokens: int
 
 
-class Explainer:
+class ExplanationGenerator:
     """A trained model, ready to explain."""
 
     def __init__(
@@ -115,7 +116,7 @@ class Explainer:
         self.builder = PromptBuilder(tokenizer, model.user_token, model.item_token, spec.prompt, spec.scale)
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> "Explainer":
+    def load(cls, folder: Path, device: str = "cpu") -> "ExplanationGenerator":
         """Read a stage-2 artifact.
 
         Raises:

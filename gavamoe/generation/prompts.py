@@ -2,7 +2,7 @@
 
 Purpose: turn (user, item, rating, features, title) into token ids, and explanations into labels.
 Inputs: a Hugging Face fast tokenizer, the model's slot ids (`user_token`, `item_token`), `PromptConfig`.
-Outputs: lists of token ids; `RatingScale`, which says what a rating means.
+Outputs: lists of token ids.
 
 One template serves every model, scratch or pretrained; parts in brackets appear where they are known:
 
@@ -18,18 +18,16 @@ prompt loses title tokens first, then features from the last one on; slots and a
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase
 
 from gavamoe.config.schema import PromptConfig
+from gavamoe.data.ratings import SENTIMENTS, RatingScale
 from gavamoe.errors import InputError
 from gavamoe.model.base_model import encode_texts
-
-Sentiment = Literal["negative", "neutral", "positive"]
-SENTIMENTS: tuple[Sentiment, ...] = ("negative", "neutral", "positive")
 
 _INSTRUCTION = "Explain the recommendation.\nUser:"
 _ITEM = "\nItem:"
@@ -43,59 +41,6 @@ _CONSTANTS = (_INSTRUCTION, _ITEM, _TITLE, _RATING, _FEATURES, _COMMA, _ANSWER)
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), " ")
 _CHARACTERS_PER_TOKEN = 16
 """Text beyond this many characters per allowed token is not even tokenised: a bound on work, not on meaning."""
-_CONTINUOUS_MIDDLE = 0.1
-"""On a scale without steps, ratings within this share of the range around the middle are neutral."""
-
-
-class RatingScale(BaseModel):
-    """What ratings of a dataset can be, and so what one of them says."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    low: float
-    high: float
-    values: tuple[float, ...] | None = None
-    """The finite scale, ascending; None if ratings are continuous."""
-
-    @property
-    def middle(self) -> float:
-        return (self.low + self.high) / 2
-
-    def nearest(self, rating: float) -> float:
-        """The scale's rating closest to a predicted one (the lower of two equally close)."""
-        if self.values is not None:
-            return min(self.values, key=lambda value: (abs(value - rating), value))
-        return min(max(rating, self.low), self.high)
-
-    def sentiment(self, rating: float) -> Sentiment:
-        """Below, at or above the middle of the scale."""
-        tolerance = 0.0 if self.values is not None else _CONTINUOUS_MIDDLE * (self.high - self.low)
-        distance = rating - self.middle
-        if abs(distance) <= tolerance + 1e-9:
-            return "neutral"
-        return "positive" if distance > 0 else "negative"
-
-    def check(self, rating: float) -> None:
-        """Raise InputError unless `rating` lies within the scale."""
-        if not (math.isfinite(rating) and self.low <= rating <= self.high):
-            raise InputError(f"rating {rating:g}: outside this dataset's scale, {self.low:g} to {self.high:g}")
-
-
-class SlotIds(BaseModel):
-    """Token ids of users and items: above the vocabulary, known ones and one for all others, users first.
-
-    The layout of `GavamoeForCausalLM.user_token` and `item_token`, for whoever has no model at hand.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    vocabulary: int
-    n_users: int
-    n_items: int
-
-    def user_token(self, index: int) -> int:
-        return self.vocabulary + min(index, self.n_users)
-
-    def item_token(self, index: int) -> int:
-        return self.vocabulary + self.n_users + 1 + min(index, self.n_items)
 
 
 class PromptSpec(BaseModel):
@@ -107,18 +52,6 @@ class PromptSpec(BaseModel):
     """None: implicit data, without ratings."""
     usual_features: Annotated[int, Field(ge=1)]
     """Features named where none are given: as many as training rows have, for more would be unlike any prompt read."""
-
-
-@dataclass(frozen=True)
-class ExplanationRequest:
-    """A pair to explain. Indices at or above the known counts stand for users and items never seen."""
-
-    user: int
-    item: int
-    rating: float | None = None
-    """None: stage 1's prediction takes its place."""
-    features: tuple[str, ...] | None = None
-    """None: the item's usual features take their place; empty: none are named."""
 
 
 @dataclass(frozen=True)

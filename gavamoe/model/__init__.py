@@ -4,6 +4,7 @@
     decoders     LLaMA and GPT-2 with such blocks
     conversion   dense weights -> experts
     explainer    the Hugging Face model class
+    slots        token ids of users and items
     base_model   from scratch, a folder, a hub id, GGUF; tokenizers
     base_config  a base model's config alone, shipped for known models
     lora         adapters on its attention; merged for the artifact

@@ -17,7 +17,7 @@ from gavamoe.errors import InputError
 from gavamoe.generation.decoding_engine import Engine, Row, Timings
 from gavamoe.generation.detokenize import TextStream, clean_text
 from gavamoe.generation.engine_thread import EngineThread
-from gavamoe.generation.generator import Explainer
+from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.prompts import PromptColumns
 from gavamoe.generation.sampling import Sampling
 from gavamoe.model.base_model import special_ids
@@ -72,7 +72,9 @@ class WriterInfo:
 class Writer:
     """Loads the language model and writes; call it on one asyncio loop."""
 
-    def __init__(self, explainer: Explainer, folder: Path, settings: GeneratorSettings, max_new_tokens: int) -> None:
+    def __init__(
+        self, explainer: ExplanationGenerator, folder: Path, settings: GeneratorSettings, max_new_tokens: int
+    ) -> None:
         """`max_new_tokens` is the largest that a request may ask for."""
         self._explainer, self._settings = explainer, settings
         self._router = Router(explainer.vae_gmm, explainer.catalog, explainer.spec, folder, explainer.device)
@@ -98,7 +100,7 @@ class Writer:
             InputError: it is missing, damaged or not whole, or its config asks for beam search.
         """
         torch.set_num_threads(settings.threads)
-        return cls(Explainer.load(folder, settings.device), folder, settings, max_new_tokens)
+        return cls(ExplanationGenerator.load(folder, settings.device), folder, settings, max_new_tokens)
 
     @property
     def info(self) -> WriterInfo:

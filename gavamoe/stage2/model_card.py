@@ -1,6 +1,6 @@
 """Stage 2's artifact: a Hugging Face model folder that is complete in itself, with a model card.
 
-Inputs: the consolidated state of a training run. Output: a folder that `generate.Explainer.load`, and, for the language
+Inputs: the consolidated state of a training run. Output: a folder that `ExplanationGenerator.load`, and, for the language
 model alone, transformers' Auto classes (after `import gavamoe.model.explainer`) read.
 """
 
@@ -79,7 +79,7 @@ def model_card(config: RunConfig, setup: Setup, metrics: dict[str, Any]) -> str:
         "```python\nfrom gavamoe.config.schema import GenerationConfig\n"
         "from gavamoe.generation.generator import Explainer\n"
         "from gavamoe.generation.prompts import ExplanationRequest\n\n"
-        'explainer = Explainer.load("stage2")\n'
+        'explainer = ExplanationGenerator.load("stage2")\n'
         "[explanation] = explainer.explain([ExplanationRequest(user=0, item=0)], GenerationConfig())\n```\n\n"
         f"## Config\n\n```yaml\n{dump_config(config)}```\n"
     )

@@ -9,10 +9,12 @@ import numpy as np
 
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
+from gavamoe.data.ratings import RatingScale
 from gavamoe.errors import InputError
-from gavamoe.generation.prompts import PromptBuilder, PromptColumns, RatingScale, SlotIds, template_texts
+from gavamoe.generation.prompts import PromptBuilder, PromptColumns, template_texts
 from gavamoe.model.base_config import base_shape
 from gavamoe.model.base_model import load_tokenizer
+from gavamoe.model.slots import SlotIds
 from gavamoe.stage2.batches import Ragged, TextRows
 
 _TEXTS_PER_TEMPLATE = 10

@@ -179,9 +179,9 @@ class _Seed:
         """Scores of explanations written for the validation split."""
         from gavamoe.data.dataset import open_dataset
         from gavamoe.evaluation.evaluate import evaluate
-        from gavamoe.generation.generator import Explainer
+        from gavamoe.generation.generator import ExplanationGenerator
 
-        explainer = Explainer.load(stage2, device=_device(self._config))
+        explainer = ExplanationGenerator.load(stage2, device=_device(self._config))
         data = open_dataset(self._job.dataset)
         # Nothing beyond the registry's scores: a trial has no use for it, and it runs the model again.
         quick = override_config(self._config, ["evaluation.probe_rows=0"])

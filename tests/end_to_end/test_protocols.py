@@ -21,7 +21,7 @@ from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.data.writer import DatasetWriter, Rows
 from gavamoe.evaluation.evaluate import evaluate, evaluate_run
 from gavamoe.evaluation.rows import requests_of, select_rows
-from gavamoe.generation.generator import Explainer
+from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.train import train_stage1
 from gavamoe.stage2.setup import prepare
@@ -73,14 +73,14 @@ def run(marked: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
-def readable(explainer: Explainer, ids: list[int]) -> str:
+def readable(explainer: ExplanationGenerator, ids: list[int]) -> str:
     """A prompt without its slots and padding."""
     return explainer.tokenizer.decode([token for token in ids if token < explainer.model.config.vocab_size])
 
 
 @pytest.mark.parametrize("protocol", ["given", "predicted"])
 def test_prompts_hold_no_word_of_any_explanation(marked: Dataset, run: Path, protocol: str) -> None:
-    explainer = Explainer.load(run / "stage2")
+    explainer = ExplanationGenerator.load(run / "stage2")
     for split in ("train", "valid", "test"):
         prompts = explainer.prepare(requests_of(select_rows(marked, split, 0, 0), protocol)).prompts
         shown = [readable(explainer, prompt) for prompt in prompts]
@@ -97,7 +97,7 @@ def test_other_explanations_leave_prompts_as_they_are(
 ) -> None:
     other = marked_dataset(tmp_path / "other", "replaced")
     assert other.table("test")["text"] != marked.table("test")["text"]
-    explainer = Explainer.load(run / "stage2")
+    explainer = ExplanationGenerator.load(run / "stage2")
     one, two = (explainer.prepare(requests_of(select_rows(data, "test", 0, 0), protocol)) for data in (marked, other))
     assert one.prompts == two.prompts
     assert (one.routes.cluster == two.routes.cluster).all()
@@ -107,7 +107,7 @@ def test_other_explanations_leave_prompts_as_they_are(
 def test_what_the_model_is_asked_to_continue_is_the_prompt_alone(
     marked: Dataset, run: Path, protocol: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    explainer = Explainer.load(run / "stage2")
+    explainer = ExplanationGenerator.load(run / "stage2")
     seen: list[list[int]] = []
 
     def generate(ids_BT: torch.Tensor, *, attention_mask: torch.Tensor, **settings: Any) -> torch.Tensor:
@@ -166,7 +166,9 @@ def test_files_of_both_protocols_are_kept_apart(
     tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted = open_dataset(tiny_dataset)
-    monkeypatch.setattr(Explainer, "load", lambda folder, device="cpu": FakeExplainer(planted, parrot(planted)))
+    monkeypatch.setattr(
+        ExplanationGenerator, "load", lambda folder, device="cpu": FakeExplainer(planted, parrot(planted))
+    )
     monkeypatch.setattr("gavamoe.evaluation.faithfulness.gates.measure_gates", lambda *_: None)
     run = make_run(tmp_path / "run", planted)
     evaluate_run(run, rows=7, protocol="both", style="both", probe_rows=3)

@@ -21,8 +21,8 @@ from gavamoe.evaluation.metrics.bertscore import BertScore
 from gavamoe.evaluation.planted_truth import sentiment_agreement
 from gavamoe.evaluation.reference_scores import bias_model, most_frequent_text
 from gavamoe.evaluation.rows import sparsity_thirds
-from gavamoe.generation.generator import Explainer, Explanation
-from gavamoe.generation.prompts import ExplanationRequest
+from gavamoe.generation.generator import Explanation, ExplanationGenerator
+from gavamoe.generation.request import ExplanationRequest
 
 
 class FakeExplainer:
@@ -277,7 +277,9 @@ def make_run(folder: Path, dataset: Dataset, settings: RunConfig | None = None) 
 
 @pytest.fixture
 def run(tmp_path: Path, planted: Dataset, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(Explainer, "load", lambda folder, device="cpu": FakeExplainer(planted, parrot(planted)))
+    monkeypatch.setattr(
+        ExplanationGenerator, "load", lambda folder, device="cpu": FakeExplainer(planted, parrot(planted))
+    )
     monkeypatch.setattr("gavamoe.evaluation.faithfulness.gates.measure_gates", lambda *_: None)  # the fake has no gates
     return make_run(tmp_path / "run", planted)
 

@@ -18,7 +18,7 @@ from gavamoe.evaluation.faithfulness.sentiment import agreement, by_sentiment, l
 from gavamoe.evaluation.faithfulness.user_swaps import Swaps, changed, towards_user
 from gavamoe.evaluation.planted_truth import style_of
 from gavamoe.evaluation.significance import balanced_interval
-from gavamoe.generation.prompts import ExplanationRequest
+from gavamoe.generation.request import ExplanationRequest
 
 
 @pytest.fixture(scope="module")

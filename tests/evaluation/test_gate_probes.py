@@ -10,8 +10,8 @@ from helpers.stage2_runs import tiny
 
 from gavamoe.data.dataset import open_dataset
 from gavamoe.evaluation.faithfulness.gates import GateUse, measure_gates
-from gavamoe.generation.generator import Explainer
-from gavamoe.generation.prompts import ExplanationRequest
+from gavamoe.generation.generator import ExplanationGenerator
+from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.moe import MultiGateRouter
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.train import train_stage1
@@ -29,9 +29,9 @@ def stage2(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture
-def explainer(stage2: Path) -> Explainer:
+def explainer(stage2: Path) -> ExplanationGenerator:
     """Routed experts that say something, and gates that differ."""
-    loaded = Explainer.load(stage2)
+    loaded = ExplanationGenerator.load(stage2)
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in loaded.model.model.layers:
@@ -48,7 +48,7 @@ def rows(tiny_dataset: Path) -> tuple[list[ExplanationRequest], list[str]]:
     return asked, ["" if n == 2 else r["text"] for n, r in enumerate(found)]
 
 
-def spread(explainer: Explainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def spread(explainer: ExplanationGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows go to the gates in turn, whatever stage 1 says: every gate has some."""
     prepare = explainer.prepare
 
@@ -63,7 +63,9 @@ def spread(explainer: Explainer, monkeypatch: pytest.MonkeyPatch) -> None:
 Rows = tuple[list[ExplanationRequest], list[str]]
 
 
-def test_losses_equal_the_models_own(explainer: Explainer, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_equal_the_models_own(
+    explainer: ExplanationGenerator, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spread(explainer, monkeypatch)
     use = measure_gates(explainer, *rows)
     assert use is not None
@@ -82,7 +84,9 @@ def test_losses_equal_the_models_own(explainer: Explainer, rows: Rows, monkeypat
             assert use.loss_NK[row, gate] == pytest.approx(float(loss), rel=1e-4)
 
 
-def test_expert_counts_equal_the_routers_own(explainer: Explainer, rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expert_counts_equal_the_routers_own(
+    explainer: ExplanationGenerator, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spread(explainer, monkeypatch)
     chosen: list[torch.Tensor] = []
     forward = MultiGateRouter.forward
@@ -107,7 +111,7 @@ def test_expert_counts_equal_the_routers_own(explainer: Explainer, rows: Rows, m
     assert use.used_LKE[:, 1:].sum() == 0
 
 
-def test_equal_gates_overlap_and_opposite_gates_do_not(explainer: Explainer, rows: Rows) -> None:
+def test_equal_gates_overlap_and_opposite_gates_do_not(explainer: ExplanationGenerator, rows: Rows) -> None:
     with torch.no_grad():
         for layer in explainer.model.model.layers:
             weight = layer.mlp.router.weight
@@ -151,11 +155,11 @@ def test_measures_by_hand() -> None:
     assert shown["chance_overlap"] == 0.5
 
 
-def test_nothing_to_read(explainer: Explainer, rows: Rows) -> None:
+def test_nothing_to_read(explainer: ExplanationGenerator, rows: Rows) -> None:
     assert measure_gates(explainer, rows[0][:2], ["", " "]) is None
 
 
-def test_measuring_changes_nothing(explainer: Explainer, rows: Rows) -> None:
+def test_measuring_changes_nothing(explainer: ExplanationGenerator, rows: Rows) -> None:
     before = {name: tensor.clone() for name, tensor in explainer.model.state_dict().items()}
     one, two = (measure_gates(explainer, *rows) for _ in range(2))
     assert one is not None

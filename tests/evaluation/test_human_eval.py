@@ -23,7 +23,7 @@ from gavamoe.evaluation.evaluate import evaluate, write_evaluation
 from gavamoe.evaluation.human.export import export_study
 from gavamoe.evaluation.human.results import HUMAN_SCORE, import_study, krippendorff_alpha, read_sheet
 from gavamoe.evaluation.human.study import CRITERIA, Key, read_key
-from gavamoe.generation.prompts import ExplanationRequest
+from gavamoe.generation.request import ExplanationRequest
 
 NAMES = [criterion.name for criterion in CRITERIA]
 NONE = np.nan

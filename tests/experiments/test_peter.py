@@ -16,7 +16,7 @@ from gavamoe.errors import InputError
 from gavamoe.experiments.ablate import run_ablation
 from gavamoe.experiments.baselines.peter_model import Peter, PeterSpec
 from gavamoe.experiments.baselines.peter_train import PeterWriter, train_peter
-from gavamoe.generation.prompts import ExplanationRequest
+from gavamoe.generation.request import ExplanationRequest
 
 SIZE = PeterConfig(embedding_size=16, feed_forward=32, dropout=0.0)
 END = 1

@@ -17,7 +17,7 @@ from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.evaluation.evaluate import evaluate
 from gavamoe.evaluation.reference_scores import most_frequent_text
 from gavamoe.experiments.baselines.retrieval import Copier, Source, _FeatureIndex
-from gavamoe.generation.prompts import ExplanationRequest
+from gavamoe.generation.request import ExplanationRequest
 
 SOURCES: tuple[Source, ...] = ("constant", "user", "item", "features")
 GREEDY = GenerationConfig()

@@ -17,7 +17,7 @@ from gavamoe.errors import RunError
 from gavamoe.generation.decoding_engine import Engine, EngineFull, Row
 from gavamoe.generation.detokenize import TextStream, clean_text
 from gavamoe.generation.engine_thread import EngineThread
-from gavamoe.generation.generator import Explainer
+from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.prompts import PromptColumns
 from gavamoe.generation.sampling import Choice, Sampling, choose_tokens
 from gavamoe.model.base_model import special_ids
@@ -26,12 +26,12 @@ NEW = 14
 
 
 @pytest.fixture(scope="module")
-def explainer() -> Explainer:
+def explainer() -> ExplanationGenerator:
     return exact_explainer(tiny_artifact())
 
 
 @pytest.fixture(scope="module")
-def prompts(explainer: Explainer) -> list[list[int]]:
+def prompts(explainer: ExplanationGenerator) -> list[list[int]]:
     """Prompts of different lengths, users and items known and unknown."""
     draw = random.Random(0)
     n = 30
@@ -50,7 +50,7 @@ def clusters(prompts: list[list[int]]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def reference(explainer: Explainer, prompts: list[list[int]], clusters: list[int]) -> list[str]:
+def reference(explainer: ExplanationGenerator, prompts: list[list[int]], clusters: list[int]) -> list[str]:
     """The texts that `Explainer.explain` writes for these prompts."""
     options = GenerationConfig(max_new_tokens=NEW, batch_size=7)
     written = explainer._write(prompts, np.array(clusters), options, 0, None)
@@ -59,7 +59,7 @@ def reference(explainer: Explainer, prompts: list[list[int]], clusters: list[int
     return texts
 
 
-def make_engine(explainer: Explainer, **options: Any) -> Engine:
+def make_engine(explainer: ExplanationGenerator, **options: Any) -> Engine:
     forbidden = sorted(special_ids(explainer.tokenizer) - {explainer.builder.end})
     return Engine(explainer.model, explainer.builder.end, forbidden, **({"slots": 6, "max_waiting": 1000} | options))
 
@@ -71,12 +71,12 @@ def run(engine: Engine, rows: list[Row]) -> None:
         engine.step()
 
 
-def texts_of(explainer: Explainer, rows: list[Row]) -> list[str]:
+def texts_of(explainer: ExplanationGenerator, rows: list[Row]) -> list[str]:
     return [clean_text(explainer.tokenizer, row.tokens) for row in rows]
 
 
 def test_greedy_equals_explain(
-    explainer: Explainer, prompts: list[list[int]], clusters: list[int], reference: list[str]
+    explainer: ExplanationGenerator, prompts: list[list[int]], clusters: list[int], reference: list[str]
 ) -> None:
     rows = [Row(prompt, cluster, Sampling(NEW)) for prompt, cluster in zip(prompts, clusters, strict=True)]
     run(make_engine(explainer), rows)
@@ -84,14 +84,16 @@ def test_greedy_equals_explain(
     assert all(row.done and 1 <= len(row.tokens) <= NEW for row in rows)
 
 
-def test_the_cluster_of_a_row_matters(explainer: Explainer, prompts: list[list[int]], reference: list[str]) -> None:
+def test_the_cluster_of_a_row_matters(
+    explainer: ExplanationGenerator, prompts: list[list[int]], reference: list[str]
+) -> None:
     rows = [Row(prompt, (n + 1) % 3, Sampling(NEW)) for n, prompt in enumerate(prompts)]
     run(make_engine(explainer), rows)
     assert sum(a != b for a, b in zip(texts_of(explainer, rows), reference, strict=True)) > 5
 
 
 def test_rows_that_join_and_leave_at_any_time_change_no_text(
-    explainer: Explainer, prompts: list[list[int]], clusters: list[int], reference: list[str]
+    explainer: ExplanationGenerator, prompts: list[list[int]], clusters: list[int], reference: list[str]
 ) -> None:
     """Arrivals at random steps, other lengths and cancelled neighbours."""
     draw = random.Random(1)
@@ -116,7 +118,7 @@ def test_rows_that_join_and_leave_at_any_time_change_no_text(
     assert texts_of(explainer, rows) == reference
 
 
-def test_a_sampled_row_depends_on_its_seed_alone(explainer: Explainer, prompts: list[list[int]]) -> None:
+def test_a_sampled_row_depends_on_its_seed_alone(explainer: ExplanationGenerator, prompts: list[list[int]]) -> None:
     def sampled(seed: int, beside: int) -> list[int]:
         engine = make_engine(explainer)
         for n in range(beside):
@@ -160,7 +162,7 @@ def test_forbidden_tokens_and_repeated_ngrams_are_not_written() -> None:
 @pytest.mark.parametrize("control", [{"no_repeat_ngram": 2}, {"repetition_penalty": 8.0}, {"min_new_tokens": NEW}])
 def test_length_and_repetition_controls_equal_explain(
     control: dict[str, Any],
-    explainer: Explainer,
+    explainer: ExplanationGenerator,
     prompts: list[list[int]],
     clusters: list[int],
     reference: list[str],
@@ -188,7 +190,7 @@ def test_the_penalty_divides_positive_and_multiplies_negative_scores_of_written_
 
 
 def test_trace_counts_every_token_once_per_expert_choice(
-    explainer: Explainer, prompts: list[list[int]], clusters: list[int]
+    explainer: ExplanationGenerator, prompts: list[list[int]], clusters: list[int]
 ) -> None:
     rows = [Row(prompts[n], clusters[n], Sampling(NEW), trace=n % 2 == 0) for n in range(8)]
     run(make_engine(explainer), rows)
@@ -201,7 +203,9 @@ def test_trace_counts_every_token_once_per_expert_choice(
     assert all(row.expert_use is None for row in rows[1::2])
 
 
-def test_the_queue_is_bounded_and_impossible_rows_are_refused(explainer: Explainer, prompts: list[list[int]]) -> None:
+def test_the_queue_is_bounded_and_impossible_rows_are_refused(
+    explainer: ExplanationGenerator, prompts: list[list[int]]
+) -> None:
     engine = make_engine(explainer, max_waiting=2)
     for _ in range(2):
         engine.submit(Row(prompts[0], 0, Sampling(NEW)))
@@ -211,7 +215,7 @@ def test_the_queue_is_bounded_and_impossible_rows_are_refused(explainer: Explain
         make_engine(explainer, capacity=50).submit(Row([5] * 45, 0, Sampling(6)))
 
 
-def test_timings_add_up(explainer: Explainer, prompts: list[list[int]]) -> None:
+def test_timings_add_up(explainer: ExplanationGenerator, prompts: list[list[int]]) -> None:
     row = Row(prompts[0], 0, Sampling(NEW))
     started = time.monotonic()
     run(make_engine(explainer), [row])
@@ -220,7 +224,7 @@ def test_timings_add_up(explainer: Explainer, prompts: list[list[int]]) -> None:
     assert sum(row.timings) == pytest.approx(spent, abs=0.05)
 
 
-def test_pieces_of_a_stream_add_up_to_the_text(explainer: Explainer, reference: list[str]) -> None:
+def test_pieces_of_a_stream_add_up_to_the_text(explainer: ExplanationGenerator, reference: list[str]) -> None:
     tokenizer = explainer.tokenizer
     for text in [*reference[:5], "naïve – 東京 🎬  two  spaces", " leading", "x"]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -231,7 +235,7 @@ def test_pieces_of_a_stream_add_up_to_the_text(explainer: Explainer, reference: 
 
 
 @pytest.fixture
-def thread(explainer: Explainer) -> Iterator[EngineThread]:
+def thread(explainer: ExplanationGenerator) -> Iterator[EngineThread]:
     running = EngineThread(make_engine(explainer, slots=4, max_waiting=40))
     yield running
     running.close()
@@ -246,7 +250,11 @@ async def collect(thread: EngineThread, row: Row) -> list[int]:
 
 
 def test_thread_serves_many_at_once(
-    explainer: Explainer, thread: EngineThread, prompts: list[list[int]], clusters: list[int], reference: list[str]
+    explainer: ExplanationGenerator,
+    thread: EngineThread,
+    prompts: list[list[int]],
+    clusters: list[int],
+    reference: list[str],
 ) -> None:
     async def everything() -> list[Row]:
         rows = [Row(prompt, cluster, Sampling(NEW)) for prompt, cluster in zip(prompts, clusters, strict=True)]

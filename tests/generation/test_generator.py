@@ -15,8 +15,8 @@ from gavamoe.config.schema import GenerationConfig
 from gavamoe.data.dataset import open_dataset
 from gavamoe.data.prepare import prepare
 from gavamoe.errors import InputError
-from gavamoe.generation.generator import Explainer, Explanation
-from gavamoe.generation.prompts import ExplanationRequest
+from gavamoe.generation.generator import Explanation, ExplanationGenerator
+from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.base_model import special_ids
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.routes import route_pairs
@@ -36,8 +36,8 @@ def stage2(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture
-def explainer(stage2: Path) -> Explainer:
-    loaded = Explainer.load(stage2)
+def explainer(stage2: Path) -> ExplanationGenerator:
+    loaded = ExplanationGenerator.load(stage2)
     with torch.no_grad():  # routed experts that say something, so that clusters matter
         for layer in loaded.model.model.layers:
             torch.nn.init.normal_(layer.mlp.experts.down_proj, std=0.05, generator=torch.Generator().manual_seed(0))
@@ -50,7 +50,9 @@ def requests(tiny_dataset: Path) -> list[ExplanationRequest]:
     return [ExplanationRequest(r["user"], r["item"], r["rating"], tuple(r["features"])) for r in rows]
 
 
-def test_batched_equals_one_by_one_in_order(explainer: Explainer, requests: list[ExplanationRequest]) -> None:
+def test_batched_equals_one_by_one_in_order(
+    explainer: ExplanationGenerator, requests: list[ExplanationRequest]
+) -> None:
     # Exact: in float32 near-ties between tokens may fall either way. Only the eager kernel takes float64.
     explainer.model.double().set_experts_implementation("eager")
     together = explainer.explain(requests, GREEDY)
@@ -62,7 +64,7 @@ def test_batched_equals_one_by_one_in_order(explainer: Explainer, requests: list
     assert [e.text for e in swapped[::-1]] == [e.text for e in together]
 
 
-def streamed(explainer: Explainer, requests: list[ExplanationRequest], **settings: Any) -> list[Explanation]:
+def streamed(explainer: ExplanationGenerator, requests: list[ExplanationRequest], **settings: Any) -> list[Explanation]:
     """What a stream says at each row's end, after a check that the pieces before add up to it."""
     generation = GREEDY.model_copy(update=settings)
     texts, found = [""] * len(requests), {}
@@ -76,7 +78,7 @@ def streamed(explainer: Explainer, requests: list[ExplanationRequest], **setting
 
 
 def test_streamed_pieces_add_up_to_the_same_explanations(
-    explainer: Explainer, requests: list[ExplanationRequest]
+    explainer: ExplanationGenerator, requests: list[ExplanationRequest]
 ) -> None:
     explainer.model.double().set_experts_implementation("eager")
     assert streamed(explainer, requests) == explainer.explain(requests, GREEDY)
@@ -86,7 +88,7 @@ def test_streamed_pieces_add_up_to_the_same_explanations(
     assert list(explainer.stream([], GREEDY)) == []
 
 
-def test_a_stream_gives_the_first_piece_before_the_text_is_whole(explainer: Explainer) -> None:
+def test_a_stream_gives_the_first_piece_before_the_text_is_whole(explainer: ExplanationGenerator) -> None:
     passes: list[int] = []
     explainer.model.register_forward_hook(lambda *_: passes.append(1))
     stream = explainer.stream([ExplanationRequest(1, 2, 5.0)], GREEDY)
@@ -98,7 +100,9 @@ def test_a_stream_gives_the_first_piece_before_the_text_is_whole(explainer: Expl
     assert len(passes) > read + 2
 
 
-def test_streamed_sampling_is_seeded_row_by_row(explainer: Explainer, requests: list[ExplanationRequest]) -> None:
+def test_streamed_sampling_is_seeded_row_by_row(
+    explainer: ExplanationGenerator, requests: list[ExplanationRequest]
+) -> None:
     state = torch.get_rng_state()
     first = streamed(explainer, requests, temperature=1.0)
     assert torch.equal(torch.get_rng_state(), state)
@@ -106,21 +110,21 @@ def test_streamed_sampling_is_seeded_row_by_row(explainer: Explainer, requests: 
     assert [e.text for e in first] != [e.text for e in explainer.explain(requests, GREEDY)]
 
 
-def test_what_cannot_be_streamed_is_refused_at_once(explainer: Explainer) -> None:
+def test_what_cannot_be_streamed_is_refused_at_once(explainer: ExplanationGenerator) -> None:
     with pytest.raises(InputError, match=r"generation\.beams 2: beam search can't be streamed"):
         explainer.stream([ExplanationRequest(1, 2)], GREEDY.model_copy(update={"beams": 2}))
     with pytest.raises(InputError, match="outside this dataset's scale"):
         explainer.stream([ExplanationRequest(1, 2, 9.0)], GREEDY)
 
 
-def test_more_tokens_than_the_model_has_positions_are_refused(explainer: Explainer) -> None:
+def test_more_tokens_than_the_model_has_positions_are_refused(explainer: ExplanationGenerator) -> None:
     long = GREEDY.model_copy(update={"max_new_tokens": 10**6})
     for write in (explainer.explain, explainer.stream):
         with pytest.raises(InputError, match=r"max_new_tokens 1000000: after a prompt of \d+ tokens that is more than"):
             write([ExplanationRequest(1, 2)], long)
 
 
-def test_given_values_are_used_as_they_are(explainer: Explainer) -> None:
+def test_given_values_are_used_as_they_are(explainer: ExplanationGenerator) -> None:
     [given] = explainer.explain([ExplanationRequest(1, 2, 4.5, ("ghosts", "clues"))], GREEDY)
     assert (given.rating, given.rating_given) == (4.5, True)
     assert (given.features, given.features_given) == (("ghosts", "clues"), True)
@@ -128,7 +132,7 @@ def test_given_values_are_used_as_they_are(explainer: Explainer) -> None:
     assert (bare.features, bare.features_given) == ((), True)
 
 
-def test_missing_values_are_predicted(explainer: Explainer) -> None:
+def test_missing_values_are_predicted(explainer: ExplanationGenerator) -> None:
     [found] = explainer.explain([ExplanationRequest(1, 2)], GREEDY)
     routes = route_pairs(explainer.vae_gmm, np.array([1]), np.array([2]))
     assert found.predicted_rating == routes.rating[0]
@@ -141,7 +145,7 @@ def test_missing_values_are_predicted(explainer: Explainer) -> None:
     assert (found.user_known, found.item_known) == (True, True)
 
 
-def test_what_is_given_reaches_the_model(explainer: Explainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_given_reaches_the_model(explainer: ExplanationGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
     generate = explainer.model.generate
 
@@ -165,7 +169,7 @@ def test_what_is_given_reaches_the_model(explainer: Explainer, monkeypatch: pyte
         assert f"Rating: {word}\nFeatures: {', '.join(request.features or ())}\n" in text
 
 
-def test_unknown_users_and_items_are_served_and_flagged(explainer: Explainer) -> None:
+def test_unknown_users_and_items_are_served_and_flagged(explainer: ExplanationGenerator) -> None:
     unknown = explainer.catalog.known_users
     first, second = explainer.explain(
         [ExplanationRequest(unknown, 10**6, 5.0), ExplanationRequest(unknown + 9, 10**6 + 1, 5.0)], GREEDY
@@ -176,7 +180,7 @@ def test_unknown_users_and_items_are_served_and_flagged(explainer: Explainer) ->
     assert first.responsibilities == second.responsibilities
 
 
-def test_sampling_is_seeded(explainer: Explainer, requests: list[ExplanationRequest]) -> None:
+def test_sampling_is_seeded(explainer: ExplanationGenerator, requests: list[ExplanationRequest]) -> None:
     sampling = GREEDY.model_copy(update={"temperature": 1.0, "top_p": 0.95})
     torch.manual_seed(1)
     first = [e.text for e in explainer.explain(requests, sampling, seed=3)]
@@ -190,7 +194,7 @@ def test_sampling_is_seeded(explainer: Explainer, requests: list[ExplanationRequ
 
 
 def test_special_tokens_are_never_written(
-    explainer: Explainer, requests: list[ExplanationRequest], monkeypatch: pytest.MonkeyPatch
+    explainer: ExplanationGenerator, requests: list[ExplanationRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[list[int]] = []
     generate = explainer.model.generate
@@ -213,7 +217,7 @@ def test_special_tokens_are_never_written(
     assert max(max(row) for row in written) < explainer.model.config.vocab_size
 
 
-def test_beams_and_repetition_controls(explainer: Explainer, requests: list[ExplanationRequest]) -> None:
+def test_beams_and_repetition_controls(explainer: ExplanationGenerator, requests: list[ExplanationRequest]) -> None:
     beams = explainer.explain(requests[:6], GREEDY.model_copy(update={"beams": 3}))
     assert [e.text for e in beams] == [
         explainer.explain([request], GREEDY.model_copy(update={"beams": 3}))[0].text for request in requests[:6]
@@ -226,7 +230,7 @@ def test_beams_and_repetition_controls(explainer: Explainer, requests: list[Expl
 
 
 def test_empty_texts_are_kept(
-    explainer: Explainer, requests: list[ExplanationRequest], monkeypatch: pytest.MonkeyPatch
+    explainer: ExplanationGenerator, requests: list[ExplanationRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = explainer.tokenizer.eos_token_id
     monkeypatch.setattr(explainer.model, "generate", lambda ids, **_: torch.nn.functional.pad(ids, (0, 3), value=end))
@@ -234,7 +238,9 @@ def test_empty_texts_are_kept(
     assert [(e.text, e.new_tokens) for e in explanations] == [("", 1)] * len(requests)
 
 
-def test_progress_is_told_and_nothing_is_nothing(explainer: Explainer, requests: list[ExplanationRequest]) -> None:
+def test_progress_is_told_and_nothing_is_nothing(
+    explainer: ExplanationGenerator, requests: list[ExplanationRequest]
+) -> None:
     seen: list[tuple[int, int]] = []
     explanations = explainer.explain(requests[:10], GREEDY, on_progress=lambda done, total: seen.append((done, total)))
     assert seen == [(4, 10), (8, 10), (10, 10)]
@@ -243,7 +249,7 @@ def test_progress_is_told_and_nothing_is_nothing(explainer: Explainer, requests:
 
 
 @pytest.mark.parametrize("rating", [0.0, 6.0, float("nan")])
-def test_ratings_off_the_scale_are_refused(explainer: Explainer, rating: float) -> None:
+def test_ratings_off_the_scale_are_refused(explainer: ExplanationGenerator, rating: float) -> None:
     with pytest.raises(InputError, match="outside this dataset's scale, 1 to 5"):
         explainer.explain([ExplanationRequest(1, 1, rating)], GREEDY)
 
@@ -254,12 +260,12 @@ def test_an_incomplete_folder_is_refused(stage2: Path, tmp_path: Path, name: str
     shutil.copytree(stage2, copy)
     (copy / name).write_bytes((copy / name).read_bytes()[:-1] + b"x")
     with pytest.raises(InputError, match=f"{name}: content differs"):
-        Explainer.load(copy)
+        ExplanationGenerator.load(copy)
     (copy / name).unlink()
     with pytest.raises(InputError, match=f"missing file {name}"):
-        Explainer.load(copy)
+        ExplanationGenerator.load(copy)
     with pytest.raises(InputError, match="no stage2 artifact here"):
-        Explainer.load(tmp_path)
+        ExplanationGenerator.load(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +287,7 @@ def implicit_stage2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_implicit_data_need_no_rating(implicit_stage2: Path) -> None:
-    explainer = Explainer.load(implicit_stage2)
+    explainer = ExplanationGenerator.load(implicit_stage2)
     [explanation] = explainer.explain([ExplanationRequest(1, 2)], GREEDY)
     assert explanation.rating is None
     assert explanation.rating_given is False

@@ -8,14 +8,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from gavamoe.config.schema import PromptConfig
+from gavamoe.data.ratings import RatingScale
 from gavamoe.errors import InputError
-from gavamoe.generation.prompts import (
-    PromptBuilder,
-    PromptColumns,
-    RatingScale,
-    left_padded,
-    template_texts,
-)
+from gavamoe.generation.prompts import PromptBuilder, PromptColumns, left_padded, template_texts
 from gavamoe.model.base_model import BOS, EOS, PAD, encode_texts, special_ids, train_tokenizer
 
 SCALE = RatingScale(low=1, high=5, values=(1, 2, 3, 4, 5))

@@ -10,7 +10,7 @@ import torch
 from starlette.testclient import TestClient
 
 from gavamoe.data.synthetic.generator import synthesize
-from gavamoe.generation.generator import Explainer
+from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.runtime.context import LocalContext
 from gavamoe.serving.api import create_api
 from gavamoe.serving.settings import ServeArgs
@@ -32,9 +32,9 @@ def tiny_artifact() -> Path:
     return work / "stage2"
 
 
-def exact_explainer(folder: Path) -> Explainer:
+def exact_explainer(folder: Path) -> ExplanationGenerator:
     """The artifact in float64, with experts that say something: texts are long, differ by cluster, and have no ties."""
-    loaded = Explainer.load(folder)
+    loaded = ExplanationGenerator.load(folder)
     with torch.no_grad():
         for layer in loaded.model.model.layers:
             torch.nn.init.normal_(layer.mlp.experts.down_proj, std=0.3, generator=torch.Generator().manual_seed(0))

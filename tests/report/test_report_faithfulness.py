@@ -12,7 +12,7 @@ from test_report import HOSTILE, Page
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.evaluation.evaluate import evaluate, write_evaluation
 from gavamoe.evaluation.faithfulness.gates import GateUse
-from gavamoe.generation.prompts import ExplanationRequest
+from gavamoe.generation.request import ExplanationRequest
 from gavamoe.report.page import write_report
 
 

@@ -13,8 +13,8 @@ from starlette.testclient import TestClient
 
 from gavamoe.config.schema import GenerationConfig
 from gavamoe.errors import InputError
-from gavamoe.generation.generator import Explainer
-from gavamoe.generation.prompts import ExplanationRequest
+from gavamoe.generation.generator import ExplanationGenerator
+from gavamoe.generation.request import ExplanationRequest
 from gavamoe.serving.api import Service
 from gavamoe.serving.backend import Interrupted, LocalBackend, Overloaded, Unavailable
 from gavamoe.serving.routing import Pair, RoutedPair
@@ -28,7 +28,7 @@ def artifact() -> Path:
 
 
 def test_explain_says_what_explain_says(http: TestClient, artifact: Path) -> None:
-    explainer = Explainer.load(artifact)
+    explainer = ExplanationGenerator.load(artifact)
     catalog = explainer.catalog
     for user, item, rating, features in (
         ("U000001", "I000001", None, None),

@@ -11,8 +11,8 @@ from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.config.schema import GenerationConfig, RunConfig
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
-from gavamoe.generation.generator import Explainer
-from gavamoe.generation.prompts import ExplanationRequest
+from gavamoe.generation.generator import ExplanationGenerator
+from gavamoe.generation.request import ExplanationRequest
 from gavamoe.runtime.context import LocalContext
 from gavamoe.serving.routing import Router
 from gavamoe.stage1.route_overrides import CONTROL_FILE, RouteControl
@@ -92,7 +92,7 @@ def test_a_control_trains_writes_and_is_not_served(planted: Dataset, tmp_path: P
     out = tmp_path / "stage2"
     train_stage2(config, planted.path, tmp_path / "stage1", out, LocalContext())
     assert CONTROL_FILE in read_manifest(out, "stage2").files
-    explainer = Explainer.load(out)
+    explainer = ExplanationGenerator.load(out)
     pairs = [(user, item) for user in range(6) for item in range(3)]
     written = explainer.explain(
         [ExplanationRequest(user, item) for user, item in pairs], GenerationConfig(max_new_tokens=2)

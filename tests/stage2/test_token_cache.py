@@ -14,9 +14,9 @@ import pytest
 from gavamoe.config.files import parse_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import open_dataset
-from gavamoe.generation.prompts import SlotIds
 from gavamoe.model.decoders import GavamoeConfig
 from gavamoe.model.explainer import GavamoeForCausalLM
+from gavamoe.model.slots import SlotIds
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage2 import token_cache
 from gavamoe.stage2.batches import TextRows

@@ -201,11 +201,11 @@ def print_explanation(
     """
 
     from gavamoe.config.files import override_config
-    from gavamoe.generation.generator import Explainer
-    from gavamoe.generation.prompts import ExplanationRequest
+    from gavamoe.generation.generator import ExplanationGenerator
+    from gavamoe.generation.request import ExplanationRequest
 
     config = override_config(run.config, overrides)
-    explainer = Explainer.load(run.stage2)
+    explainer = ExplanationGenerator.load(run.stage2)
     indices = _indices(explainer.catalog, user, item)
     request = ExplanationRequest(*indices, rating=rating, features=features)
     live = sys.stdout.isatty() if stream is None else stream

@@ -21,8 +21,8 @@ from gavamoe.model.moe import MultiGateRouter
 from gavamoe.stage2.batches import IGNORED, Batch, Ragged, TextRows
 
 if TYPE_CHECKING:
-    from gavamoe.generation.generator import Explainer
-    from gavamoe.generation.prompts import ExplanationRequest
+    from gavamoe.generation.generator import ExplanationGenerator
+    from gavamoe.generation.request import ExplanationRequest
 
 BATCH_SIZE = 16
 
@@ -79,7 +79,7 @@ class GateUse:
 
 
 def measure_gates(
-    explainer: "Explainer", requests: "Sequence[ExplanationRequest]", references: Sequence[str]
+    explainer: "ExplanationGenerator", requests: "Sequence[ExplanationRequest]", references: Sequence[str]
 ) -> GateUse | None:
     """Read the references through every gate; None for a dense model or without any reference text."""
     rows = [row for row, text in enumerate(references) if text.strip()]
@@ -115,7 +115,7 @@ def measure_gates(
 
 
 @torch.inference_mode()
-def _losses(explainer: "Explainer", batch: Batch, gate_B: Tensor) -> np.ndarray:
+def _losses(explainer: "ExplanationGenerator", batch: Batch, gate_B: Tensor) -> np.ndarray:
     """Negative log-likelihood per token of each row's answer through the given gates: (B,)."""
     device = explainer.device
     positions_P = _scored(batch).any(dim=0).nonzero()[:, 0]

@@ -31,7 +31,7 @@ from gavamoe.evaluation.significance import balanced_interval, mean_interval
 
 if TYPE_CHECKING:
     from gavamoe.generation.generator import Explanation
-    from gavamoe.generation.prompts import ExplanationRequest
+    from gavamoe.generation.request import ExplanationRequest
 
 TEXT_ROWS = 2000
 EXAMPLES = 5

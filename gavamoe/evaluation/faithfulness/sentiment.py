@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gavamoe.data.dataset import Dataset, Truth
+from gavamoe.data.ratings import RatingScale
 from gavamoe.evaluation.metrics.registry import FeatureMatcher, word_grams, words
-from gavamoe.generation.prompts import RatingScale
 
 LEARNT_FROM = 20_000
 """Training texts that a reader is learnt from, at most."""

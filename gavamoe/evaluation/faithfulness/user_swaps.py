@@ -17,7 +17,7 @@ from gavamoe.evaluation.metrics.registry import word_grams, words
 
 if TYPE_CHECKING:
     from gavamoe.generation.generator import Explanation
-    from gavamoe.generation.prompts import ExplanationRequest
+    from gavamoe.generation.request import ExplanationRequest
 
 MAX_TRAINING_TEXTS = 100_000
 
@@ -49,7 +49,7 @@ def swap_users(
     Args:
         groups: (U,) planted groups; the other user is then one of another group.
     """
-    from gavamoe.generation.prompts import ExplanationRequest
+    from gavamoe.generation.request import ExplanationRequest
 
     known = dataset.catalog.known_users
     rows = [row for row, request in enumerate(requests) if request.user < known and known > 1]

@@ -1,4 +1,4 @@
-"""PETER as a system of `gavamoe ablate`: trained on a dataset, kept in a folder, and a `generate.Explainer` after that.
+"""PETER as a system of `gavamoe ablate`: trained on a dataset, kept in a folder, and a writer after that.
 
 Its budget is stage 2's: as many steps of as many rows, the same tokens, schedule, clipping and validation rows; the
 state of the lowest validation loss is kept. One process, no Ray: the model is small. What is ours, not its paper's:
@@ -22,11 +22,13 @@ from gavamoe.artifacts.files import read_json, write_folder, write_json
 from gavamoe.artifacts.manifest import load_weights, read_manifest, save_weights, write_manifest
 from gavamoe.config.schema import GenerationConfig, PromptConfig, RunConfig
 from gavamoe.data.dataset import Dataset, PairArrays
+from gavamoe.data.ratings import RatingScale
 from gavamoe.errors import InputError, RunError
 from gavamoe.experiments.baselines.peter_model import IDS, Peter, PeterSpec
 from gavamoe.generation.detokenize import clean_text
 from gavamoe.generation.generator import Explanation
-from gavamoe.generation.prompts import ExplanationRequest, RatingScale, plain_line
+from gavamoe.generation.prompts import plain_line
+from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.base_model import encode_texts, special_ids
 from gavamoe.runtime.progress import OnProgress
 from gavamoe.stage2.batches import BatchPlan, Ragged, TextRows
@@ -96,7 +98,7 @@ def train_peter(
 
 
 class PeterWriter:
-    """A `generate.Explainer` to whoever evaluates it; it writes greedily."""
+    """A `ExplanationGenerator` to whoever evaluates it; it writes greedily."""
 
     def __init__(self, model: Peter, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, data: Dataset) -> None:
         self.model, self.tokenizer, self.catalog = model.eval(), tokenizer, data.catalog

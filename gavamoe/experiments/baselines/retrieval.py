@@ -19,7 +19,7 @@ from gavamoe.config.schema import GenerationConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.evaluation.reference_scores import bias_model, most_frequent_text
 from gavamoe.generation.generator import Explanation
-from gavamoe.generation.prompts import ExplanationRequest
+from gavamoe.generation.request import ExplanationRequest
 
 Source = Literal["constant", "user", "item", "features"]
 USUAL_FEATURES = 2
@@ -29,7 +29,7 @@ _SAME = 1e-9
 
 
 class Copier:
-    """A `generate.Explainer` to whoever evaluates it."""
+    """A `ExplanationGenerator` to whoever evaluates it."""
 
     def __init__(self, dataset: Dataset, source: Source) -> None:
         self.source, self.catalog = source, dataset.catalog
