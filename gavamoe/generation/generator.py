@@ -2,7 +2,8 @@
 
 Inputs: a stage-2 folder, which is complete in itself, and requests by index (`catalog` maps raw ids).
 Outputs: one `Explanation` per request, in order. How to run:
-`ExplanationGenerator.load(folder).explain(requests, generation)`, or `.stream(...)` for the texts piece by piece as they are written.
+`ExplanationGenerator.load(folder).explain(requests, generation)`, or `.stream(...)` for the texts as they
+are written, piece by piece.
 
 Stage 1 routes each pair and predicts its rating in one pass. A rating that is not given is that prediction, moved to
 the nearest rating of the scale; features that are not given are the item's usual ones.

@@ -1,7 +1,7 @@
 """Stage 2's artifact: a Hugging Face model folder that is complete in itself, with a model card.
 
-Inputs: the consolidated state of a training run. Output: a folder that `ExplanationGenerator.load`, and, for the language
-model alone, transformers' Auto classes (after `import gavamoe.model.explainer`) read.
+Inputs: the consolidated state of a training run. Output: a folder that `ExplanationGenerator.load` reads, and, for the
+language model alone, transformers' Auto classes (after `import gavamoe`).
 """
 
 from pathlib import Path
@@ -76,9 +76,8 @@ def model_card(config: RunConfig, setup: Setup, metrics: dict[str, Any]) -> str:
         f"| | |\n|---|---|\n{table}\n\n"
         "Texts are generated from ratings, feature words and learnt preferences; they are not facts about the item.\n"
         "Scores on the test split are in the run's `evaluation/metrics.json`.\n\n"
-        "```python\nfrom gavamoe.config.schema import GenerationConfig\n"
-        "from gavamoe.generation.generator import Explainer\n"
-        "from gavamoe.generation.prompts import ExplanationRequest\n\n"
+        "```python\nfrom gavamoe import ExplanationGenerator, ExplanationRequest\n"
+        "from gavamoe.config.schema import GenerationConfig\n\n"
         'explainer = ExplanationGenerator.load("stage2")\n'
         "[explanation] = explainer.explain([ExplanationRequest(user=0, item=0)], GenerationConfig())\n```\n\n"
         f"## Config\n\n```yaml\n{dump_config(config)}```\n"

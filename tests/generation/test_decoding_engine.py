@@ -51,7 +51,7 @@ def clusters(prompts: list[list[int]]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def reference(explainer: ExplanationGenerator, prompts: list[list[int]], clusters: list[int]) -> list[str]:
-    """The texts that `Explainer.explain` writes for these prompts."""
+    """The texts that `ExplanationGenerator.explain` writes for these prompts."""
     options = GenerationConfig(max_new_tokens=NEW, batch_size=7)
     written = explainer._write(prompts, np.array(clusters), options, 0, None)
     texts = [one.text for one in written]
