@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gavamoe.artifacts.files import read_json, sha256, versions, write_json
 from gavamoe.config.schema import RunConfig
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, one_line, validated
 
 FORMAT_VERSION = 1
 MANIFEST = "artifact.json"
@@ -87,10 +87,7 @@ def read_manifest(folder: Path, kind: Kind, *, verify: bool = True) -> Manifest:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise InputError(f"{folder}: no {kind} artifact here ({MANIFEST} is missing); was this step run to its end?")
-    try:
-        manifest = Manifest.model_validate(read_json(path))
-    except ValidationError as error:
-        raise InputError(f"{path}: not a valid manifest ({error.error_count()} problems)") from error
+    manifest = validated(Manifest, read_json(path), path, "a valid manifest")
     if manifest.kind != kind:
         raise InputError(f"{folder}: holds a {manifest.kind} artifact, not {kind}")
     if manifest.format_version > FORMAT_VERSION:
@@ -127,4 +124,4 @@ def load_weights(path: Path, module: torch.nn.Module) -> None:
     try:
         module.load_state_dict(load_file(path), strict=True)
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise InputError(f"{path}: weights do not load ({' '.join(str(error).split())})") from error
+        raise InputError(f"{path}: weights do not load ({one_line(error)})") from error

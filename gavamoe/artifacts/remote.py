@@ -24,7 +24,7 @@ from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from gavamoe.artifacts.files import MAX_JSON_BYTES, sha256, write_folder, write_json
-from gavamoe.errors import InputError, RunError
+from gavamoe.errors import InputError, RunError, first_problem, one_line
 
 Result = TypeVar("Result")
 
@@ -240,7 +240,7 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         store = fs.S3FileSystem(retry_strategy=retries, connect_timeout=5, request_timeout=30, **options)
         return store, (parts.netloc + parts.path).rstrip("/")
     except (OSError, ValueError) as error:
-        raise InputError(f"{uri}: can't be reached ({_one_line(error)})") from error
+        raise InputError(f"{uri}: can't be reached ({one_line(error)})") from error
 
 
 def cache_folder() -> Path:
@@ -267,9 +267,7 @@ class _Store:
         try:
             index = Index.model_validate_json(content)
         except ValidationError as error:
-            raise RunError(
-                f"{self.uri}/{INDEX}: not an index ({error.error_count()} problems); store it anew"
-            ) from error
+            raise RunError(f"{self.uri}/{INDEX}: not an index ({first_problem(error)}); store it anew") from error
         for name in index.files:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 raise RunError(f"{self.uri}/{INDEX}: names the file {name!r}, outside of its folder")
@@ -349,9 +347,9 @@ class _Store:
             try:
                 return request()
             except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
-                raise InputError(f"{self.uri}: {_one_line(error)}") from error
+                raise InputError(f"{self.uri}: {one_line(error)}") from error
             except OSError as error:
-                text = _one_line(error)
+                text = one_line(error)
                 if any(word in text for word in ("NO_SUCH_BUCKET", "ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE")):
                     raise InputError(f"{self.uri}: {text}") from error
                 if attempt + 1 == _TRANSFER_ATTEMPTS:
@@ -405,7 +403,3 @@ def _locked(staged: Path) -> Iterator[None]:
     with open(staged.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from gavamoe.config.problems import describe
 from gavamoe.config.schema import RunConfig
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, one_line
 
 MAX_CONFIG_BYTES = 2**20
 
@@ -76,8 +76,7 @@ def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        detail = " ".join(str(error).split())
-        raise InputError(f"{path}: not valid YAML ({detail})") from error
+        raise InputError(f"{path}: not valid YAML ({one_line(error)})") from error
 
 
 def _apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:

@@ -1,24 +1,15 @@
 """What is wrong with a config, in one line: the field, the value, the bound, the nearest known name."""
 
-import difflib
-
 from pydantic import BaseModel, ValidationError
+
+from gavamoe.errors import did_you_mean, first_problem
 
 
 def describe(error: ValidationError, root: type[BaseModel]) -> str:
     """One line for the first problem, with the count of the others."""
-    problems = error.errors(include_url=False, include_context=False)
-    first = problems[0]
-    field = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        text = f"{field}: unknown field{_nearest(first['loc'], root)}"
-    elif first["type"] == "value_error":
-        text = f"{field}.{first['msg']}" if field else first["msg"]
-        text = text.replace("Value error, ", "")
-    else:
-        text = f"{field}: {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    others = len(problems) - 1
-    return text + (f" (and {others} more)" if others else "")
+    first = error.errors(include_url=False, include_context=False)[0]
+    hint = _nearest(first["loc"], root) if first["type"] == "extra_forbidden" else ""
+    return first_problem(error, hint=hint, joint=".")
 
 
 def _nearest(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
@@ -30,9 +21,8 @@ def _nearest(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
             return ""
         model = annotation
     name = str(location[-1])
-    close = difflib.get_close_matches(name, list(model.model_fields), n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]}?"
+    if hint := did_you_mean(name, model.model_fields):
+        return hint
     elsewhere = [path for path in field_paths(root) if path.rsplit(".", 1)[-1] == name]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from gavamoe.artifacts.files import read_json
 from gavamoe.data.catalog import Catalog, check_parquet, read_table
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, validated
 
 SCHEMA_VERSION = 1
 SPLITS = ("train", "valid", "test")
@@ -227,9 +227,4 @@ def _read_meta(path: Path) -> DatasetMeta:
             f"{path}: schema version {version} is newer than {SCHEMA_VERSION}, the newest that this gavamoe reads; "
             "upgrade gavamoe or prepare the dataset again"
         )
-    try:
-        return DatasetMeta.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: {field}: {first['msg']}; prepare the dataset again") from error
+    return validated(DatasetMeta, value, path, "a usable dataset (prepare it again)")

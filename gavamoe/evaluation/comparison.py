@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from gavamoe.artifacts.files import read_json, write_file, write_json
-from gavamoe.errors import InputError
+from gavamoe.errors import validated
 from gavamoe.evaluation.faithfulness.measure import BEYOND
 from gavamoe.evaluation.metrics.registry import METRICS
 
@@ -133,10 +133,7 @@ def read_comparison(folder: Path) -> Comparison:
         InputError: it is not there, or not whole.
     """
     path = Path(folder) / COMPARISON_FILE
-    try:
-        return Comparison.model_validate(read_json(path))
-    except ValidationError as error:
-        raise InputError(f"{path}: not a comparison of systems ({error.error_count()} problems)") from error
+    return validated(Comparison, read_json(path), path, "a comparison of systems")
 
 
 def write_comparison(folder: Path, comparison: Comparison) -> None:

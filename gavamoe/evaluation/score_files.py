@@ -5,7 +5,6 @@ references are two files, or two columns of one.
 """
 
 import csv
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, did_you_mean, one_line
 from gavamoe.evaluation.metrics.bertscore import BertScore, bert_score
 from gavamoe.evaluation.metrics.text_scores import RowStatistics, Style, aggregate, count, measure
 from gavamoe.evaluation.significance import RESAMPLES, compare, intervals
@@ -229,7 +228,7 @@ def _read_parquet(path: Path) -> Columns:
     try:
         return {str(name): column for name, column in pq.read_table(path).to_pydict().items()}
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from error
+        raise InputError(f"{path}: not a readable Parquet file ({one_line(error)})") from error
 
 
 _READERS: dict[str, Callable[[Path], Columns]] = {
@@ -254,9 +253,8 @@ def _pick(columns: Columns, wanted: str | None, usual: Sequence[str], path: Path
             return next(iter(columns))
         raise InputError(f"{path}: no column named {' or '.join(usual)}; name one of {', '.join(columns)}")
     if wanted not in columns:
-        close = difflib.get_close_matches(wanted, list(columns), n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(columns)}"
-        raise InputError(f"{path}: no column {wanted}; {hint}")
+        hint = did_you_mean(wanted, columns) or f"; it has {', '.join(columns)}"
+        raise InputError(f"{path}: no column {wanted}{hint}")
     return wanted
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from gavamoe.artifacts.files import read_json
 from gavamoe.config.schema import Stage2Config
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, one_line
 from gavamoe.model.base_model import SUPPORTED, locate_base, scratch_config
 
 SHAPES = Path(__file__).parent / "shapes"
@@ -36,10 +36,9 @@ def base_shape(stage2: Stage2Config, config_file: Path | None = None) -> PreTrai
     try:
         return _supported(AutoConfig.from_pretrained(source, trust_remote_code=False, **options), stage2.base_model)
     except (OSError, ValueError) as error:
-        detail = " ".join(str(error).split())[:200]
         raise InputError(
-            f"base_model {stage2.base_model}: its config cannot be read ({detail}); give its config.json with"
-            f" --base-config, or plan with a known model: {', '.join(sorted(shipped))}"
+            f"base_model {stage2.base_model}: its config cannot be read ({one_line(error, 200)}); give its config.json"
+            f" with --base-config, or plan with a known model: {', '.join(sorted(shipped))}"
         ) from error
 
 
@@ -58,7 +57,7 @@ def _from_values(values: Any, source: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**values)
     except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{source}: not a usable config ({' '.join(str(error).split())[:200]})") from error
+        raise InputError(f"{source}: not a usable config ({one_line(error, 200)})") from error
 
 
 def _supported(config: PreTrainedConfig, source: str) -> PreTrainedConfig:

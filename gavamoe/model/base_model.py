@@ -30,7 +30,7 @@ from transformers import (
 from transformers import initialization as init
 
 from gavamoe.config.schema import ScratchModelConfig
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, one_line
 
 SUPPORTED = ("llama", "gpt2")
 """Architectures by `model_type`; `decoders` has a GaVaMoE form of each."""
@@ -81,8 +81,7 @@ def load_tokenizer(base_model: str, scratch: ScratchModelConfig, texts: Iterable
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        detail = " ".join(str(error).split())[:300]
-        raise InputError(f"base_model {base_model}: its tokenizer cannot be loaded ({detail})") from error
+        raise InputError(f"base_model {base_model}: its tokenizer cannot be loaded ({one_line(error)})") from error
     _pad_and_end(tokenizer)
     return tokenizer
 
@@ -181,10 +180,9 @@ def _load_pretrained(base_model: str, hollow: bool) -> tuple[PreTrainedModel, Pr
         else:
             model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        detail = " ".join(str(error).split())[:300]
         raise InputError(
-            f"base_model {base_model}: cannot be loaded ({detail}); give a folder made by save_pretrained, a .gguf"
-            " file, or 'scratch', or download the model where the hub can be reached"
+            f"base_model {base_model}: cannot be loaded ({one_line(error)}); give a folder made by save_pretrained,"
+            " a .gguf file, or 'scratch', or download the model where the hub can be reached"
         ) from error
     return model, tokenizer
 

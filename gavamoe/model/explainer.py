@@ -35,7 +35,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from gavamoe.artifacts.files import read_json
 from gavamoe.config.schema import RunConfig
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, one_line
 from gavamoe.model.conversion import convert_block, explainer_config
 from gavamoe.model.decoders import GavamoeConfig, build_decoder
 from gavamoe.model.moe import (
@@ -349,7 +349,7 @@ def load_explainer(folder: Path) -> tuple[GavamoeForCausalLM, PreTrainedTokenize
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: no explainer can be loaded ({' '.join(str(error).split())[:300]})") from error
+        raise InputError(f"{folder}: no explainer can be loaded ({one_line(error)})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[problem]:
             example = min(str(key) for key in loading[problem])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gavamoe.config.files import MAX_CONFIG_BYTES, presets_folder
-from gavamoe.errors import InputError, RunError
+from gavamoe.errors import InputError, RunError, one_line
 from gavamoe.runtime.progress import PROGRESS_LINE
 
 STEPS = ("prepare", "stage1", "stage2", "evaluate", "tune", "pipeline")
@@ -89,15 +89,15 @@ class Jobs:
             yield
         except AuthenticationError as error:
             raise RunError(
-                f"{self.address}: the cluster refuses this client's token ({_one_line(error)}); set RAY_AUTH_MODE=token"
+                f"{self.address}: the cluster refuses this client's token ({one_line(error)}); set RAY_AUTH_MODE=token"
                 " and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
             ) from error
         except (ConnectionError, ValueError) as error:
             raise RunError(
-                f"{self.address}: no job server answers ({_one_line(error)}); --address names the cluster's dashboard"
+                f"{self.address}: no job server answers ({one_line(error)}); --address names the cluster's dashboard"
             ) from error
         except RuntimeError as error:
-            raise RunError(f"{self.address}: the job server says: {_one_line(error)}") from error
+            raise RunError(f"{self.address}: the job server says: {one_line(error)}") from error
 
     def submit(self, step: str, arguments: Sequence[str], environment: dict[str, str], *, gpus: float = 0) -> str:
         """Start `jobs/STEP.py ARGUMENTS` on the cluster; returns the job's id.
@@ -172,7 +172,7 @@ class Jobs:
                 break
             except (RuntimeError, OSError) as error:
                 if attempt == _RECONNECTS:
-                    raise RunError(f"{job}: its log can't be followed ({_one_line(error)}); it goes on") from error
+                    raise RunError(f"{job}: its log can't be followed ({one_line(error)}); it goes on") from error
                 time.sleep(2**attempt)
         reader.end()
         while (found := self.get(job)).status not in _ENDED:  # the log closes a moment before the status says so
@@ -270,8 +270,3 @@ def _job(details: Any) -> Job:
         started=details.start_time / 1000 if details.start_time else None,
         ended=details.end_time / 1000 if details.end_time else None,
     )
-
-
-def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

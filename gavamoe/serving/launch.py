@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from gavamoe.errors import InputError, RunError
+from gavamoe.errors import InputError, RunError, one_line, validated
 from gavamoe.serving.routing import Router
 from gavamoe.serving.security import ApiKeys
 from gavamoe.serving.settings import ServeArgs
@@ -39,11 +38,7 @@ def read_args(run: Path, settings: Path | None, changes: dict[str, Any]) -> Serv
         raise InputError(f"{settings}: expected the arguments of the app builder, such as limits and generator")
     for name, change in changes.items():
         values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
-    try:
-        args = ServeArgs.model_validate(values | {"run": str(Path(run).absolute())})
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise InputError(f"{settings or 'serve'}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    args = validated(ServeArgs, values | {"run": str(Path(run).absolute())}, settings or "serve", "usable settings")
     check_args(args)
     return args
 
@@ -216,4 +211,4 @@ def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not readable as YAML ({' '.join(str(error).split())[:200]})") from error
+        raise InputError(f"{path}: not readable as YAML ({one_line(error, 200)})") from error

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gavamoe.artifacts.files import read_json, write_json
 from gavamoe.artifacts.manifest import Manifest, load_weights, read_manifest, save_weights
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, one_line
 from gavamoe.stage1.vae_gmm import VaeGmm
 
 VAE_GMM_SPEC = "vae_gmm.json"
@@ -27,7 +27,7 @@ def load_vae_gmm(folder: Path) -> VaeGmm:
     try:
         model = VaeGmm.from_spec(read_json(path))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: does not describe a VAE-GMM ({' '.join(str(error).split())})") from error
+        raise InputError(f"{path}: does not describe a VAE-GMM ({one_line(error)})") from error
     load_weights(Path(folder) / VAE_GMM_WEIGHTS, model)
     return model.eval()
 

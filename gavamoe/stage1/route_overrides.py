@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from gavamoe.artifacts.files import read_json, write_json
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, validated
 from gavamoe.stage1.routes import Routes
 
 CONTROL_FILE = "route_control.json"
@@ -82,10 +82,7 @@ class RouteControl(BaseModel):
         path = folder / CONTROL_FILE
         if not path.is_file():
             return None
-        try:
-            return cls.model_validate(read_json(path))
-        except ValidationError as error:
-            raise InputError(f"{path}: not a description of routes ({error.error_count()} problems)") from error
+        return validated(cls, read_json(path), path, "a description of routes")
 
 
 def _scramble(value: np.ndarray | np.uint64) -> np.ndarray:

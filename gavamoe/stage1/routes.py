@@ -16,7 +16,7 @@ import torch
 
 from gavamoe.artifacts.files import write_file
 from gavamoe.data.dataset import SPLITS, Dataset
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, one_line
 from gavamoe.stage1.vae_gmm import VaeGmm
 
 ROUTES_FILE = "routes.parquet"
@@ -130,7 +130,7 @@ def _check(path: Path) -> None:
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; run stage 1 first") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())})") from error
+        raise InputError(f"{path}: not a readable Parquet file ({one_line(error)})") from error
     if names != _SCHEMA.names:
         raise InputError(f"{path}: has columns {', '.join(names)}, not {', '.join(_SCHEMA.names)}")
 

@@ -3,7 +3,6 @@
 Inputs: a `Space`, the `RunConfig` that it starts from, the dataset. Output: nothing, or `InputError`.
 """
 
-import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -14,7 +13,7 @@ from gavamoe.config.files import override_config
 from gavamoe.config.problems import field_paths
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, did_you_mean, first_problem
 from gavamoe.tune.space import MAX_POINTS, Choice, Constraint, FloatRange, IntRange, Scalar, Space, Values
 
 _NOT_SEARCHED = {
@@ -100,8 +99,7 @@ def _check_known(name: str) -> None:
     known = field_paths(RunConfig)
     if name in known:
         return
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean {close[0]}?" if close else "; fields are named by their path, such as stage1.clusters"
+    hint = did_you_mean(name, known, cutoff=0.4) or "; fields are named by their path, such as stage1.clusters"
     raise InputError(f"{name}: unknown config field{hint}")
 
 
@@ -166,8 +164,7 @@ def _check_values(name: str, spec: IntRange | FloatRange | Choice) -> None:
         try:
             adapter.validate_python(value)
         except ValidationError as error:
-            detail = error.errors()[0]["msg"]
-            raise InputError(f"parameters.{name}: {value!r}: {detail[0].lower()}{detail[1:]}") from error
+            raise InputError(f"parameters.{name}{first_problem(error)}") from error
     if isinstance(spec, FloatRange) and field.annotation is int:
         raise InputError(f"parameters.{name}: takes whole numbers; use type: int")
 

@@ -5,11 +5,10 @@ stages are "stage1.elbo" or "stage2.validation_loss"; those of cost "parameters"
 "seconds_per_text".
 """
 
-import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, did_you_mean
 from gavamoe.evaluation.metrics.registry import METRICS
 
 Direction = Literal["higher", "lower"]
@@ -107,9 +106,8 @@ def find_measure(name: str, stages: int) -> Measure:
     if name in (TRUTH, f"stage1.{TRUTH}"):
         raise InputError(f"metric {name}: compares with the planted truth, which a search may not see")
     if name not in MEASURES:
-        close = difflib.get_close_matches(name, MEASURES, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(MEASURES)}"
-        raise InputError(f"metric {name}: unknown; {hint}")
+        hint = did_you_mean(name, MEASURES) or f"; known are {', '.join(MEASURES)}"
+        raise InputError(f"metric {name}: unknown{hint}")
     measure = MEASURES[name]
     if measure.stage > stages:
         raise InputError(f"metric {name}: needs stage 2, and the space's trials end with stage 1; set stages: 2")

@@ -22,7 +22,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from gavamoe.config.schema import RuntimeConfig
-from gavamoe.errors import InputError, RunError, Stopped
+from gavamoe.errors import InputError, RunError, Stopped, one_line
 from gavamoe.runtime.ray_train import ray_session
 from gavamoe.tune.checks import trial_config
 from gavamoe.tune.space import Space, Values
@@ -192,7 +192,7 @@ def _trainable(config: dict[str, Any], job: Job) -> None:
     except Stopped:
         tune.report({"number": number, "stopped": asked_at(job, number)})
     except _CONFIGURATION_ERRORS as error:
-        tune.report({"number": number, "failed": f"{type(error).__name__}: {' '.join(str(error).split())}"})
+        tune.report({"number": number, "failed": f"{type(error).__name__}: {one_line(error)}"})
     else:
         tune.report({"number": number, "finished": json.dumps(asdict(outcome))})
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Protocol
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, first_problem, one_line
 from gavamoe.tune.metrics import Measure, find_measure
 
 MAX_SPACE_BYTES = 2**20
@@ -289,7 +289,7 @@ def load_space(source: str | Path) -> Space:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+        raise InputError(f"{path}: not valid YAML ({one_line(error)})") from error
     return parse_space(values, str(path))
 
 
@@ -302,21 +302,7 @@ def parse_space(values: Any, source: str) -> Space:
     try:
         return Space.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{source}: {_describe(error)}") from error
-
-
-def _describe(error: ValidationError) -> str:
-    """One line for the first problem."""
-    problems = error.errors(include_url=False, include_context=False)
-    first = problems[0]
-    field = ".".join(str(part) for part in first["loc"] if part not in ("int", "float", "choice"))
-    message = first["msg"].replace("Value error, ", "")
-    if first["type"] == "extra_forbidden":
-        message = "unknown field"
-    elif first["type"] != "value_error" and not isinstance(first["input"], dict):
-        message = f"{first['input']!r}: {message[0].lower()}{message[1:]}"
-    others = len(problems) - 1
-    return f"{field}: {message}" + (f" (and {others} more)" if others else "")
+        raise InputError(f"{source}: {first_problem(error, left_out=('int', 'float', 'choice'))}") from error
 
 
 def _suggest(source: Suggester, name: str, spec: IntRange | FloatRange | Choice) -> Scalar:

@@ -137,7 +137,7 @@ def test_what_cannot_be_compared_is_refused(runs: list[Path], study: tuple[Path,
     with pytest.raises(InputError, match=r"study\.key\.json: already exists"):
         export_study(runs, study[0])
     write_json(tmp_path / "broken.json", {"format": 1})
-    with pytest.raises(InputError, match=r"broken\.json: not the key of a human evaluation \(dataset: Field required"):
+    with pytest.raises(InputError, match=r"broken\.json: not the key of a human evaluation: dataset: field required"):
         read_key(tmp_path / "broken.json")
     write_json(tmp_path / "new.json", study[2].model_dump() | {"format": 9})
     with pytest.raises(InputError, match="format 9 is newer than 1"):

@@ -6,7 +6,6 @@ row is, `reviews` decides.
 Shape letters: R rows of a batch.
 """
 
-import difflib
 import gzip
 import io
 import math
@@ -21,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, nearest
 
 FIELDS = ("user", "item", "rating", "text", "title", "features", "time")
 REQUIRED = ("user", "item")
@@ -124,10 +123,9 @@ def _values(records: list[dict[str, Any]], keys: list[str]) -> list[Any]:
 def missing_column(source: Path, field: str, wanted: Sequence[str], available: Sequence[str]) -> InputError:
     """The error for a source without any column of a field."""
     known = [str(name)[:60] for name in available[:30]]
-    lowered = {name.lower(): name for name in known}
     # a name that the user gave may be misspelt; a field's own name is no guess at a column
-    near = difflib.get_close_matches(wanted[0].lower(), list(lowered), n=1, cutoff=0.5) if wanted[0] != field else []
-    hint = f" (nearest: {lowered[near[0]]})" if near else ""
+    close = nearest(wanted[0], known) if wanted[0] != field else None
+    hint = f" (nearest: {close})" if close else ""
     return InputError(
         f"{source}: no column {' or '.join(repr(name) for name in wanted)} for the {field}{hint}; "
         f"it has {', '.join(known) or 'none'}; name one with --column {field}=NAME (format table)"

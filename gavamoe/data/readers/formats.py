@@ -4,7 +4,6 @@ To add a format, add a row to FORMATS (docs/data.md).
 """
 
 import ast
-import difflib
 import html
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from gavamoe.data.readers.batches import FIELDS, RawBatch, batch_records, open_s
 from gavamoe.data.readers.json_lines import read_objects
 from gavamoe.data.readers.pickles import read_peter
 from gavamoe.data.readers.tables import read_csv, read_parquet
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, did_you_mean
 
 TextMode = Literal["explanation", "review", "none"]
 """explanation: a text is the explanation already; review: choose a sentence of it; none: pairs without text."""
@@ -103,8 +102,7 @@ def get_format(name: str) -> Format:
     """The format of that name; InputError with the nearest known name otherwise."""
     if name in FORMATS:
         return FORMATS[name]
-    near = difflib.get_close_matches(name.lower(), FORMATS, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(name, FORMATS, cutoff=0.4)
     raise InputError(f"format: unknown value {name!r}; known are {', '.join(FORMATS)}{hint}")
 
 
@@ -114,8 +112,7 @@ def check_columns(format: str, columns: Mapping[str, str]) -> None:
         raise InputError(f"columns: only format table takes a mapping; format {format} has its own field names")
     for field in columns:
         if field not in FIELDS:
-            near = difflib.get_close_matches(field.lower(), FIELDS, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(field, FIELDS, cutoff=0.4)
             raise InputError(f"columns: unknown field {field!r}; known are {', '.join(FIELDS)}{hint}")
 
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from gavamoe.artifacts.files import read_json, write_file, write_json
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, validated
 from gavamoe.evaluation.human.study import CRITERIA, SCALE, WEIGHTS, Key, read_key
 from gavamoe.evaluation.score_files import read_columns
 
@@ -100,10 +100,7 @@ def read_result(path: Path) -> HumanResult:
     Raises:
         InputError: the file is missing or not such a result.
     """
-    try:
-        return HumanResult.model_validate(read_json(path))
-    except ValidationError as error:
-        raise InputError(f"{path}: not the result of a human evaluation ({error.error_count()} problems)") from error
+    return validated(HumanResult, read_json(path), path, "the result of a human evaluation")
 
 
 def read_sheet(path: Path, key: Key) -> np.ndarray:

@@ -7,10 +7,10 @@ which text, is all that the two share and is no business of a rater.
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from gavamoe.artifacts.files import read_json
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, validated
 
 FORMAT = 1
 MAX_KEY_BYTES = 64 * 2**20
@@ -103,12 +103,7 @@ def read_key(path: Path) -> Key:
         InputError: it is missing, damaged, or of a newer format.
     """
     value = read_json(path, max_bytes=MAX_KEY_BYTES)
-    try:
-        key = Key.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: not the key of a human evaluation ({place}: {first['msg']})") from error
+    key = validated(Key, value, path, "the key of a human evaluation")
     if key.format > FORMAT:
         raise InputError(f"{path}: format {key.format} is newer than {FORMAT}, the newest known here; update gavamoe")
     if len({text.id for text in key.texts}) < len(key.texts):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, one_line
 from gavamoe.evaluation.metrics.registry import is_empty
 
 FLOOR_PAIRS = 500
@@ -78,7 +78,7 @@ def bert_score(
         scorer = BERTScorer(model_type=model, num_layers=layer, batch_size=batch_size)
         parts = scorer.score(said, meant, batch_size=batch_size)
     except (OSError, ValueError, AssertionError, OverflowError) as error:
-        raise InputError(f"BERTScore model {model}: cannot be used ({_one_line(error)})") from error
+        raise InputError(f"BERTScore model {model}: cannot be used ({one_line(error, 200)})") from error
     scored = np.stack([part.double().numpy() for part in parts], axis=1)
     values[spoken] = scored[: len(spoken)]
     floor = scored[len(spoken) :].mean(axis=0) if mismatched else None
@@ -108,7 +108,7 @@ def _layer(model: str, layer: int) -> int:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise InputError(
-            f"BERTScore model {model}: neither a folder here nor to be had from the hub ({_one_line(error)})"
+            f"BERTScore model {model}: neither a folder here nor to be had from the hub ({one_line(error, 200)})"
         ) from error
     if "t5" in model and "t5" not in config.model_type:
         raise InputError(
@@ -118,8 +118,3 @@ def _layer(model: str, layer: int) -> int:
     if layer > layers:
         raise InputError(f"BERTScore layer {layer}: {model} has {layers} layers")
     return layer or layers
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200] + "…"

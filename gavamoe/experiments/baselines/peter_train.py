@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -23,7 +22,7 @@ from gavamoe.artifacts.manifest import load_weights, read_manifest, save_weights
 from gavamoe.config.schema import GenerationConfig, PromptConfig, RunConfig
 from gavamoe.data.dataset import Dataset, PairArrays
 from gavamoe.data.ratings import RatingScale
-from gavamoe.errors import InputError, RunError
+from gavamoe.errors import InputError, RunError, validated
 from gavamoe.experiments.baselines.peter_model import IDS, Peter, PeterSpec
 from gavamoe.generation.detokenize import clean_text
 from gavamoe.generation.generator import Explanation
@@ -116,10 +115,7 @@ class PeterWriter:
         manifest = read_manifest(folder, "peter")
         if manifest.inputs.get("dataset") != data.fingerprint:
             raise InputError(f"{folder}: was trained on another dataset than {data.path}; remove it to train again")
-        try:
-            spec = PeterSpec.model_validate(read_json(folder / _SPEC_FILE))
-        except ValidationError as error:
-            raise InputError(f"{folder / _SPEC_FILE}: not a PETER model ({error.error_count()} problems)") from error
+        spec = validated(PeterSpec, read_json(folder / _SPEC_FILE), folder / _SPEC_FILE, "a PETER model")
         model = Peter(spec)
         load_weights(folder / _WEIGHTS_FILE, model)
         tokenizer = AutoTokenizer.from_pretrained(folder / _TOKENIZER, trust_remote_code=False, local_files_only=True)
