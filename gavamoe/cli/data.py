@@ -37,7 +37,7 @@ def prepare(
     json_output: Json = False,
 ) -> None:
     """Turn raw reviews into a dataset folder: ids, splits, features, one explanation a row."""
-    from gavamoe.cli.output import summary
+    from gavamoe.cli.output.data import print_prepared
     from gavamoe.cli.terminal import TerminalProgress
     from gavamoe.data.prepare import prepare as prepare_reviews
 
@@ -57,7 +57,7 @@ def prepare(
             seed=seed,
             progress=progress.rows,
         )
-    summary.print_prepared(result, out, as_json=json_output)
+    print_prepared(result, out, as_json=json_output)
 
 
 @data_app.command()
@@ -86,8 +86,8 @@ def describe_data(
     json_output: Json = False,
 ) -> None:
     """The paper's Table 1 for a dataset, and more: density, ratings, cold users, features."""
-    from gavamoe.cli.output import summary
+    from gavamoe.cli.output.data import print_description
     from gavamoe.data.dataset import open_dataset
     from gavamoe.data.describe import describe
 
-    summary.print_description(describe(open_dataset(dataset)), as_json=json_output)
+    print_description(describe(open_dataset(dataset)), as_json=json_output)

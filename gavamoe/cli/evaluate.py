@@ -27,7 +27,7 @@ def evaluate(
     json_output: Json = False,
 ) -> None:
     """Write explanations for a split and score them."""
-    from gavamoe.cli.output import summary
+    from gavamoe.cli.output import scores
     from gavamoe.cli.terminal import TerminalProgress
     from gavamoe.pipeline import evaluate_and_report
 
@@ -43,7 +43,7 @@ def evaluate(
             bertscore_model=bertscore_model,
             bertscore_layer=bertscore_layer,
         )
-    summary.print_evaluation(metrics, run, as_json=json_output)
+    scores.print_evaluation(metrics, run, as_json=json_output)
 
 
 def score(
@@ -63,7 +63,7 @@ def score(
     json_output: Json = False,
 ) -> None:
     """Score any system's texts through the same metrics."""
-    from gavamoe.cli.output import summary
+    from gavamoe.cli.output import scores
     from gavamoe.cli.terminal import TerminalProgress
     from gavamoe.evaluation.score_files import Reading, score_files
 
@@ -79,7 +79,7 @@ def score(
             bertscore_layer=bertscore_layer or 0,
             on_progress=progress.count,
         )
-    summary.print_scores(result, as_json=json_output)
+    scores.print_scores(result, as_json=json_output)
 
 
 def ablate(
@@ -140,8 +140,9 @@ def report(
     ] = None,
 ) -> None:
     """Tables and figures of one or more runs, or of an ablation, side by side: one self-contained HTML page."""
+    from gavamoe.artifacts.run import RunFolder
     from gavamoe.cli.terminal import console
     from gavamoe.report.page import write_report
 
-    written = write_report(runs, out or runs[0] / "report.html", human=human, figures=figures)
+    written = write_report(runs, out or RunFolder(runs[0]).report, human=human, figures=figures)
     console.print(f"report: {written}", markup=False, soft_wrap=True)

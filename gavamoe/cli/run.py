@@ -1,11 +1,20 @@
-"""`gavamoe route` and `explain`, which use a trained run: parse, call, print."""
+"""`gavamoe route` and `explain`, which use a trained run: parse, compute, print.
 
-from typing import Annotated
+What is heavy to import, torch before all, is imported inside the functions.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gavamoe.cli.options import Json, RunPath, Set, counts_of
 from gavamoe.errors import InputError
+
+if TYPE_CHECKING:
+    from gavamoe.artifacts.run import Run
+    from gavamoe.generation.generator import Explanation, Piece
 
 
 def route(
@@ -19,8 +28,7 @@ def route(
     json_output: Json = False,
 ) -> None:
     """The clusters: sizes, what tells each apart, and the latent map (Figure 5); or the route of one pair."""
-    from gavamoe.cli.output import summary
-    from gavamoe.pipeline import open_run
+    from gavamoe.artifacts.run import open_run
 
     if (user is None) != (item is None):
         raise InputError("--user and --item go together")
@@ -29,17 +37,66 @@ def route(
     counts = None if sweep_clusters is None else counts_of(sweep_clusters)
     opened = open_run(run)
     if counts is not None:
-        summary.print_cluster_sweep(opened, counts, as_json=json_output)
+        _sweep(opened, counts, as_json=json_output)
     elif user is None or item is None:
-        summary.print_clusters(opened, as_json=json_output)
+        _clusters(opened, as_json=json_output)
     else:
-        summary.print_route(opened, user, item, as_json=json_output)
+        _route(opened, user, item, as_json=json_output)
+
+
+def _clusters(run: "Run", *, as_json: bool) -> None:
+    from gavamoe.cli.output.explanation import print_clusters
+    from gavamoe.data.dataset import open_dataset
+    from gavamoe.stage1.artifact import load_stage1
+    from gavamoe.stage1.clusters import describe_clusters, plot_latents
+    from gavamoe.stage1.routes import ROUTES_FILE
+
+    model, _ = load_stage1(run.stage1)
+    dataset = open_dataset(run.dataset)
+    clusters = describe_clusters(dataset, run.stage1 / ROUTES_FILE)
+    plot_latents(model, dataset, run.latent_map, seed=run.config.seed)
+    print_clusters(clusters, run.latent_map, as_json=as_json)
+
+
+def _sweep(run: "Run", counts: Sequence[int], *, as_json: bool) -> None:
+    from gavamoe.cli.output.explanation import print_cluster_sweep
+    from gavamoe.cli.terminal import TerminalProgress
+    from gavamoe.experiments.cluster_sweep import sweep_clusters
+
+    with TerminalProgress() as progress:
+        progress.step("Train stage 1 for each number of clusters, two seeds each")
+        sweep, picture = sweep_clusters(run, counts, on_done=progress.count)
+    print_cluster_sweep(sweep, picture, as_json=as_json)
+
+
+def _route(run: "Run", user: str, item: str, *, as_json: bool) -> None:
+    import numpy as np
+
+    from gavamoe.cli.output.explanation import print_route
+    from gavamoe.data.dataset import open_dataset
+    from gavamoe.stage1.artifact import load_stage1
+    from gavamoe.stage1.routes import route_pairs
+
+    model, _ = load_stage1(run.stage1)
+    catalog = open_dataset(run.dataset).catalog
+    user_index, item_index = catalog.user_or_unknown(user), catalog.item_or_unknown(item)
+    routes = route_pairs(model, np.array([user_index]), np.array([item_index]))
+    value = {
+        "user": user,
+        "item": item,
+        "user_known": user_index < catalog.known_users,
+        "item_known": item_index < catalog.known_items,
+        "cluster": int(routes.cluster[0]),
+        "responsibilities": [float(share) for share in routes.responsibilities[0]],
+        "predicted_rating": float(routes.rating[0]),
+    }
+    print_route(value, as_json=as_json)
 
 
 def explain(
     run: RunPath,
-    user: Annotated[str, typer.Option(help="Raw user id; an unknown one is served, and said so.")],
-    item: Annotated[str, typer.Option(help="Raw item id.")],
+    user: Annotated[str, typer.Option(help="Raw user id; unknown ids are served and reported as such.")],
+    item: Annotated[str, typer.Option(help="Raw item id; unknown ids are served and reported as such.")],
     features: Annotated[str | None, typer.Option(help="Comma-separated; default: the item's usual ones.")] = None,
     rating: Annotated[float | None, typer.Option(help="Default: the predicted rating.")] = None,
     overrides: Set = None,
@@ -51,18 +108,34 @@ def explain(
     json_output: Json = False,
 ) -> None:
     """Write the explanation for one user and one item."""
-    from gavamoe.cli.output import summary
-    from gavamoe.pipeline import open_run
+    from gavamoe.artifacts.run import open_run
+    from gavamoe.cli.output.explanation import print_explanation
+    from gavamoe.config.files import override_config
+    from gavamoe.generation.generator import ExplanationGenerator
+    from gavamoe.generation.request import ExplanationRequest
 
+    opened = open_run(run)
+    generation = override_config(opened.config, overrides or []).generation
     words = None if features is None else tuple(word.strip() for word in features.split(",") if word.strip())
-    summary.print_explanation(
-        open_run(run),
-        user,
-        item,
-        words,
-        rating,
-        overrides=overrides or [],
-        seed=seed,
-        stream=stream,
-        as_json=json_output,
-    )
+    generator = ExplanationGenerator.load(opened.stage2)
+    catalog = generator.catalog
+    request = ExplanationRequest(catalog.user_or_unknown(user), catalog.item_or_unknown(item), rating, words)
+    live = sys.stdout.isatty() if stream is None else stream
+    if generation.beams > 1 and not stream:
+        [value] = generator.explain([request], generation, seed=seed)
+        live = False
+    else:
+        live = live and not json_output
+        value = _follow(generator.stream([request], generation, seed=seed), live=live)
+    print_explanation(value, user, item, shown=live, as_json=json_output)
+
+
+def _follow(pieces: "Iterator[Piece]", *, live: bool) -> "Explanation":
+    """The explanation of one request's pieces, which are printed as they come if `live`."""
+    explanation = None
+    for piece in pieces:
+        if live:
+            print(piece.text, end="", flush=True)
+        explanation = piece.explanation or explanation
+    assert explanation is not None, "a row's last piece carries its explanation"
+    return explanation

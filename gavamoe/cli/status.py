@@ -9,18 +9,16 @@ from typing import Any, Literal
 
 from gavamoe.artifacts import remote
 from gavamoe.artifacts.files import read_json
+from gavamoe.artifacts.logs import read_log
 from gavamoe.artifacts.manifest import read_manifest
-from gavamoe.config.files import load_config
+from gavamoe.artifacts.run import METRICS_FILE, STEPS, DatasetReference, Run, RunFolder, open_run
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
-from gavamoe.evaluation.evaluated_run import read_log
-from gavamoe.pipeline import CONFIG_FILE, DATASET_FILE
 
 State = Literal["done", "running", "stopped", "damaged", "not started"]
 
 SECONDS_OF_SILENCE = 120.0
 """A log that was written to since then belongs to a step that runs."""
-_STEPS = ("stage1", "stage2", "evaluation")
 _SHOWN = ("loss", "validation_loss", "elbo", "valid_rmse", "rmse", "tokens_per_second", "pairs_per_second")
 
 
@@ -65,34 +63,30 @@ def read_status(run: Path) -> RunStatus:
     """Read a run folder.
 
     Raises:
-        InputError: it is no run folder, or its config can't be read.
+        InputError: it is not a run folder, or its config can't be read.
     """
-    run = Path(run)
-    if not (run / CONFIG_FILE).is_file():
-        raise InputError(f"{run}: not a run folder ({CONFIG_FILE} is missing); `gavamoe train` makes one")
-    load_config(run / CONFIG_FILE)
-    reference = read_json(run / DATASET_FILE)
-    steps = [_step(run, name) for name in _STEPS]
-    place = remote.place_of(run)
-    path = str(run) if place is None else place.uri
+    folder = open_run(run)
+    steps = [_step(folder, name) for name in STEPS]
+    place = remote.place_of(folder.path)
+    path = str(folder.path) if place is None else place.uri
     return RunStatus(
         path=path,
-        dataset=str(reference.get("path")),
-        dataset_problem=_dataset_problem(reference),
+        dataset=folder.reference.path,
+        dataset_problem=_dataset_problem(folder.reference),
         steps=steps,
-        logs=_logs(run),
-        next=_next(path, run / CONFIG_FILE, str(reference.get("path")), steps),
+        logs=_logs(folder),
+        next=_next(path, folder, steps),
     )
 
 
-def _step(run: Path, name: str) -> StepStatus:
+def _step(run: RunFolder, name: str) -> StepStatus:
     found = _from_log(run, name)
-    folder = run / name
+    folder = run.path / name
     if not folder.is_dir():
         return found
     try:
         manifest = read_manifest(folder, name, verify=False)  # type: ignore[arg-type]
-        metrics = read_json(folder / "metrics.json")
+        metrics = read_json(folder / METRICS_FILE)
     except InputError as error:
         return StepStatus(name, "damaged", problem=str(error))
     return StepStatus(
@@ -107,11 +101,11 @@ def _step(run: Path, name: str) -> StepStatus:
     )
 
 
-def _from_log(run: Path, name: str) -> StepStatus:
+def _from_log(run: RunFolder, name: str) -> StepStatus:
     """What the log tells of a step whose artifact is not there."""
-    path = run / "logs" / f"{name}.jsonl"
+    path = run.log(name)
     lines = read_log(path)
-    kept = sorted(p.name for p in (run / "checkpoints" / name).glob("checkpoint_[0-9]*"))
+    kept = sorted(p.name for p in run.checkpoints(name).glob("checkpoint_[0-9]*"))
     if not lines and not kept:
         return StepStatus(name, "not started")
     idle = time.time() - path.stat().st_mtime
@@ -151,30 +145,30 @@ def _result(name: str, metrics: dict[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in chosen.items() if isinstance(value, int | float)}
 
 
-def _dataset_problem(reference: dict[str, Any]) -> str | None:
-    path = str(reference.get("path"))
+def _dataset_problem(reference: DatasetReference) -> str | None:
+    path = reference.path
     if remote.is_uri(path):
         return None  # looking would fetch it
     try:
         fingerprint = open_dataset(Path(path)).fingerprint
     except InputError as error:
         return str(error)
-    return None if fingerprint == reference.get("fingerprint") else f"{path}: has changed since the run was started"
+    return None if fingerprint == reference.fingerprint else f"{path}: has changed since the run was started"
 
 
-def _logs(run: Path) -> dict[str, str]:
-    found = {name: str(run / "logs" / f"{name}.jsonl") for name in _STEPS if (run / "logs" / f"{name}.jsonl").is_file()}
-    if (run / "logs" / "tensorboard").is_dir():
-        found["tensorboard"] = f"tensorboard --logdir {shlex.quote(str(run / 'logs' / 'tensorboard'))}"
-    if (run / "logs" / "mlflow.db").is_file():
-        found["mlflow"] = f"mlflow ui --backend-store-uri sqlite:///{(run / 'logs' / 'mlflow.db').absolute()}"
-    if (run / "report.html").is_file():
-        found["report"] = str(run / "report.html")
-    return found
+def _logs(run: RunFolder) -> dict[str, str]:
+    shown = {name: str(run.log(name)) for name in STEPS if run.log(name).is_file()}
+    if run.tensorboard.is_dir():
+        shown["tensorboard"] = f"tensorboard --logdir {shlex.quote(str(run.tensorboard))}"
+    if run.mlflow.is_file():
+        shown["mlflow"] = f"mlflow ui --backend-store-uri sqlite:///{run.mlflow.absolute()}"
+    if run.report.is_file():
+        shown["report"] = str(run.report)
+    return shown
 
 
-def _next(run: str, config: Path, dataset: str, steps: list[StepStatus]) -> str:
-    quoted = shlex.quote(run)
+def _next(path: str, run: Run, steps: list[StepStatus]) -> str:
+    quoted = shlex.quote(path)
     for step in steps:
         if step.state == "damaged":
             return f"{step.name}/ is damaged ({step.problem}); remove it, then run it again"
@@ -182,7 +176,8 @@ def _next(run: str, config: Path, dataset: str, steps: list[StepStatus]) -> str:
             return f"{step.name} is running, or was {step.idle or 0:.0f} s ago; wait, or look at its log"
         if step.state != "done" and step.name != "evaluation":
             return (
-                f"gavamoe train {shlex.quote(str(config))} --dataset {shlex.quote(dataset)} --run-dir {quoted} --resume"
+                f"gavamoe train {shlex.quote(str(run.config_file))} --dataset {shlex.quote(run.reference.path)}"
+                f" --run-dir {quoted} --resume"
             )
         if step.state != "done":
             return f"gavamoe evaluate {quoted}"

@@ -26,7 +26,7 @@ def quickstart(
     data_seed: Annotated[int, typer.Option(help="Seed of the synthetic reviews.")] = 0,
 ) -> None:
     """The main job on embedded data, end to end: reviews, stage 1, stage 2, scores, report; minutes on 2 cores."""
-    from gavamoe.cli.output import summary
+    from gavamoe.cli.output.scores import print_quickstart
     from gavamoe.cli.terminal import TerminalProgress
     from gavamoe.config.files import load_config
     from gavamoe.pipeline import quickstart as run_quickstart
@@ -34,7 +34,7 @@ def quickstart(
     folder = run_dir or Path("runs/quickstart")
     with TerminalProgress() as progress:
         run = run_quickstart(folder, load_config(config, overrides or []), data_seed=data_seed, progress=progress)
-    summary.print_quickstart(run)
+    print_quickstart(run)
 
 
 def train(
@@ -51,7 +51,8 @@ def train(
     json_output: Json = False,
 ) -> None:
     """Train both stages (or one) on a dataset; progress and metrics go to the run folder."""
-    from gavamoe.cli.output import summary
+    from gavamoe.cli.output.scores import print_evaluation
+    from gavamoe.cli.output.training import print_training
     from gavamoe.cli.terminal import TerminalProgress
     from gavamoe.config.files import load_config
     from gavamoe.pipeline import evaluate_and_report, train_run
@@ -66,9 +67,9 @@ def train(
         metrics = train_run(settings, dataset, folder, stage=cast("Stage", stage), resume=resume, progress=progress)
         scores = evaluate_and_report(folder, progress=progress) if evaluate else None
     if scores is None:
-        summary.print_training(metrics, folder, as_json=json_output)
+        print_training(metrics, folder, as_json=json_output)
     else:
-        summary.print_evaluation(scores, folder, as_json=json_output)
+        print_evaluation(scores, folder, as_json=json_output)
 
 
 def tune(

@@ -59,6 +59,14 @@ class Catalog:
         """Index of the item with this raw id; None when the dataset never saw it."""
         return self._item_index.get(raw)
 
+    def user_or_unknown(self, raw: str) -> int:
+        """Index of the user with this raw id; `n_users`, which stands for the unknown user, if there is none."""
+        return self._user_index.get(raw, self.n_users)
+
+    def item_or_unknown(self, raw: str) -> int:
+        """Index of the item with this raw id; `n_items`, which stands for the unknown item, if there is none."""
+        return self._item_index.get(raw, self.n_items)
+
     def user_id(self, index: int) -> str:
         """Raw id of the user at `index`; IndexError outside 0..n_users-1."""
         return str(self._users["id"][index].as_py())

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from gavamoe.artifacts.files import read_json
+from gavamoe.artifacts.run import Run
 from gavamoe.data.catalog import Catalog, check_parquet, read_table
 from gavamoe.errors import InputError, validated
 
@@ -209,6 +210,25 @@ def open_dataset(path: Path) -> Dataset:
             f"{path}: {catalog.n_users} users and {catalog.n_items} items, meta.json says {meta.users} and {meta.items}"
         )
     return Dataset(path, meta, catalog)
+
+
+def dataset_of_run(run: Run, moved_to: Path | None = None) -> Dataset:
+    """Open the dataset that a run was trained on.
+
+    Args:
+        moved_to: where it lies now, if that is not where the run was started with it.
+
+    Raises:
+        InputError: it is not there, damaged, or not the one of the run.
+    """
+    dataset = open_dataset(run.dataset if moved_to is None else Path(moved_to))
+    recorded = run.reference.fingerprint
+    if dataset.fingerprint != recorded:
+        raise InputError(
+            f"{dataset.path}: not the dataset of {run.path} (fingerprint {dataset.fingerprint[:12]}, the run has"
+            f" {recorded[:12]}); name the right one with --dataset"
+        )
+    return dataset
 
 
 def fingerprint(files: dict[str, str]) -> str:

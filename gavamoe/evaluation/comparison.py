@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from gavamoe.artifacts.files import read_json, write_file, write_json
+from gavamoe.artifacts.run import METRICS_FILE, RunFolder
 from gavamoe.errors import validated
 from gavamoe.evaluation.faithfulness.measure import BEYOND
 from gavamoe.evaluation.metrics.registry import METRICS
@@ -101,9 +102,9 @@ class Mean(NamedTuple):
 
 def read_outcome(name: str, label: str, what: str, seed: int, folder: Path) -> Outcome:
     """The numbers of an evaluated run folder R/SYSTEM/seed-S."""
-    metrics = read_json(folder / "evaluation" / "metrics.json")
+    metrics = read_json(RunFolder(folder).evaluation / METRICS_FILE)
     scores: dict[str, float | None] = dict(metrics["metrics"])
-    trained = [path for kind in ("stage2", "peter") if (path := folder / kind / "metrics.json").is_file()]
+    trained = [path for kind in ("stage2", "peter") if (path := folder / kind / METRICS_FILE).is_file()]
     for path in trained:
         model = read_json(path)
         scores |= {key: model[key] for key in ("validation_loss", "parameters")}

@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gavamoe.artifacts import remote
-from gavamoe.artifacts.files import read_json, write_folder, write_json
+from gavamoe.artifacts.files import write_folder, write_json
 from gavamoe.artifacts.manifest import read_manifest, write_manifest
-from gavamoe.config.files import load_config, parse_config
+from gavamoe.artifacts.run import METRICS_FILE, open_run
+from gavamoe.config.files import parse_config
 from gavamoe.config.schema import GenerationConfig, RunConfig
-from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.data.dataset import Dataset, dataset_of_run
 from gavamoe.errors import InputError
 from gavamoe.evaluation.faithfulness.features import feature_set
 from gavamoe.evaluation.faithfulness.measure import Gates, Written, measure_beyond
@@ -40,13 +40,13 @@ from gavamoe.evaluation.rows import (
 )
 from gavamoe.evaluation.significance import intervals, not_better
 from gavamoe.runtime.progress import OnProgress
+from gavamoe.stage1.routes import ROUTES_FILE
 
 if TYPE_CHECKING:
     from gavamoe.generation.generator import Explanation
     from gavamoe.generation.request import ExplanationRequest
 
 SCHEMA_VERSION = 2
-METRICS_FILE = "metrics.json"
 GENERATIONS_FILE = "generations.parquet"
 PREDICTED_FILE = "generations_predicted.parquet"
 """Texts of the second protocol, where both were evaluated."""
@@ -109,25 +109,25 @@ def evaluate_run(
     from gavamoe.evaluation.faithfulness.gates import measure_gates
     from gavamoe.generation.generator import ExplanationGenerator
 
-    run = Path(run)
-    config = _configured(run, **options)
-    data = _dataset_of(run, dataset)
-    trained = read_manifest(run / "stage2", "stage2", verify=False)
+    opened = open_run(run)
+    config = _configured(opened.config, **options)
+    data = dataset_of_run(opened, dataset)
+    trained = read_manifest(opened.stage2, "stage2", verify=False)
     if trained.inputs.get("dataset") != data.fingerprint:
-        raise InputError(f"{run / 'stage2'}: was trained on another dataset than {data.path}; train it again")
+        raise InputError(f"{opened.stage2}: was trained on another dataset than {data.path}; train it again")
     data.size(split)
-    explainer = ExplanationGenerator.load(run / "stage2", device=device)
+    explainer = ExplanationGenerator.load(opened.stage2, device=device)
     result = evaluate(
         explainer,
         data,
         config,
         split=split,
-        routes=run / "stage1" / "routes.parquet",
+        routes=opened.stage1 / ROUTES_FILE,
         gates=partial(measure_gates, explainer),
         on_progress=on_progress,
     )
     inputs = {"dataset": data.fingerprint, "stage2": trained.fingerprint}
-    write_evaluation(run / "evaluation", result, config, inputs)
+    write_evaluation(opened.evaluation, result, config, inputs)
     return result.metrics
 
 
@@ -137,7 +137,7 @@ def evaluate(
     config: RunConfig,
     *,
     split: str = "test",
-    routes: Path = Path("routes.parquet"),
+    routes: Path = Path(ROUTES_FILE),
     gates: Gates | None = None,
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
@@ -302,27 +302,11 @@ def _bert_scores(texts: dict[str, list[str]], references: list[str], config: Run
     return {name: together.rows(slice(n * size, (n + 1) * size)) for n, name in enumerate(texts)}
 
 
-def _configured(run: Path, **options: Any) -> RunConfig:
+def _configured(config: RunConfig, **options: Any) -> RunConfig:
     """The run's config with the given evaluation options in place of its own."""
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"{run}: not a run folder (config.yaml is missing); `gavamoe train` makes one")
-    values = load_config(run / "config.yaml").model_dump(mode="json")
+    values = config.model_dump(mode="json")
     values["evaluation"] |= {name: value for name, value in options.items() if value is not None}
     return parse_config(values, "evaluate")
-
-
-def _dataset_of(run: Path, moved_to: Path | None) -> Dataset:
-    """The dataset a run was trained on, checked by fingerprint."""
-    recorded = read_json(run / "dataset.json")
-    if not isinstance(recorded, dict) or not {"path", "fingerprint"} <= recorded.keys():
-        raise InputError(f"{run / 'dataset.json'}: expected path and fingerprint of the dataset")
-    dataset = open_dataset(remote.located(str(recorded["path"])) if moved_to is None else Path(moved_to))
-    if dataset.fingerprint != recorded["fingerprint"]:
-        raise InputError(
-            f"{dataset.path}: not the dataset of {run} (fingerprint {dataset.fingerprint[:12]},"
-            f" the run has {str(recorded['fingerprint'])[:12]})"
-        )
-    return dataset
 
 
 def _scored(rows: RowStatistics, index: np.ndarray | None = None) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What a report reads of a run folder: config, scores, texts, the stages' metrics and their logs. Never the dataset."""
 
 import base64
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gavamoe.artifacts.files import read_json
+from gavamoe.artifacts.logs import read_log
 from gavamoe.artifacts.manifest import Manifest, read_manifest
+from gavamoe.artifacts.run import METRICS_FILE, RunFolder
 from gavamoe.config.files import load_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError
-from gavamoe.evaluation.evaluate import GENERATIONS_FILE, METRICS_FILE, SCHEMA_VERSION
+from gavamoe.evaluation.evaluate import GENERATIONS_FILE, SCHEMA_VERSION
 
-MAX_LOG_BYTES = 64 * 2**20
 MAX_PICTURE_BYTES = 8 * 2**20
 
 
@@ -59,13 +59,13 @@ def read_run(run: Path) -> RunData:
     Raises:
         InputError: it is no run folder, or its evaluation is missing, damaged or of another format.
     """
-    if not (run / "config.yaml").is_file():
-        raise InputError(f"{run}: not a run folder (config.yaml is missing); `gavamoe train` makes one")
-    manifest = read_manifest(run / "evaluation", "evaluation")
-    metrics = read_json(run / "evaluation" / METRICS_FILE)
+    folder = RunFolder(run)
+    folder.check()
+    manifest = read_manifest(folder.evaluation, "evaluation")
+    metrics = read_json(folder.evaluation / METRICS_FILE)
     if metrics.get("schema_version") != SCHEMA_VERSION:
         raise InputError(
-            f"{run / 'evaluation'}: has schema version {metrics.get('schema_version')}, this gavamoe reads"
+            f"{folder.evaluation}: has schema version {metrics.get('schema_version')}, this gavamoe reads"
             f" {SCHEMA_VERSION}; evaluate it again"
         )
     stages = {
@@ -76,13 +76,13 @@ def read_run(run: Path) -> RunData:
     return RunData(
         name=run.resolve().name,
         long_name="/".join(run.resolve().parts[-2:]),
-        config=load_config(run / "config.yaml"),
+        config=load_config(folder.config_file),
         manifest=manifest,
         metrics=metrics,
-        generations=pq.read_table(run / "evaluation" / GENERATIONS_FILE),
+        generations=pq.read_table(folder.evaluation / GENERATIONS_FILE),
         stages=stages,
-        latent_map=_read_picture(run / "clusters.png"),
-        logs={stage: read_log(run / "logs" / f"{stage}.jsonl") for stage in ("stage1", "stage2")},
+        latent_map=_read_picture(folder.latent_map),
+        logs={stage: read_log(folder.log(stage)) for stage in ("stage1", "stage2")},
     )
 
 
@@ -103,23 +103,3 @@ def _read_picture(path: Path) -> str | None:
     if path.stat().st_size > MAX_PICTURE_BYTES:
         raise InputError(f"{path}: larger than the {MAX_PICTURE_BYTES} bytes that a report takes in")
     return base64.b64encode(path.read_bytes()).decode("ascii")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines log; a last line that was cut off by a crash is left out. [] without the file."""
-    if not path.is_file():
-        return []
-    if path.stat().st_size > MAX_LOG_BYTES:
-        raise InputError(f"{path}: larger than the {MAX_LOG_BYTES} bytes that a report reads")
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
-    return [line for line in found if isinstance(line, dict)]

@@ -12,9 +12,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gavamoe.artifacts.files import write_file, write_folder
+from gavamoe.artifacts.files import write_folder
 from gavamoe.artifacts.manifest import MANIFEST, read_manifest
-from gavamoe.config.files import dump_config, override_config
+from gavamoe.artifacts.run import RunFolder, claim_run
+from gavamoe.config.files import override_config
 from gavamoe.config.schema import RunConfig, Stage1Config
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
@@ -23,7 +24,7 @@ from gavamoe.evaluation.evaluate import Writer, evaluate, evaluate_run, write_ev
 from gavamoe.experiments.baselines import peter_train
 from gavamoe.experiments.baselines.retrieval import Copier
 from gavamoe.experiments.variants import SYSTEMS, System, find_systems
-from gavamoe.pipeline import CONFIG_FILE, claim_run, train_run
+from gavamoe.pipeline import train_run
 from gavamoe.runtime.progress import NoProgress, Progress
 from gavamoe.runtime.ray_train import Line, ray_session
 from gavamoe.stage1.artifact import load_stage1
@@ -37,6 +38,10 @@ class Job:
     system: System
     config: RunConfig
     folder: Path
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.folder)
 
 
 @dataclass
@@ -71,7 +76,7 @@ def run_ablation(
     opened, out = open_dataset(dataset), Path(out)
     plan = _plan(config, opened, out, seeds, only)
     left = [job for job in plan.jobs if not _evaluated(job, opened)]
-    trains = any(job.system.model == "stage2" and not (job.folder / "stage2" / MANIFEST).is_file() for job in left)
+    trains = any(job.system.model == "stage2" and not (job.run.stage2 / MANIFEST).is_file() for job in left)
     with ray_session(config.runtime) if trains else nullcontext():
         for number, job in enumerate(todo := tuple(left), start=1):
             if minutes is not None and time.monotonic() - started >= 60 * minutes:
@@ -119,10 +124,11 @@ def _plan(config: RunConfig, dataset: Dataset, out: Path, seeds: int, only: Sequ
 
 def _evaluated(job: Job, dataset: Dataset) -> bool:
     """Whether the job's scores are there, made under the same settings from the same data and model."""
-    folder = job.folder / "evaluation"
+    folder = job.run.evaluation
     if not folder.is_dir():
         return False
-    claim_run(job.folder, job.config, dataset, continuing=True)  # refuses a folder of other settings
+    # A folder of other settings is refused here.
+    claim_run(job.folder, job.config, dataset.path, dataset.fingerprint, continuing=True)
     manifest = read_manifest(folder, "evaluation", verify=False)
     now = job.config.model_dump(mode="json")
     same = all(manifest.config.get(section) == now[section] for section in ("generation", "evaluation"))
@@ -136,8 +142,8 @@ def _evaluated(job: Job, dataset: Dataset) -> bool:
 
 def _run(job: Job, dataset: Dataset, jobs: Sequence[Job], progress: Progress) -> None:
     if job.system.model != "stage2":
-        claim_run(job.folder, job.config, dataset, continuing=True)
-        _write_config(job)
+        claim_run(job.folder, job.config, dataset.path, dataset.fingerprint, continuing=True)
+        job.run.write_config(job.config)
         inputs = {"dataset": dataset.fingerprint}
         writer: Writer
         if job.system.source is not None:
@@ -147,11 +153,11 @@ def _run(job: Job, dataset: Dataset, jobs: Sequence[Job], progress: Progress) ->
             inputs["peter"] = read_manifest(job.folder / "peter", "peter", verify=False).fingerprint
         progress.step("write and score texts")
         result = evaluate(writer, dataset, job.config, on_progress=progress.count)
-        write_evaluation(job.folder / "evaluation", result, job.config, inputs)
+        write_evaluation(job.run.evaluation, result, job.config, inputs)
         return
     _share_stage1(job, jobs)
     train_run(job.config, dataset.path, job.folder, resume=True, progress=progress)
-    _write_config(job)
+    job.run.write_config(job.config)  # an earlier session may have evaluated it in another way
     progress.step("write and score texts")
     evaluate_run(job.folder, dataset=dataset.path, on_progress=progress.count)
 
@@ -164,12 +170,6 @@ def _peter(job: Job, dataset: Dataset, progress: Progress) -> Writer:
         features = job.system.peter == "features"
         peter_train.train_peter(job.config, dataset, folder, features=features, on_progress=progress.count)
     return peter_train.PeterWriter.load(folder, dataset, job.config.stage2.prompt)
-
-
-def _write_config(job: Job) -> None:
-    """How a run is evaluated may have changed since an earlier session made its folder."""
-    with write_file(job.folder / CONFIG_FILE) as aside:
-        aside.write_text(dump_config(job.config), encoding="utf-8")
 
 
 def _share_stage1(job: Job, jobs: Sequence[Job]) -> None:
@@ -196,10 +196,10 @@ def _draw_maps(jobs: Sequence[Job], dataset: Dataset, progress: Progress) -> Non
         if job.system.model != "stage2" or job.config.seed != jobs[0].config.seed or job.config.stage1 in drawn:
             continue
         drawn.append(job.config.stage1)
-        picture = job.folder / "clusters.png"
+        picture = job.run.latent_map
         if not picture.is_file():
             progress.step(f"draw the latents of {job.system.name}")
-            model, _ = load_stage1(job.folder / "stage1")
+            model, _ = load_stage1(job.run.stage1)
             plot_latents(model, dataset, picture, seed=job.config.seed)
 
 

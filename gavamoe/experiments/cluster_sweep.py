@@ -16,11 +16,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from gavamoe.artifacts.files import write_file, write_json
+from gavamoe.artifacts.run import Run
 from gavamoe.config.files import override_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
-from gavamoe.pipeline import Run
 from gavamoe.runtime.context import Context
 from gavamoe.runtime.ray_train import ray_session, run_tasks
 from gavamoe.stage1.routes import ROUTES_FILE, user_responsibilities

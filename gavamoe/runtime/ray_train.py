@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gavamoe.artifacts import remote
+from gavamoe.artifacts.run import RunFolder
 from gavamoe.config.schema import RunConfig, RuntimeConfig
 from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.context import LocalContext
@@ -206,7 +207,7 @@ class _Checkpoints:
     def __init__(self, folder: Path, name: str) -> None:
         place = remote.place_of(folder)
         self.base = folder if place is None else place.uri
-        self._local = folder / "checkpoints" / name
+        self._local = RunFolder(folder).checkpoints(name)
         self._uri = None if place is None else f"{place.uri}/checkpoints/{name}"
         self.filesystem, self.path = None, str(self._local.parent)
         if place is not None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gavamoe.artifacts.files import read_json, write_file, write_json
+from gavamoe.artifacts.run import RunFolder
 from gavamoe.config.schema import RunConfig, RuntimeConfig
 from gavamoe.errors import InputError
 
@@ -44,7 +45,7 @@ class RunLog:
         Raises:
             InputError: the folder can't be written, or the tracking service is not installed.
         """
-        self.path = Path(folder) / "logs" / f"{name}.jsonl"
+        self.path = RunFolder(Path(folder)).log(name)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not keep:
@@ -120,8 +121,8 @@ class _MlFlow:
             from mlflow.tracking import MlflowClient
         except ImportError as error:
             raise InputError("runtime.tracking: mlflow is not installed; pip install 'gavamoe[mlflow]'") from error
-        self._client = MlflowClient(uri or f"sqlite:///{folder / 'logs' / 'mlflow.db'}")
-        known = folder / "logs" / f"{name}.mlflow.json"
+        self._client = MlflowClient(uri or f"sqlite:///{RunFolder(folder).mlflow}")
+        known = RunFolder(folder).logs / f"{name}.mlflow.json"
         if keep and known.is_file():
             self._run = str(read_json(known)["run_id"])
             return
@@ -157,7 +158,7 @@ class _WandB:
             name=f"{folder.name}/{name}",
             id=f"{folder.name}-{name}",
             resume="allow" if keep else None,
-            dir=str(folder / "logs"),
+            dir=str(RunFolder(folder).logs),
             config=config.model_dump(mode="json") if config else {},
             settings=settings,
         )

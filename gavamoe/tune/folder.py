@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gavamoe.artifacts.files import read_json, write_json
+from gavamoe.artifacts.run import first_difference
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
@@ -58,8 +59,9 @@ def _check(folder: Path, space: Space, config: RunConfig, dataset: Dataset, seed
     if not isinstance(before, dict):
         raise InputError(f"{path}: damaged; use another --run-dir")
     for part, name in (("dataset", "dataset"), ("space", "space"), ("config", "config"), ("seeds", "--seeds")):
-        field, old, new = _difference(name, before.get(part), now[part])
-        if old != new:
+        difference = first_difference(before.get(part), now[part], name)
+        if difference is not None:
+            field, old, new = difference
             raise InputError(
                 f"{folder}: holds a search with another {name} ({field} was {_short(old)}, now {_short(new)});"
                 " use the same or another --run-dir"
@@ -88,15 +90,6 @@ def _identity(space: Space, config: RunConfig, dataset: Dataset, seeds: int) -> 
 def _trials(folder: Path) -> int:
     trials: int = read_json(folder / TEST_FILE)["trials"]
     return trials
-
-
-def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
-    """The first field in which two values differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*now, *before]:
-            if before.get(key) != now.get(key):
-                return _difference(f"{name}.{key}", before.get(key), now.get(key))
-    return name, before, now
 
 
 def _short(value: Any) -> str:

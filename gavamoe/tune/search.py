@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gavamoe.artifacts.files import read_json, write_json
-from gavamoe.config.files import load_config
+from gavamoe.artifacts.run import RunFolder, open_run
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError, RunError
@@ -112,7 +112,7 @@ def _score_once(best: Record, job: Job, dataset: Dataset, trials: int, progress:
         return scored
     config = trial_config(job.config, job.space, best.values, cheap=False)
     final = job.folder / FINAL
-    if (final / "config.yaml").exists() and load_config(final / "config.yaml") != config:
+    if RunFolder(final).config_file.exists() and open_run(final).config != config:
         shutil.rmtree(final)  # begun for an earlier best, never scored
     whole = job.space.stages == 2
     metrics = train_run(config, dataset.path, final, stage="all" if whole else "1", resume=True, progress=progress)

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from gavamoe.artifacts.files import read_json, write_file, write_folder, write_json
-from gavamoe.config.files import dump_config, override_config
+from gavamoe.artifacts.run import RunFolder
+from gavamoe.config.files import override_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import RunError
 from gavamoe.runtime.context import Metrics
@@ -86,8 +87,7 @@ def run_trial(job: Job, number: int, values: Values, report: Report) -> Outcome:
     started = time.perf_counter()
     folder = job.trial_folder(number)
     configs = job.configs(values)
-    with write_file(folder / "config.yaml") as aside:
-        aside.write_text(dump_config(configs[0]), encoding="utf-8")
+    RunFolder(folder).write_config(configs[0])
     results = []
     for index, config in enumerate(configs):
         # Seeds after the first are trained only once the first has survived, so pruning looks at it alone.
@@ -166,7 +166,7 @@ class _Seed:
             return found
         from gavamoe.stage2.train import train_stage2
 
-        out = self._folder / "stage2"
+        out = RunFolder(self._folder).stage2
         if not out.is_dir():
             self._run(train_stage2, "stage2", out, {"stage1": stage1})
         found |= stage2_values(read_json(out / "metrics.json")) | {"active_parameters": _active(out, self._config)}
@@ -234,9 +234,9 @@ class _TrialContext:
 
     def __init__(self, folder: Path, name: str, device: str, on_line: Callable[[Mapping[str, Any]], None]) -> None:
         self.device = device
-        self._kept = folder / "checkpoints" / name
+        self._kept = RunFolder(folder).checkpoints(name)
         self.resume_from: Path | None = self._kept if self._kept.is_dir() else None
-        self._log_path = folder / "logs" / f"{name}.jsonl"
+        self._log_path = RunFolder(folder).log(name)
         self._on_line = on_line
         self._resources = ExitStack()
         self._log: IO[str]

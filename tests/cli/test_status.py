@@ -12,11 +12,11 @@ from test_cli import Runner
 
 from gavamoe.artifacts.files import write_json
 from gavamoe.artifacts.manifest import write_manifest
+from gavamoe.artifacts.run import claim_run
 from gavamoe.cli.status import SECONDS_OF_SILENCE, read_status
 from gavamoe.config.schema import RuntimeConfig
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
-from gavamoe.pipeline import claim_run
 from gavamoe.runtime.tracking import RunLog
 from gavamoe.runtime.worker import Desk, find_damage, storage_problem, write_checksums
 
@@ -26,7 +26,7 @@ LINES = [{"phase": "stage2", "step": step, "steps": 40, "loss": 1 / step} for st
 @pytest.fixture
 def run(tmp_path: Path, tiny_dataset: Path) -> Path:
     """A run that has been claimed and nothing more."""
-    claim_run(tmp_path / "run", small(), open_dataset(tiny_dataset), continuing=False)
+    claim_run(tmp_path / "run", small(), tiny_dataset, open_dataset(tiny_dataset).fingerprint, continuing=False)
     return tmp_path / "run"
 
 

@@ -181,7 +181,9 @@ def test_what_is_no_dataset_is_refused(small: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no schema_version"):
         open_dataset(small)
     (small / "meta.json").write_text('{"schema_version": 1}')
-    with pytest.raises(InputError, match=r"meta\.json: not a usable dataset \(prepare it again\): source: field required"):
+    with pytest.raises(
+        InputError, match=r"meta\.json: not a usable dataset \(prepare it again\): source: field required"
+    ):
         open_dataset(small)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gavamoe.artifacts.files import write_json
+from gavamoe.artifacts.run import Run, open_run
 from gavamoe.config.files import dump_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import open_dataset
@@ -25,7 +26,6 @@ from gavamoe.experiments.cluster_sweep import (
     sweep_clusters,
     train_point,
 )
-from gavamoe.pipeline import Run, open_run
 from gavamoe.runtime.context import LocalContext
 
 SMALL: dict[str, Any] = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.stage2_runs import Trained, close, tiny
 
-from gavamoe.cli.output.summary import print_training
+from gavamoe.cli.output.training import print_training
 from gavamoe.config.files import parse_config
 from gavamoe.config.schema import Stage2Config
 from gavamoe.errors import InputError

@@ -1,6 +1,9 @@
 """What commands print.
 
-summary      what most commands print when they are done
+data         data prepare, data describe
+training     train
+scores       evaluate, score, quickstart
+explanation  route, explain
 systems      ablate and human-eval
 plan         gavamoe plan
 search       gavamoe tune, while it runs and after

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
-from gavamoe.artifacts import remote
-from gavamoe.artifacts.files import read_json, write_folder, write_json
-from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.artifacts.files import write_folder, write_json
+from gavamoe.artifacts.run import open_run
+from gavamoe.data.dataset import Dataset, dataset_of_run
 from gavamoe.errors import InputError
 from gavamoe.evaluation.evaluated_run import RunData, distinct_names, read_run
 from gavamoe.evaluation.human.study import CRITERIA, FORMAT, REFERENCE, SCALE, Key, KeyText
@@ -71,7 +71,7 @@ def export_study(
     if key_path.exists():
         raise InputError(f"{key_path}: already exists; choose another folder or remove it first")
     chosen = _common_rows(data, rows, seed)
-    opened = _open(Path(runs[0]), data[0], dataset) if history else None
+    opened = dataset_of_run(open_run(runs[0]), dataset) if history else None
     earlier = _Earlier(opened, history) if opened else None
     key, questions = _questions(data, chosen, seed, reference, earlier)
     with write_folder(Path(out)) as folder:
@@ -192,13 +192,6 @@ class _Earlier:
         title = self._catalog.item_title(row["item"]) or self._catalog.item_id(row["item"])
         rating = "" if row["rating"] is None else f" ({row['rating']:g})"
         return f"{title}{rating}: {row['text']}"
-
-
-def _open(run: Path, data: RunData, moved_to: Path | None) -> Dataset:
-    dataset = open_dataset(moved_to or remote.located(str(read_json(run / "dataset.json")["path"])))
-    if dataset.fingerprint != data.metrics["dataset"]["fingerprint"]:
-        raise InputError(f"{dataset.path}: not the dataset of {run}; name the right one with --dataset")
-    return dataset
 
 
 def _write_sheet(path: Path, questions: Sequence[Question]) -> None:

@@ -1,0 +1,190 @@
+"""The run folder: the names in it, opening one, making one or checking that it is the same.
+
+runs/NAME/
+  config.yaml  dataset.json  stage1/  stage2/  evaluation/  report.html  clusters.png
+  logs/STEP.jsonl  logs/tensorboard/  checkpoints/STEP/
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gavamoe.artifacts import remote
+from gavamoe.artifacts.files import read_json, write_file, write_json
+from gavamoe.config.files import dump_config, load_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.errors import InputError
+
+METRICS_FILE = "metrics.json"
+"""The numbers of a step, in its folder."""
+STEPS = ("stage1", "stage2", "evaluation")
+"""The steps of a run, in order; each has a folder of its name."""
+_DECIDE_NUMBERS = ("seed", "stage1", "stage2")
+"""Parts of the config that a run is bound to; where it runs and how it is evaluated may change."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of a run lies; nothing need be there yet."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def dataset_file(self) -> Path:
+        return self.path / "dataset.json"
+
+    @property
+    def stage1(self) -> Path:
+        return self.path / "stage1"
+
+    @property
+    def stage2(self) -> Path:
+        return self.path / "stage2"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def latent_map(self) -> Path:
+        return self.path / "clusters.png"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.logs / "tensorboard"
+
+    @property
+    def mlflow(self) -> Path:
+        """The database of the tracker `mlflow`, where it has no server."""
+        return self.logs / "mlflow.db"
+
+    def log(self, step: str) -> Path:
+        """The log of a step, as JSON lines."""
+        return self.logs / f"{step}.jsonl"
+
+    def checkpoints(self, step: str) -> Path:
+        """The checkpoints of a step that has not come to its end."""
+        return self.path / "checkpoints" / step
+
+    def check(self) -> None:
+        """Raise InputError unless a run was started here."""
+        if not self.config_file.is_file():
+            raise InputError(
+                f"{self.path}: not a run folder ({self.config_file.name} is missing); `gavamoe train` makes one"
+            )
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write config.yaml."""
+        with write_file(self.config_file) as aside:
+            aside.write_text(dump_config(config), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class DatasetReference:
+    """Content of dataset.json: what a run was trained on."""
+
+    path: str
+    """An absolute path or a URI."""
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Run(RunFolder):
+    """A run folder that was opened."""
+
+    config: RunConfig
+    reference: DatasetReference
+
+    @property
+    def dataset(self) -> Path:
+        """Where the dataset lies; of a URI, its local copy, brought up to date."""
+        return remote.located(self.reference.path)
+
+
+def open_run(path: Path) -> Run:
+    """Read a run folder's config and dataset reference; the dataset itself is not looked at.
+
+    Raises:
+        InputError: not a run folder, or a file of it is damaged.
+    """
+    folder = RunFolder(Path(path))
+    folder.check()
+    return Run(folder.path, load_config(folder.config_file), read_reference(folder))
+
+
+def read_reference(folder: RunFolder) -> DatasetReference:
+    """What a run's dataset.json says.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    values = read_json(folder.dataset_file)
+    if not isinstance(values, dict) or not all(isinstance(values.get(name), str) for name in ("path", "fingerprint")):
+        raise InputError(f"{folder.dataset_file}: expected path and fingerprint of the dataset")
+    return DatasetReference(values["path"], values["fingerprint"])
+
+
+def claim_run(run_dir: Path, config: RunConfig, dataset: Path, fingerprint: str, *, continuing: bool) -> RunFolder:
+    """Make `run_dir` this run's, or check that it is.
+
+    Args:
+        dataset: the folder of the dataset, which has this fingerprint.
+
+    Raises:
+        InputError: it holds a run of other settings or data, or any run where `continuing` is False.
+    """
+    folder = RunFolder(Path(run_dir))
+    if not folder.config_file.is_file():
+        folder.path.mkdir(parents=True, exist_ok=True)
+        stored = remote.place_of(dataset)
+        path = str(dataset.absolute()) if stored is None else stored.uri
+        write_json(folder.dataset_file, {"path": path, "fingerprint": fingerprint})
+        folder.write_config(config)
+        return folder
+    if not continuing:
+        raise InputError(f"{run_dir}: already holds a run; --resume continues it, --run-dir names another folder")
+    _check_same_config(folder, config)
+    recorded = read_reference(folder).fingerprint
+    if recorded != fingerprint:
+        raise InputError(
+            f"{run_dir}: was started on another dataset (fingerprint {recorded[:12]}, {dataset} has"
+            f" {fingerprint[:12]}); use another --run-dir"
+        )
+    return folder
+
+
+def _check_same_config(folder: RunFolder, config: RunConfig) -> None:
+    before, now = (each.model_dump(include=set(_DECIDE_NUMBERS)) for each in (load_config(folder.config_file), config))
+    difference = first_difference(before, now)
+    if difference is not None:
+        field, old, new = difference
+        raise InputError(
+            f"{folder.path}: was started with {field}={old}, now {new}; use the same value or another --run-dir"
+        )
+
+
+def first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The path of the first field in which two values of nested dictionaries differ, with both; None if they agree.
+
+    A field that one side lacks is None there.
+    """
+    if before == now:
+        return None
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*now, *before]:
+            inner = first_difference(before.get(key), now.get(key), f"{name}.{key}" if name else str(key))
+            if inner is not None:
+                return inner
+    return name, before, now

@@ -1,0 +1,77 @@
+"""What `gavamoe route` and `gavamoe explain` print: clusters, one pair's route, one explanation."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gavamoe.cli.terminal import console, print_json, print_table
+
+if TYPE_CHECKING:  # torch takes seconds to import, and most commands need none
+    from gavamoe.experiments.cluster_sweep import Sweep
+    from gavamoe.generation.generator import Explanation
+    from gavamoe.stage1.clusters import Cluster
+
+
+def print_clusters(clusters: "Sequence[Cluster]", picture: Path, *, as_json: bool) -> None:
+    """What each cluster is, and where its latent map lies."""
+    if as_json:
+        print_json([cluster.model_dump(mode="json") for cluster in clusters])
+    for cluster in clusters:
+        number, *cells = cluster.row()
+        print_table(f"Cluster {number}", ["", ""], zip(cluster.labels(), cells, strict=True))
+    console.print(f"latent map: {picture}", markup=False, soft_wrap=True)
+
+
+def print_cluster_sweep(sweep: "Sweep", picture: Path, *, as_json: bool) -> None:
+    """One row per number of clusters, and which to take."""
+    if as_json:
+        print_json(sweep.model_dump(mode="json"))
+    columns = ["clusters", "valid ELBO", "reconstruction", "RMSE", "smallest cluster", "stability (ARI)", "seconds"]
+    planted = sweep.rows[0].user_ari is not None
+    rows = [
+        (str(r.clusters), r.elbo, r.reconstruction, r.rmse, f"{r.smallest_share:.1%}", r.stability, round(r.seconds))
+        + ((r.user_ari,) if planted else ())
+        for r in sweep.rows
+    ]
+    print_table("Stage 1 by number of clusters", columns + (["planted groups (ARI)"] if planted else []), rows)
+    console.print(f"recommended: {sweep.recommended} clusters, {sweep.reason}", markup=False, soft_wrap=True)
+    console.print(f"rule: {sweep.rule}", markup=False, soft_wrap=True)
+    console.print(f"plot: {picture}", markup=False, soft_wrap=True)
+
+
+def print_route(route: dict[str, Any], *, as_json: bool) -> None:
+    """The route of one pair."""
+    if as_json:
+        print_json(route)
+    print_table("Route of one pair", ["", ""], [(name, _text(value)) for name, value in route.items()])
+    _print_unknown(route["user_known"], route["item_known"])
+
+
+def print_explanation(value: "Explanation", user: str, item: str, *, shown: bool, as_json: bool) -> None:
+    """The text on standard output, unless it was `shown` as it was written; how it came about on standard error."""
+    if as_json:
+        print_json({"user": user, "item": item} | asdict(value))
+        return
+    print("" if shown else value.text)
+    _print_unknown(value.user_known, value.item_known)
+    shares = ", ".join(f"{share:.2f}" for share in value.responsibilities)
+    console.print(f"cluster {value.cluster} (responsibilities {shares})", markup=False)
+    if value.rating is not None:
+        origin = "given" if value.rating_given else f"predicted as {value.predicted_rating:.2f}"
+        console.print(f"rating {value.rating:g} ({origin})", markup=False)
+    if value.features:
+        origin = "given" if value.features_given else "the usual ones"
+        console.print(f"features {', '.join(value.features)} ({origin})", markup=False)
+
+
+def _print_unknown(user_known: bool, item_known: bool) -> None:
+    for kind, known in (("user", user_known), ("item", item_known)):
+        if not known:
+            console.print(f"{kind} not seen in training: the unknown-{kind} embedding is used", markup=False)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(f"{number:.3f}" for number in value)
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
