@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import tiny
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
@@ -53,8 +54,7 @@ def tiny_config(arch: str, conversion: str, *overrides: str) -> RunConfig:
     width = {"llama": 48, "gpt2": 64}[arch]
     experts = {"enabled": conversion != "dense", "count": 4, "top_k": 2, "intermediate_size": width}
     experts |= {"conversion": "shared" if conversion == "dense" else conversion, "implementation": "eager"}
-    stage1 = {"embedding_size": 16, "latent_size": 4, "encoder_heads": 2, "encoder_feedforward": 32}
-    return parse_config({"stage1": stage1, "stage2": {"experts": experts}}, "test", overrides)
+    return tiny(*(f"stage2.experts.{name}={value}" for name, value in experts.items()), *overrides)
 
 
 def built(config: RunConfig, base: PreTrainedConfig) -> GavamoeForCausalLM:
