@@ -11,16 +11,19 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from helpers.cli import Runner
     from helpers.stage2_runs import Trained
     from starlette.testclient import TestClient
 
+    from gavamoe.data.dataset import Dataset
     from gavamoe.serving.backend import LocalBackend
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Ray's workers unpickle functions of test modules by name.
-FOLDERS = [str(folder) for folder in (Path(__file__).parent, *Path(__file__).parent.iterdir()) if folder.is_dir()]
+TESTS = Path(__file__).parent
+FOLDERS = [str(TESTS), *sorted({str(path.parent) for path in TESTS.glob("*/test_*.py")})]
 os.environ["PYTHONPATH"] = os.pathsep.join([*FOLDERS, os.environ.get("PYTHONPATH", "")])
 sys.path += FOLDERS
 # The same examples in every run: what is green here must be green in CI.
@@ -36,6 +39,14 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "tiny"
     synthesize(out, users=60, items=40, ratings=1500, groups=3, seed=0)
     return out
+
+
+@pytest.fixture(scope="module")
+def planted(tiny_dataset: Path) -> "Dataset":
+    """The tiny dataset, opened; its truth is known."""
+    from gavamoe.data.dataset import open_dataset
+
+    return open_dataset(tiny_dataset)
 
 
 @pytest.fixture(scope="session")
@@ -55,6 +66,14 @@ def implicit_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writer.writerows([f"u{u}", f"i{i}", "a good text"] for u, i in sorted(pairs))
     prepare(folder / "pairs.csv", folder / "out", "table", columns={"user": "user", "item": "item", "text": "text"})
     return folder / "out"
+
+
+@pytest.fixture
+def gavamoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> "Runner":
+    """Calls the command line in this process: `gavamoe("train", ...)`."""
+    from helpers.cli import Runner
+
+    return Runner(monkeypatch, capsys)
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +120,7 @@ def http(backend: "LocalBackend") -> Iterator["TestClient"]:
 @pytest.fixture(scope="session")
 def stage1(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stage 1 trained on the tiny dataset for an epoch or two."""
-    from helpers.stage2_runs import tiny
+    from helpers.tiny import tiny
 
     from gavamoe.runtime.context import LocalContext
     from gavamoe.stage1.train import train_stage1
@@ -114,6 +133,7 @@ def stage1(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="session")
 def torch_run(tiny_dataset: Path, stage1: Path, tmp_path_factory: pytest.TempPathFactory) -> "Trained":
     """A finished stage-2 run of 12 steps on the torch engine, with checkpoints at 6 and 12."""
-    from helpers.stage2_runs import Trained, tiny
+    from helpers.stage2_runs import Trained
+    from helpers.tiny import tiny
 
     return Trained(tiny(), tiny_dataset, stage1, tmp_path_factory.mktemp("torch"))

@@ -1,14 +1,16 @@
-"""The layout: imports between packages point one way, few files know Ray, each package lists its files."""
+"""The layout: imports point one way, few files know Ray, packages list their files, tests follow the packages."""
 
 import ast
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gavamoe"
+TESTS = ROOT / "tests"
 
 GROUND = {"errors", "config", "artifacts"}
 UP_TO_STAGE2 = GROUND | {"data", "model", "runtime", "stage1", "generation", "stage2"}
@@ -133,3 +135,20 @@ def test_readme_map_names_the_real_rooms() -> None:
     named = set(re.findall(r"^  ([a-z_0-9]+)(?:/|\.py) ", block, flags=re.MULTILINE))
     assert named == set(MAY_IMPORT) - {"errors"}
     assert block.strip().count("\n") < 20
+
+
+def test_tests_share_through_helpers_alone() -> None:
+    for path in TESTS.rglob("*.py"):
+        of_tests = {name for name in imports(path) if any(part.startswith("test_") for part in name.split("."))}
+        assert not of_tests, f"{path.relative_to(ROOT)} imports {sorted(of_tests)}; what tests share goes to helpers/"
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """Ray's workers import the modules of tests by name."""
+    names = Counter(path.name for path in TESTS.rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_tests_lie_in_the_folder_of_their_room() -> None:
+    found = {path.parent.name for path in TESTS.rglob("test_*.py")} - {"tests"}
+    assert found <= set(MAY_IMPORT) | {"end_to_end"}

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.cli import Runner
 from helpers.flaky_s3 import BUCKET, KEYS, FlakyProxy, s3_server
-from test_cli import Runner
 
 from gavamoe.artifacts import remote
 from gavamoe.data.dataset import open_dataset
@@ -153,11 +153,6 @@ def test_places_are_known_by_path_and_fetched_elsewhere(
         "config.yaml",
         "stage1",
     ]
-
-
-@pytest.fixture
-def gavamoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
-    return Runner(monkeypatch, capsys)
 
 
 def test_datasets_are_made_described_and_copied_by_uri(

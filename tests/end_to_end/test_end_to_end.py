@@ -5,24 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_cli import Runner
+from helpers.cli import Runner
+from helpers.tiny import WHOLE_JOB, tiny_yaml
 
 from gavamoe.data.dataset import open_dataset
-
-TINY = """
-stage1: {embedding_size: 16, latent_size: 4, encoder_heads: 2, encoder_feedforward: 32, decoder_hidden: 16,
-         batch_size: 128, pretrain_epochs: 1, epochs: 1, mixture_restarts: 1}
-stage2:
-  scratch: {hidden_size: 32, layers: 2, heads: 2, intermediate_size: 64, vocabulary: 400}
-  experts: {count: 4, intermediate_size: 16}
-  batch_size: 16
-  max_steps: 6
-  evaluate_every: 3
-  checkpoint_every: 3
-  validation_rows: 16
-generation: {max_new_tokens: 8}
-runtime: {workers: 2, threads_per_worker: 1}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +16,11 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs") / "tiny"
 
 
-@pytest.fixture
-def gavamoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
-    return Runner(monkeypatch, capsys)
-
-
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_two_workers")
 def test_train_evaluate_explain_route_report(gavamoe: Runner, tiny_dataset: Path, run_dir: Path) -> None:
     config = run_dir.parent / "tiny.yaml"
-    config.write_text(TINY)
+    config.write_text(tiny_yaml(*WHOLE_JOB))
     command = ["train", config, "--dataset", tiny_dataset, "--run-dir", run_dir]
     trained = gavamoe(*command, "--json")
     assert trained.code == 0, trained.err

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from helpers.fault_run import CONFIG, STEPS, count, largest_difference, log_lines, small, train
+from helpers.cli import command
+from helpers.fault_run import FAULTS, STEPS, count, largest_difference, log_lines, train
 from helpers.ray_head import ROOT
-from test_jobs import CLI
+from helpers.tiny import tiny, tiny_yaml
 
 from gavamoe.artifacts.files import read_json
 from gavamoe.artifacts.manifest import MANIFEST
@@ -43,7 +43,7 @@ class Undisturbed:
             self.get("stage1")
         if stage not in self.metrics:
             work = self.folder / stage
-            self.metrics[stage] = train(stage, small(), self.dataset, work, self.folder / "stage1" / "stage1", [])
+            self.metrics[stage] = train(stage, tiny(*FAULTS), self.dataset, work, self.folder / "stage1" / "stage1", [])
         found: dict[str, Any] = self.metrics[stage]
         return found
 
@@ -63,7 +63,7 @@ def test_workers_killed_at_random_steps_change_nothing(
     draw = random.Random(f"{stage} {seed}")
     kills = [(step, draw.randrange(2)) for step in sorted(draw.sample(range(STEPS[stage]), KILLS))]
     work, stage1 = tmp_path / "run", undisturbed.folder / "stage1" / "stage1"
-    found = train(stage, small(f"runtime.max_failures={KILLS}"), undisturbed.dataset, work, stage1, kills)
+    found = train(stage, tiny(*FAULTS, f"runtime.max_failures={KILLS}"), undisturbed.dataset, work, stage1, kills)
     assert len(list((work / "died").iterdir())) == KILLS, "so many processes were killed"
     reference = log_lines(undisturbed.folder / stage, stage)
     lines = log_lines(work, stage)
@@ -82,13 +82,12 @@ def test_a_killed_driver_is_resumed(stage: str, undisturbed: Undisturbed, tmp_pa
     expected = undisturbed.get("stage1")
     if stage == "stage2":
         expected = undisturbed.get("stage2")
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "small.yaml").write_text(tiny_yaml(*FAULTS))
     run = tmp_path / "run"
-    command = [sys.executable, "-c", CLI, "train", str(tmp_path / "small.yaml"), "--dataset",
-               str(undisturbed.dataset), "--run-dir", str(run), "--resume"]  # fmt: skip
+    training = command("train", tmp_path / "small.yaml", "--dataset", undisturbed.dataset, "--run-dir", run, "--resume")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     environment.pop("RAY_ADDRESS", None)
-    driver = subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen(training, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
     checkpoints = run / "checkpoints" / stage
     end = time.monotonic() + 300
     while not list(checkpoints.glob("checkpoint_[0-9]*")) and time.monotonic() < end:
@@ -96,7 +95,7 @@ def test_a_killed_driver_is_resumed(stage: str, undisturbed: Undisturbed, tmp_pa
     assert not (run / stage).exists(), "killed too late to show anything"
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    resumed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
+    resumed = subprocess.run(training, env=environment, capture_output=True, text=True, check=False, timeout=400)
     assert resumed.returncode == 0, resumed.stderr
     lines, reference = log_lines(run, stage), log_lines(undisturbed.folder / stage, stage)
     assert [(x["phase"], x["step"]) for x in lines] == [(x["phase"], x["step"]) for x in reference]
@@ -117,12 +116,12 @@ def test_what_workers_wrote_after_their_drivers_death_is_made_again_with_its_log
 
     monkeypatch.setattr("gavamoe.runtime.ray_train._Checkpoints.remove", die)
     with pytest.raises(KeyboardInterrupt):  # `resume`, since without it what was there is removed first
-        train_run(small(), undisturbed.dataset, run, stage="1", resume=True)
+        train_run(tiny(*FAULTS), undisturbed.dataset, run, stage="1", resume=True)
     monkeypatch.undo()
     log = run / "logs" / "stage1.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:9]))
     assert (run / "stage1" / MANIFEST).is_file()
-    found = train_run(small(), undisturbed.dataset, run, stage="1", resume=True)
+    found = train_run(tiny(*FAULTS), undisturbed.dataset, run, stage="1", resume=True)
     assert largest_difference(expected, found["stage1"]) == 0
     assert log_lines(run, "stage1") == log_lines(undisturbed.folder / "stage1", "stage1")
     assert not (run / "checkpoints" / "stage1").exists()
@@ -133,8 +132,8 @@ def test_what_workers_wrote_after_their_drivers_death_is_made_again_with_its_log
 def test_a_node_is_lost(way: str, tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     environment.pop("RAY_ADDRESS", None)
-    command = [sys.executable, str(ROOT / "tests" / "helpers" / "node_loss.py"), str(tmp_path / "run"), way]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=400)
+    program = [sys.executable, str(ROOT / "tests" / "helpers" / "node_loss.py"), str(tmp_path / "run"), way]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["beside"], "what keeps the log lay beside the driver, not on a node that may go"

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from helpers.stage2_runs import tiny
-from test_evaluate import FakeExplainer, config, make_run, parrot
+from helpers.runs import evaluation_config, make_run
+from helpers.tiny import tiny
+from helpers.writers import FakeExplainer, parrot
 
 from gavamoe.config.schema import GenerationConfig
 from gavamoe.data.dataset import Dataset, open_dataset
@@ -147,7 +148,7 @@ def test_training_learns_answers_only_and_none_of_the_test_split(marked: Dataset
 def test_both_protocols_in_one_run(tiny_dataset: Path) -> None:
     planted = open_dataset(tiny_dataset)
     fake = FakeExplainer(planted, lambda request: "rated" if request.rating is not None else "unrated")
-    result = evaluate(fake, planted, config(protocol="both", rows=12))
+    result = evaluate(fake, planted, evaluation_config(protocol="both", rows=12))
     metrics = result.metrics
     json.dumps(metrics, allow_nan=False)
     assert metrics["protocol"] == "given"
@@ -157,7 +158,7 @@ def test_both_protocols_in_one_run(tiny_dataset: Path) -> None:
     assert result.predicted is not None
     assert set(result.predicted["generated"].to_pylist()) == {"unrated"}
     assert result.predicted["row"] == result.generations["row"]
-    alone = evaluate(fake, planted, config(protocol="predicted", rows=12)).metrics
+    alone = evaluate(fake, planted, evaluation_config(protocol="predicted", rows=12)).metrics
     assert alone["metrics"] == metrics["predicted"]["metrics"]
     assert alone["predicted"] is None
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from helpers.fault_run import CONFIG
+from helpers.cli import command
+from helpers.fault_run import FAULTS
 from helpers.flaky_s3 import BUCKET, KEYS, FlakyProxy, s3_server
 from helpers.ray_head import ROOT
-from test_jobs import CLI
+from helpers.tiny import tiny_yaml
 
 from gavamoe.artifacts import remote
 
@@ -30,10 +30,10 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dic
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         python_path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-        command = [sys.executable, str(ROOT / "tests" / "helpers" / "s3_cluster.py"), str(tmp_path)]
+        program = [sys.executable, str(ROOT / "tests" / "helpers" / "s3_cluster.py"), str(tmp_path)]
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
         cluster = subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": python_path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            program, env=os.environ | {"PYTHONPATH": python_path}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True,
         )  # fmt: skip
         assert cluster.stdin is not None
@@ -48,8 +48,9 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dic
 
 
 def gavamoe(environment: dict[str, str], *arguments: object) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", CLI, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command(*arguments), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process: "subprocess.Popen[str]") -> str:
@@ -61,7 +62,7 @@ def finish(process: "subprocess.Popen[str]") -> str:
 def test_a_run_at_a_uri_survives_its_driver(environment: dict[str, str], tmp_path: Path) -> None:
     data, run = f"s3://{BUCKET}/data", f"s3://{BUCKET}/runs/a"
     config = tmp_path / "small.yaml"
-    config.write_text(yaml.safe_dump(CONFIG))
+    config.write_text(tiny_yaml(*FAULTS))
     finish(gavamoe(environment, "data", "synthesize", data, "--users", 60, "--items", 40, "--ratings", 1500))
     train = ("train", config, "--dataset", data, "--run-dir", run, "--resume")
     driver = gavamoe(environment, *train)

@@ -1,85 +1,31 @@
 """Evaluation with a writer that is told what to say: selection, groups, baselines, planted truth, the artifact."""
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.bare_dataset import bare_dataset
+from helpers.runs import evaluation_config, make_run
+from helpers.writers import FakeExplainer, parrot
 
 from gavamoe.artifacts.files import write_json
-from gavamoe.artifacts.manifest import read_manifest, write_manifest
-from gavamoe.config.files import dump_config, parse_config
-from gavamoe.config.schema import GenerationConfig, RunConfig
-from gavamoe.data.dataset import Dataset, PairArrays, open_dataset
-from gavamoe.data.writer import DatasetWriter, Rows
+from gavamoe.artifacts.manifest import read_manifest
+from gavamoe.config.files import parse_config
+from gavamoe.data.dataset import Dataset, PairArrays
 from gavamoe.errors import InputError
 from gavamoe.evaluation.evaluate import evaluate, evaluate_run
 from gavamoe.evaluation.metrics.bertscore import BertScore
 from gavamoe.evaluation.planted_truth import sentiment_agreement
 from gavamoe.evaluation.reference_scores import bias_model, most_frequent_text
 from gavamoe.evaluation.rows import sparsity_thirds
-from gavamoe.generation.generator import Explanation, ExplanationGenerator
-from gavamoe.generation.request import ExplanationRequest
-
-
-class FakeExplainer:
-    """Says what `text` makes of a request; cluster = user modulo 3; predicts 3 stars."""
-
-    def __init__(self, dataset: Dataset, text: Callable[[ExplanationRequest], str]) -> None:
-        self.catalog, self.text = dataset.catalog, text
-        self.asked: list[ExplanationRequest] = []
-
-    def explain(
-        self,
-        requests: Sequence[ExplanationRequest],
-        generation: GenerationConfig,
-        seed: int = 0,
-        on_progress: Callable[[int, int], None] | None = None,
-    ) -> list[Explanation]:
-        self.asked = list(requests)
-        if on_progress:
-            on_progress(len(requests), len(requests))
-        return [self._explain(request) for request in requests]
-
-    def _explain(self, request: ExplanationRequest) -> Explanation:
-        cluster = request.user % 3
-        return Explanation(
-            text=self.text(request),
-            cluster=cluster,
-            responsibilities=tuple(1.0 if k == cluster else 0.0 for k in range(3)),
-            rating=request.rating,
-            rating_given=request.rating is not None,
-            predicted_rating=3.0,
-            features=request.features or (),
-            features_given=request.features is not None,
-            user_known=request.user < self.catalog.known_users,
-            item_known=request.item < self.catalog.known_items,
-            new_tokens=5,
-        )
-
-
-def config(**evaluation: object) -> RunConfig:
-    """Without the section "beyond", unless `probe_rows` asks for it."""
-    return parse_config({"evaluation": {"probe_rows": 0} | evaluation}, "test")
-
-
-def parrot(dataset: Dataset, split: str = "test") -> Callable[[ExplanationRequest], str]:
-    """Says the reference of the request's pair; nothing for other pairs."""
-    table = dataset.table(split, ["user", "item", "text"]).to_pydict()
-    known = {(u, i): text for u, i, text in zip(table["user"], table["item"], table["text"], strict=True)}
-    return lambda request: known.get((request.user, request.item), "")
-
-
-@pytest.fixture(scope="module")
-def planted(tiny_dataset: Path) -> Dataset:
-    return open_dataset(tiny_dataset)
+from gavamoe.generation.generator import ExplanationGenerator
 
 
 def test_saying_the_references_is_perfect(planted: Dataset) -> None:
-    result = evaluate(FakeExplainer(planted, parrot(planted)), planted, config())
+    result = evaluate(FakeExplainer(planted, parrot(planted)), planted, evaluation_config())
     metrics = result.metrics
     json.dumps(metrics, allow_nan=False)
     assert [metrics["metrics"][name] for name in ("bleu_1", "bleu_4", "rouge_1", "rouge_l", "fmr")] == pytest.approx(
@@ -104,7 +50,7 @@ def test_bertscore_is_asked_once_for_both_systems(planted: Dataset, monkeypatch:
         return BertScore(np.where(ours, 0.9, 0.2)[:, None].repeat(3, axis=1), model, 4)
 
     monkeypatch.setattr("gavamoe.evaluation.evaluate.bert_score", score)
-    chosen = config(rows=6, bertscore_model="some/model", bertscore_layer=4)
+    chosen = evaluation_config(rows=6, bertscore_model="some/model", bertscore_layer=4)
     metrics = evaluate(FakeExplainer(planted, lambda _: "x"), planted, chosen).metrics
     [(candidates, references, model, layer)] = calls
     assert candidates == ["x"] * 6 + [metrics["baselines"]["constant"]["text"]] * 6
@@ -117,7 +63,7 @@ def test_bertscore_is_asked_once_for_both_systems(planted: Dataset, monkeypatch:
 
 
 def test_groups_partition_the_rows(planted: Dataset) -> None:
-    metrics = evaluate(FakeExplainer(planted, parrot(planted)), planted, config()).metrics
+    metrics = evaluate(FakeExplainer(planted, parrot(planted)), planted, evaluation_config()).metrics
     for section in ("sparsity", "clusters"):
         assert sum(group["counts"]["rows"] for group in metrics[section].values()) == metrics["rows"]
     assert list(metrics["sparsity"]) == ["ds1", "ds2", "ds3", "zero_shot"]
@@ -139,12 +85,12 @@ def test_sparsity_thirds_by_hand() -> None:
 
 def test_given_shows_the_row_and_predicted_shows_nothing(planted: Dataset) -> None:
     fake = FakeExplainer(planted, lambda _: "x")
-    evaluate(fake, planted, config(protocol="given"))
+    evaluate(fake, planted, evaluation_config(protocol="given"))
     rows = planted.table("test").to_pylist()
     assert [(ask.rating, list(ask.features or ())) for ask in fake.asked] == [
         (r["rating"], r["features"]) for r in rows
     ]
-    evaluate(fake, planted, config(protocol="predicted"))
+    evaluate(fake, planted, evaluation_config(protocol="predicted"))
     assert {(ask.rating, ask.features) for ask in fake.asked} == {(None, None)}
     assert [(ask.user, ask.item) for ask in fake.asked] == [(r["user"], r["item"]) for r in rows]
 
@@ -161,7 +107,7 @@ def test_a_subset_is_drawn_by_the_seed_and_keeps_the_order(planted: Dataset) -> 
 
 
 def test_empty_generations_stay_and_count(planted: Dataset) -> None:
-    metrics = evaluate(FakeExplainer(planted, lambda _: " "), planted, config(rows=30)).metrics
+    metrics = evaluate(FakeExplainer(planted, lambda _: " "), planted, evaluation_config(rows=30)).metrics
     assert metrics["counts"]["empty_generations"] == 30
     for name in ("bleu_1", "bleu_4", "rouge_1", "rouge_l", "distinct_1", "distinct_2", "usr", "fmr", "fcr", "div"):
         assert metrics["metrics"][name] == 0.0, name
@@ -180,7 +126,7 @@ def test_conflicting_or_missing_sentiment_words_disagree(planted: Dataset) -> No
 
 
 def test_bias_model_equals_the_generators(planted: Dataset) -> None:
-    metrics = evaluate(FakeExplainer(planted, lambda _: "x"), planted, config()).metrics
+    metrics = evaluate(FakeExplainer(planted, lambda _: "x"), planted, evaluation_config()).metrics
     truth = planted.truth()
     assert truth is not None
     assert metrics["baselines"]["ratings"]["bias_model"]["rmse"] == pytest.approx(truth.bias_rmse, abs=2e-3)
@@ -202,30 +148,10 @@ def test_bias_model_finds_planted_biases() -> None:
     assert mean == pytest.approx(float(np.nanmean(rating)), abs=1e-4)
 
 
-def bare_dataset(folder: Path, texts: Sequence[str]) -> Dataset:
-    """Ten implicit pairs without ratings or features; the last two are valid and test."""
-    size = len(texts)
-    split = np.array([0] * (size - 2) + [1, 2], dtype=np.int8)
-    rows = Rows(
-        users=["u", "v"],
-        items=[f"i{n}" for n in range(size)],
-        titles=[None] * size,
-        user=np.array([n % 2 for n in range(size)], dtype=np.int32),
-        item=np.arange(size, dtype=np.int32),
-        rating=np.full(size, np.nan, dtype=np.float32),
-        split=split,
-    )
-    folder.mkdir()
-    with DatasetWriter(folder, rows) as writer:
-        writer.write(pa.array(texts, pa.string()), pa.array([[]] * size, pa.list_(pa.string())))
-        writer.finish(source="x", format="table", text_mode="explanation", seed=0, split="8:1:1", preparation={})
-    return open_dataset(folder)
-
-
 def test_implicit_data_without_features(tmp_path: Path) -> None:
     dataset = bare_dataset(tmp_path / "data", ["b", "a", "a", "b", "c", "d", "e", "f", "g", "a text of five words"])
     assert most_frequent_text(dataset) == "b"
-    result = evaluate(FakeExplainer(dataset, parrot(dataset)), dataset, config())
+    result = evaluate(FakeExplainer(dataset, parrot(dataset)), dataset, evaluation_config())
     metrics = result.metrics
     json.dumps(metrics, allow_nan=False)
     assert metrics["metrics"]["bleu_4"] == pytest.approx(100.0)
@@ -242,14 +168,14 @@ def test_implicit_data_without_features(tmp_path: Path) -> None:
 
 def test_data_without_texts_has_no_scores_but_runs(tmp_path: Path) -> None:
     dataset = bare_dataset(tmp_path / "data", [""] * 10)
-    metrics = evaluate(FakeExplainer(dataset, lambda _: "x"), dataset, config()).metrics
+    metrics = evaluate(FakeExplainer(dataset, lambda _: "x"), dataset, evaluation_config()).metrics
     assert metrics["metrics"]["bleu_4"] is None
     assert metrics["baselines"]["constant"]["text"] == ""
     assert "BLEU, ROUGE" in {gap["what"] for gap in metrics["not_measured"]}
 
 
 def test_generations_hold_what_was_asked_and_said(planted: Dataset) -> None:
-    table = evaluate(FakeExplainer(planted, lambda _: "so <b>bold</b>"), planted, config(rows=5)).generations
+    table = evaluate(FakeExplainer(planted, lambda _: "so <b>bold</b>"), planted, evaluation_config(rows=5)).generations
     assert table.schema.names == [
         *("split", "row", "user", "item", "title", "rating", "predicted_rating", "features", "prompt_features"),
         *("reference", "generated", "cluster", "responsibilities", "user_known", "item_known"),
@@ -263,16 +189,6 @@ def test_generations_hold_what_was_asked_and_said(planted: Dataset) -> None:
         source["features"],
     )
     assert sum(first["responsibilities"]) == pytest.approx(1.0)
-
-
-def make_run(folder: Path, dataset: Dataset, settings: RunConfig | None = None) -> Path:
-    """A run folder whose stage 2 is an artifact without a model."""
-    settings = settings or RunConfig()
-    (folder / "stage2").mkdir(parents=True)
-    (folder / "config.yaml").write_text(dump_config(settings))
-    write_json(folder / "dataset.json", {"path": str(dataset.path), "fingerprint": dataset.fingerprint})
-    write_manifest(folder / "stage2", "stage2", settings, {"dataset": dataset.fingerprint})
-    return folder
 
 
 @pytest.fixture
@@ -338,5 +254,5 @@ def test_user_groups_are_recovered_from_routes(planted: Dataset, tmp_path: Path)
         }
         pq.write_table(pa.table(rows), path)
         fake = FakeExplainer(planted, lambda _: "x")
-        metrics = evaluate(fake, planted, config(rows=5), routes=path).metrics
+        metrics = evaluate(fake, planted, evaluation_config(rows=5), routes=path).metrics
         assert low <= metrics["planted"]["user_ari"] <= high

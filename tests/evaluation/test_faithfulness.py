@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_evaluate import FakeExplainer, bare_dataset, config, parrot
+from helpers.bare_dataset import bare_dataset
+from helpers.runs import evaluation_config
+from helpers.writers import FakeExplainer, parrot, planted_writer
 
-from gavamoe.data.dataset import Dataset, Truth, open_dataset
+from gavamoe.data.dataset import Dataset, Truth
 from gavamoe.data.synthetic import grammar
 from gavamoe.evaluation.evaluate import evaluate
 from gavamoe.evaluation.faithfulness.features import Mentions, feature_set
@@ -22,11 +24,6 @@ from gavamoe.generation.request import ExplanationRequest
 
 
 @pytest.fixture(scope="module")
-def planted(tiny_dataset: Path) -> Dataset:
-    return open_dataset(tiny_dataset)
-
-
-@pytest.fixture(scope="module")
 def truth(planted: Dataset) -> Truth:
     found = planted.truth()
     assert found is not None
@@ -34,20 +31,9 @@ def truth(planted: Dataset) -> Truth:
 
 
 def scores_of(dataset: Dataset, say: Callable[[ExplanationRequest], str], **options: object) -> dict[str, dict]:
-    metrics = evaluate(FakeExplainer(dataset, say), dataset, config(probe_rows=40, **options)).metrics
+    metrics = evaluate(FakeExplainer(dataset, say), dataset, evaluation_config(probe_rows=40, **options)).metrics
     json.dumps(metrics, allow_nan=False)
     return metrics["beyond"]["scores"]
-
-
-def planted_writer(truth: Truth, *, group: int | None = None) -> Callable[[ExplanationRequest], str]:
-    """Says what the generator would: the style of the user's group (or of `group`), the rating's sentiment."""
-
-    def say(request: ExplanationRequest) -> str:
-        style = grammar.STYLES[int(truth.group[request.user]) if group is None else group]
-        sentiment = truth.sentiment_of(3.0 if request.rating is None else request.rating)
-        return grammar.sentence(style, sentiment, tuple(request.features or ("clues",))[:2], (0, 0, 0, 0))
-
-    return say
 
 
 def test_a_writer_who_knows_the_truth_is_perfect(planted: Dataset, truth: Truth) -> None:
@@ -205,13 +191,13 @@ def test_data_without_ratings_texts_or_features(tmp_path: Path) -> None:
 
 def test_probes_are_bounded_seeded_and_can_be_off(planted: Dataset, truth: Truth) -> None:
     fake = FakeExplainer(planted, planted_writer(truth))
-    one, two = (evaluate(fake, planted, config(probe_rows=5, rows=30)).metrics["beyond"] for _ in range(2))
+    one, two = (evaluate(fake, planted, evaluation_config(probe_rows=5, rows=30)).metrics["beyond"] for _ in range(2))
     assert one == two
     assert one["rows"] == {"texts": 30, "probes": 5}
     assert len(fake.asked) <= 5
     assert 0 < len(one["swaps"]) <= 5
     assert {row["text"] != row["swapped"] for row in one["swaps"]} == {True}
-    off = evaluate(fake, planted, config(rows=30)).metrics
+    off = evaluate(fake, planted, evaluation_config(rows=30)).metrics
     assert off["beyond"] is None
     assert "probe_rows" in next(gap["why"] for gap in off["not_measured"] if "personalisation" in gap["what"])
 

@@ -6,9 +6,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers.texts import scores
 from hypothesis import given
 from hypothesis import strategies as st
-from test_text_scores import scores
 
 from gavamoe.evaluation.metrics.registry import (
     METRICS,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_text_scores import CANDIDATES, REFERENCES, scores
+from helpers.texts import CANDIDATES, REFERENCES, scores
 
 from gavamoe.errors import InputError
 from gavamoe.evaluation.score_files import Reading, read_columns, score_files

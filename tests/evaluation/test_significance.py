@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from helpers.texts import CANDIDATES, REFERENCES
 from scipy.stats import permutation_test
-from test_text_scores import CANDIDATES, REFERENCES
 
 from gavamoe.errors import InputError
 from gavamoe.evaluation.metrics.text_scores import aggregate, measure

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers.texts import CANDIDATES, REFERENCES, scores
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, corpus_bleu
@@ -15,20 +16,13 @@ from sacrebleu.metrics import BLEU
 from gavamoe.errors import InputError
 from gavamoe.evaluation.metrics.ngrams import longest_common_subsequence
 from gavamoe.evaluation.metrics.registry import METRICS
-from gavamoe.evaluation.metrics.text_scores import Style, aggregate, count, measure
-
-CANDIDATES = ["The room was clean and quiet.", "great pool, great staff!", "", "The breakfast was cold and late."]
-REFERENCES = ["The room was very clean and quiet.", "Great pool.", "Nothing works here.", "The breakfast was cold."]
+from gavamoe.evaluation.metrics.text_scores import aggregate, count, measure
 
 # Words over a small alphabet, so that texts share some; spaces, capitals, other scripts and empty texts occur.
 TEXTS = st.lists(st.sampled_from(["the", "pool", "was", "Cold", "über", "泳池", "a", ".", "  "]), max_size=12).map(
     " ".join
 )
 PAIRS = st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=8)
-
-
-def scores(candidates: list[str], references: list[str], style: Style = "sacrebleu") -> dict[str, float | None]:
-    return aggregate(measure(candidates, references, style=style))
 
 
 def test_bleu_by_hand() -> None:

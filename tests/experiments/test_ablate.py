@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 
 import pytest
-from helpers.stage2_runs import tiny
-from test_evaluate import bare_dataset
+from helpers.bare_dataset import bare_dataset
+from helpers.tiny import tiny
 
 from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.config.files import load_config, override_config
 from gavamoe.config.schema import RunConfig
-from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluation.comparison import (
     FIGURE_FILE,
@@ -32,11 +32,6 @@ from gavamoe.experiments.baselines import retrieval
 from gavamoe.experiments.variants import SYSTEMS, find_systems
 
 COPIERS = ["constant", "copy-user", "copy-item", "copy-features"]
-
-
-@pytest.fixture(scope="module")
-def planted(tiny_dataset: Path) -> Dataset:
-    return open_dataset(tiny_dataset)
 
 
 def changed(name: str, config: RunConfig, dataset: Dataset) -> RunConfig:

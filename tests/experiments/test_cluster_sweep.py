@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.tiny import DEFAULT_RATES, TWO_WORKERS, tiny_yaml
 
 from gavamoe.artifacts.files import write_json
 from gavamoe.artifacts.run import Run, open_run
-from gavamoe.config.files import dump_config
-from gavamoe.config.schema import RunConfig
+from gavamoe.config.files import load_config
 from gavamoe.data.dataset import open_dataset
 from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.errors import InputError
@@ -27,11 +27,6 @@ from gavamoe.experiments.cluster_sweep import (
     train_point,
 )
 from gavamoe.runtime.context import LocalContext
-
-SMALL: dict[str, Any] = {
-    "embedding_size": 16, "latent_size": 4, "encoder_heads": 2, "encoder_feedforward": 16, "decoder_hidden": 8,
-    "dropout": 0.0, "batch_size": 256, "pretrain_epochs": 1, "epochs": 1,
-}  # fmt: skip
 
 
 def training(clusters: int, seed: int, user_cluster: Sequence[int], **changes: Any) -> Training:
@@ -54,8 +49,7 @@ def small_run(tiny_dataset: Path, tmp_path: Path) -> Run:
     folder = tmp_path / "run"
     data = open_dataset(tiny_dataset)
     write_json(folder / "dataset.json", {"path": str(data.path), "fingerprint": data.fingerprint})
-    config = RunConfig.model_validate({"stage1": SMALL, "runtime": {"workers": 2}})
-    (folder / "config.yaml").write_text(dump_config(config))
+    (folder / "config.yaml").write_text(tiny_yaml(*TWO_WORKERS, *DEFAULT_RATES))
     return open_run(folder)
 
 
@@ -149,14 +143,10 @@ def test_ray_tasks_find_what_this_process_finds(small_run: Run) -> None:
 @pytest.mark.parametrize("groups", [3, 4])
 def test_the_planted_number_of_groups_is_recommended(tmp_path: Path, groups: int) -> None:
     dataset = synthesize(tmp_path / "data", groups=groups, seed=0)
-    sizes = {
-        "embedding_size": 64, "latent_size": 32, "encoder_heads": 4, "encoder_feedforward": 128, "decoder_hidden": 64,
-        "dropout": 0.0, "batch_size": 512, "pretrain_epochs": 2, "epochs": 4,
-    }  # fmt: skip
     trainings = [
         train_point(
             context=LocalContext(),
-            config=RunConfig.model_validate({"seed": seed, "stage1": {**sizes, "clusters": clusters}}),
+            config=load_config("quickstart", [f"seed={seed}", "stage1.epochs=4", f"stage1.clusters={clusters}"]),
             dataset=dataset,
         )
         for clusters in (groups - 1, groups, groups + 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_evaluate import bare_dataset
+from helpers.bare_dataset import bare_dataset
 
 from gavamoe.config.files import parse_config
 from gavamoe.config.schema import GenerationConfig
@@ -21,11 +21,6 @@ from gavamoe.generation.request import ExplanationRequest
 
 SOURCES: tuple[Source, ...] = ("constant", "user", "item", "features")
 GREEDY = GenerationConfig()
-
-
-@pytest.fixture(scope="module")
-def planted(tiny_dataset: Path) -> Dataset:
-    return open_dataset(tiny_dataset)
 
 
 def requests(dataset: Dataset, given: bool = True) -> list[ExplanationRequest]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.stage2_runs import tiny
+from helpers.tiny import tiny
 
 from gavamoe.config.schema import GenerationConfig
 from gavamoe.data.dataset import open_dataset

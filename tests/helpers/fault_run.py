@@ -10,31 +10,20 @@ from typing import Any
 
 import torch
 
-from gavamoe.config.files import parse_config
 from gavamoe.config.schema import RunConfig, RuntimeConfig
 from gavamoe.runtime.context import Context
 from gavamoe.runtime.ray_train import run_training
+from helpers.tiny import DEFAULT_RATES, TWO_WORKERS
 
-CONFIG: dict[str, Any] = {
-    "stage1": {
-        "embedding_size": 16, "latent_size": 4, "encoder_heads": 2, "encoder_feedforward": 32, "decoder_hidden": 16,
-        "batch_size": 128, "pretrain_epochs": 2, "epochs": 2, "mixture_restarts": 1,
-    },
-    "stage2": {
-        "scratch": {"hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64, "vocabulary": 400},
-        "experts": {"count": 4, "intermediate_size": 16}, "batch_size": 8, "max_steps": 24, "evaluate_every": 8,
-        "checkpoint_every": 6, "validation_rows": 16, "elbo_batch_size": 32,
-    },
-    "runtime": {"workers": 2, "threads_per_worker": 1},
-}  # fmt: skip
+FAULTS = (
+    *TWO_WORKERS, *DEFAULT_RATES, "stage1.batch_size=128", "stage1.pretrain_epochs=2", "stage1.epochs=2",
+    "stage2.batch_size=8", "stage2.elbo_batch_size=32", "stage2.max_steps=24", "stage2.evaluate_every=8",
+    "stage2.validation_rows=16",
+)  # fmt: skip
+"""Overrides of the tiny config: two workers, and steps enough to die in."""
 TIMES = ("seconds", "tokens_per_second", "pairs_per_second")
 STEPS = {"stage1": 40, "stage2": 24}
-
-
-def small(*overrides: str) -> RunConfig:
-    return parse_config(CONFIG, "test", overrides)
-
-
+"""Of a training with `FAULTS`."""
 Kills = list[tuple[int, int]]
 """(step, from 0; rank) of processes that are killed before the step."""
 

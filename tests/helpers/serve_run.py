@@ -16,7 +16,7 @@ from gavamoe.serving.api import create_api
 from gavamoe.serving.settings import ServeArgs
 from gavamoe.stage1.train import train_stage1
 from gavamoe.stage2.train import train_stage2
-from helpers.stage2_runs import tiny
+from helpers.tiny import tiny
 
 PAIR = {"user": "U000001", "item": "I000001"}
 

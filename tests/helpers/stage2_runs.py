@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing
 
-from gavamoe.config.files import parse_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.model.base_model import load_base
 from gavamoe.model.explainer import load_explainer
@@ -20,30 +19,13 @@ from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage2.batches import Batch
 from gavamoe.stage2.setup import Setup
 from gavamoe.stage2.train import train_stage2
+from helpers.tiny import TWO_WORKERS, tiny
 
-STEPS = 12
-TINY: dict[str, Any] = {
-    "stage1": {
-        "embedding_size": 16, "latent_size": 4, "encoder_heads": 2, "encoder_feedforward": 32, "decoder_hidden": 16,
-        "batch_size": 256, "pretrain_epochs": 1, "epochs": 1, "mixture_restarts": 1, "learning_rate": 5e-3,
-    },
-    "stage2": {
-        "scratch": {"hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64, "vocabulary": 400},
-        "experts": {"count": 4, "intermediate_size": 16}, "batch_size": 16, "elbo_batch_size": 64, "max_steps": STEPS,
-        "evaluate_every": 6, "checkpoint_every": 6, "validation_rows": 24, "learning_rate": 1e-2,
-        "stage1_learning_rate": 1e-3,
-    },
-    "runtime": {"engine": "torch"},
-}  # fmt: skip
 FILES = [
     "README.md", "artifact.json", "catalog/catalog.json", "catalog/items.parquet", "catalog/users.parquet",
     "config.json", "generation_config.json", "metrics.json", "model.safetensors", "prompt.json", "routes.parquet",
     "tokenizer.json", "tokenizer_config.json", "vae_gmm.json", "vae_gmm.safetensors",
 ]  # fmt: skip
-
-
-def tiny(*overrides: str) -> RunConfig:
-    return parse_config(TINY, "test", overrides)
 
 
 def numbers(lines: list[dict[str, Any]], phase: str) -> list[dict[str, Any]]:
@@ -116,7 +98,8 @@ def in_two_workers(
     return ranks
 
 
-TWO_WORKERS = ("runtime.engine=deepspeed", "runtime.workers=2", "stage2.batch_size=8")
+HALF_BATCHES = (*TWO_WORKERS, "stage2.batch_size=8")
+"""Two workers whose batches together are those of one."""
 
 
 def save_base(folder: Path) -> Path:

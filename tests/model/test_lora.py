@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.explainers import FAMILIES, dense_model, explainer, slot_batch
-from helpers.stage2_runs import TINY, Trained, check_equal_runs, close, in_two_workers, numbers, save_base
+from helpers.stage2_runs import Trained, check_equal_runs, close, in_two_workers, numbers, save_base
+from helpers.tiny import tiny
 from torch import Tensor, nn
 
-from gavamoe.config.files import parse_config
 from gavamoe.config.schema import LoraConfig, RunConfig, ScratchModelConfig
 from gavamoe.model.base_model import load_base
 from gavamoe.model.explainer import GavamoeForCausalLM, load_explainer
@@ -81,7 +81,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_with(base: Path, *overrides: str) -> RunConfig:
     lora = ("stage2.lora.rank=4", "stage2.lora.dropout=0", f"stage2.base_model={base}")
-    return parse_config(TINY, "test", [*lora, *overrides])
+    return tiny(*lora, *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -3,27 +3,21 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
-from test_evaluate import FakeExplainer, config, make_run
-from test_faithfulness import planted_writer
-from test_gate_probes import by_hand
-from test_report import HOSTILE, Page
+from helpers.gates import gates_by_hand
+from helpers.pages import HOSTILE, Page
+from helpers.runs import evaluation_config, make_run
+from helpers.writers import FakeExplainer, planted_writer
 
-from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.data.dataset import Dataset
 from gavamoe.evaluation.evaluate import evaluate, write_evaluation
 from gavamoe.evaluation.faithfulness.gates import GateUse
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.report.page import write_report
 
 
-@pytest.fixture(scope="module")
-def planted(tiny_dataset: Path) -> Dataset:
-    return open_dataset(tiny_dataset)
-
-
 def page_of(folder: Path, dataset: Dataset, say, gates: GateUse | None, **options: object) -> tuple[Page, str]:  # type: ignore[no-untyped-def]
     """The report of a run whose writer is `say`."""
-    settings = config(**{"rows": 40} | options)
+    settings = evaluation_config(**{"rows": 40} | options)
     result = evaluate(FakeExplainer(dataset, say), dataset, settings, gates=lambda *_: gates)
     write_evaluation(make_run(folder, dataset, settings) / "evaluation", result, settings, {})
     html = write_report([folder], folder / "report.html").read_text()
@@ -33,7 +27,7 @@ def page_of(folder: Path, dataset: Dataset, say, gates: GateUse | None, **option
 def test_both_protocols_gates_and_swaps_are_shown(planted: Dataset, tmp_path: Path) -> None:
     truth = planted.truth()
     assert truth is not None
-    page, _ = page_of(tmp_path / "run", planted, planted_writer(truth), by_hand(), protocol="both", probe_rows=5)
+    page, _ = page_of(tmp_path / "run", planted, planted_writer(truth), gates_by_hand(), protocol="both", probe_rows=5)
     text = page.text
     for expected in (
         "Given and predicted",

@@ -11,19 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.cli import Runner, command
 from helpers.ray_head import ROOT, ray_head
-from test_cli import Runner
-from test_end_to_end import TINY
+from helpers.tiny import WHOLE_JOB, tiny_yaml
 
 from gavamoe.errors import InputError
 from gavamoe.runtime.jobs import FORWARDED, STEPS, _Reader, job_environment, staged_code
-
-CLI = "from gavamoe.cli import main; main()"
-
-
-@pytest.fixture
-def gavamoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
-    return Runner(monkeypatch, capsys)
 
 
 def test_only_code_and_named_yaml_files_go_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +66,7 @@ def test_every_step_has_a_script_that_calls_a_command(step: str, monkeypatch: py
     monkeypatch.setattr("gavamoe.cli.run_job", lambda *words: called.append(words))
     runpy.run_path(str(ROOT / "jobs" / f"{step}.py"))
     [words] = called
-    shown = subprocess.run(
-        [sys.executable, "-c", CLI, *words, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    shown = subprocess.run(command(*words, "--help"), capture_output=True, text=True, check=True, cwd=ROOT)
     assert shown.returncode == 0
     assert sorted(path.stem for path in (ROOT / "jobs").glob("*.py")) == sorted(STEPS)
 
@@ -126,7 +117,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 def run_cli(environment: dict[str, str], folder: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
     """The command as a user's shell runs it, in a folder of the user's."""
     return subprocess.run(
-        [sys.executable, "-c", CLI, *map(str, arguments)], env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
+        command(*arguments), env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
         cwd=folder, capture_output=True, text=True, check=False, timeout=400,
     )  # fmt: skip
 
@@ -144,7 +135,7 @@ def metrics_of(head: dict[str, str], wanted: str) -> str:
 
 @pytest.mark.slow
 def test_the_whole_work_as_a_job(head: dict[str, str], tiny_dataset: Path, tmp_path: Path) -> None:
-    (tmp_path / "tiny.yaml").write_text(TINY)
+    (tmp_path / "tiny.yaml").write_text(tiny_yaml(*WHOLE_JOB))
     run = tmp_path / "run"
     done = run_cli(head, tmp_path, "submit", "pipeline", "tiny.yaml", "--dataset", tiny_dataset, "--run-dir", run)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
-"""A worker's side without a Ray: which checkpoint it goes on from, what log it tells, how rank and desk agree."""
+"""A worker without a Ray: which checkpoint it goes on from, what log it tells, how rank and desk agree, damage."""
 
+import errno
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,15 @@ import pytest
 from gavamoe.config.schema import RuntimeConfig
 from gavamoe.errors import InputError, RunError, Stopped
 from gavamoe.runtime.ray_train import _failure
-from gavamoe.runtime.worker import Desk, RayContext, WorkerJob, run_worker
+from gavamoe.runtime.worker import (
+    Desk,
+    RayContext,
+    WorkerJob,
+    find_damage,
+    run_worker,
+    storage_problem,
+    write_checksums,
+)
 
 
 class Called:
@@ -159,3 +168,50 @@ def test_a_stop_file_ends_it_at_the_next_line(training: Training, tmp_path: Path
     assert run_worker({"job": job(desk, counting, stop, steps=3, work=tmp_path / "work")}) is None
     assert isinstance(desk.desk.refusals()[0], Stopped)
     assert steps_at(desk) == [1]
+
+
+def test_the_desk_tells_a_restart_from_new_lines() -> None:
+    desk = Desk()
+    assert desk.since(0, 0) == (0, 0, [])
+    desk.restart([])
+    desk.add({"step": 1})
+    desk.add({"step": 2})
+    assert desk.since(0, 0) == (1, 0, [{"step": 1}, {"step": 2}])
+    assert desk.since(1, 1) == (1, 0, [{"step": 2}])
+    desk.restart([{"step": 1}])
+    desk.add({"step": 2})
+    assert desk.since(1, 2) == (2, 1, [{"step": 1}, {"step": 2}])
+    assert desk.refusals() == []
+    desk.refuse(1, InputError("no"))
+    assert str(desk.refusals()[0]) == "no"
+
+
+def test_damage_of_any_ranks_file_is_found(tmp_path: Path) -> None:
+    parts = [tmp_path / "0", tmp_path / "1"]
+    for rank, part in enumerate(parts):
+        (part / "engine").mkdir(parents=True)
+        (part / "engine" / f"rank{rank}").write_bytes(b"x" * 100)
+        write_checksums(part, rank, workers=2)
+    whole = tmp_path / "whole"
+    (whole / "engine").mkdir(parents=True)
+    for part in parts:
+        for path in part.rglob("*"):
+            if path.is_file():
+                (whole / path.relative_to(part)).write_bytes(path.read_bytes())
+    assert find_damage(whole) is None
+    (whole / "engine" / "rank1").write_bytes(b"x" * 99 + b"y")
+    assert find_damage(whole) == "the content of engine/rank1 has changed"
+    (whole / "engine" / "rank1").write_bytes(b"x" * 99)
+    assert find_damage(whole) == "engine/rank1 has 99 of 100 bytes"
+    (whole / "checksums-1.json").unlink()
+    assert "its checksums can't be read" in str(find_damage(whole))
+
+
+def test_full_disks_are_told_from_other_errors() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/data/x")
+    outer = RuntimeError("upload")
+    outer.__cause__ = full
+    assert storage_problem(outer) == "/data/x: can't be written: no space is left"
+    assert storage_problem(RuntimeError("[enforce fail] file write failed")) is not None
+    assert storage_problem(OSError(errno.ECONNRESET, "reset")) is None
+    assert storage_problem(ValueError("x")) is None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.stage1_setup import small_run
+from helpers.tiny import tiny_stage1
 
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import RunError
@@ -118,9 +118,9 @@ def test_training_in_buckets_is_repeatable_and_resumes(
     monkeypatch.setattr(pairs_module, "BUCKET_PAIRS", 200)
     contexts = [LocalContext(storage=tmp_path), LocalContext()]
     for name, context in zip("ab", contexts, strict=True):
-        train_stage1(small_run(dropout=0.1), tiny_dataset, tmp_path / name, context)
+        train_stage1(tiny_stage1(dropout=0.1), tiny_dataset, tmp_path / name, context)
     resumed = LocalContext(resume_from=contexts[0].checkpoints[1])
-    train_stage1(small_run(dropout=0.1), tiny_dataset, tmp_path / "c", resumed)
+    train_stage1(tiny_stage1(dropout=0.1), tiny_dataset, tmp_path / "c", resumed)
     weights = [(tmp_path / name / "vae_gmm.safetensors").read_bytes() for name in "abc"]
     assert weights[0] == weights[1] == weights[2]
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.stage2_runs import tiny
-from test_evaluate import bare_dataset
+from helpers.bare_dataset import bare_dataset
+from helpers.tiny import tiny
 
 from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.config.schema import GenerationConfig, RunConfig
-from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.request import ExplanationRequest
@@ -20,11 +20,6 @@ from gavamoe.stage1.routes import Routes
 from gavamoe.stage1.train import train_stage1
 from gavamoe.stage2.setup import prepare
 from gavamoe.stage2.train import train_stage2
-
-
-@pytest.fixture(scope="module")
-def planted(tiny_dataset: Path) -> Dataset:
-    return open_dataset(tiny_dataset)
 
 
 def control(config: RunConfig, dataset: Dataset) -> RouteControl:

@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from helpers.tiny import tiny_stage1
 
-from gavamoe.config.schema import Stage1Config
 from gavamoe.data.dataset import SPLITS, Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.stage1.artifact import load_vae_gmm, save_vae_gmm
@@ -34,9 +34,7 @@ def dataset(tiny_dataset: Path) -> Dataset:
 def model(dataset: Dataset) -> VaeGmm:
     """Untrained, with a mixture that uses all its clusters; dropout would show a route made in training mode."""
     torch.manual_seed(0)
-    config = Stage1Config(
-        embedding_size=16, latent_size=6, encoder_heads=2, encoder_feedforward=16, decoder_hidden=8, dropout=0.5
-    )
+    config = tiny_stage1(latent_size=6, dropout=0.5).stage1
     catalog = dataset.catalog
     model = VaeGmm(config, catalog.known_users, catalog.known_items, "categorical", (1, 2, 3, 4, 5))
     with torch.no_grad():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.stage1_setup import small_run
+from helpers.tiny import tiny_stage1
 
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError, RunError
@@ -18,19 +18,19 @@ from gavamoe.stage1.validation import Validation, collapse_warnings, validate
 
 def test_a_collapsed_cluster_is_named_or_stops_the_run(tiny_dataset: Path, tmp_path: Path) -> None:
     context = LocalContext()
-    train_stage1(small_run(min_cluster_share=0.5), tiny_dataset, tmp_path / "warned", context)
+    train_stage1(tiny_stage1(min_cluster_share=0.5), tiny_dataset, tmp_path / "warned", context)
     warnings = [line["warning"] for line in context.lines if "warning" in line]
     assert any("lower stage1.clusters" in warning for warning in warnings)
     with pytest.raises(RunError, match=r"holds .* of the pairs, less than stage1\.min_cluster_share 50\.0%"):
         train_stage1(
-            small_run(min_cluster_share=0.5, on_collapse="stop"), tiny_dataset, tmp_path / "stopped", LocalContext()
+            tiny_stage1(min_cluster_share=0.5, on_collapse="stop"), tiny_dataset, tmp_path / "stopped", LocalContext()
         )
     assert not (tmp_path / "stopped").exists()
 
 
 def test_each_collapse_names_its_remedy() -> None:
     terms = {"loss": 1.0, "kl": 3.0}
-    config = small_run().stage1
+    config = tiny_stage1().stage1
 
     def found(**changes: Any) -> list[str]:
         values = {
@@ -51,12 +51,12 @@ def test_a_diverging_loss_is_a_failure(tiny_dataset: Path, tmp_path: Path, monke
         "gavamoe.stage1.vae_gmm.VaeGmm.log_likelihood", lambda _self, output, _rating: output[:, 0] * np.inf
     )
     with pytest.raises(RunError, match=r"step 0: the gradient is not finite; lower stage1\.learning_rate"):
-        train_stage1(small_run(), tiny_dataset, tmp_path / "stage1", LocalContext())
+        train_stage1(tiny_stage1(), tiny_dataset, tmp_path / "stage1", LocalContext())
 
 
 def test_validation_does_not_depend_on_the_workers(tiny_dataset: Path) -> None:
     """Sums over batches shared out over two workers add up to one worker's."""
-    trainer = Trainer(small_run(), open_dataset(tiny_dataset), LocalContext())
+    trainer = Trainer(tiny_stage1(), open_dataset(tiny_dataset), LocalContext())
     file = trainer.source.held_out("valid")
     pairs = file.all()
     first, second = (validate(trainer.model, file, 0.1, LocalContext()) for _ in range(2))
@@ -68,9 +68,9 @@ def test_validation_does_not_depend_on_the_workers(tiny_dataset: Path) -> None:
 
 def test_likelihood_follows_the_data(tiny_dataset: Path, implicit_dataset: Path) -> None:
     rated, implicit = open_dataset(tiny_dataset), open_dataset(implicit_dataset)
-    assert rating_model(small_run().stage1, rated) == ("categorical", (1, 2, 3, 4, 5))
-    assert rating_model(small_run(likelihood="gaussian").stage1, rated) == ("gaussian", (1, 5))
-    assert rating_model(small_run(likelihood="bernoulli").stage1, rated) == ("bernoulli", (1, 5))
-    assert rating_model(small_run().stage1, implicit) == ("bernoulli", (0, 1))
+    assert rating_model(tiny_stage1().stage1, rated) == ("categorical", (1, 2, 3, 4, 5))
+    assert rating_model(tiny_stage1(likelihood="gaussian").stage1, rated) == ("gaussian", (1, 5))
+    assert rating_model(tiny_stage1(likelihood="bernoulli").stage1, rated) == ("bernoulli", (1, 5))
+    assert rating_model(tiny_stage1().stage1, implicit) == ("bernoulli", (0, 1))
     with pytest.raises(InputError, match=r"stage1\.likelihood: categorical needs ratings"):
-        rating_model(small_run(likelihood="categorical").stage1, implicit)
+        rating_model(tiny_stage1(likelihood="categorical").stage1, implicit)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import tiny_stage1
 from sklearn.mixture import GaussianMixture
 
 from gavamoe.config.schema import Stage1Config
@@ -17,8 +18,7 @@ SAMPLES = 100_000
 
 
 def small_config(**changes: object) -> Stage1Config:
-    sizes = {"embedding_size": 16, "latent_size": 4, "encoder_heads": 2, "encoder_feedforward": 24, "decoder_hidden": 8}
-    return Stage1Config.model_validate({**sizes, "dropout": 0.0, **changes})
+    return tiny_stage1(**{"encoder_feedforward": 24} | changes).stage1
 
 
 def small_model(likelihood: Likelihood = "categorical", values: tuple[float, ...] = STARS, **changes: object) -> VaeGmm:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.stage2_runs import Trained, close, tiny
+from helpers.stage2_runs import Trained, close
+from helpers.tiny import tiny
 
 from gavamoe.cli.output.training import print_training
 from gavamoe.config.files import parse_config

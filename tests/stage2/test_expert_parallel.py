@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.stage2_runs import TWO_WORKERS, close, numbers, tiny
+from helpers.stage2_runs import HALF_BATCHES, close, numbers
+from helpers.tiny import tiny
 from torch import Tensor, multiprocessing, nn
 from transformers import PreTrainedConfig
 
@@ -119,10 +120,10 @@ def test_tokens_get_to_their_experts_and_gradients_back(tmp_path: Path) -> None:
 )
 def test_what_cannot_work_is_refused(overrides: list[str], problem: str) -> None:
     with pytest.raises(InputError, match=f"stage2.expert_parallel: {problem}"):
-        tiny(*TWO_WORKERS, "stage2.expert_parallel=2", *overrides)
+        tiny(*HALF_BATCHES, "stage2.expert_parallel=2", *overrides)
 
 
-UNDIVIDED, SHARED = TWO_WORKERS, (*TWO_WORKERS, "stage2.expert_parallel=2")
+UNDIVIDED, SHARED = HALF_BATCHES, (*HALF_BATCHES, "stage2.expert_parallel=2")
 STEPS = ("stage2.max_steps=20", "stage2.evaluate_every=10", "stage2.checkpoint_every=10")
 CLIPPED = (*STEPS, "stage2.clip_norm=0.05", "stage2.learning_rate=1.0", "stage2.alpha=0")
 RUNS: dict[str, tuple[str, ...]] = {

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.stage2_runs import close, joint_batch, tiny
+from helpers.stage2_runs import close, joint_batch
+from helpers.tiny import tiny
 from torch import Tensor
 
 from gavamoe.stage2.joint_model import JointModel, parameter_groups

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.stage2_runs import (
-    TWO_WORKERS,
+    HALF_BATCHES,
     Trained,
     check_equal_runs,
     close,
@@ -103,7 +103,7 @@ def test_two_workers_equal_one(
     overrides: tuple[str, ...], alone: Trained, tiny_dataset: Path, stage1: Path, tmp_path: Path
 ) -> None:
     """float32: losses of 20 steps to 1e-4, weights to 1e-3; sums over workers are taken in another order."""
-    ranks = in_two_workers(tiny(*EVERY_STEP, *TWO_WORKERS, *overrides), tiny_dataset, stage1, tmp_path / "two")
+    ranks = in_two_workers(tiny(*EVERY_STEP, *HALF_BATCHES, *overrides), tiny_dataset, stage1, tmp_path / "two")
     for phase, count in (("train", 20), ("valid", 21)):
         lines = numbers(ranks[0]["lines"], phase)
         assert len(lines) == count
@@ -121,7 +121,7 @@ def test_two_workers_of_which_one_reads_the_base_model_equal_one(
     base = save_base(tmp_path / "base")
     same = (*EVERY_STEP, f"stage2.base_model={base}", f"stage2.experts.conversion={conversion}")
     single = Trained(tiny(*same), tiny_dataset, stage1, tmp_path / "single")
-    in_two_workers(tiny(*same, *TWO_WORKERS, "stage2.zero_stage=3"), tiny_dataset, stage1, tmp_path / "two")
+    in_two_workers(tiny(*same, *HALF_BATCHES, "stage2.zero_stage=3"), tiny_dataset, stage1, tmp_path / "two")
     two = load_explainer(tmp_path / "two/stage2")[0].state_dict()
     close(two, load_explainer(single.out)[0].state_dict(), 1e-3)
 
@@ -132,7 +132,7 @@ def test_two_workers_in_bf16_stay_close(
     stage: int, alone: Trained, tiny_dataset: Path, stage1: Path, tmp_path: Path
 ) -> None:
     """bfloat16 arithmetic over float32 weights: losses of 20 steps to 2 % of the single process in float32."""
-    config = tiny(*EVERY_STEP, *TWO_WORKERS, f"stage2.zero_stage={stage}", "stage2.precision=bf16")
+    config = tiny(*EVERY_STEP, *HALF_BATCHES, f"stage2.zero_stage={stage}", "stage2.precision=bf16")
     ranks = in_two_workers(config, tiny_dataset, stage1, tmp_path / "two")
     for line, wanted in zip(numbers(ranks[0]["lines"], "valid"), alone.lines("valid"), strict=True):
         assert line["validation_loss"] == pytest.approx(wanted["validation_loss"], rel=0.02)
@@ -142,7 +142,7 @@ def test_two_workers_in_bf16_stay_close(
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_workers_take_the_same_next_10_steps(stage: int, tiny_dataset: Path, stage1: Path, tmp_path: Path) -> None:
-    config = tiny(*EVERY_STEP, *TWO_WORKERS, "stage2.alpha=0.2", f"stage2.zero_stage={stage}")
+    config = tiny(*EVERY_STEP, *HALF_BATCHES, "stage2.alpha=0.2", f"stage2.zero_stage={stage}")
     whole = in_two_workers(config, tiny_dataset, stage1, tmp_path / "whole")
     checkpoint = tmp_path / "whole/checkpoints/10"
     resumed = in_two_workers(config, tiny_dataset, stage1, tmp_path / "resumed", checkpoint)
@@ -202,7 +202,7 @@ def test_two_workers_train_stage_1_along(
     stage: int, torch_run: Trained, tiny_dataset: Path, stage1: Path, tmp_path: Path
 ) -> None:
     """With random latents and hidden ids losses agree roughly; the refreshed routes are those of the weights."""
-    config = tiny(*TWO_WORKERS, "stage2.elbo_batch_size=32", f"stage2.zero_stage={stage}")
+    config = tiny(*HALF_BATCHES, "stage2.elbo_batch_size=32", f"stage2.zero_stage={stage}")
     ranks = in_two_workers(config, tiny_dataset, stage1, tmp_path / "two")
     for line, wanted in zip(numbers(ranks[0]["lines"], "train"), torch_run.lines("train"), strict=True):
         assert line["explanation_loss"] == pytest.approx(wanted["explanation_loss"], rel=0.02)

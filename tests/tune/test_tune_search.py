@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,8 +14,10 @@ import optuna
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from helpers.cli import command
+from helpers.tiny import DEFAULT_RATES, tiny, tiny_yaml
 
-from gavamoe.config.files import load_config, parse_config
+from gavamoe.config.files import load_config
 from gavamoe.errors import InputError, RunError
 from gavamoe.tune.ray_tune import SearchState
 from gavamoe.tune.search import SearchResult, run_search
@@ -24,10 +25,8 @@ from gavamoe.tune.study import storage_url
 
 pytestmark = pytest.mark.ray
 
-STAGE1: dict[str, Any] = {
-    "embedding_size": 16, "latent_size": 4, "encoder_heads": 2, "encoder_feedforward": 32, "decoder_hidden": 16,
-    "batch_size": 256, "pretrain_epochs": 1, "epochs": 4, "mixture_restarts": 1,
-}  # fmt: skip
+SEARCHED = (*DEFAULT_RATES, "runtime.engine=deepspeed", "stage1.epochs=4")
+"""Overrides of the tiny config."""
 K = {"stage1.clusters": {"type": "int", "low": 2, "high": 4}}
 
 
@@ -54,7 +53,7 @@ def write_space(folder: Path, **changes: Any) -> Path:
 
 
 def search(folder: Path, dataset: Path, space: Path, onlooker: Onlooker | None = None, **options: Any) -> SearchResult:
-    config = parse_config({"stage1": STAGE1} | options.pop("config", {}), "")
+    config = tiny(*SEARCHED, *options.pop("overrides", ()))
     return run_search(space, config, dataset, folder / "search", progress=onlooker or Onlooker(), **options)
 
 
@@ -129,7 +128,7 @@ def test_a_killed_worker_is_replaced(tiny_dataset: Path, tmp_path: Path) -> None
     killer.start()
     onlooker = Onlooker()
     space = write_space(tmp_path, parameters={"stage1.clusters": {"type": "choice", "values": [3]}})
-    found = search(tmp_path, tiny_dataset, space, onlooker, final=False, config={"stage1": STAGE1 | {"epochs": 40}})
+    found = search(tmp_path, tiny_dataset, space, onlooker, final=False, overrides=["stage1.epochs=40"])
     killer.join()
     assert [record.state for record in found.records] == ["complete"]
     assert onlooker.states[-1].restarts == {0: 1}
@@ -138,7 +137,7 @@ def test_a_killed_worker_is_replaced(tiny_dataset: Path, tmp_path: Path) -> None
 @pytest.mark.usefixtures("ray_two_workers")
 def test_a_trial_that_does_not_fit_the_cluster_is_refused(tiny_dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a trial needs 64 CPU, the cluster has 2 CPU"):
-        search(tmp_path, tiny_dataset, write_space(tmp_path), config={"runtime": {"threads_per_worker": 64}})
+        search(tmp_path, tiny_dataset, write_space(tmp_path), overrides=["runtime.threads_per_worker=64"])
 
 
 @pytest.mark.usefixtures("ray_two_workers")
@@ -148,17 +147,14 @@ def test_no_trial_starts_when_the_time_is_over(tiny_dataset: Path, tmp_path: Pat
         search(tmp_path, tiny_dataset, space)
 
 
-SLOW_TRAINING = {"stage1": STAGE1 | {"epochs": 60}}
-
-
-def command(tmp_path: Path, dataset: Path, *more: str) -> list[str]:
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(SLOW_TRAINING))
+def slow_search(tmp_path: Path, dataset: Path, *more: str) -> list[str]:
+    """The command of a search whose trials take a while."""
+    (tmp_path / "config.yaml").write_text(tiny_yaml(*SEARCHED, "stage1.epochs=60"))
     space = write_space(
         tmp_path, parameters={"stage1.beta": {"type": "float", "low": 0.01, "high": 0.5}}, budget={"trials": 6}
     )
-    gavamoe = [sys.executable, "-c", "from gavamoe.cli import main; main()"]
-    options = ["--dataset", str(dataset), "--run-dir", str(tmp_path / "search"), "--no-final", "--json"]
-    return [*gavamoe, "tune", str(space), str(tmp_path / "config.yaml"), *options, *more]
+    options = ["--dataset", dataset, "--run-dir", tmp_path / "search", "--no-final", "--json"]
+    return command("tune", space, tmp_path / "config.yaml", *options, *more)
 
 
 def results(folder: Path) -> dict[str, int]:
@@ -175,12 +171,12 @@ def wait_until_some_are_done(process: subprocess.Popen[str], folder: Path, count
 
 
 def start(tmp_path: Path, dataset: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(command(tmp_path, dataset), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(slow_search(tmp_path, dataset), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(tmp_path: Path, dataset: Path) -> dict[str, Any]:
     """Continue to the end; the JSON document."""
-    done = subprocess.run(command(tmp_path, dataset, "--resume"), capture_output=True, text=True, timeout=500)
+    done = subprocess.run(slow_search(tmp_path, dataset, "--resume"), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -211,16 +207,12 @@ def test_an_ended_driver_loses_nothing(signal_number: int, tiny_dataset: Path, t
 @pytest.mark.slow
 def test_trials_of_several_workers_are_stopped_too_and_leave_room(tiny_dataset: Path, tmp_path: Path) -> None:
     """In its own process, for such a search starts Ray with the dashboard."""
-    (tmp_path / "config.yaml").write_text(
-        yaml.safe_dump({"stage1": STAGE1 | {"epochs": 30}, "runtime": {"workers": 2}})
-    )
+    (tmp_path / "config.yaml").write_text(tiny_yaml(*SEARCHED, "stage1.epochs=30", "runtime.workers=2"))
     rates = {"stage1.learning_rate": {"type": "choice", "values": [0.005, 1.0e-9, 0.01]}}
     space = write_space(tmp_path, parameters=rates, pruning={"grace": 30, "reduction": 2})
-    command = [
-        sys.executable, "-c", "from gavamoe.cli import main; main()", "tune", str(space), str(tmp_path / "config.yaml"),
-        "--dataset", str(tiny_dataset), "--run-dir", str(tmp_path / "search"), "--no-final", "--json",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=550)
+    options = ["--dataset", tiny_dataset, "--run-dir", tmp_path / "search", "--no-final", "--json"]
+    tune = command("tune", space, tmp_path / "config.yaml", *options)
+    done = subprocess.run(tune, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr
     trials = json.loads(done.stdout)["trials"]
     assert [trial["state"] for trial in trials] == ["complete", "pruned", "complete"]

@@ -1,11 +1,6 @@
 """One trial without Ray: what it measures, what it shares, what it goes on from, and that it never sees a test row."""
 
 import json
-import multiprocessing
-import os
-import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +8,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.tiny import DEFAULT_RATES, tiny
 
 from gavamoe.artifacts.files import sha256, write_json
 from gavamoe.config.files import parse_config
-from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset, fingerprint, open_dataset
 from gavamoe.errors import InputError, RunError
-from gavamoe.runtime.context import LocalContext
-from gavamoe.stage1.cache import cached_stage1, stage1_key
-from gavamoe.stage1.train import train_stage1
 from gavamoe.tune.search_data import withhold_test
 from gavamoe.tune.space import parse_space
 from gavamoe.tune.trial import RESULT_FILE, Job, discard_work, run_trial
 
-TINY: dict[str, Any] = {
-    "stage1": {
-        "embedding_size": 16, "latent_size": 4, "encoder_heads": 2, "encoder_feedforward": 32, "decoder_hidden": 16,
-        "batch_size": 256, "pretrain_epochs": 1, "epochs": 4, "mixture_restarts": 1,
-    },
-    "stage2": {
-        "scratch": {"hidden_size": 32, "layers": 2, "heads": 2, "intermediate_size": 64, "vocabulary": 400},
-        "experts": {"count": 4, "top_k": 1, "intermediate_size": 16, "implementation": "eager"},
-        "batch_size": 16, "elbo_batch_size": 64, "max_steps": 8, "evaluate_every": 2, "checkpoint_every": 4,
-        "validation_rows": 32,
-    },
-    "generation": {"max_new_tokens": 8},
-    "evaluation": {"rows": 20},
-}  # fmt: skip
+TRIED = (
+    *DEFAULT_RATES, "runtime.engine=deepspeed", "stage1.epochs=4", "stage2.experts.top_k=1",
+    "stage2.experts.implementation=eager", "stage2.max_steps=8", "stage2.evaluate_every=2", "stage2.checkpoint_every=4",
+    "stage2.validation_rows=32", "generation.max_new_tokens=8", "evaluation.rows=20",
+)  # fmt: skip
+"""Overrides of the tiny config."""
 SPACE: dict[str, Any] = {
     "stages": 1, "metric": "rmse", "parameters": {"stage1.clusters": {"type": "int", "low": 2, "high": 3}},
 }  # fmt: skip
@@ -51,7 +35,7 @@ def nothing(percent: int, value: float) -> None:
 
 def make_job(dataset: Path, folder: Path, seeds: int = 1, **changes: Any) -> Job:
     view = withhold_test(open_dataset(dataset), folder / "search_data")
-    config = parse_config(TINY, "")
+    config = tiny(*TRIED)
     return Job(parse_space(SPACE | changes, "s.yaml"), config, view.path, view.fingerprint, folder, seeds)
 
 
@@ -180,83 +164,3 @@ def test_several_workers_or_offloading_need_ray_train(tiny_dataset: Path, tmp_pa
         metric = "stage2.validation_loss" if stages == 2 else "rmse"
         space = parse_space(SPACE | {"stages": stages, "metric": metric}, "s.yaml")
         assert not Job(space, config, job.dataset, job.fingerprint, tmp_path, 1).in_process
-
-
-def test_key_changes_with_what_stage1_reads_and_with_nothing_else() -> None:
-    base = stage1_key(RunConfig(), "data")
-    assert stage1_key(parse_config({"stage2": {"alpha": 0.5}, "runtime": {"workers": 2}}, ""), "data") == base
-    for config in ({"stage1": {"beta": 0.2}}, {"seed": 1}):
-        assert stage1_key(parse_config(config, ""), "data") != base
-    assert stage1_key(RunConfig(), "other") != base
-
-
-def slow_training(made: Path, cache: Path, calls: Path, hold: float) -> None:
-    """A process that wants a stage-1 result; leaves a mark in `calls` if it makes it, which takes `hold` seconds."""
-
-    def train(out: Path) -> None:
-        (calls / str(os.getpid())).touch()
-        time.sleep(hold)
-        shutil.copytree(made, out)
-
-    cached_stage1(cache, "key", train)
-
-
-@pytest.fixture(scope="module")
-def made(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stage-1 artifact."""
-    out = tmp_path_factory.mktemp("stage1") / "stage1"
-    train_stage1(parse_config(TINY, ""), tiny_dataset, out, LocalContext())
-    return out
-
-
-@pytest.fixture
-def calls(tmp_path: Path) -> Path:
-    folder = tmp_path / "calls"
-    folder.mkdir()
-    return folder
-
-
-def start(made: Path, cache: Path, calls: Path, hold: float) -> Any:
-    process = multiprocessing.get_context("spawn").Process(target=slow_training, args=(made, cache, calls, hold))
-    process.start()
-    return process
-
-
-def wait_for(path: Path, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while len(list(path.iterdir())) < count:
-        assert time.monotonic() < deadline, f"{path} has {list(path.iterdir())}"
-        time.sleep(0.05)
-
-
-def test_two_trials_that_want_a_result_train_it_once(made: Path, tmp_path: Path, calls: Path) -> None:
-    processes = [start(made, tmp_path / "cache", calls, 1.0) for _ in range(2)]
-    for process in processes:
-        process.join(timeout=120)
-        assert process.exitcode == 0
-    assert len(list(calls.iterdir())) == 1
-    assert (tmp_path / "cache" / "key" / "artifact.json").is_file()
-
-
-def test_a_killed_owner_frees_the_result_at_once(made: Path, tmp_path: Path, calls: Path) -> None:
-    owner = start(made, tmp_path / "cache", calls, 600.0)
-    wait_for(calls, 1)
-    assert (tmp_path / "cache" / "key.lock").read_text().split()[1] == str(owner.pid)
-    other = start(made, tmp_path / "cache", calls, 0.0)
-    os.kill(owner.pid, signal.SIGKILL)
-    owner.join(timeout=60)
-    other.join(timeout=120)
-    assert other.exitcode == 0
-    assert len(list(calls.iterdir())) == 2
-
-
-def test_a_failed_training_leaves_nothing_in_the_cache(tmp_path: Path) -> None:
-    def fail(out: Path) -> None:
-        del out
-        raise RunError("diverged")
-
-    with pytest.raises(RunError, match="diverged"):
-        cached_stage1(tmp_path, "key", fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["key.lock"]
-    (tmp_path / "key").mkdir()
-    assert cached_stage1(tmp_path, "key", fail) == (tmp_path / "key", True)

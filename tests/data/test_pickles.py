@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_hostile_reviews import refuse
-from test_prepare import peter_folder
+from helpers.reviews import peter_folder, refuse
 
 from gavamoe.data.prepare import prepare
 from gavamoe.data.readers import pickles

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from helpers.stage1_setup import small_run
+from helpers.tiny import tiny_stage1
 
 from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.data.dataset import open_dataset
@@ -26,7 +26,7 @@ from gavamoe.stage1.trainer import Trainer
 
 def test_artifact_is_whole_and_says_what_it_measured(tiny_dataset: Path, tmp_path: Path) -> None:
     context = LocalContext()
-    metrics = train_stage1(small_run(), tiny_dataset, tmp_path / "stage1", context)
+    metrics = train_stage1(tiny_stage1(), tiny_dataset, tmp_path / "stage1", context)
     files = sorted(path.name for path in (tmp_path / "stage1").iterdir())
     assert files == ["artifact.json", "metrics.json", "routes.parquet", "vae_gmm.json", "vae_gmm.safetensors"]
     assert json.loads((tmp_path / "stage1" / "metrics.json").read_text()) == metrics
@@ -48,7 +48,7 @@ def test_artifact_is_whole_and_says_what_it_measured(tiny_dataset: Path, tmp_pat
 
 def test_log_lines_carry_the_terms_of_the_bound(tiny_dataset: Path, tmp_path: Path) -> None:
     context = LocalContext()
-    train_stage1(small_run(), tiny_dataset, tmp_path / "stage1", context)
+    train_stage1(tiny_stage1(), tiny_dataset, tmp_path / "stage1", context)
     steps = [line for line in context.lines if line["phase"] == "stage1" and "loss" in line]
     assert steps[-1]["step"] == steps[-1]["steps"] == 4 * 5
     for line in steps:
@@ -63,7 +63,7 @@ def test_log_lines_carry_the_terms_of_the_bound(tiny_dataset: Path, tmp_path: Pa
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_resumed_training_equals_training_that_never_stopped(tiny_dataset: Path, tmp_path: Path, after: int) -> None:
     """Bit for bit, whether it stopped in pretraining, before the mixture was fitted, or after; with dropout."""
-    config = small_run(dropout=0.2)
+    config = tiny_stage1(dropout=0.2)
     whole = LocalContext(storage=tmp_path)
     expected = train_stage1(config, tiny_dataset, tmp_path / "whole", whole)
     assert len(whole.checkpoints) == 4
@@ -78,32 +78,32 @@ def test_resumed_training_equals_training_that_never_stopped(tiny_dataset: Path,
 
 def test_resuming_a_finished_run_only_writes_it(tiny_dataset: Path, tmp_path: Path) -> None:
     whole = LocalContext(storage=tmp_path)
-    expected = train_stage1(small_run(), tiny_dataset, tmp_path / "whole", whole)
+    expected = train_stage1(tiny_stage1(), tiny_dataset, tmp_path / "whole", whole)
     again = LocalContext(resume_from=whole.checkpoints[-1])
-    found = train_stage1(small_run(), tiny_dataset, tmp_path / "again", again)
+    found = train_stage1(tiny_stage1(), tiny_dataset, tmp_path / "again", again)
     assert again.lines == []
     assert found["test"] == expected["test"]
 
 
 def test_a_checkpoint_of_something_else_is_refused(tiny_dataset: Path, tmp_path: Path) -> None:
     context = LocalContext(storage=tmp_path)
-    train_stage1(small_run(), tiny_dataset, tmp_path / "stage1", context)
+    train_stage1(tiny_stage1(), tiny_dataset, tmp_path / "stage1", context)
     resume = LocalContext(resume_from=context.checkpoints[-1])
     other = synthesize(tmp_path / "other", users=60, items=40, ratings=1500, seed=1)
     with pytest.raises(InputError, match=r"made with dataset .*, not .*start without --resume"):
-        train_stage1(small_run(), other, tmp_path / "x", resume)
+        train_stage1(tiny_stage1(), other, tmp_path / "x", resume)
     with pytest.raises(InputError, match="made with seed 0, not 1"):
-        train_stage1(small_run(seed=1), tiny_dataset, tmp_path / "x", resume)
+        train_stage1(tiny_stage1(seed=1), tiny_dataset, tmp_path / "x", resume)
     with pytest.raises(InputError, match=r"made with stage1\.beta 0\.1, not 0\.5"):
-        train_stage1(small_run(beta=0.5), tiny_dataset, tmp_path / "x", resume)
+        train_stage1(tiny_stage1(beta=0.5), tiny_dataset, tmp_path / "x", resume)
     with pytest.raises(InputError, match="no such checkpoint file"):
-        train_stage1(small_run(), tiny_dataset, tmp_path / "x", LocalContext(resume_from=tmp_path))
+        train_stage1(tiny_stage1(), tiny_dataset, tmp_path / "x", LocalContext(resume_from=tmp_path))
     assert not (tmp_path / "x").exists()
 
 
 def test_equal_seeds_give_equal_models(tiny_dataset: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train_stage1(small_run(seed=seed), tiny_dataset, tmp_path / name, LocalContext())
+        train_stage1(tiny_stage1(seed=seed), tiny_dataset, tmp_path / name, LocalContext())
     weights = [(tmp_path / name / "vae_gmm.safetensors").read_bytes() for name in "abc"]
     assert weights[0] == weights[1]
     assert weights[0] != weights[2]
@@ -113,7 +113,7 @@ def _train_worker(rank: int, world_size: int, port: int, dataset: Path, out: Pat
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     context = LocalContext(rank=rank, world_size=world_size, storage=storage if rank == 0 else None)
-    metrics = train_stage1(small_run(batch_size=255), dataset, out, context)
+    metrics = train_stage1(tiny_stage1(batch_size=255), dataset, out, context)
     (storage / f"rank{rank}.json").write_text(json.dumps({"metrics": metrics, "lines": context.lines}))
     dist.destroy_process_group()
 
@@ -121,7 +121,7 @@ def _train_worker(rank: int, world_size: int, port: int, dataset: Path, out: Pat
 def test_two_workers_equal_one(tiny_dataset: Path, tmp_path: Path) -> None:
     """The same global batches, cut in unequal halves: losses, weights and routes to float rounding."""
     alone = LocalContext()
-    expected = train_stage1(small_run(batch_size=255), tiny_dataset, tmp_path / "one", alone)
+    expected = train_stage1(tiny_stage1(batch_size=255), tiny_dataset, tmp_path / "one", alone)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -144,7 +144,7 @@ def test_two_workers_equal_one(tiny_dataset: Path, tmp_path: Path) -> None:
 def test_learning_rates_fall_linearly_over_all_epochs(tiny_dataset: Path) -> None:
     """Network, tables and mixture alike; the rate depends on the place alone, so a resumed run has the same."""
     trainer = Trainer(
-        small_run(learning_rate=0.01, mixture_learning_rate=0.02), open_dataset(tiny_dataset), LocalContext()
+        tiny_stage1(learning_rate=0.01, mixture_learning_rate=0.02), open_dataset(tiny_dataset), LocalContext()
     )
     groups = [*trainer.optimizer.param_groups, *trainer.row_optimizer.param_groups]
     found = []
@@ -153,7 +153,7 @@ def test_learning_rates_fall_linearly_over_all_epochs(tiny_dataset: Path) -> Non
         found.append([group["lr"] for group in groups])
     shares = [1.0, 0.525, 1 - 0.95 * 3.5 / 4, 0.05]
     assert found == [pytest.approx([share * rate for rate in (0.01, 0.02, 0.01)]) for share in shares]
-    constant = Trainer(small_run(schedule="constant"), open_dataset(tiny_dataset), LocalContext())
+    constant = Trainer(tiny_stage1(schedule="constant"), open_dataset(tiny_dataset), LocalContext())
     constant.epoch = 3
     constant._set_rates(0.9)
     assert [group["lr"] for group in constant.optimizer.param_groups] == [1e-3, 2e-3]
@@ -161,7 +161,7 @@ def test_learning_rates_fall_linearly_over_all_epochs(tiny_dataset: Path) -> Non
 
 def test_the_best_state_is_the_one_kept(tiny_dataset: Path, tmp_path: Path) -> None:
     """So many epochs that the model overfits: the artifact holds the one with the best validation ELBO."""
-    config = small_run(seed=1, learning_rate=0.02, epochs=30)
+    config = tiny_stage1(seed=1, learning_rate=0.02, epochs=30)
     metrics = train_stage1(config, tiny_dataset, tmp_path / "stage1", LocalContext())
     elbos = {row["epoch"]: row["elbo"] for row in metrics["history"] if row["phase"] == "elbo"}
     assert metrics["best_epoch"] == max(elbos, key=lambda epoch: elbos[epoch])
@@ -174,14 +174,14 @@ def test_without_validation_pairs_the_last_state_is_kept(
 ) -> None:
     monkeypatch.setattr(PairSource, "held_out", lambda _source, _split: PairFile())
     context = LocalContext()
-    metrics = train_stage1(small_run(epochs=3, patience=1), tiny_dataset, tmp_path / "stage1", context)
+    metrics = train_stage1(tiny_stage1(epochs=3, patience=1), tiny_dataset, tmp_path / "stage1", context)
     assert metrics["best_epoch"] == metrics["epochs"] - 1 == 4
     assert "valid" not in metrics
     assert not any("warning" in line for line in context.lines)
 
 
 def test_training_stops_when_patience_is_over(tiny_dataset: Path, tmp_path: Path) -> None:
-    config = small_run(learning_rate=0.1, epochs=30, patience=2)
+    config = tiny_stage1(learning_rate=0.1, epochs=30, patience=2)
     metrics = train_stage1(config, tiny_dataset, tmp_path / "stage1", LocalContext())
     assert metrics["stopped_early"]
     assert metrics["epochs"] == metrics["best_epoch"] + 1 + 2 < 32
@@ -189,7 +189,7 @@ def test_training_stops_when_patience_is_over(tiny_dataset: Path, tmp_path: Path
 
 def test_implicit_data_train_with_sampled_negatives(implicit_dataset: Path, tmp_path: Path) -> None:
     metrics = train_stage1(
-        small_run(epochs=4, batch_size=64, learning_rate=3e-3), implicit_dataset, tmp_path / "stage1", LocalContext()
+        tiny_stage1(epochs=4, batch_size=64, learning_rate=3e-3), implicit_dataset, tmp_path / "stage1", LocalContext()
     )
     model, _ = load_stage1(tmp_path / "stage1")
     assert model.likelihood == "bernoulli"
@@ -209,6 +209,6 @@ def test_implicit_data_train_with_sampled_negatives(implicit_dataset: Path, tmp_
     {"user_agreement": 0.0}, {"mixture_init": "random"}, {"pretrain_epochs": 0}, {"batch_size": 5000},
 ])  # fmt: skip
 def test_every_variant_trains(tiny_dataset: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    metrics = train_stage1(small_run(**changes), tiny_dataset, tmp_path / "stage1", LocalContext())
+    metrics = train_stage1(tiny_stage1(**changes), tiny_dataset, tmp_path / "stage1", LocalContext())
     assert np.isfinite(metrics["test"]["elbo"])
     assert len(metrics["cluster_shares"]) == changes.get("clusters", 3)

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.stage2_runs import tiny
+from helpers.gates import gates_by_hand
+from helpers.tiny import tiny
 
 from gavamoe.data.dataset import open_dataset
-from gavamoe.evaluation.faithfulness.gates import GateUse, measure_gates
+from gavamoe.evaluation.faithfulness.gates import measure_gates
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.moe import MultiGateRouter
@@ -126,22 +127,8 @@ def test_equal_gates_overlap_and_opposite_gates_do_not(explainer: ExplanationGen
     assert (use.loss_NK[:, 0] != use.loss_NK[:, 2]).all()
 
 
-def by_hand() -> GateUse:
-    """Three rows of clusters 0, 0, 1; gate 2 is idle; two layers of four experts."""
-    used = np.zeros((2, 3, 4))
-    used[0, 0], used[1, 0] = [5, 5, 5, 5], [20, 0, 0, 0]
-    used[:, 1] = [3, 3, 0, 0]
-    return GateUse(
-        loss_NK=np.array([[1.0, 2.0, 4.0], [3.0, 1.0, 2.0], [2.0, 2.0, 5.0]]),
-        cluster_N=np.array([0, 0, 1]),
-        used_LKE=used,
-        shared_KK=np.eye(3),
-        top_k=2,
-    )
-
-
 def test_measures_by_hand() -> None:
-    use = by_hand()
+    use = gates_by_hand()
     assert use.own_gap_N().tolist() == [2.0, -1.5, 1.5]
     assert use.own_best_N().tolist() == [1.0, 0.0, 1.0]
     # even over 4, then one of 4: mean of 1 and 0; two of four in both layers: ln 2 / ln 4

@@ -4,15 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import Runner, gavamoe
-from test_evaluate import FakeExplainer, make_run, parrot
-from test_text_scores import CANDIDATES, REFERENCES
+from helpers.cli import Runner
+from helpers.runs import make_run
+from helpers.texts import CANDIDATES, REFERENCES
+from helpers.writers import FakeExplainer, parrot
 
 from gavamoe.cli import terminal
 from gavamoe.data.dataset import open_dataset
 from gavamoe.generation.generator import ExplanationGenerator
-
-__all__ = ["gavamoe"]
 
 
 @pytest.fixture(autouse=True)

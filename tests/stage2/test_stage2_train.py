@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.stage2_runs import FILES, Trained, tiny
+from helpers.stage2_runs import FILES, Trained
+from helpers.tiny import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gavamoe.artifacts.manifest import read_manifest

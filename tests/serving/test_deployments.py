@@ -10,9 +10,7 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -24,7 +22,9 @@ import aiohttp
 import httpx2
 import psutil
 import pytest
-import test_serve_hostile as hostile
+from helpers.cli import command
+from helpers.hostile_requests import send_bodies, send_bytes, send_queries
+from helpers.ports import free_port
 from helpers.serve_run import tiny_artifact
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -68,16 +68,6 @@ class Service:
         return found[1]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def command(*arguments: Any) -> list[str]:
-    return [sys.executable, "-c", "from gavamoe.cli import main; main()", "serve", *map(str, arguments)]
-
-
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     work = tmp_path_factory.mktemp("serve")
@@ -94,7 +84,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     }
     arguments = (tiny_artifact(), "--port", port, "--metrics-port", metrics_port, "--settings", settings)
     with log.open("wb") as out:
-        process = subprocess.Popen(command(*arguments), stdout=out, stderr=out, env=environment)
+        process = subprocess.Popen(command("serve", *arguments), stdout=out, stderr=out, env=environment)
     running = Service(f"http://127.0.0.1:{port}", process, log)
     try:
         end = time.monotonic() + 180
@@ -267,12 +257,12 @@ def test_clients_that_go_away_free_their_rows(service: Service) -> None:
 
 
 def test_hostile_requests_through_the_proxy(service: Service) -> None:
-    """The thousand of test_serve_hostile, and no replica dies of them."""
+    """A thousand of them, and no replica dies of them."""
     before = [replica.pid for part in ("Ingress", "ClusterRouter", "Generator") for replica in service.replicas(part)]
     with httpx2.Client(base_url=service.url, timeout=30) as http:
-        hostile.test_hostile_bodies(http=http)
-        hostile.test_hostile_bytes(http=http)
-        hostile.test_hostile_queries(http=http)
+        send_bodies(http=http)
+        send_bytes(http=http)
+        send_queries(http=http)
     after = [replica.pid for part in ("Ingress", "ClusterRouter", "Generator") for replica in service.replicas(part)]
     assert after == before
 
@@ -286,7 +276,7 @@ def test_rolling_update_without_a_failed_request(service: Service, tmp_path: Pat
         while done() < 20:
             await asyncio.sleep(0.05)
         process = await asyncio.create_subprocess_exec(
-            *command(other, "--replicas", 2, "--update"), env=os.environ | {"RAY_ADDRESS": service.address}
+            *command("serve", other, "--replicas", 2, "--update"), env=os.environ | {"RAY_ADDRESS": service.address}
         )
         assert await process.wait() == 0
         return ""
@@ -307,7 +297,7 @@ async def version(service: Service) -> str:
 
 def test_wrong_arguments_are_refused_before_anything_starts(service: Service, tmp_path: Path) -> None:
     def refused(*arguments: Any) -> str:
-        done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command("serve", *arguments), capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
         return done.stderr

@@ -3,64 +3,27 @@
 import csv
 import json
 import math
-import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.bare_dataset import bare_dataset
+from helpers.pages import HOSTILE, Page
+from helpers.writers import FakeExplainer, parrot
 from matplotlib.image import imread, imsave
-from test_evaluate import FakeExplainer, bare_dataset, parrot
 
 from gavamoe.artifacts.files import write_json
 from gavamoe.artifacts.manifest import write_manifest
 from gavamoe.config.files import dump_config, parse_config
 from gavamoe.config.schema import RunConfig
-from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluation.evaluate import evaluate, write_evaluation
 from gavamoe.evaluation.evaluated_run import read_run
 from gavamoe.experiments.ablate import run_ablation
-from gavamoe.report.charts import Reading, Series, interval_chart, line_chart
 from gavamoe.report.page import render, write_report
 from gavamoe.report.systems import case_study, open_runs
-
-HOSTILE = '<script>alert("1")</script><img src=x onerror=alert(2)>'
-VOID = {"meta", "img", "br", "line", "circle", "path", "link", "input"}
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a page; fails on tags that don't nest."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.words: list[str] = []
-        self._open: list[str] = []
-        self.feed(html)
-        assert not self._open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in VOID or tag == "path":
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 def make_run(folder: Path, dataset: Dataset, text: str | None = None, settings: RunConfig | None = None) -> Path:
@@ -76,11 +39,6 @@ def make_run(folder: Path, dataset: Dataset, text: str | None = None, settings: 
     lines.append({"phase": "stage1", "step": 20, "warning": f"collapse {HOSTILE}"})
     (folder / "logs" / "stage1.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     return folder
-
-
-@pytest.fixture(scope="module")
-def planted(tiny_dataset: Path) -> Dataset:
-    return open_dataset(tiny_dataset)
 
 
 def read(path: Path) -> Page:
@@ -199,32 +157,6 @@ def test_a_log_cut_by_a_crash_is_read_and_a_damaged_one_named(tmp_path: Path, pl
         write_report([run], tmp_path / "report.html")
 
 
-def test_chart_breaks_at_missing_values_and_names_groups() -> None:
-    chart = str(
-        line_chart("T <x>", [Series("a", [0, 1, 2, 3], [1.0, None, math.nan, 2.0])], ticks=["p", "q", "r", "s"])
-    )
-    assert "T &lt;x&gt;" in chart
-    path = chart.split('class="s0" d="')[1].split('"')[0]
-    assert path.count("M") == 2
-    assert "L" not in path
-    assert all(f">{name}</text>" in chart for name in "pqrs")
-    assert ">0</text>" in chart  # charts of groups start at 0
-    assert str(line_chart("none", [Series("a", [0.0], [None])])) == ""
-
-
-def test_chart_scales_points_into_its_frame() -> None:
-    values = [1e-9 * n for n in range(1000)]
-    chart = str(line_chart("t", [Series("a", range(1000), values), Series("b", [5], [1e-7])], x_label="step"))
-    numbers = [pair.split() for pair in chart.split('class="s0" d="M')[1].split('"')[0].split("L")]
-    assert len(numbers) <= 240
-    assert all(0 <= float(x) <= 360 and 0 <= float(y) <= 200 for x, y in numbers)
-    heights = [float(y) for _, y in numbers]
-    assert heights == sorted(heights, reverse=True)
-    assert math.isfinite(heights[-1])
-    assert "<span>" in chart  # two lines have a legend
-    assert "nan" not in str(line_chart("t", [Series("a", [3.0], [5.0])]))
-
-
 def test_a_comparison_stands_for_its_systems(tmp_path: Path, planted: Dataset) -> None:
     out = tmp_path / "out"
     run_ablation(RunConfig(), planted.path, out, only=["constant", "copy-item", "copy-features"])
@@ -278,16 +210,6 @@ def test_human_scores_have_a_section(tmp_path: Path, planted: Dataset) -> None:
     write_json(tmp_path / "result.json", {"raters": 3})
     with pytest.raises(InputError, match=r"result\.json: not the result of a human evaluation"):
         write_report([run], tmp_path / "report.html", human=tmp_path / "result.json")
-
-
-def test_interval_chart_keeps_within_its_frame() -> None:
-    chart = str(interval_chart("t <x>", [Reading("a <b>", 1.0, 0.5, 2.0), Reading("b", 3.0, 3.0, 3.0)], marked=1))
-    assert "t &lt;x&gt;" in chart
-    assert "a &lt;b&gt;" in chart
-    places = [float(value) for value in re.findall(r'(?:cx|x1|x2)="([\d.]+)"', chart)]
-    assert all(150 <= place <= 348 for place in places)
-    assert chart.count('class="d0"') == 1
-    assert str(interval_chart("t", [])) == ""
 
 
 def test_what_ngrams_hide_and_both_protocols_are_shown(tmp_path: Path, planted: Dataset) -> None:

@@ -8,22 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_prepare import TABLE, amazon, peter_folder, rows_of, write_index, write_lines, write_table
+from helpers.reviews import TABLE, amazon, peter_folder, refuse, rows_of, write_index, write_lines, write_table
 
 from gavamoe.data.dataset import open_dataset
 from gavamoe.data.prepare import prepare
 from gavamoe.data.readers import json_lines, tables
 from gavamoe.errors import InputError
-
-
-def refuse(source: Path, format: str, match: str, **options: object) -> None:
-    """Preparing fails with one line that matches, and leaves nothing behind."""
-    out = source.parent / "refused"
-    before = sorted(source.parent.iterdir())
-    with pytest.raises(InputError, match=match) as caught:
-        prepare(source, out, format, **options)
-    assert "\n" not in str(caught.value)
-    assert sorted(source.parent.iterdir()) == before
 
 
 def amazon_with(tmp_path: Path, *bad: object, good: int = 30) -> Path:

@@ -1,21 +1,18 @@
-"""`gavamoe plan`: counts equal the really built model, memory and FLOPs what runs and DeepSpeed's estimators say."""
+"""The plan: counts equal the built model, memory and FLOPs equal what runs and what DeepSpeed's estimators say."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.tiny import tiny
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
 
-from gavamoe.cli.plan import bytes_of
 from gavamoe.config.files import load_config, parse_config
 from gavamoe.config.schema import RunConfig
-from gavamoe.data.dataset import open_dataset
-from gavamoe.errors import InputError
 from gavamoe.model.base_config import base_shape, shipped_shapes
 from gavamoe.model.base_model import locate_base
 from gavamoe.model.explainer import GavamoeForCausalLM, build_explainer
@@ -53,8 +50,7 @@ def tiny_config(arch: str, conversion: str, *overrides: str) -> RunConfig:
     width = {"llama": 48, "gpt2": 64}[arch]
     experts = {"enabled": conversion != "dense", "count": 4, "top_k": 2, "intermediate_size": width}
     experts |= {"conversion": "shared" if conversion == "dense" else conversion, "implementation": "eager"}
-    stage1 = {"embedding_size": 16, "latent_size": 4, "encoder_heads": 2, "encoder_feedforward": 32}
-    return parse_config({"stage1": stage1, "stage2": {"experts": experts}}, "test", overrides)
+    return tiny(*(f"stage2.experts.{name}={value}" for name, value in experts.items()), *overrides)
 
 
 def built(config: RunConfig, base: PreTrainedConfig) -> GavamoeForCausalLM:
@@ -239,13 +235,6 @@ def test_states_agree_with_deepspeeds_estimators(devices: int) -> None:
         assert devices * states(blueprint, Scheme(3, True, devices=devices)).host == pytest.approx(host, rel=1e-6)
 
 
-def entry(arguments: list[str]) -> None:
-    """The command line in this process; raises instead of exiting."""
-    from gavamoe.cli.app import app
-
-    app(arguments, standalone_mode=False)
-
-
 def plan(config: RunConfig, devices: int, gib: float, **workload: int) -> dict[str, Any]:
     load = Workload(
         **{"users": 9765, "items": 6280, "rows": 256_018, "prompt_tokens": 40, "answer_tokens": 20} | workload
@@ -297,57 +286,6 @@ def test_one_device_sends_nothing() -> None:
     blueprint = draw(tiny_config("llama", "random"), tiny_base("llama"), USERS, ITEMS)
     for stage in range(4):
         assert step_traffic(blueprint, Scheme(stage), 8, Shape(1, 20, 10), True).total == 0
-
-
-def test_plan_as_json_and_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--users", "9765", "--items", "6280", "--rows", "320023", "--device-memory", "48GiB"]
-    entry(["plan", "paper", *sizes, "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["workload"]["rows"] == 256_018
-    assert found["hardware"]["devices"] == 8
-    entry(["plan", "quickstart", *sizes])
-    shown = capsys.readouterr().err
-    for title in ("Parameters, scratch", "memory per device", "sent by one device", "Stage 1"):
-        assert title in shown
-
-
-def test_plan_of_a_dataset(tiny_dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    entry(["plan", "quickstart", "--dataset", str(tiny_dataset), "--json"])
-    load = json.loads(capsys.readouterr().out)["workload"]
-    catalog = open_dataset(tiny_dataset).catalog
-    assert (load["users"], load["items"]) == (catalog.known_users, catalog.known_items)
-    assert load["rows"] == 1200
-    assert 10 < load["prompt_tokens"] < 96
-    assert 4 < load["answer_tokens"] < 64
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["paper"], "give --dataset, or all of --users, --items and --rows"),
-        (["paper", "--users", "3"], "give --dataset, or all of"),
-        (["paper", "--dataset", "D", "--users", "3"], "exclude each other"),
-        (["paper", "SIZES", "--device-memory", "48"], "--device-memory 48: expected a number and a unit"),
-        (["paper", "SIZES", "--utilisation", "0"], "utilisation: 0.0 is not between 0 and 1"),
-        (["paper", "SIZES", "--utilisation", "1.5"], "utilisation: 1.5 is not between 0 and 1"),
-        (["paper", "SIZES", "--set", "stage2.base_model=no/where"], "base_model no/where: its config cannot be read"),
-        (["paper", "SIZES", "--base-config", "CONFIG"], "architecture 'bert' is not supported"),
-        (["quickstart", "--dataset", "missing"], "missing: no such dataset folder"),
-    ],
-)
-def test_wrong_input_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    words = {"SIZES": ["--users", "9", "--items", "6", "--rows", "32"], "CONFIG": [str(tmp_path / "config.json")]}
-    with pytest.raises(InputError, match=message) as caught:
-        entry(["plan", *(word for argument in arguments for word in words.get(argument, [argument]))])
-    assert "\n" not in str(caught.value)
-
-
-def test_sizes_with_units() -> None:
-    assert bytes_of("48GiB") == 48 * 2**30
-    assert bytes_of("80 GB") == 80e9
-    with pytest.raises(InputError, match="expected a number and a unit"):
-        bytes_of("GiB")
 
 
 def test_base_config_of_a_file(tmp_path: Path) -> None:

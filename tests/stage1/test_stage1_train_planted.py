@@ -5,23 +5,18 @@ from typing import Any
 
 import pytest
 
-from gavamoe.config.schema import RunConfig
+from gavamoe.config.files import load_config
 from gavamoe.data.dataset import open_dataset
 from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.train import train_stage1
-
-QUICKSTART: dict[str, Any] = {
-    "embedding_size": 64, "latent_size": 32, "encoder_heads": 4, "encoder_feedforward": 128, "decoder_hidden": 64,
-    "dropout": 0.0, "batch_size": 512, "pretrain_epochs": 2, "epochs": 8,
-}  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_planted_groups_are_found(tmp_path: Path, seed: int) -> None:
     dataset = synthesize(tmp_path / "data", seed=seed)
-    config = RunConfig.model_validate({"seed": seed, "stage1": QUICKSTART})
+    config = load_config("quickstart", [f"seed={seed}"])
     metrics = train_stage1(config, dataset, tmp_path / "stage1", LocalContext())
     truth = open_dataset(dataset).truth()
     assert truth is not None
@@ -41,7 +36,7 @@ def test_negative_controls_learn_nothing(tmp_path: Path, changes: dict[str, Any]
     """Without a fitted mixture clusters collapse; with the paper's printed rates on small data nothing is learnt."""
     dataset = synthesize(tmp_path / "data", seed=0)
     context = LocalContext()
-    config = RunConfig.model_validate({"stage1": {**QUICKSTART, **changes}})
+    config = load_config("quickstart", [f"stage1.{name}={value}" for name, value in changes.items()])
     metrics = train_stage1(config, dataset, tmp_path / "stage1", context)
     assert metrics["user_ari"] < 0.1
     assert any("warning" in line for line in context.lines)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from helpers.stage2_runs import tiny
+from helpers.tiny import tiny
 
 from gavamoe.config.schema import ScratchModelConfig
 from gavamoe.errors import InputError

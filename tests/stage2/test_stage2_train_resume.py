@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.stage2_runs import Trained, close, tiny
+from helpers.stage2_runs import Trained, close
+from helpers.tiny import tiny
 
 from gavamoe.errors import InputError
 

@@ -6,37 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.cli import Runner
 
-from gavamoe import __version__, cli
+from gavamoe import __version__
 from gavamoe.errors import InputError
-
-
-class Result:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-class Runner:
-    """Calls `main()` as the installed script does."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.monkeypatch, self.capsys = monkeypatch, capsys
-
-    def __call__(self, *arguments: object) -> Result:
-        self.monkeypatch.setattr(sys, "argv", ["gavamoe", *map(str, arguments)])
-        self.capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = self.capsys.readouterr()
-        return Result(code, out, err)
-
-
-@pytest.fixture
-def gavamoe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
-    return Runner(monkeypatch, capsys)
 
 
 def test_help_teaches_without_heavy_imports() -> None:

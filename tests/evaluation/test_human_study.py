@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.browser import CHROMIUM, chromium
-from test_evaluate import FakeExplainer, parrot
-from test_report import HOSTILE, Page
+from helpers.pages import HOSTILE, Page
+from helpers.writers import FakeExplainer, parrot
 
 from gavamoe.artifacts.files import write_json
 from gavamoe.config.files import dump_config
 from gavamoe.config.schema import RunConfig
-from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluation.evaluate import evaluate, write_evaluation
 from gavamoe.evaluation.human.export import export_study
@@ -37,11 +37,6 @@ def make_run(folder: Path, dataset: Dataset, text: Callable[[ExplanationRequest]
         folder / "evaluation", evaluate(FakeExplainer(dataset, text), dataset, RunConfig()), RunConfig(), {}
     )
     return folder
-
-
-@pytest.fixture(scope="module")
-def planted(tiny_dataset: Path) -> Dataset:
-    return open_dataset(tiny_dataset)
 
 
 @pytest.fixture(scope="module")
