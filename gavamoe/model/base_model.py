@@ -42,7 +42,7 @@ SCRATCH_LEARNED_POSITIONS = 512
 
 
 def load_base(
-    base_model: str, scratch: ScratchModelConfig, texts: Iterable[str], seed: int, *, hollow: bool = False
+    base_model: str, scratch: ScratchModelConfig, texts: Iterable[str], seed: int, *, empty_weights: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load or make the dense base model and its tokenizer, in float32, on the CPU.
 
@@ -51,8 +51,8 @@ def load_base(
         scratch: sizes of the scratch model; unused otherwise.
         texts: what the scratch tokenizer is trained on; not read otherwise.
         seed: of the scratch model's weights.
-        hollow: leave a pretrained model's weights unread and unset, for a worker that gets them from another: memory
-            that nobody has written to takes no room.
+        empty_weights: leave a pretrained model's weights unread and unset, for a worker that gets them from another;
+            memory that was never written to takes no room.
 
     The tokenizer always has a padding token: its own, or else the end-of-text token, which is safe because padding
     is masked from attention and from the loss. `model.config` and `model.generation_config` agree with it.
@@ -64,7 +64,7 @@ def load_base(
         tokenizer = train_tokenizer(texts, scratch.vocabulary)
         model = _scratch_model(scratch, tokenizer, seed)
     else:
-        model, tokenizer = _load_pretrained(base_model, hollow)
+        model, tokenizer = _load_pretrained(base_model, empty_weights)
     _align_special_tokens(model, tokenizer)
     return model, tokenizer
 
@@ -163,7 +163,7 @@ def _scratch_model(scratch: ScratchModelConfig, tokenizer: PreTrainedTokenizerBa
         return GPT2LMHeadModel(config) if scratch.family == "gpt2" else LlamaForCausalLM(config)
 
 
-def _load_pretrained(base_model: str, hollow: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_pretrained(base_model: str, empty_weights: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source, options = locate_base(base_model)
     # False, not absent: transformers would otherwise ask on the terminal whether to run a repository's code.
     options |= {"trust_remote_code": False}
@@ -175,7 +175,7 @@ def _load_pretrained(base_model: str, hollow: bool) -> tuple[PreTrainedModel, Pr
                 f" supported: {', '.join(SUPPORTED)}"
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if hollow:
+        if empty_weights:
             with init.no_init_weights():
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:

@@ -17,7 +17,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 from transformers.utils.output_capturing import OutputRecorder
 
-from gavamoe.model.moe import MlpExperts, MoeSpec, MultiGateMoe, MultiGateRouter, SwiGluExperts
+from gavamoe.model.block import MultiGateMoe
+from gavamoe.model.experts import MlpExperts, MoeSpec, SwiGluExperts
+from gavamoe.model.router import MultiGateRouter
 
 
 class GavamoeConfig(PreTrainedConfig):
@@ -47,7 +49,7 @@ class GavamoeConfig(PreTrainedConfig):
     load_balance_weight: float = 0.0
     router_z_weight: float = 0.0
     expert_kernel: str = "auto"
-    """One of `moe`'s kernels, unless `from_pretrained` is given `experts_implementation`."""
+    """One of the kernels of `experts`, unless `from_pretrained` is given `experts_implementation`."""
     output_router_logits: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
@@ -165,7 +167,7 @@ class MoeGpt2Model(GPT2Model):
 
 
 def moe_spec(config: GavamoeConfig) -> MoeSpec:
-    """Sizes of the config's blocks, in the terms of `moe`."""
+    """Sizes of the config's blocks, in the terms of `experts`."""
     text = config.text_config
     llama = text.model_type == "llama"
     return MoeSpec(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gavamoe.config.schema import LoraConfig
+from gavamoe.model.experts import MlpExperts, SwiGluExperts
 from gavamoe.model.explainer import GavamoeForCausalLM
-from gavamoe.model.moe import MlpExperts, MultiGateRouter, SwiGluExperts
+from gavamoe.model.router import MultiGateRouter
 
 _ADAPTER = "default"
 _ATTENTION = r".*\.(self_attn\.[qkvo]_proj|attn\.c_(attn|proj))"

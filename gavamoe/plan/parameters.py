@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from gavamoe.config.schema import RunConfig, Stage1Config
-from gavamoe.model.conversion import explainer_config
+from gavamoe.model.conversion import ExplainerSizes, explainer_config
 from gavamoe.model.decoders import GavamoeConfig
 from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.model.lora import add_lora
@@ -94,7 +94,7 @@ def draw(config: RunConfig, base: PreTrainedConfig, users: int, items: int) -> B
     Raises:
         InputError: an architecture or expert sizes that can't be built.
     """
-    sizes = explainer_config(config, base, users, items, config.stage1.embedding_size, config.gates)
+    sizes = explainer_config(config, base, ExplainerSizes(users, items, config.stage1.embedding_size, config.gates))
     with torch.device("meta"), init.no_init_weights():
         explainer = GavamoeForCausalLM(sizes)
         if config.stage2.lora.rank:

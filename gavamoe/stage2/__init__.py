@@ -2,6 +2,7 @@
 
     train             the training loop
     setup             what the loop starts from
+    schedule          the learning rate's schedule
     best_state        which state is kept, and when to stop
     model_card        the folder it leaves, with a model card
     joint_model       both stages around shared embeddings (Eq. 13)

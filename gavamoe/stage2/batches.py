@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gavamoe.model.explainer import IGNORED
 from gavamoe.stage1.pair_stream import Epoch, Pairs, PairSource
 
-IGNORED = -100
-"""Label of a token that is not learnt."""
 WINDOW_STEPS = 32
 """Rows are sorted by length within this many steps' worth of shuffled rows: little padding, still mixed."""
 
@@ -102,7 +101,7 @@ class TextRows:
 
 
 @dataclass(frozen=True)
-class SlotHiding:
+class IdDropout:
     """Puts the unknown user's or item's slot in place of some, so that users never seen can be served."""
 
     share: float

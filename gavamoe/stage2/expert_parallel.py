@@ -5,7 +5,7 @@
 `save_experts` and `load_experts` keep each worker's part beside DeepSpeed's checkpoint.
 
 Groups, the averaging of gradients and the joint clipping norm are DeepSpeed's (ZeRO 1 and 2), routing and arithmetic
-are `moe`'s. docs/stage2.md says why DeepSpeed's own MoE layer is not used.
+are `gavamoe.model`'s. docs/stage2.md says why DeepSpeed's own MoE layer is not used.
 
 Shape letters: M tokens of this worker, D hidden size, S experts of a token, P = M x S pairs of token and expert,
 N experts of a block, W workers that share them, L = N / W experts of a worker, Q pairs that arrive at this worker.
@@ -21,7 +21,7 @@ from deepspeed.utils import groups
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
-from gavamoe.model.moe import MultiGateMoe
+from gavamoe.model.block import MultiGateMoe
 
 
 class ParallelExperts(MoE):
@@ -34,7 +34,7 @@ class ParallelExperts(MoE):
         """Takes `experts` over: their parameters become the worker's own part.
 
         Args:
-            experts: N experts as stacked weights (N, ...), of `moe`.
+            experts: N experts as stacked weights (N, ...), a module of `gavamoe.model.experts`.
             workers: W, a divisor of N; consecutive ranks share a set of experts.
             rank: this worker's, in the whole run.
         """
@@ -121,9 +121,9 @@ def expert_groups(optimizer_groups: list[dict[str, Any]]) -> list[dict[str, Any]
 
 
 def whole_state(model: nn.Module, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """`state`, this worker's entries whose names start with `prefix`, with all experts, under the names of `moe`.
+    """This worker's entries of `state` whose names start with `prefix`, with all experts under their plain names.
 
-    Every worker calls it; one that wants no state gives an empty one and gets it back.
+    Every worker calls it; one that wants no state passes an empty one and gets it back.
     """
     found = dict(state)
     for name, experts in _parallel_experts(model):

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gavamoe.config.schema import Stage2Config
-from gavamoe.model.explainer import GavamoeForCausalLM
+from gavamoe.model.explainer import IGNORED, GavamoeForCausalLM
 from gavamoe.stage1.vae_gmm import VaeGmm
-from gavamoe.stage2.batches import IGNORED
 
 Losses = dict[str, Tensor]
 

@@ -15,7 +15,9 @@ from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.generation.prompts import PromptBuilder, PromptSpec
 from gavamoe.model.base_model import load_base
-from gavamoe.model.explainer import GavamoeForCausalLM, build_explainer
+from gavamoe.model.build import build_explainer
+from gavamoe.model.conversion import ExplainerSizes
+from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.model.lora import add_lora
 from gavamoe.stage1.artifact import load_stage1
 from gavamoe.stage1.pair_stream import PairSource
@@ -63,8 +65,8 @@ class Setup:
     """Parameters that get into the optimizer, adapters included."""
 
 
-def prepare(config: RunConfig, dataset: Path, stage1: Path, *, hollow: bool = False) -> Setup:
-    """Load, build and tokenise; `hollow` leaves the explainer's own weights unset, for another worker to send.
+def prepare(config: RunConfig, dataset: Path, stage1: Path, *, empty_weights: bool = False) -> Setup:
+    """Load, build and tokenise; `empty_weights` leaves the explainer's own weights unset, for another worker to send.
 
     Raises:
         InputError: stage 1 was trained on another dataset or with other clusters; no row has a text.
@@ -72,9 +74,9 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path, *, hollow: bool = Fa
     data = open_dataset(dataset)
     vae_gmm, manifest = load_stage1(stage1)
     _check_stage1(config, data, Path(dataset), vae_gmm, manifest, Path(stage1))
-    explainer, tokenizer = _build_explainer(config, data, vae_gmm, hollow)
+    explainer, tokenizer = _build_explainer(config, data, vae_gmm, empty_weights)
     model = JointModel(explainer, vae_gmm, config.stage2.alpha, bf16=config.stage2.precision == "bf16")
-    if not hollow:
+    if not empty_weights:
         explainer.calibrate_slots()
     parameters = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)
     spec = PromptSpec(
@@ -123,14 +125,15 @@ def _check_stage1(
 
 
 def _build_explainer(
-    config: RunConfig, data: Dataset, vae_gmm: VaeGmm, hollow: bool
+    config: RunConfig, data: Dataset, vae_gmm: VaeGmm, empty_weights: bool
 ) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
     stage2 = config.stage2
-    base, tokenizer = load_base(stage2.base_model, stage2.scratch, tokenizer_texts(data), config.seed, hollow=hollow)
-    _check_positions(config, base)
-    explainer = build_explainer(
-        config, base, vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates, hollow=hollow
+    base, tokenizer = load_base(
+        stage2.base_model, stage2.scratch, tokenizer_texts(data), config.seed, empty_weights=empty_weights
     )
+    _check_positions(config, base)
+    sizes = ExplainerSizes(vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates)
+    explainer = build_explainer(config, base, sizes, empty_weights=empty_weights)
     if stage2.lora.rank:
         add_lora(explainer, stage2.lora, config.seed)
     if stage2.gradient_checkpointing:

@@ -25,15 +25,16 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, distributed
 
 from gavamoe.artifacts.files import read_json, write_json
-from gavamoe.config.schema import RunConfig, Stage2Config
+from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.context import Context
 from gavamoe.stage1.routes import route_pairs
 from gavamoe.stage1.vae_gmm import VaeGmm
-from gavamoe.stage2.batches import Batch, BatchPlan, PairBatches, SlotHiding
+from gavamoe.stage2.batches import Batch, BatchPlan, IdDropout, PairBatches
 from gavamoe.stage2.best_state import BestState
 from gavamoe.stage2.joint_model import VAE_GMM, Losses, part_of_state
 from gavamoe.stage2.model_card import write_artifact
+from gavamoe.stage2.schedule import rate_at
 from gavamoe.stage2.setup import Setup, prepare
 from gavamoe.stage2.training_engines import Engine, make_engine
 
@@ -57,7 +58,7 @@ def train_stage2(config: RunConfig, dataset: Path, stage1: Path, out: Path, cont
         raise InputError(f"{out}: already exists; choose another folder or remove it first")
     torch.manual_seed(config.seed)
     # At ZeRO-3 DeepSpeed sends rank 0's weights to the others, shard by shard: one worker in all reads the base model.
-    setup = prepare(config, dataset, stage1, hollow=config.stage2.zero_stage == 3 and context.rank > 0)
+    setup = prepare(config, dataset, stage1, empty_weights=config.stage2.zero_stage == 3 and context.rank > 0)
     prompt = config.stage2.prompt
     if context.device == "cpu" and prompt.max_tokens + prompt.max_explanation_tokens <= SHORT_ROW:
         setup.model.explainer.set_attn_implementation("eager")
@@ -80,17 +81,6 @@ def train_stage2(config: RunConfig, dataset: Path, stage1: Path, out: Path, cont
     finally:
         engine.close()
     return metrics
-
-
-def rate_at(step: int, steps: int, config: Stage2Config) -> float:
-    """Share of the peak learning rate at optimizer step `step` (from 0) of `steps`: warm-up, then the schedule."""
-    warmup = round(config.warmup_share * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    place = (step - warmup) / max(1, steps - warmup)
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * place))
-    return 1 - place if config.schedule == "linear" else 1.0
 
 
 @dataclass
@@ -122,7 +112,7 @@ class Training:
         pairs_per_step = self._pairs_per_batch * stage2.gradient_accumulation * context.world_size
         self._pairs = PairBatches(setup.pairs, pairs_per_step) if stage2.alpha > 0 else None
         model = setup.model.explainer
-        self._hiding = SlotHiding(
+        self._id_dropout = IdDropout(
             config.stage1.unknown_id_rate, model.config.vocab_size, model.config.n_users, model.config.n_items
         )
         planned = stage2.epochs * self._plan.steps_per_epoch
@@ -251,7 +241,7 @@ class Training:
             batch: Batch = {}
             if self._config.stage2.alpha < 1:
                 batch = train.collate(rows_WB[self._context.rank], self._clusters["train"], pad)
-                batch["input_ids"] = self._hiding.apply(batch["input_ids"], random)
+                batch["input_ids"] = self._id_dropout.apply(batch["input_ids"], random)
                 batch["label_count"] = torch.tensor(labels)
             if pairs is not None:
                 batch |= {name: values[place] for name, values in pairs.items()}

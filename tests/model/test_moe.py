@@ -8,15 +8,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from gavamoe.model.moe import (
-    FEW_TOKENS,
-    MoeSpec,
-    MultiGateMoe,
-    MultiGateRouter,
-    check_cluster_ids,
-    load_balance_loss,
-    router_z_loss,
-)
+from gavamoe.model.block import MultiGateMoe
+from gavamoe.model.experts import FEW_TOKENS, MoeSpec
+from gavamoe.model.router import MultiGateRouter, check_cluster_ids, load_balance_loss, router_z_loss
 
 KERNELS = ("eager", "batched_mm", "grouped_mm")
 D, N, S, WIDTH = 16, 4, 2, 8

@@ -13,8 +13,9 @@ from torch import Tensor, multiprocessing, nn
 from transformers import PreTrainedConfig
 
 from gavamoe.errors import InputError
-from gavamoe.model.explainer import load_explainer
-from gavamoe.model.moe import MoeSpec, MultiGateMoe
+from gavamoe.model.block import MultiGateMoe
+from gavamoe.model.build import load_explainer
+from gavamoe.model.experts import MoeSpec
 from gavamoe.runtime.context import LocalContext, Metrics
 from gavamoe.stage1.train import train_stage1
 
