@@ -20,7 +20,7 @@ from gavamoe.config.schema import RunConfig, RuntimeConfig
 from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.context import LocalContext
 from gavamoe.runtime.tracking import Line, RunLog
-from gavamoe.runtime.worker import Desk, WorkerJob, run_worker, storage_problem
+from gavamoe.runtime.worker import WorkerJob, WorkerLog, run_worker, storage_problem
 
 OnLine = Callable[[Line], None]
 
@@ -72,7 +72,7 @@ def _start_ray(placement: RuntimeConfig, *, dashboard: bool) -> None:
     if dashboard:
         # What frees places asks Ray's State API, which gives up where several Rays run on the machine and none is
         # named: the workers' environment names this one, so its port is chosen before it starts.
-        port = _free_port()
+        port = free_port("")
         os.environ["RAY_GCS_SERVER_PORT"] = str(port)
         environment["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
     try:
@@ -88,11 +88,11 @@ def _start_ray(placement: RuntimeConfig, *, dashboard: bool) -> None:
         os.environ.pop("RAY_GCS_SERVER_PORT", None)
 
 
-def _free_port() -> int:
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port of a local address on which nothing listens now; "" means all addresses of this machine."""
     with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-    return port
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
 
 
 def run_training(
@@ -132,12 +132,12 @@ def run_training(
         checkpoints.remove()
     # Read by Ray Train's controller, which counts a failed start as one of its restarts.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(placement.wait_minutes * 60 / (1 + _CONTROLLER_RESTARTS))
-    desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=_on_this_node()).remote()
+    worker_log = ray.remote(WorkerLog).options(num_cpus=0, scheduling_strategy=_on_this_node()).remote()
     job = WorkerJob(
         loop=loop,
         arguments={key: _portable(value) for key, value in arguments.items()},
         placement=placement,
-        desk=desk,
+        worker_log=worker_log,
         labels={"run": folder.name, "step": name},
         stop_file=stop_file,
     )
@@ -167,9 +167,9 @@ def run_training(
     kept = resume and checkpoints.exist()
     with (
         RunLog(folder, name, placement, config if isinstance(config, RunConfig) else None, keep=kept) as log,
-        _following(desk, log, on_line),
+        _following(worker_log, log, on_line),
     ):
-        outcome = _fit(trainer, desk, name)
+        outcome = _fit(trainer, worker_log, name)
     checkpoints.remove()
     if remote.place_of(folder) is not None:
         remote.commit(folder)
@@ -177,8 +177,8 @@ def run_training(
     return outcome
 
 
-def _fit(trainer: Any, desk: Any, name: str) -> Any:
-    """Train; the loop's own error, which came to the desk, is raised as it was."""
+def _fit(trainer: Any, worker_log: Any, name: str) -> Any:
+    """Train; the loop's own error, which the workers told the `WorkerLog`, is raised as it was."""
     import ray
     from ray import train
 
@@ -189,7 +189,7 @@ def _fit(trainer: Any, desk: Any, name: str) -> Any:
     except (train.TrainingFailedError, ray.exceptions.RayError) as error:
         failure = error
     try:
-        refusals = ray.get(desk.refusals.remote())
+        refusals = ray.get(worker_log.refusals.remote())
     except ray.exceptions.RayError as error:
         raise RunError(f"{name}: the process that keeps the log has died; continue with --resume") from error
     if refusals:
@@ -246,15 +246,15 @@ def _on_this_node() -> Any:
 
 
 @contextmanager
-def _following(desk: Any, log: RunLog, on_line: OnLine | None) -> Iterator[None]:
-    """While the block runs, write each line that comes to the desk to the log, and hand it to `on_line`.
+def _following(worker_log: Any, log: RunLog, on_line: OnLine | None) -> Iterator[None]:
+    """While the block runs, write each line that reaches the `WorkerLog` to the log, and hand it to `on_line`.
 
     Raises:
         RunError: the block is done, and the log can't be written.
     """
     stop = threading.Event()
     problems: list[OSError] = []
-    follower = threading.Thread(target=_follow, args=(desk, log, on_line, stop, problems), daemon=True)
+    follower = threading.Thread(target=_follow, args=(worker_log, log, on_line, stop, problems), daemon=True)
     follower.start()
     try:
         yield
@@ -262,18 +262,20 @@ def _following(desk: Any, log: RunLog, on_line: OnLine | None) -> Iterator[None]
         stop.set()
         follower.join()
     if problems:
-        _write_anew(desk, log)
+        _write_anew(worker_log, log)
 
 
-def _follow(desk: Any, log: RunLog, on_line: OnLine | None, stop: threading.Event, problems: list[OSError]) -> None:
+def _follow(
+    worker_log: Any, log: RunLog, on_line: OnLine | None, stop: threading.Event, problems: list[OSError]
+) -> None:
     import ray
 
     generation = position = 0
     while True:
         last = stop.wait(_SECONDS_BETWEEN_LOOKS)
         try:
-            current, kept, lines = ray.get(desk.since.remote(generation, position))
-        except ray.exceptions.RayError:  # no answer, perhaps for a while; `_fit` tells of a desk that has died
+            current, kept, lines = ray.get(worker_log.since.remote(generation, position))
+        except ray.exceptions.RayError:  # no answer, perhaps for a while; `_fit` reports an actor that has died
             if last:
                 return
             continue
@@ -294,11 +296,11 @@ def _follow(desk: Any, log: RunLog, on_line: OnLine | None, stop: threading.Even
             return
 
 
-def _write_anew(desk: Any, log: RunLog) -> None:
+def _write_anew(worker_log: Any, log: RunLog) -> None:
     """Write the whole log, of which some lines could not be written when they came."""
     import ray
 
-    _, _, lines = ray.get(desk.since.remote(-1, 0))
+    _, _, lines = ray.get(worker_log.since.remote(-1, 0))
     try:
         log.restart(lines)
     except OSError as error:

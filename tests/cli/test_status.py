@@ -18,7 +18,7 @@ from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.pipeline import claim_run
 from gavamoe.runtime.tracking import RunLog
-from gavamoe.runtime.worker import Desk, find_damage, storage_problem, write_checksums
+from gavamoe.runtime.worker import WorkerLog, find_damage, storage_problem, write_checksums
 
 LINES = [{"phase": "stage2", "step": step, "steps": 40, "loss": 1 / step} for step in (10, 20)]
 
@@ -151,7 +151,7 @@ def test_a_service_that_is_not_installed_is_named(tmp_path: Path) -> None:
 
 
 def test_the_desk_tells_a_restart_from_new_lines() -> None:
-    desk = Desk()
+    desk = WorkerLog()
     assert desk.since(0, 0) == (0, 0, [])
     desk.restart([])
     desk.add({"step": 1})

@@ -54,7 +54,7 @@ def loop_without_a_desk(*, context: RayContext, steps: int) -> int:
     for step in range(start, steps):
         context.log({"phase": "count", "step": step + 1, "steps": steps})
         if step == 1 and start == 0:
-            ray.kill(context._desk)
+            ray.kill(context._worker_log)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "step").write_text(str(step + 1))
             context.checkpoint(Path(folder), {"step": step + 1})

@@ -12,7 +12,7 @@ import pytest
 from gavamoe.config.schema import RuntimeConfig
 from gavamoe.errors import InputError, RunError, Stopped
 from gavamoe.runtime.ray_train import _failure
-from gavamoe.runtime.worker import Desk, RayContext, WorkerJob, run_worker
+from gavamoe.runtime.worker import RayContext, WorkerJob, WorkerLog, run_worker
 
 
 class Called:
@@ -26,7 +26,7 @@ class LocalDesk:
     """A desk as its actor's handle shows it."""
 
     def __init__(self) -> None:
-        self.desk = Desk()
+        self.desk = WorkerLog()
 
     def __getattr__(self, name: str) -> Called:
         return Called(getattr(self.desk, name))
