@@ -73,7 +73,7 @@ class DatasetWriter:
         self._items = _IndexMap.of(rows.item, rows.split, len(rows.items))
         self._user_tally = _FeatureTally()
         self._item_tally = _FeatureTally()
-        self._features = Coder()
+        self._features = StringEncoder()
         self._start = 0
         self._writers = [pq.ParquetWriter(folder / f"{split}.parquet", ROWS_SCHEMA) for split in SPLITS]
 
@@ -185,7 +185,7 @@ class DatasetWriter:
             pq.write_table(table, self._folder / f"{name}.parquet", row_group_size=ROW_GROUP_ROWS)
 
 
-class Coder:
+class StringEncoder:
     """Strings to codes 0, 1, 2, ... in order of first appearance."""
 
     def __init__(self) -> None:
