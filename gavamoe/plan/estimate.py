@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.model.base_config import base_shape
 from gavamoe.plan.memory import FLOAT, USABLE, Memory, Scheme, Shape, activations, run_shape, schemes, states
@@ -24,9 +26,10 @@ from gavamoe.plan.work import (
     stage1_traffic,
     step_traffic,
 )
+from gavamoe.stage2.tokenized_rows import encode_rows, prompt_builder, rows_with_text
 
-TRAINING_SHARE = 0.8
-"""Of all rows: the paper's 8:1:1."""
+SAMPLE = 2000
+"""Rows that are tokenized to measure the mean lengths of prompts and answers."""
 PAIR_BYTES = 36
 """Of host memory for a training pair: 12 for its columns, held as read, in the epoch's order, and while shuffled."""
 _LIMITS = {"users": 1e12, "items": 1e12, "rows": 1e12, "utilisation": 1.0}
@@ -82,6 +85,28 @@ def make_plan(
         "traffic": _traffic(config, blueprint, hardware),
         "stage1": _stage1(config, workload, hardware),
     }
+
+
+def measure_dataset(
+    config: RunConfig, dataset: Path, lengths: tuple[float, float]
+) -> tuple[int, int, int, tuple[float, float]]:
+    """Known users and items, training rows with a text, and mean tokens of prompt and answer.
+
+    Args:
+        lengths: taken where the base model's tokenizer is not at hand.
+    """
+    data = open_dataset(dataset)
+    rows = rows_with_text(data, "train")
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(rows)[:SAMPLE])
+    try:
+        builder = prompt_builder(config, data)
+    except InputError:
+        pass
+    else:
+        sample = encode_rows(builder, data, "train", chosen)
+        lengths = (float(sample.prompts.lengths.mean()), float(sample.answers.lengths.mean()))
+    catalog = data.catalog
+    return catalog.known_users, catalog.known_items, len(rows), lengths
 
 
 def _check(config: RunConfig, workload: Workload, hardware: Hardware) -> None:

@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from gavamoe.config.files import override_config
-from gavamoe.config.problems import field_paths
+from gavamoe.config.files import field_paths, override_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError

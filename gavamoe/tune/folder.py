@@ -14,15 +14,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gavamoe.artifacts.files import read_json, write_json
+import pyarrow.parquet as pq
+
+from gavamoe.artifacts.files import read_json, sha256, write_folder, write_json
 from gavamoe.config.schema import RunConfig
-from gavamoe.data.dataset import Dataset
+from gavamoe.data.dataset import DATA_FILES, ROWS_SCHEMA, Dataset, fingerprint, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.tune.space import Space
 
 TUNE_FILE = "tune.json"
 TEST_FILE = "test.json"
 _LOCK_FILE = "tune.lock"
+_TRUTH_FILES = ("truth.json", "truth_users.parquet")
 
 
 @contextmanager
@@ -46,6 +49,34 @@ def claimed_folder(
         if not (folder / TUNE_FILE).exists():
             write_json(folder / TUNE_FILE, _identity(space, config, dataset, seeds))
         yield
+
+
+def withhold_test(dataset: Dataset, out: Path) -> Dataset:
+    """Make (or reopen) the view `out` of a dataset without its test rows: the test split is there, and empty.
+
+    Trials get this folder and no other, so that no trial can be chosen by test rows, whatever its code does. The files
+    are links to the dataset's own; the fingerprint differs, for the test split does.
+
+    Raises:
+        InputError: `out` is the view of another dataset.
+    """
+    wanted = _meta_without_test(dataset)
+    if out.exists():
+        view = open_dataset(out)
+        if {name: view.meta.files.get(name) for name in wanted} != wanted:
+            raise InputError(f"{out}: was made from another dataset than {dataset.path}; use another --run-dir")
+        return view
+    with write_folder(out) as folder:
+        for name in (*DATA_FILES, *_TRUTH_FILES):
+            source = dataset.path.resolve() / name
+            if name != "test.parquet" and source.exists():
+                (folder / name).symlink_to(source)
+        pq.write_table(ROWS_SCHEMA.empty_table(), folder / "test.parquet")
+        files = wanted | {"test.parquet": sha256(folder / "test.parquet")}
+        meta = read_json(dataset.path / "meta.json")
+        meta |= {"rows": meta["rows"] | {"test": 0}, "files": files, "fingerprint": fingerprint(files)}
+        write_json(folder / "meta.json", meta)
+    return open_dataset(out)
 
 
 def _check(folder: Path, space: Space, config: RunConfig, dataset: Dataset, seeds: int, *, resume: bool) -> None:
@@ -102,3 +133,8 @@ def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
 def _short(value: Any) -> str:
     text = "absent" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _meta_without_test(dataset: Dataset) -> dict[str, str]:
+    """Hashes of the files that the view shares with the dataset."""
+    return {name: digest for name, digest in dataset.meta.files.items() if name != "test.parquet"}

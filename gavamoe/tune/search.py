@@ -19,10 +19,9 @@ from gavamoe.errors import InputError, RunError
 from gavamoe.pipeline import evaluate_and_report, train_run
 from gavamoe.runtime.progress import Progress
 from gavamoe.tune.checks import check_space, config_values, trial_config
-from gavamoe.tune.folder import TEST_FILE, claimed_folder
+from gavamoe.tune.folder import TEST_FILE, claimed_folder, withhold_test
 from gavamoe.tune.ray_tune import Watch, run_trials
 from gavamoe.tune.report import write_results
-from gavamoe.tune.search_data import withhold_test
 from gavamoe.tune.space import Space, load_space
 from gavamoe.tune.study import Record, Study
 from gavamoe.tune.trial import Job

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gavamoe.config.files import dump_config, load_config, parse_config, presets_folder
-from gavamoe.config.problems import field_paths
+from gavamoe.config.files import dump_config, field_paths, load_config, parse_config, presets_folder
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError
 

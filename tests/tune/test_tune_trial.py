@@ -22,7 +22,7 @@ from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.cache import cached_stage1, stage1_key
 from gavamoe.stage1.train import train_stage1
-from gavamoe.tune.search_data import withhold_test
+from gavamoe.tune.folder import withhold_test
 from gavamoe.tune.space import parse_space
 from gavamoe.tune.trial import RESULT_FILE, Job, discard_work, run_trial
 
