@@ -16,8 +16,8 @@ from gavamoe.evaluation.comparison import (
     Outcome,
     Score,
     difference_table,
+    interval_of,
     means,
-    reach,
     read_comparison,
     shown_scores,
     systems_of,
@@ -71,7 +71,7 @@ def _chart(score: Score, systems: dict[str, list[Outcome]]) -> Markup:
         one = means(outcomes, score.name)
         if one is None:
             continue
-        low, high = reach(outcomes, score.name, one)
+        low, high = interval_of(outcomes, score.name, one)
         marked = len(readings) if name == REFERENCE else marked
         readings.append(Reading(outcomes[0].label, one.mean, low, high))
     return interval_chart(f"{score.label} {score.arrow}", readings, marked=marked)

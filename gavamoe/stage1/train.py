@@ -77,7 +77,7 @@ def _final_metrics(trainer: Trainer, routes: Path) -> dict[str, Any]:
 
 
 def _split_metrics(trainer: Trainer, pairs: PairFile) -> dict[str, Any]:
-    alone = _Alone(trainer.context)
+    alone = _SingleWorker(trainer.context)
     numbers = validate(trainer.model, pairs, trainer.config.beta, alone).numbers()
     if trainer.dataset.implicit:
         popularity = np.zeros(trainer.dataset.catalog.n_items, np.int64)
@@ -105,7 +105,7 @@ def _auc(pairs: PairFile, score: Callable[[Pairs], np.ndarray]) -> float:
     return float(roc_auc_score(is_chosen, step, sample_weight=counts_2S[is_chosen, step]))
 
 
-class _Alone:
+class _SingleWorker:
     """Rank 0 working by itself."""
 
     rank, world_size = 0, 1

@@ -155,10 +155,10 @@ def _scheduler(session: "_Session") -> TrialScheduler | None:
         "grace_period": pruning.grace,
         "reduction_factor": pruning.reduction,
     }
-    return ASHAScheduler(**arguments) if session.job.in_process else _AskingAsha(session, **arguments)
+    return ASHAScheduler(**arguments) if session.job.in_process else _CooperativeAsha(session, **arguments)
 
 
-class _AskingAsha(ASHAScheduler):
+class _CooperativeAsha(ASHAScheduler):
     """ASHA for trials of several workers: asks a trial to end, where ASHA has it killed.
 
     A killed trial leaves its Ray Train workers behind: they keep their places until a clean-up finds them, and the

@@ -24,13 +24,20 @@ from optuna.trial import FrozenTrial, TrialState
 from gavamoe.tune.space import Space, Values
 
 STUDY_FILE = "study.db"
-MAX_VAIN_DRAWS = 100
+MAX_FAILED_DRAWS = 100
 """Draws in a row that lead to no new configuration: the space is taken to be exhausted."""
 MAX_REPEATS = 10
 """The same in a space of finitely many points: then the next point that was not tried is taken instead."""
 
 _LISTED = "listed"
-_DRAWN, _REASON, _MEASURED, _VAIN, _STARTED, _SECONDS = "values", "reason", "measured", "draw", "started", "seconds"
+_DRAWN, _REASON, _MEASURED, _FAILED_DRAW, _STARTED, _SECONDS = (
+    "values",
+    "reason",
+    "measured",
+    "draw",
+    "started",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -97,10 +104,10 @@ class Study:
         """
         if self._waiting:
             return self._waiting.pop(0)
-        for vain in range(MAX_VAIN_DRAWS):
+        for failed in range(MAX_FAILED_DRAWS):
             if self._listed and not self.study.get_trials(states=[TrialState.WAITING], deepcopy=False):
                 return None
-            if vain == MAX_REPEATS and self._points is not None and not self._queue_untried(accept):
+            if failed == MAX_REPEATS and self._points is not None and not self._queue_untried(accept):
                 return None
             trial = self.study.ask()
             values = self._space.draw(trial, self._fixed)
@@ -108,7 +115,7 @@ class Study:
             if reason is None:
                 trial.set_user_attr(_DRAWN, values)
                 return trial.number, values
-            trial.set_user_attr(_VAIN, True)
+            trial.set_user_attr(_FAILED_DRAW, True)
             self.fail(trial.number, reason)
         return None
 
