@@ -110,7 +110,7 @@ def _take_over(model: GavamoeForCausalLM, base: PreTrainedModel) -> None:
 
 
 def _draw_new_weights(model: GavamoeForCausalLM, seed: int) -> None:
-    """Initialise what has no counterpart in the base model: slots, routers, experts."""
+    """Initialize what has no counterpart in the base model: slots, routers, experts."""
     slots = (model.user_embedding, model.item_embedding, model.user_projection, model.item_projection)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

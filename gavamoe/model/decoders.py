@@ -178,7 +178,7 @@ def moe_spec(config: GavamoeConfig) -> MoeSpec:
         gates=config.n_gates,
         activation=text.hidden_act if llama else text.activation_function,
         gated=llama,
-        renormalise=config.renormalise,
+        renormalize=config.renormalise,
         dropout=0.0 if llama else text.resid_pdrop,
     )
 

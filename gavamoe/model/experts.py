@@ -37,7 +37,7 @@ class MoeSpec:
     """Name in transformers' table of activations."""
     gated: bool
     """True: SwiGLU experts without bias (LLaMA). False: plain MLP experts with bias (GPT-2)."""
-    renormalise: bool = False
+    renormalize: bool = False
     """Divide the kept gate values by their sum."""
     dropout: float = 0.0
     """On the routed output, as the dense block has it (GPT-2)."""
@@ -84,7 +84,7 @@ class _Experts(nn.Module):
 
         The dense output is the plain sum of its slices, while Eq. 11 weights experts by gate values that sum to 1
         over all N. So each slice is scaled by N: where all gate values are 1/N, all experts active give exactly the
-        dense output, and S active ones the plain sum of S slices (with renormalised weights, N / S times that sum,
+        dense output, and S active ones the plain sum of S slices (with renormalized weights, N / S times that sum,
         an unbiased estimate of the dense output under random choice). An output bias enters once in all, since the
         gate values of all experts sum to 1, and is therefore not scaled.
         """

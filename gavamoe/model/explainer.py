@@ -145,7 +145,7 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         """Rescale the projections so that slots have the text embeddings' root mean square with the present tables.
 
         For a model that has not been trained yet, after its tables were filled or replaced. From here on
-        transformers counts every weight as initialised.
+        transformers counts every weight as initialized.
         """
         target = self.get_input_embeddings().weight.float().square().mean().sqrt()
         for table, projection in (

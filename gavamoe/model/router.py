@@ -18,7 +18,7 @@ class MultiGateRouter(nn.Module):
     def __init__(self, spec: MoeSpec) -> None:
         super().__init__()
         self.top_k = spec.top_k
-        self.renormalise = spec.renormalise
+        self.renormalize = spec.renormalize
         self.weight = nn.Parameter(torch.empty(spec.gates, spec.experts, spec.hidden_size))
 
     def forward(self, hidden_BTD: Tensor, cluster_ids_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +39,7 @@ class MultiGateRouter(nn.Module):
             logits_BTN = torch.matmul(hidden_BTD.to(dtype), gate_BND.to(dtype).transpose(-1, -2))
             gates_MN = logits_BTN.softmax(-1).flatten(0, 1)
         weights_MS, experts_MS = gates_MN.topk(self.top_k, dim=-1)
-        if self.renormalise:
+        if self.renormalize:
             weights_MS = weights_MS / weights_MS.sum(-1, keepdim=True)
         return logits_BTN, weights_MS, experts_MS
 
@@ -75,7 +75,7 @@ def load_balance_loss(
     """How unevenly each gate uses the experts: 1 when even, up to N / top_k; padding is not counted.
 
     For gate k: N x sum over experts of (share of its choices) x (mean probability), as in the Switch Transformer;
-    then the mean over gates, weighted by their tokens, so that no cluster is pushed towards another's experts.
+    then the mean over gates, weighted by their tokens, so that no cluster is pushed toward another's experts.
     """
     experts = logits_BTN.shape[-1]
     probability_BTN = logits_BTN.softmax(-1)

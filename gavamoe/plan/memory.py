@@ -150,7 +150,7 @@ def outer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
 
 
 def _norm(text: Any, word: int) -> float:
-    """Bytes a token of one norm: its input, for LLaMA the normalised values too, and its output."""
+    """Bytes a token of one norm: its input, for LLaMA the normalized values too, and its output."""
     kept = 2 if text.model_type == "llama" else 1
     return (kept + (1 if word == FLOAT else 0)) * FLOAT * text.hidden_size + 2 * FLOAT
 

@@ -101,7 +101,7 @@ def draw(config: RunConfig, base: PreTrainedConfig, users: int, items: int) -> B
             add_lora(explainer, config.stage2.lora, config.seed)
         joint = JointModel(explainer, draw_stage1(config.stage1, users, items), config.stage2.alpha)
     if sizes.tie_word_embeddings:
-        explainer.tie_weights()  # initialising weights does it otherwise
+        explainer.tie_weights()  # initializing weights does it otherwise
     share = {"experts": sizes.experts_per_token / sizes.n_experts, "gates": 1 / sizes.n_gates}
     share |= {"slot tables": 0, "stage 1": 0}
     parts: dict[str, Part] = {}

@@ -1,4 +1,4 @@
-"""What a run computes and sends: FLOPs, time at a utilisation, bytes between devices by ZeRO stage.
+"""What a run computes and sends: FLOPs, time at a utilization, bytes between devices by ZeRO stage.
 
 FLOPs count a multiply-add as two, and attention scores in full, as torch's counter does. Bytes are what one device
 sends with ring algorithms: of G bytes over N devices, (N - 1) / N x G for an all-gather or a reduction to shares, twice

@@ -20,7 +20,7 @@ from gavamoe.errors import InputError
 from gavamoe.evaluation.evaluated_run import RunData
 from gavamoe.evaluation.human.results import HumanResult, read_result
 from gavamoe.evaluation.metrics.registry import METRICS
-from gavamoe.report.charts import COLOURS, Series, line_chart
+from gavamoe.report.charts import COLORS, Series, line_chart
 from gavamoe.report.faithfulness import beyond_section, protocol_section
 from gavamoe.report.figures import SPARSITY, write_figures
 from gavamoe.report.systems import case_study, comparison_section, open_runs
@@ -236,7 +236,7 @@ def _groups(run: RunData, section: str) -> list[dict[str, Any]]:
 
 
 def _sparsity_chart(runs: Sequence[RunData]) -> Markup:
-    """Figure 4: scores over the sparsity thirds and zero-shot users, of as many runs as there are colours."""
+    """Figure 4: scores over the sparsity thirds and zero-shot users, of as many runs as there are colors."""
     charts = []
     for name in ("bleu_4", "rouge_l", "bertscore_f", "rmse"):
         series = [
@@ -245,7 +245,7 @@ def _sparsity_chart(runs: Sequence[RunData]) -> Markup:
                 list(range(len(SPARSITY))),
                 [run.metrics["sparsity"][third]["metrics"][name] for third in SPARSITY],
             )
-            for run in runs[:COLOURS]
+            for run in runs[:COLORS]
         ]
         metric = METRICS[name]
         charts.append(line_chart(f"{metric.label} {metric.arrow}", series, ticks=["ds1", "ds2", "ds3", "zero-shot"]))

@@ -322,7 +322,7 @@ def run_tasks(
         on_done: called in this process with (jobs done, jobs) whenever one ends.
 
     Raises:
-        InputError, RunError: as raised by a job; the other jobs are cancelled.
+        InputError, RunError: as raised by a job; the other jobs are canceled.
         RunError: a job failed otherwise, or its process died more often than `placement.max_failures`.
     """
     import ray

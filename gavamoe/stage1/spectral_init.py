@@ -1,7 +1,7 @@
 """Where stage 1's embeddings start: the leading singular vectors of the training ratings.
 
 From small random embeddings the interaction of users with items is a saddle that takes epochs to leave while the
-network memorises pairs; the singular vectors of what a user + item bias model leaves over show it at once.
+network memorizes pairs; the singular vectors of what a user + item bias model leaves over show it at once.
 
 Shape letters: N pairs, U users, I items, R components.
 """
@@ -56,8 +56,8 @@ def spectral_coordinates(pairs: Stream, n_users: int, n_items: int, components: 
     kept = (singular - singular[-1])[:-1]
     if kept[0] <= 1e-9:
         return None
-    user = _standardised(left[:, :-1] * kept * matrix.user_scale[:, None])
-    item = _standardised(right[:, :-1] * kept * matrix.item_scale[:, None])
+    user = _standardized(left[:, :-1] * kept * matrix.user_scale[:, None])
+    item = _standardized(right[:, :-1] * kept * matrix.item_scale[:, None])
     return Spectral(np.c_[biases.user, user], np.c_[biases.item, item])
 
 
@@ -92,7 +92,7 @@ class _Biases(NamedTuple):
     """Of the ratings; 0 for implicit data."""
 
     def rating(self, pairs: Pairs) -> np.ndarray:
-        """Standardised ratings, float64 (N,)."""
+        """Standardized ratings, float64 (N,)."""
         return (pairs.rating.astype(np.float64) - self.mean) / self.spread
 
     def residual(self, pairs: Pairs) -> np.ndarray:
@@ -165,8 +165,8 @@ def _degree_scale(count: np.ndarray) -> np.ndarray:
     return 1 / np.sqrt(count + count.mean())
 
 
-def _standardised(part: np.ndarray) -> np.ndarray:
-    """Centred, the column that varies most at unit variance.
+def _standardized(part: np.ndarray) -> np.ndarray:
+    """Centered, the column that varies most at unit variance.
 
     Without ratings a leading component is all but constant: the popularity that the bias column tells already.
     """

@@ -194,7 +194,7 @@ class VaeGmm(nn.Module):
     Args:
         n_users, n_items: known ids; the tables have one row more, the last, for all unknown ids.
         likelihood: p(x|z). categorical: over `rating_values`. bernoulli: the rating's place between the ends of
-            `rating_values`, (0, 1) for implicit data. gaussian: of the rating, with a learnt noise.
+            `rating_values`, (0, 1) for implicit data. gaussian: of the rating, with a learned noise.
         rating_values: ascending; the scale, or its two ends.
     """
 

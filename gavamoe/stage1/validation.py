@@ -142,6 +142,6 @@ def collapse_warnings(found: Validation, config: Stage1Config) -> list[str]:
     if found.rmse >= found.constant_rmse:
         warnings.append(
             f"the RMSE {found.rmse:.3f} is no better than that of a constant ({found.constant_rmse:.3f}): nothing is"
-            " learnt; raise stage1.learning_rate or the epochs"
+            " learned; raise stage1.learning_rate or the epochs"
         )
     return warnings

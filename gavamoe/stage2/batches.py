@@ -1,4 +1,4 @@
-"""Stage 2's batches: tokenised rows in memory, their order, and the tensors of a batch.
+"""Stage 2's batches: tokenized rows in memory, their order, and the tensors of a batch.
 
 Purpose: rows -> batches whose order is a function of (seed, epoch) alone, so that a resumed run and a run on
 another number of workers see the same ones. Cluster ids travel with the rows, as a column.

@@ -154,5 +154,5 @@ def mean_losses(losses: Iterable[Losses]) -> Losses:
 
 def _scored_positions(labels_BT: Tensor) -> Tensor:
     """Positions whose next token is an answer's in any row: the vocabulary is scored there alone. 1-D int64."""
-    labelled_T = (labels_BT != IGNORED).any(dim=0)
-    return labelled_T[1:].nonzero().flatten()
+    labeled_T = (labels_BT != IGNORED).any(dim=0)
+    return labeled_T[1:].nonzero().flatten()

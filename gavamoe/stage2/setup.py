@@ -1,4 +1,4 @@
-"""What stage 2's loop starts from: the joint model, the tokenised rows, and each row's cluster.
+"""What stage 2's loop starts from: the joint model, the tokenized rows, and each row's cluster.
 
 Inputs: the config, a dataset folder, a stage-1 folder. Output: a `Setup`, the same on every worker.
 """
@@ -66,7 +66,7 @@ class Setup:
 
 
 def prepare(config: RunConfig, dataset: Path, stage1: Path, *, empty_weights: bool = False) -> Setup:
-    """Load, build and tokenise; `empty_weights` leaves the explainer's own weights unset, for another worker to send.
+    """Load, build and tokenize; `empty_weights` leaves the explainer's own weights unset, for another worker to send.
 
     Raises:
         InputError: stage 1 was trained on another dataset or with other clusters; no row has a text.

@@ -1,4 +1,4 @@
-"""Tokenised training rows, made once and read by every run that wants the same ones.
+"""Tokenized training rows, made once and read by every run that wants the same ones.
 
     DATASET/tokens/KEY/   part-00000.parquet ...   row int64, prompt list<int32>, answer list<int32>
                           tokens.json              format version, rows, every part's SHA-256
@@ -8,7 +8,7 @@ lies beside the data that it is made from, so that all runs and trials on them s
 renamed: of two runs that make it at once, one wins and both go on with the same rows. What is damaged is not
 read, and made again. The newest `KEPT` are kept. Deleting `tokens/` is always safe.
 
-Tokenising is a pure function of its arguments; `pipeline` gives it Ray tasks.
+Tokenizing is a pure function of its arguments; `pipeline` gives it Ray tasks.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ KEPT = 8
 PART_ROWS = 50_000
 """Rows of one part, which is one task's work."""
 WORTHWHILE = 100_000
-"""Training rows from which on a cache is made: fewer are tokenised in the time that it takes to look for it."""
+"""Training rows from which on a cache is made: fewer are tokenized in the time that it takes to look for it."""
 _ABANDONED = 24 * 3600
 """Seconds after which a half-written cache is nobody's."""
 _BEYOND = 2**40
@@ -91,7 +91,7 @@ def fill_cache(config: RunConfig, dataset: Path, run_jobs: RunJobs) -> Path | No
 
 
 def encode_part(context: Context, builder: PromptBuilder, dataset: Path, rows: np.ndarray, out: Path) -> None:
-    """Tokenise some training rows (ascending) into the file `out`."""
+    """Tokenize some training rows (ascending) into the file `out`."""
     del context  # a task is told where it runs; this one doesn't care
     encoded = encode_rows(builder, open_dataset(dataset), "train", rows)
     columns = [pa.array(rows, pa.int64()), *map(_to_arrow, (encoded.prompts, encoded.answers))]
@@ -117,7 +117,7 @@ def read_cache(data: Dataset, builder: PromptBuilder, rows: np.ndarray) -> TextR
 
 
 def cache_folder(data: Dataset, builder: PromptBuilder) -> Path:
-    """Where the rows of this dataset, tokenised by this builder, lie."""
+    """Where the rows of this dataset, tokenized by this builder, lie."""
     tokenizer = builder.tokenizer
     decides = {
         "version": VERSION,

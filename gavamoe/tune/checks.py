@@ -20,11 +20,11 @@ _NOT_SEARCHED = {
     "seed": "--seeds N repeats every trial with N seeds",
     "runtime.": "it decides where training runs, not what comes out",
     "evaluation.": "it decides how trials are measured, so their values would not compare",
-    "stage1.min_cluster_share": "it decides what counts as collapsed, not what is learnt",
-    "stage1.on_collapse": "it decides what counts as collapsed, not what is learnt",
+    "stage1.min_cluster_share": "it decides what counts as collapsed, not what is learned",
+    "stage1.on_collapse": "it decides what counts as collapsed, not what is learned",
     "stage2.validation_rows": "it decides how trials are measured, so their values would not compare",
-    "stage2.evaluate_every": "it decides how often trials are measured, not what is learnt",
-    "stage2.checkpoint_every": "it decides how often trials are saved, not what is learnt",
+    "stage2.evaluate_every": "it decides how often trials are measured, not what is learned",
+    "stage2.checkpoint_every": "it decides how often trials are saved, not what is learned",
     "stage2.prompt.max_explanation_tokens": "it decides which tokens count, so values would not compare",
 }
 

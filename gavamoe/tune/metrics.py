@@ -1,4 +1,4 @@
-"""What a search can measure and optimise: each name with its direction, where it comes from and what it costs.
+"""What a search can measure and optimize: each name with its direction, where it comes from and what it costs.
 
 Names of the registry (`metrics.METRICS`: "rouge_l", "rmse", ...) are measured on the VALIDATION split. Those of the
 stages are "stage1.elbo" or "stage2.validation_loss"; those of cost "parameters", "active_parameters" and
@@ -83,7 +83,7 @@ _OWN = (
 )  # fmt: skip
 
 TRUTH = "user_ari"
-"""Agreement with the planted groups: recorded for synthetic data, never optimised."""
+"""Agreement with the planted groups: recorded for synthetic data, never optimized."""
 
 
 def _registered() -> tuple[Measure, ...]:

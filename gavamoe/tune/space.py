@@ -1,6 +1,6 @@
 """Search spaces: data in YAML (`tune_spaces/`), typed and validated, naming config fields by their dotted paths.
 
-A space says which fields are searched, over what, under which conditions and constraints; what is optimised; which
+A space says which fields are searched, over what, under which conditions and constraints; what is optimized; which
 stages a trial trains; and the budget. docs/tune.md has the format. Nothing here knows Ray or Optuna: `draw` asks
 whatever has Optuna's `suggest_*` methods.
 """
@@ -124,7 +124,7 @@ class Space(_Model):
     stages: Annotated[int, Field(ge=1, le=2)]
     """1: a trial trains stage 1 alone; 2: both."""
     metric: str | list[str]
-    """What is optimised, on the validation split: a name, or several for a Pareto front."""
+    """What is optimized, on the validation split: a name, or several for a Pareto front."""
     measure: list[str] = []
     """What is recorded beside it."""
     sampler: Literal["tpe", "random", "nsga2", "grid"] = "tpe"
@@ -140,7 +140,7 @@ class Space(_Model):
 
     @property
     def objectives(self) -> list[Measure]:
-        """What is optimised, in the file's order."""
+        """What is optimized, in the file's order."""
         return [find_measure(name, self.stages) for name in self.metrics]
 
     @property

@@ -50,7 +50,7 @@ class Record:
     values: Values
     """What was drawn, by field path."""
     objectives: list[float] | None
-    """Means over the seeds of what is optimised, in the space's order; None unless complete."""
+    """Means over the seeds of what is optimized, in the space's order; None unless complete."""
     steps: dict[int, float] = field(default_factory=dict)
     """The first seed's objective by percent of its way, where it was reported."""
     measured: dict[str, list[float]] = field(default_factory=dict)

@@ -216,7 +216,7 @@ class _Seed:
         if self._report is None or curve is None or line.get("phase") != curve.phase:
             return
         percent, value = _percent(line, curve.unit, self._config), curve_value(objective.name, dict(line))
-        # At the end there is nothing left to prune; before the first step nothing was learnt.
+        # At the end there is nothing left to prune; before the first step nothing was learned.
         if value is not None and 0 < percent < 100:
             self._report(percent, float(value))
 

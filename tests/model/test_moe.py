@@ -66,7 +66,7 @@ def test_one_gate_equals_mixtral_in_outputs_and_gradients(name: str) -> None:
     )
     config._experts_implementation = "eager"
     theirs = MixtralSparseMoeBlock(config)
-    ours = block(name, gates=1, renormalise=True).float()
+    ours = block(name, gates=1, renormalize=True).float()
     with torch.no_grad():
         theirs.gate.weight.copy_(ours.router.weight[0])
         theirs.experts.gate_up_proj.copy_(ours.experts.gate_up_proj)
@@ -87,7 +87,7 @@ def test_one_gate_equals_mixtral_in_outputs_and_gradients(name: str) -> None:
 
 
 def test_without_renormalising_the_output_is_smaller_by_the_dropped_gate_values() -> None:
-    plain, renormalised = block(), block(renormalise=True)
+    plain, renormalised = block(), block(renormalize=True)
     states = hidden()
     _, weights, _ = plain.router(states, CLUSTERS)
     scale = weights.sum(-1).view(4, 5, 1)

@@ -125,7 +125,7 @@ def missing_column(source: Path, field: str, wanted: Sequence[str], available: S
     """The error for a source without any column of a field."""
     known = [str(name)[:60] for name in available[:30]]
     lowered = {name.lower(): name for name in known}
-    # a name that the user gave may be misspelt; a field's own name is no guess at a column
+    # a name that the user gave may be misspelled; a field's own name is no guess at a column
     near = difflib.get_close_matches(wanted[0].lower(), list(lowered), n=1, cutoff=0.5) if wanted[0] != field else []
     hint = f" (nearest: {lowered[near[0]]})" if near else ""
     return InputError(

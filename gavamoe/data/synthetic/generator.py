@@ -3,7 +3,7 @@
     rating = clip(round(3 + taste[group, genre] + user offset + item offset + noise), 1, 5)
 
 A group's taste averages to zero over genres, and a genre's over groups, so a user + item bias model sees
-none of it. The explanation names one or two of the item's features (the group has favourites among them)
+none of it. The explanation names one or two of the item's features (the group has favorites among them)
 in the group's style with words of the rating's sentiment (`grammar`). A few newcomers, users and items of
 little activity, occur in the validation and test splits only.
 
@@ -36,7 +36,7 @@ MAX_DENSITY = 0.7
 """Ratings as a share of all pairs, at most: distinct pairs are drawn by rejection."""
 MAX_RATINGS = 100_000_000
 _ITEM_FEATURES = 4
-_TAKES_FAVOURITE = 0.75
+_TAKES_FAVORITE = 0.75
 
 
 class _World(NamedTuple):
@@ -207,12 +207,12 @@ def _explanations(
 def _choose_features(
     rng: np.random.Generator, world: _World, group: np.ndarray, item: np.ndarray
 ) -> list[tuple[int, ...]]:
-    """One or two positions in the genre's features for each row: mostly the group's favourites among the item's."""
+    """One or two positions in the genre's features for each row: mostly the group's favorites among the item's."""
     has = world.features_IF[item]
     groups = len(world.taste_GC)
-    favourite = has % groups == group[:, None]
-    takes = rng.random((len(item), 1)) < _TAKES_FAVOURITE
-    score = rng.random(has.shape) + (favourite & takes)
+    favorite = has % groups == group[:, None]
+    takes = rng.random((len(item), 1)) < _TAKES_FAVORITE
+    score = rng.random(has.shape) + (favorite & takes)
     best = np.take_along_axis(has, np.argsort(-score, axis=1), axis=1)
     both = rng.random(len(item)) < 0.5
     return [(a, b) if two else (a,) for a, b, two in zip(*best[:, :2].T.tolist(), both.tolist(), strict=True)]
