@@ -1,9 +1,9 @@
 """The only place that knows Ray Train: gives a training loop its workers, checkpoints, logs and restarts.
 
 A loop is a function `loop(*, context: Context, **arguments)`, defined at module level. It runs on
-`placement.workers` Ray Train workers (their side is `ray_worker`); the log goes to `FOLDER/logs` as `tracking` says,
+`placement.workers` Ray Train workers (their side is `worker`); the log goes to `FOLDER/logs` (see `tracking`),
 checkpoints to `FOLDER/checkpoints/NAME` until the step is done. Where FOLDER is the staging folder of a URI
-(`storage`), checkpoints go to the storage itself, and workers on other machines fetch their inputs from there.
+(`artifacts.remote`), checkpoints go to the storage itself, and workers on other machines fetch their inputs from there.
 """
 
 import os
@@ -26,14 +26,14 @@ OnLine = Callable[[Line], None]
 
 _CONTROLLER_RESTARTS = 3
 """A worker group that cannot start is retried without limit by Ray's default, which looks like a hang."""
-_SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_SECONDS = 0.2
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of the checkpoints that count."""
 _KNOWN_FAILURES = {
     "running low on memory": "a worker was killed, because its machine was running low on memory",
     "worker group startup timed out": "the workers did not start within runtime.wait_minutes: too few nodes",
 }
-"""What a long text of Ray's holds -> what it means."""
+"""Part of an error message of Ray's -> what it means, in the words of this project."""
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def _start_ray(placement: RuntimeConfig, *, dashboard: bool) -> None:
 
     environment = _worker_environment(placement)
     if dashboard:
-        # What frees places asks Ray's State API, which gives up where several Rays run on the machine and none is
+        # Ray Train's clean-up asks Ray's State API, which gives up where several Rays run on the machine and none is
         # named: the workers' environment names this one, so its port is chosen before it starts.
         port = free_port("")
         os.environ["RAY_GCS_SERVER_PORT"] = str(port)
@@ -113,7 +113,7 @@ def run_training(
         loop: module-level function; called as `loop(context=..., **arguments)` on every worker.
         folder: the run folder; logs and checkpoints go below it.
         resume: continue from the last registered checkpoint of an earlier call, where there is one.
-        elastic: the loop can go on with another number of workers: `placement.min_workers` then holds.
+        elastic: the loop can continue with another number of workers: `placement.min_workers` then applies.
         on_line: called in this process with each log line, as it appears.
         stop_file: once it exists, the workers end together at their next log line.
 
@@ -217,7 +217,7 @@ class _Checkpoints:
         return (self._local / _SNAPSHOT).exists() if self._uri is None else remote.exists(f"{self._uri}/{_SNAPSHOT}")
 
     def remove(self) -> None:
-        """The list first: what a removal that breaks leaves doesn't count."""
+        """Remove them, their list first: checkpoints that are in no list don't count, should the removal break off."""
         if self._uri is None:
             (self._local / _SNAPSHOT).unlink(missing_ok=True)
             shutil.rmtree(self._local, ignore_errors=True)
@@ -227,8 +227,8 @@ class _Checkpoints:
 
 
 def was_cut_off(folder: Path, name: str) -> bool:
-    """Whether the last `run_training` of that name didn't come to its end, but to a checkpoint. Its workers outlive a
-    killed driver for a second or two and may have written their results, of which the log then doesn't tell."""
+    """Whether the last `run_training` of that name was interrupted after a checkpoint. Its workers outlive a killed
+    driver for a second or two and may have written their results, which the log then lacks."""
     return _Checkpoints(Path(folder).absolute(), name).exist()
 
 
@@ -250,7 +250,7 @@ def _following(worker_log: Any, log: RunLog, on_line: OnLine | None) -> Iterator
     """While the block runs, write each line that reaches the `WorkerLog` to the log, and hand it to `on_line`.
 
     Raises:
-        RunError: the block is done, and the log can't be written.
+        RunError: the block is done, but the log can't be written.
     """
     stop = threading.Event()
     problems: list[OSError] = []
@@ -262,7 +262,7 @@ def _following(worker_log: Any, log: RunLog, on_line: OnLine | None) -> Iterator
         stop.set()
         follower.join()
     if problems:
-        _write_anew(worker_log, log)
+        _rewrite_log(worker_log, log)
 
 
 def _follow(
@@ -272,7 +272,7 @@ def _follow(
 
     generation = position = 0
     while True:
-        last = stop.wait(_SECONDS_BETWEEN_LOOKS)
+        last = stop.wait(_POLL_SECONDS)
         try:
             current, kept, lines = ray.get(worker_log.since.remote(generation, position))
         except ray.exceptions.RayError:  # no answer, perhaps for a while; `_fit` reports an actor that has died
@@ -284,7 +284,7 @@ def _follow(
                 log.restart(lines[:kept])
             for line in lines[kept if current != generation else 0 :]:
                 log.add(line)
-        except OSError as error:  # a full disk, perhaps for a while: the training goes on as long as it can
+        except OSError as error:  # a full disk, perhaps for a while: the training continues as long as it can
             problems.append(error)
         if current != generation:
             generation, position, lines = current, kept, lines[kept:]
@@ -296,8 +296,8 @@ def _follow(
             return
 
 
-def _write_anew(worker_log: Any, log: RunLog) -> None:
-    """Write the whole log, of which some lines could not be written when they came."""
+def _rewrite_log(worker_log: Any, log: RunLog) -> None:
+    """Write the whole log again, of which some lines could not be written when they came."""
     import ray
 
     _, _, lines = ray.get(worker_log.since.remote(-1, 0))
@@ -318,7 +318,7 @@ def run_tasks(
     As many run at once as the cluster has room for, each a single worker with `placement.threads_per_worker` CPUs.
 
     Args:
-        loop: module-level function that needs no checkpoints; a task whose process died starts anew.
+        loop: module-level function that needs no checkpoints; a task whose process died starts again.
         on_done: called in this process with (jobs done, jobs) whenever one ends.
 
     Raises:

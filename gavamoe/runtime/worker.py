@@ -1,4 +1,4 @@
-"""A Ray Train worker's side of a training: its context, its checkpoints with checksums, and what it tells the driver.
+"""A Ray Train worker's side of a training: its context, its checkpoints with checksums, its messages to the driver.
 
 A checkpoint holds the loop's files, `log.jsonl` (the log so far: the driver's is set back to it when workers restart)
 and `checksums-RANK.json` for each rank. Rank 0 checks them before anything is resumed, and goes back to the checkpoint
@@ -39,7 +39,7 @@ GAUGES = {"step": "train_step", "loss": "train_loss", "tokens_per_second": "trai
 
 
 class WorkerLog:
-    """An actor beside the driver that the workers tell their log lines and refusals. Outlives restarts of workers."""
+    """An actor on the driver's node that collects the workers' log lines and errors. It outlives restarts of workers."""
 
     def __init__(self) -> None:
         self._generation = self._kept = 0
@@ -70,16 +70,16 @@ class WorkerLog:
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What every worker is given."""
+    """The arguments of every worker: the loop, what it is called with, and how the worker reports."""
 
     loop: Callable[..., Any]
     arguments: dict[str, Any]
-    """Staged paths of the driver are `storage.Place`s here."""
+    """Keyword arguments of the loop; the driver's staged paths are `remote.Place`s here."""
     placement: RuntimeConfig
     worker_log: Any
     """Handle of the `WorkerLog`."""
     labels: dict[str, str]
-    """Of the Ray metrics."""
+    """Labels of the Ray metrics: the run and the step."""
     stop_file: Path | None
     """Once it exists, the workers end together at their next log line."""
 
@@ -236,13 +236,13 @@ def _newest_whole_checkpoint(rank: int) -> tuple[Any, list[str]]:
     damaged: list[str] = []
     chosen = -1
     if rank == 0:
-        for place in reversed(range(len(reported))):
-            with reported[place].checkpoint.as_directory() as folder:
+        for index in reversed(range(len(reported))):
+            with reported[index].checkpoint.as_directory() as folder:
                 problem = find_damage(Path(folder))
             if problem is None:
-                chosen = place
+                chosen = index
                 break
-            damaged.append(f"{reported[place].checkpoint.path}: {problem}")
+            damaged.append(f"{reported[index].checkpoint.path}: {problem}")
     chosen = broadcast_from_rank_zero(chosen)
     if chosen >= 0:
         return reported[chosen].checkpoint, damaged

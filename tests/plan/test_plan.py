@@ -243,7 +243,7 @@ def test_states_agree_with_deepspeeds_estimators(devices: int) -> None:
 
 def entry(arguments: list[str]) -> None:
     """The command line in this process; raises instead of exiting."""
-    from gavamoe.cli import app
+    from gavamoe.cli.app import app
 
     app(arguments, standalone_mode=False)
 
