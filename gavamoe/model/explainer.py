@@ -3,9 +3,6 @@ Hugging Face causal language model that also takes a cluster id per row and know
 
 A user or item is one token id above the vocabulary: its embedding is a row of the table shared with stage 1, through
 a projection. Such ids are read, never written: logits cover the vocabulary only.
-
-`build_explainer` turns a dense model into an explainer; `load_explainer` reads a saved one, strictly.
-Shape letters: B rows, T positions, D hidden size, E slot size (stage 1's embedding size), V vocabulary, N experts.
 """
 
 import math
@@ -31,12 +28,12 @@ from gavamoe.model.decoders import GavamoeConfig, build_decoder
 from gavamoe.model.router import check_cluster_ids, load_balance_loss, router_z_loss
 
 IGNORED = -100
-"""Label of positions that carry no loss."""
+"""Label of positions that carry no loss, as in PyTorch and transformers."""
 
 
 @dataclass
 class GavamoeOutput(MoeCausalLMOutputWithPast):
-    """`loss` is cross-entropy plus `aux_loss`; `aux_loss` is already weighted; the rest as in Mixtral."""
+    """The model's output: `loss` is cross-entropy plus the weighted `aux_loss`; the rest is as in Mixtral."""
 
 
 class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
@@ -142,9 +139,9 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def calibrate_slots(self) -> None:
-        """Rescale the projections so that slots have the text embeddings' root mean square with the present tables.
+        """Rescale the projections so that users and items enter with the root mean square of the text embeddings.
 
-        For a model that has not been trained yet, after its tables were filled or replaced. From here on
+        Call it on a model that has not been trained yet, after its tables were filled or replaced. From then on
         transformers counts every weight as initialized.
         """
         target = self.get_input_embeddings().weight.float().square().mean().sqrt()
@@ -248,7 +245,7 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _positions(attention_mask_BT: Tensor, embeds_BTD: Any) -> Tensor:
-    """Positions (B, T) of the embedded tokens, counted from each row's first token that is no padding."""
+    """Positions (B, T) of the embedded tokens, counted from each row's first token that is not padding."""
     return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)[:, -embeds_BTD.shape[1] :]
 
 

@@ -56,7 +56,7 @@ class MultiGateRouter(nn.Module):
 
 
 def check_cluster_ids(cluster_ids_B: Tensor, gates: int) -> None:
-    """Refuse ids outside 0..K-1 with a message. Those on a GPU are left to `index_select`: no waiting.
+    """Refuse cluster ids outside 0..K-1. Ids on a GPU are left to `index_select`, so as not to wait for the device.
 
     Raises:
         ValueError: an id is negative or not below `gates`.
@@ -90,7 +90,7 @@ def load_balance_loss(
 
 
 def router_z_loss(logits_BTN: Tensor, mask_BT: Tensor | None) -> Tensor:
-    """Mean squared log-sum-exp of the router's logits over the tokens that are no padding; keeps logits small."""
+    """Mean squared log-sum-exp of the router's logits over all tokens but padding; keeps logits small."""
     token_BT = _token_weights(logits_BTN, mask_BT)
     return (logits_BTN.logsumexp(-1) ** 2 * token_BT).sum() / token_BT.sum().clamp(min=1)
 

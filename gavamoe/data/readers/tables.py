@@ -138,7 +138,7 @@ class _QuoteCounter:
         return self._file.closed
 
     def read(self, size: int = -1) -> bytes:
-        """As a file's."""
+        """Read as from a file, and count the quotes."""
         data = self._file.read(size)
         self.quotes += data.count(b'"')
         return data
