@@ -39,7 +39,7 @@ GAUGES = {"step": "train_step", "loss": "train_loss", "tokens_per_second": "trai
 
 
 class WorkerLog:
-    """An actor on the driver's node that collects the workers' log lines and errors. It outlives restarts of workers."""
+    """An actor on the driver's node that collects the workers' log lines and errors; it outlives their restarts."""
 
     def __init__(self) -> None:
         self._generation = self._kept = 0

@@ -1,4 +1,4 @@
-"""Stage 2's artifact: a Hugging Face model folder that is complete in itself, with a model card.
+"""Writing stage 2's artifact: a self-contained Hugging Face model folder with a model card.
 
 Inputs: the consolidated state of a training run. Output: a folder that `ExplanationGenerator.load` reads, and, for the
 language model alone, transformers' Auto classes (after `import gavamoe`).

@@ -10,7 +10,7 @@ def rate_at(step: int, steps: int, config: Stage2Config) -> float:
     warmup = round(config.warmup_share * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    place = (step - warmup) / max(1, steps - warmup)
+    done = (step - warmup) / max(1, steps - warmup)
     if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * place))
-    return 1 - place if config.schedule == "linear" else 1.0
+        return 0.5 * (1 + math.cos(math.pi * done))
+    return 1 - done if config.schedule == "linear" else 1.0

@@ -1,4 +1,4 @@
-"""What stage 2's loop starts from: the joint model, the tokenized rows, and each row's cluster.
+"""The set-up of stage 2's training: the joint model, the tokenized rows, and each row's cluster.
 
 Inputs: the config, a dataset folder, a stage-1 folder. Output: a `Setup`, the same on every worker.
 """
@@ -44,29 +44,38 @@ class Setup:
     """Everything that the training loop and the artifact need."""
 
     data: Dataset
+    """The dataset, opened."""
     stage1: Manifest
+    """Manifest of the stage-1 artifact that training starts from."""
     model: JointModel
+    """Explainer and VAE-GMM, untrained by stage 2."""
     tokenizer: PreTrainedTokenizerBase
+    """Tokenizer of the explainer."""
     spec: PromptSpec
+    """How prompts are built; saved with the artifact."""
     train: TextRows
+    """Tokenized training rows with a text."""
     valid: TextRows
-    """At most `validation_rows`, chosen by the seed."""
+    """Tokenized validation rows with a text, at most `validation_rows`, chosen by the seed."""
     routed: dict[str, Split]
     """Users and items of the rows of `train` and `valid`, by split name."""
     clusters: dict[str, np.ndarray]
-    """Each of these rows' cluster, by stage 1 or by the control: int64."""
+    """Cluster of each row of `train` and `valid`, by stage 1 or by the control, by split name: int64."""
     control: RouteControl | None
-    """What routes in stage 1's place, if anything."""
+    """Rule that routes pairs instead of stage 1; None: stage 1 routes them."""
     pairs: PairSource
+    """Stage-1 pairs for the ELBO."""
     pad: int
+    """Token id that batches are padded with."""
     parameters: int
-    """Of explainer and stage 1 together, shared tables once; adapters are not counted, which end merged."""
+    """Parameters of explainer and stage 1 together, shared tables once, without adapters, which are merged at the
+    end."""
     trained: int
     """Parameters that get into the optimizer, adapters included."""
 
 
 def prepare(config: RunConfig, dataset: Path, stage1: Path, *, empty_weights: bool = False) -> Setup:
-    """Load, build and tokenize; `empty_weights` leaves the explainer's own weights unset, for another worker to send.
+    """Load, build and tokenize; `empty_weights` leaves the explainer's own weights unset: another worker sends them.
 
     Raises:
         InputError: stage 1 was trained on another dataset or with other clusters; no row has a text.
