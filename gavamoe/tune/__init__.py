@@ -4,9 +4,9 @@ search    search, train the best, score it once
 space     search spaces, typed and validated
 checks    a space against config and dataset
 metrics   what can be searched for
-study     the Optuna study: who has which values, what came out
+study     the Optuna study: which values were drawn, and their results
 ray_tune  Ray Tune runs the trials
 trial     one trial
-folder    whose results folder it is; the dataset without its test rows
+folder    the results folder and its lock; the dataset without its test rows
 report    trials.parquet, best.yaml, plots
 """

@@ -39,7 +39,7 @@ def check_space(space: Space, config: RunConfig, dataset: Dataset, source: str) 
     try:
         _check_metrics(space, config, dataset)
         cheap = trial_config(config, space, {})
-        for name in [*space.parameters, *space.budget.set, *_looked_at(space)]:
+        for name in [*space.parameters, *space.budget.set, *_referenced(space)]:
             _check_known(name)
         for name, spec in space.parameters.items():
             _check_searchable(name, space, cheap, dataset)
@@ -104,7 +104,8 @@ def _check_known(name: str) -> None:
     raise InputError(f"{name}: unknown config field{hint}")
 
 
-def _looked_at(space: Space) -> Iterable[str]:
+def _referenced(space: Space) -> Iterable[str]:
+    """Fields that the space's conditions and constraints refer to."""
     for spec in space.parameters.values():
         yield from spec.when
     for rule in space.rules:
@@ -136,7 +137,7 @@ _REQUIREMENTS: tuple[tuple[str, str, Any], ...] = (
     ("stage1.mixture_restarts", "stage1.mixture_init", "gmm"),
     ("stage1.user_agreement", "stage1.mixture_init", "gmm"),
 )
-"""(fields with this prefix, are ignored unless this field, has this value)"""
+"""(prefix of fields, another field, a value): such fields are ignored unless the other field has that value."""
 
 
 def _possible(field: str, wanted: Scalar, space: Space, config: RunConfig) -> bool:
@@ -179,8 +180,8 @@ def _check_constraints(space: Space, config: RunConfig) -> None:
         others = _numbers(space, config, rule)
         if not rule.always_fits(spec, others):
             raise InputError(
-                f"constraints: {rule.left} {rule.operator} {rule.right}: nothing of {spec.low}..{spec.high} is left"
-                f" beside {rule.right} {min(others) if rule.operator.startswith('<') else max(others)}"
+                f"constraints: {rule.left} {rule.operator} {rule.right}: no value of {spec.low}..{spec.high} satisfies"
+                f" it when {rule.right} is {min(others) if rule.operator.startswith('<') else max(others)}"
             )
 
 

@@ -1,10 +1,10 @@
-"""A search's folder: whose it is, and that one search at a time works in it.
+"""A search's folder: it belongs to one search, which one process at a time works on.
 
 tune.json       the space, the config it starts from, the dataset, the seeds
-study.db        the Optuna study (tune_study)
-search_data/    the dataset without its test rows (tune_data)
-stage1_cache/, trials/    (tune_trial)
-trials.parquet, best.yaml, table.md, plots/, pareto/    (tune_report)
+study.db        the Optuna study (`study`)
+search_data/    the dataset without its test rows
+stage1_cache/, trials/    (`trial`)
+trials.parquet, best.yaml, table.md, plots/, pareto/    (`report`)
 final/, test.json         the best configuration trained in full, and its test scores
 """
 
@@ -32,10 +32,10 @@ _TRUTH_FILES = ("truth.json", "truth_users.parquet")
 def claimed_folder(
     folder: Path, space: Space, config: RunConfig, dataset: Dataset, seeds: int, *, resume: bool
 ) -> Iterator[None]:
-    """Make `folder` this search's, or check that it is, and keep others out of it for as long as the block runs.
+    """Claim `folder` for this search, or check that it holds it, and lock it for as long as the block runs.
 
     Raises:
-        InputError: it holds another search or something else, a search is at work in it, or `resume` is missing.
+        InputError: it holds another search or something else, a search is running in it, or `resume` is missing.
     """
     _check(folder, space, config, dataset, seeds, resume=resume)
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def claimed_folder(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
-                f"{folder}: another search is at work here; wait for it or use another --run-dir"
+                f"{folder}: another search is running here; wait for it or use another --run-dir"
             ) from error
         if not (folder / TUNE_FILE).exists():
             write_json(folder / TUNE_FILE, _identity(space, config, dataset, seeds))
@@ -88,8 +88,8 @@ def _check(folder: Path, space: Space, config: RunConfig, dataset: Dataset, seed
     before, now = read_json(path), _identity(space, config, dataset, seeds)
     if not isinstance(before, dict):
         raise InputError(f"{path}: damaged; use another --run-dir")
-    for part, name in (("dataset", "dataset"), ("space", "space"), ("config", "config"), ("seeds", "--seeds")):
-        field, old, new = _difference(name, before.get(part), now[part])
+    for key, name in (("dataset", "dataset"), ("space", "space"), ("config", "config"), ("seeds", "--seeds")):
+        field, old, new = _difference(name, before.get(key), now[key])
         if old != new:
             raise InputError(
                 f"{folder}: holds a search with another {name} ({field} was {_short(old)}, now {_short(new)});"
@@ -105,7 +105,7 @@ def _check(folder: Path, space: Space, config: RunConfig, dataset: Dataset, seed
 
 
 def _identity(space: Space, config: RunConfig, dataset: Dataset, seeds: int) -> dict[str, Any]:
-    """What must be equal for a search to be continued. The budget's size and where it runs may change."""
+    """The settings that must be equal for a search to be continued. The budget's size and the runtime may change."""
     described = space.model_dump(mode="json", exclude={"description"})
     described["budget"] = {"set": described["budget"]["set"]}
     return {

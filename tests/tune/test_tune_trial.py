@@ -167,7 +167,7 @@ def test_a_killed_trial_goes_on_from_its_last_checkpoint(tiny_dataset: Path, tmp
 
 def test_an_undefined_metric_is_an_error(tiny_dataset: Path, tmp_path: Path) -> None:
     job = make_job(tiny_dataset, tmp_path, stages=1, metric="stage1.auc")
-    with pytest.raises(RunError, match=r"stage1\.auc came out as None"):
+    with pytest.raises(RunError, match=r"stage1\.auc is None"):
         run_trial(job, 0, {"stage1.clusters": 2}, nothing)
 
 
