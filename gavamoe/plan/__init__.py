@@ -5,5 +5,6 @@
     memory      bytes on a device by ZeRO stage
     work        FLOPs, time, traffic
 
-Shape letters: B rows, T tokens of a row, M = B x T, S scored positions of a row, D hidden size, N devices.
+Shape letters: B rows, T tokens of a row, M = B x T tokens, S scored positions of a row, D hidden size, W devices (the
+workers of a run), G bytes that are exchanged.
 """
