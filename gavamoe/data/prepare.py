@@ -1,6 +1,6 @@
 """`gavamoe data prepare`: a source of reviews or pairs becomes a dataset folder, in bounded memory.
 
-Two passes: `validator` reads the source once, keeps the good rows and counts words; then splits are drawn, and the
+Two passes: `validation` reads the source once, keeps the good rows and counts words; then splits are drawn, and the
 texts are read back to choose sentences and features and to write the dataset.
 """
 
@@ -25,37 +25,40 @@ from gavamoe.errors import InputError
 DEFAULT_MAX_REJECTED_SHARE = 0.1
 
 OnRows = Callable[[str, int], None]
-"""Called with the phase ("read", "write") and the rows done in it."""
+"""Called with the phase ("read" or "write") and the number of rows done in it."""
 
 
 class PrepareSummary(BaseModel):
-    """What became of a source's rows."""
+    """Counts of a source's rows, by what became of them, and the sizes of the dataset."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     read: int
-    """Rows of the source."""
+    """Number of rows of the source."""
     kept: int
-    """Rows in the dataset."""
+    """Number of rows in the dataset."""
     rejected: dict[str, int]
-    """Rejected rows by reason; each is in rejected.jsonl."""
+    """Number of rejected rows by reason; each row is in rejected.jsonl."""
     repeated_pairs: int
-    """Good rows left out for a later one of the same user and item."""
+    """Number of good rows left out because a later row has the same user and item."""
     in_no_index: int
-    """Good rows that no index file names."""
+    """Number of good rows that no index file names."""
     texts_cut: int
-    """Texts longer than the stated bound, shortened."""
+    """Number of texts that were longer than the bound, and shortened."""
     without_feature: int
-    """Kept rows in whose text no feature was found or given."""
+    """Number of kept rows in whose text no feature was found or given."""
     vocabulary: int
-    """Features that the extractor found; 0 where the source gives them."""
+    """Number of features that the extractor found; 0 where the source gives them."""
     rows: dict[str, int]
-    """By split."""
+    """Number of rows by split."""
     users: int
+    """Number of users."""
     items: int
+    """Number of items."""
     titles: int
-    """Items with a title."""
+    """Number of items with a title."""
     fingerprint: str
+    """Fingerprint of the dataset: SHA-256 over its data files."""
 
 
 def prepare(
@@ -76,10 +79,10 @@ def prepare(
     """Write the dataset folder `out` from `source`; whole or not at all.
 
     Args:
-        format: a name in `readers.FORMATS`.
-        columns: for format table: the source's column for each field it names otherwise.
+        format: a name in `readers.formats.FORMATS`.
+        columns: for format table: the source's column of each field whose column has another name.
         split: ratio of train, valid and test rows.
-        index_dir: folder of index files that give the split instead; repeated pairs then stay as they are.
+        index_dir: folder of index files that give the split instead; repeated pairs are then kept.
         max_rejected_share: fail when a larger share of rows is rejected.
         titles: file of item titles (Amazon's meta file, Yelp's business file).
         text_mode: explanation, review or none; None: the format's own.
@@ -104,7 +107,7 @@ def prepare(
         _read_title_file(source, kind, titles, validator)
         rows, repeats = _split(validator, accepted, index_dir, split, seed)
         settings = {"source": source.name, "format": format, "text_mode": mode, "seed": seed}
-        settings["split"] = Path(index_dir).name if index_dir is not None else ":".join(f"{part:g}" for part in split)
+        settings["split"] = Path(index_dir).name if index_dir is not None else ":".join(f"{share:g}" for share in split)
         return _write(folder, validator, rows, repeats, settings, scale, report)
 
 
@@ -124,7 +127,7 @@ def _check_arguments(
     if not 0 <= max_rejected_share <= 1:
         raise InputError(f"max_rejected_share: {max_rejected_share} is outside 0..1")
     if rating_scale is not None and not -1e30 < rating_scale[0] < rating_scale[1] < 1e30:
-        raise InputError(f"rating_scale: {rating_scale[0]}..{rating_scale[1]} is no range from low to high")
+        raise InputError(f"rating_scale: {rating_scale[0]}..{rating_scale[1]} is not a valid range (low to high)")
     if titles is not None and kind.title_keys is None:
         raise InputError(f"titles: format {format} has no title file; a table has a title column (--column title=NAME)")
 
@@ -140,11 +143,9 @@ def _check_rejections(source: Path, validator: RowValidator, kept: int, max_shar
     first = validator.first_rejection
     reasons = ", ".join(f"{reason} {count}" for reason, count in validator.rejected.most_common())
     shown = f"; first: row {first.row}, {first.reason}: {first.raw}" if first else ""
-    way_out = (
-        "" if not kept else f"; mend the rows or allow more with --max-rejected-share {min(1.0, share + 0.01):.2f}"
-    )
+    way_out = "" if not kept else f"; fix the rows or allow more with --max-rejected-share {min(1.0, share + 0.01):.2f}"
     raise InputError(
-        f"{source}: {rejected} of {validator.read} rows rejected ({share:.1%}, allowed are {max_share:.0%}): "
+        f"{source}: {rejected} of {validator.read} rows rejected ({share:.1%}, at most {max_share:.0%} are allowed): "
         f"{reasons}{shown}{way_out}"
     )
 
@@ -155,9 +156,9 @@ def _read_title_file(source: Path, kind: Format, titles: Path | None, validator:
         path = source.parent / kind.title_file
     if path is None or kind.title_keys is None:
         return
-    found = read_titles(Path(path), kind.title_keys, validator.items.codes)
-    cleaned = clean(pa.array(found.values(), pa.string()), MAX_TITLE_CHARS).to_pylist()
-    validator.titles.update({code: title for code, title in zip(found, cleaned, strict=True) if title})
+    by_code = read_titles(Path(path), kind.title_keys, validator.items.codes)
+    cleaned = clean(pa.array(by_code.values(), pa.string()), MAX_TITLE_CHARS).to_pylist()
+    validator.titles.update({code: title for code, title in zip(by_code, cleaned, strict=True) if title})
 
 
 def _split(

@@ -1,8 +1,6 @@
 """First pass over a source: every row is accepted or rejected with a reason; texts go to a file, the rest to arrays.
 
 Memory: about 40 bytes a row, the distinct ids, and one batch.
-
-Shape letters: R rows of a batch, N accepted rows.
 """
 
 import json
@@ -42,7 +40,7 @@ REASONS = (
     "rating off scale",
     "text missing",
 )
-"""By reason code; 0: the row is accepted. The first that applies is given."""
+"""Reasons of a rejection by their code, of which the first that applies is given; 0: the row is accepted."""
 _SPOOL_SCHEMA = pa.schema([("text", pa.string()), ("features", pa.list_(pa.string()))])
 
 
@@ -50,18 +48,19 @@ class AcceptedRows(NamedTuple):
     """The accepted rows, without their texts."""
 
     row: np.ndarray
-    """int64 (N,): row number in the source, from 1"""
+    """Row numbers in the source, from 1: int64 (N,)."""
     user: np.ndarray
-    """int32 (N,): codes"""
+    """User codes: int32 (N,)."""
     item: np.ndarray
+    """Item codes: int32 (N,)."""
     rating: np.ndarray
-    """float32 (N,), NaN where there is none"""
+    """Ratings, NaN where there is none: float32 (N,)."""
     time: np.ndarray
-    """float64 (N,), NaN where there is none"""
+    """Times, NaN where there is none: float64 (N,)."""
 
 
 class RowValidator:
-    """Takes batches one by one with `add`; a context manager that closes its files."""
+    """Accepts or rejects the rows of the batches given to `add`; a context manager that closes its files."""
 
     def __init__(self, folder: Path, text_mode: TextMode, scale: tuple[float, float] | None, rated: bool) -> None:
         """
@@ -72,7 +71,7 @@ class RowValidator:
         """
         self.users, self.items = StringEncoder(), StringEncoder()
         self.titles: dict[int, str] = {}
-        """By item code."""
+        """Titles by item code."""
         self.read = 0
         self.last_row = 0
         """The last row number, which blank lines make larger than `read`."""
@@ -99,10 +98,10 @@ class RowValidator:
         self._log.close()
 
     def add(self, batch: RawBatch) -> None:
-        """Take or reject each row of a batch.
+        """Accept or reject each row of a batch.
 
         Raises:
-            InputError: the source has no texts, or begins to have ratings or features in its middle.
+            InputError: the source has no texts, or has ratings or features in later rows only.
         """
         count = len(batch.row)
         self.read += count + len(batch.broken)

@@ -211,7 +211,7 @@ def test_too_many_rejected_rows_fail_with_counts_the_first_and_the_way_out(tmp_p
     refuse(
         source,
         "amazon",
-        r"5 of 35 rows rejected \(14\.3%, allowed are 10%\): rating not a number 3, user missing 2; "
+        r"5 of 35 rows rejected \(14\.3%, at most 10% are allowed\): rating not a number 3, user missing 2; "
         r"first: row 31, rating not a number: \{.*'five'.*--max-rejected-share 0\.15",
     )
     assert prepare(source, tmp_path / "out", "amazon", max_rejected_share=0.15).kept == 30
