@@ -49,9 +49,7 @@ class Catalog:
         self.n_items: int = self._items.num_rows
         for name, known, rows in (("users", known_users, self.n_users), ("items", known_items, self.n_items)):
             if not 0 <= known <= rows:
-                raise InputError(
-                    f"{self._folder}: says {known} known {name}, but {name}.parquet has {rows} rows"
-                )
+                raise InputError(f"{self._folder}: says {known} known {name}, but {name}.parquet has {rows} rows")
 
     def user_index(self, raw: str) -> int | None:
         """Index of the user with this raw id; None when the dataset never saw it."""

@@ -9,8 +9,9 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
 ROW_HEIGHT, ROW_LABELS = 22, 150
-"""Of an interval chart: a line's height, and the width that labels get."""
+"""Height of a line of an interval chart, and the width of its labels."""
 MAX_POINTS = 240
+"""Points of a line at most; of longer series evenly spaced ones are drawn."""
 COLORS = 6
 """Series beyond this many share the last color of the style sheet (.s0 to .s5)."""
 
@@ -54,13 +55,16 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str = "", ticks
 
 @dataclass(frozen=True)
 class Reading:
-    """One line of an interval chart."""
+    """A value with its interval: one line of an interval chart."""
 
     label: str
+    """Name at the left of the line."""
     value: float
+    """Where the dot stands."""
     low: float
+    """Lower end of the interval; equal to `value` where there is none."""
     high: float
-    """The same as `value`, both of them, where there is no interval."""
+    """Upper end of the interval; equal to `value` where there is none."""
 
 
 def interval_chart(title: str, readings: Sequence[Reading], *, marked: int = 0) -> Markup:

@@ -64,7 +64,7 @@ def comparison_section(comparison: Comparison) -> dict[str, Any]:
 
 
 def _chart(score: Score, systems: dict[str, list[Outcome]]) -> Markup:
-    """A reading a system."""
+    """The interval chart of a score, with a line for each system."""
     readings: list[Reading] = []
     marked = 0
     for name, outcomes in systems.items():
@@ -80,7 +80,7 @@ def _chart(score: Score, systems: dict[str, list[Outcome]]) -> Markup:
 def case_study(runs: Sequence[RunData], folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Table 5: the rows of the known users with the fewest and with the most training rows, and what each run wrote.
 
-    The first such row of the split, so nobody picked a good one. [] without a trained run, or where rows differ.
+    It is the first such row of the split, so none is hand-picked. [] without a trained run, or where rows differ.
     """
     asked = [run.generations.select(["split", "row"]) for run in runs]
     catalogs = [folder / _CATALOG for folder in folders if (folder / _CATALOG).is_file()]

@@ -346,7 +346,7 @@ def test_a_missing_index_file_is_named(tmp_path: Path) -> None:
         ({"split": (8, 1, float("nan"))}, "split: 8:1:nan is not three"),
         ({"text_mode": "whole"}, "text_mode: unknown value 'whole'; known are explanation, review, none"),
         ({"max_rejected_share": 1.5}, r"max_rejected_share: 1\.5 is outside 0\.\.1"),
-        ({"rating_scale": (5, 1)}, r"rating_scale: 5\.\.1 is no range"),
+        ({"rating_scale": (5, 1)}, r"rating_scale: 5\.\.1 is not a valid range"),
         ({"titles": Path("missing.json")}, "missing.json: no such file"),
     ],
 )
