@@ -27,7 +27,8 @@ from gavamoe.data.dataset import open_dataset
 from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.generation.prompts import PromptBuilder
 from gavamoe.model.base_model import scratch_config
-from gavamoe.model.explainer import build_explainer
+from gavamoe.model.build import build_explainer
+from gavamoe.model.conversion import ExplainerSizes
 from gavamoe.runtime.ray_train import ray_session, run_tasks
 from gavamoe.stage2.batches import WINDOW_STEPS, BatchPlan, TextRows
 from gavamoe.stage2.token_cache import FOLDER, fill_cache, read_cache
@@ -75,7 +76,7 @@ def rows_per_second(config: RunConfig, builder: PromptBuilder, rows: TextRows, s
     users, items = builder.user_token(beyond) - vocabulary, builder.item_token(beyond) - builder.item_token(0)
     base = AutoModelForCausalLM.from_config(scratch_config(config.stage2.scratch, vocabulary))
     size = config.stage1.embedding_size
-    model = build_explainer(config, base, users, items, size, config.gates).train()
+    model = build_explainer(config, base, ExplainerSizes(users, items, size, config.gates)).train()
     clusters = np.zeros(len(rows), dtype=np.int64)
     orders = {"buckets": WINDOW_STEPS, "none": 1}
     plans = {name: BatchPlan(rows.lengths, BATCH, 1, 1, seed=0, window_steps=window) for name, window in orders.items()}

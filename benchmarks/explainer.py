@@ -19,7 +19,9 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from gavamoe.config.files import parse_config
-from gavamoe.model.explainer import GavamoeForCausalLM, build_explainer
+from gavamoe.model.build import build_explainer
+from gavamoe.model.conversion import ExplainerSizes
+from gavamoe.model.explainer import GavamoeForCausalLM
 
 os.environ["DNNL_PRIMITIVE_CACHE_CAPACITY"] = "8192"  # as `runtime.ray_train` sets it for workers; read at first use
 USERS, ITEMS, SLOT, GATES, TOKENS, PROMPT = 100, 100, 64, 3, 96, 48
@@ -49,7 +51,7 @@ def variants(kernel: str) -> dict[str, GavamoeForCausalLM]:
         values.append(f"stage2.experts.implementation={kernel}")
         torch.manual_seed(0)
         base = LlamaForCausalLM(smollm2_shape())
-        model = build_explainer(parse_config({}, "benchmark", values), base, USERS, ITEMS, SLOT, GATES)
+        model = build_explainer(parse_config({}, "benchmark", values), base, ExplainerSizes(USERS, ITEMS, SLOT, GATES))
         for parameter in model.parameters():  # experts that start at zero would not be slower, but say so
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from gavamoe.model.moe import MoeSpec, MultiGateMoe
+from gavamoe.model.block import MultiGateMoe
+from gavamoe.model.experts import MoeSpec
 
 HIDDEN, EXPERTS, WIDTH, TOP_K, GATES = 576, 12, 128, 2, 3
 TRAIN_ROWS, TRAIN_TOKENS = 8, 96

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from gavamoe.config.files import parse_config
 from gavamoe.config.schema import RunConfig
-from gavamoe.model.explainer import build_explainer
+from gavamoe.model.build import build_explainer
+from gavamoe.model.conversion import ExplainerSizes
 from gavamoe.plan.estimate import own_scheme, scheme_memory
 from gavamoe.plan.memory import run_shape
 from gavamoe.plan.parameters import RATING_SCALE, draw
@@ -121,7 +122,7 @@ def _model(config: RunConfig, base: dict[str, Any]) -> JointModel:
     torch.manual_seed(config.seed)
     dense = AutoModelForCausalLM.from_config(LlamaConfig(**base))
     vae_gmm = VaeGmm(config.stage1, USERS, ITEMS, "categorical", RATING_SCALE)
-    explainer = build_explainer(config, dense, USERS, ITEMS, config.stage1.embedding_size, config.gates)
+    explainer = build_explainer(config, dense, ExplainerSizes(USERS, ITEMS, config.stage1.embedding_size, config.gates))
     if config.stage2.gradient_checkpointing:
         explainer.activation_checkpointing_enable()
     return JointModel(explainer, vae_gmm, config.stage2.alpha, bf16=config.stage2.precision == "bf16")

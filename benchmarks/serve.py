@@ -237,7 +237,8 @@ async def measure_path(url: str, requests: int) -> dict[str, Results]:
 
 def measure_proxy(requests: int) -> dict[str, Results]:
     """Serve's proxy, set up as `gavamoe serve` does, before a deployment that does nothing."""
-    from gavamoe.serving.launch import free_port, prepared_environment
+    from gavamoe.runtime.ray_train import free_port
+    from gavamoe.serving.launch import prepared_environment
 
     with prepared_environment():
         return _measure_proxy(free_port(), requests)

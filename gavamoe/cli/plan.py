@@ -55,7 +55,7 @@ def plan(
     if dataset is not None:
         if any(count is not None for count in counts):
             raise InputError("--dataset and --users, --items, --rows exclude each other")
-        from gavamoe.plan.row_lengths import measure_dataset
+        from gavamoe.plan.estimate import measure_dataset
 
         known_users, known_items, training, lengths = measure_dataset(settings, dataset, lengths)
     elif users is None or items is None or rows is None:

@@ -1,6 +1,5 @@
 """Every setting with its bounds; YAML, presets, `--set`.
 
-schema       the settings, section by section, with meaning, unit and bound of each
-files        YAML in and out, presets, overrides
-problems     what is wrong with a config, in one line
+schema  the settings, section by section, with meaning, unit and bound of each
+files   YAML in and out, presets, overrides, errors in one line
 """

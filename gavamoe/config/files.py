@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from gavamoe.config.problems import describe
 from gavamoe.config.schema import RunConfig
-from gavamoe.errors import InputError, one_line
+from gavamoe.errors import InputError, did_you_mean, first_problem, one_line
 
 MAX_CONFIG_BYTES = 2**20
 
@@ -38,7 +37,7 @@ def parse_config(values: Any, source: str, overrides: Sequence[str] = ()) -> Run
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{source}: {describe(error, RunConfig)}") from error
+        raise InputError(f"{source}: {_problem(error, RunConfig)}") from error
 
 
 def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -70,6 +69,18 @@ def presets_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parent.parent.parent / "configs"
 
 
+def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted paths of all leaf fields of a config model."""
+    paths = []
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            paths += field_paths(annotation, f"{prefix}{name}.")
+        else:
+            paths.append(prefix + name)
+    return paths
+
+
 def _read_yaml(path: Path) -> Any:
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise InputError(f"{path}: larger than the {MAX_CONFIG_BYTES} bytes a config may have")
@@ -96,3 +107,27 @@ def _apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
         node = node[key]
     node[keys[-1]] = value
     return result
+
+
+def _problem(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line for the first problem, with the count of the others."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    hint = _nearest(first["loc"], root) if first["type"] == "extra_forbidden" else ""
+    return first_problem(error, hint=hint, joint=".")
+
+
+def _nearest(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
+    """The known name closest to an unknown one, looked for in its own section and then everywhere."""
+    model = root
+    for part in location[:-1]:
+        annotation = model.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return ""
+        model = annotation
+    name = str(location[-1])
+    if hint := did_you_mean(name, model.model_fields):
+        return hint
+    elsewhere = [path for path in field_paths(root) if path.rsplit(".", 1)[-1] == name]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return f"; known here: {', '.join(model.model_fields)}"

@@ -1,6 +1,7 @@
-"""Run configuration: every setting with its bounds, as pydantic models; `config_files` reads and writes them.
+"""Run configuration: every setting with its bounds, as pydantic models; `files` reads and writes them.
 
-One value has one home here; numbers that follow from others are properties.
+Each value has one home here; numbers that follow from others are properties. The docstrings are the fields'
+descriptions: each is a sentence that makes sense without its field's name.
 """
 
 from typing import Annotated, Literal
@@ -22,55 +23,68 @@ class Stage1Config(_Model):
     """The VAE with a Gaussian-mixture latent (section 3.2) and how it is trained (section 4.2)."""
 
     clusters: Annotated[int, Field(ge=1, le=64)] = 3
-    """K: mixture components, and so the gates of stage 2. Its only home."""
+    """K: the number of mixture components, and so of clusters and of the gates of stage 2."""
     embedding_size: PositiveInt = 768
     """Width of the user and item embeddings and of the encoder."""
     latent_size: PositiveInt = 128
-    """Dimensions of z."""
+    """Number of dimensions of the latent z."""
     encoder_layers: PositiveInt = 2
+    """Number of transformer layers in the encoder."""
     encoder_heads: PositiveInt = 8
+    """Number of attention heads of each encoder layer; must divide `embedding_size`."""
     encoder_feedforward: PositiveInt = 768
-    """Width of the encoder's feed-forward layers; the paper names none, and wider ones found nothing more."""
+    """Width of the encoder's feed-forward layers. The paper names none, and wider ones found nothing more."""
     decoder_hidden: PositiveInt = 256
-    """Width of the 2-layer MLP decoder."""
+    """Width of the hidden layer of the decoder, a 2-layer MLP."""
     dropout: Rate = 0.1
+    """Dropout rate in encoder and decoder."""
     likelihood: Literal["auto", "categorical", "bernoulli", "gaussian"] = "auto"
-    """p(x|z). auto: categorical over a small rating scale, Gaussian over others, Bernoulli (Eq. 7) without ratings."""
+    """Distribution p(x|z) of a pair's rating. auto: categorical over a small rating scale, Gaussian over any other,
+    Bernoulli (Eq. 7) for data without ratings."""
     negatives: PositiveInt = 4
-    """Sampled unobserved items per observed pair and epoch; only without ratings."""
+    """Unobserved items sampled per observed pair and epoch; only used for data without ratings."""
     unknown_id_rate: Rate = 0.05
-    """Share of ids replaced by the unknown id in training, so that users never seen can be served."""
+    """Share of user ids, and of item ids, replaced by the unknown id in training (id dropout, in both stages), so that
+    users and items never seen can be served."""
 
     batch_size: PositiveInt = 1024
     """Pairs per optimizer step, all workers together."""
     learning_rate: Positive = 1e-3
+    """Peak learning rate of the embeddings and networks."""
     mixture_learning_rate: Positive = 2e-3
+    """Peak learning rate of the mixture's parameters."""
     schedule: Literal["linear", "constant"] = "linear"
-    """Of both learning rates over all epochs. linear: they fall to a twentieth; at a constant rate the predictions for
-    unknown ids swing from step to step."""
+    """How both learning rates run over all epochs. linear: they fall to a twentieth; constant: they stay, and the
+    predictions for unknown ids swing from step to step."""
     weight_decay: NonNegative = 1e-4
+    """Decoupled weight decay of the embeddings and networks; the mixture has none."""
     clip_norm: Positive = 5.0
+    """Gradients are scaled down to this joint norm where theirs is larger."""
     pretrain_epochs: Count = 8
     """Epochs as a plain autoencoder before the mixture is fitted to the latents."""
     epochs: PositiveInt = 8
-    """Epochs on the ELBO (Eq. 12)."""
+    """Epochs on the ELBO (Eq. 12), after the pretraining."""
     beta: NonNegative = 0.1
-    """Weight of the KL term (Eq. 16)."""
+    """Weight of the KL term in the ELBO (Eq. 16)."""
     beta_warmup_epochs: Count = 2
-    """Epochs over which beta grows from 0."""
+    """Epochs on the ELBO over which the weight of the KL term grows from 0 to `beta`."""
     embedding_init: Literal["spectral", "random"] = "spectral"
-    """spectral: from the singular vectors of the training ratings; random: small normal values (the paper's)."""
+    """How the embeddings start. spectral: from the singular vectors of the training ratings; random: small normal
+    values (the paper's)."""
     mixture_init: Literal["gmm", "random"] = "gmm"
-    """gmm: from a Gaussian mixture fitted after pretraining; random: none, which collapses (a control)."""
+    """How the mixture starts. gmm: from a Gaussian mixture fitted after pretraining; random: from random means, which
+    collapses (a control)."""
     user_agreement: NonNegative = 1.0
     """Weight of KL(q(c|u) || gamma): how strongly a pair's responsibilities (Eq. 8) follow its user's cluster, so that
     clusters are of users. 0: the bound alone (the paper's), and the mixture is fitted to pairs, not to users."""
     mixture_restarts: PositiveInt = 4
+    """Number of fits of the Gaussian mixture from different starts, of which the likeliest is taken."""
     patience: Count = 0
-    """Stop after this many ELBO epochs without a better validation ELBO; 0: never."""
+    """Training stops after this many ELBO epochs without a better validation ELBO; 0: never."""
     min_cluster_share: Rate = 0.02
-    """A cluster with a smaller share of training pairs counts as collapsed."""
+    """Share of the training pairs below which a cluster counts as collapsed."""
     on_collapse: Literal["warn", "stop"] = "warn"
+    """What follows a collapse. warn: a line in the log; stop: training fails."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Stage1Config":
@@ -85,18 +99,22 @@ class ScratchModelConfig(_Model):
     """The small model, with a tokenizer of its own, that `base_model: scratch` trains from nothing."""
 
     family: Literal["llama", "gpt2"] = "llama"
-    """Architecture: LLaMA (rotary positions, SwiGLU) or GPT-2 (learned positions, GELU)."""
+    """Architecture of the scratch model: LLaMA (rotary positions, SwiGLU) or GPT-2 (learned positions, GELU)."""
     hidden_size: PositiveInt = 192
+    """Width of the scratch model's hidden states; a multiple of 2 x `heads`."""
     layers: PositiveInt = 4
+    """Number of decoder layers of the scratch model."""
     heads: PositiveInt = 4
+    """Number of attention heads of the scratch model."""
     intermediate_size: PositiveInt = 512
+    """Width of the scratch model's dense feed-forward layers."""
     vocabulary: Annotated[int, Field(ge=300, le=200_000)] = 2000
-    """Byte-level BPE tokens, special ones included."""
+    """Tokens of the scratch model's byte-level BPE tokenizer at most, special ones included."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ScratchModelConfig":
         if self.hidden_size % (2 * self.heads):
-            raise ValueError(f"heads: hidden_size {self.hidden_size} is no multiple of 2 x heads {self.heads}")
+            raise ValueError(f"heads: hidden_size {self.hidden_size} is not a multiple of 2 x heads {self.heads}")
         return self
 
 
@@ -104,26 +122,32 @@ class ExpertsConfig(_Model):
     """Fine-grained experts behind K gates (section 3.3)."""
 
     enabled: bool = True
-    """False keeps the dense feed-forward layers: the paper's Base."""
+    """Whether the feed-forward layers are blocks of experts. False keeps the dense layers: the paper's Base."""
     count: PositiveInt = 12
-    """rN: experts per block."""
+    """rN: number of routed experts in each block."""
     top_k: PositiveInt = 2
-    """Experts that see a token."""
+    """Number of experts that see a token."""
     intermediate_size: Count = 0
     """Width of one expert; 0: the dense width divided by `count`, or the multiple of 8 nearest to that."""
     conversion: Literal["random", "split", "shared"] = "shared"
-    """How a dense checkpoint becomes experts. random: new weights (the paper's). split: slices of the dense FFN.
-    shared: the dense FFN stays as a shared expert, routed ones add to it and start at zero output."""
+    """How a dense checkpoint becomes experts. random: new weights (the paper's). split: slices of the dense
+    feed-forward network. shared: that network stays as a shared expert, and routed ones add to it and start at zero
+    output."""
     split_by: Literal["position", "importance"] = "position"
-    """What `split` cuts: neurons as they stand, or in falling order of the norms of their weights."""
+    """Order of the dense network's neurons before `split` cuts it: as they stand, or by falling norms of their
+    weights."""
     renormalise: bool = False
-    """Divide the kept gate values by their sum; Eq. 11 as printed does not."""
+    """Whether the gate values of the chosen experts are divided by their sum; Eq. 11 as printed does not."""
     multi_gate: bool = True
-    """False: one gate for all clusters (the paper's ablation without multi-gating)."""
+    """Whether each cluster has a gate of its own. False: one gate for all (the paper's ablation without
+    multi-gating)."""
     implementation: Literal["auto", "grouped_mm", "batched_mm", "eager"] = "auto"
-    """Expert kernel: transformers' own, or auto: grouped_mm, but a loop for the few tokens of decoding on a CPU."""
+    """Kernel that runs the experts: one of transformers', or auto: grouped_mm, but a loop for the few tokens of
+    decoding on a CPU."""
     load_balance_weight: NonNegative = 0.0
+    """Weight of the load-balancing loss, which rewards an even use of the experts by each gate."""
     router_z_weight: NonNegative = 0.0
+    """Weight of the router z-loss, which keeps the gates' logits small."""
 
     @model_validator(mode="after")
     def _top_k_within_count(self) -> "ExpertsConfig":
@@ -142,59 +166,73 @@ class LoraConfig(_Model):
     """Low-rank adapters on the attention; the base model's own weights are then frozen."""
 
     rank: Count = 0
-    """0: none, everything is trained."""
+    """Rank of the adapters; 0: there are none, and everything is trained."""
     alpha: Positive = 16.0
     """What an adapter adds is scaled by alpha / rank."""
     dropout: Rate = 0.0
-    """On an adapter's input."""
+    """Dropout rate on the input of each adapter."""
 
 
 class PromptConfig(_Model):
     """What the language model reads before it writes; never any part of the answer."""
 
     rating: bool = True
-    """The sentiment word that the rating stands for."""
+    """Whether the prompt names the sentiment of the rating, as a word."""
     features: bool = True
+    """Whether the prompt names the features that the explanation is to speak of."""
     max_features: PositiveInt = 5
+    """Features in a prompt at most; the first ones are kept."""
     title: bool = True
-    """The item's title, where the dataset has one."""
+    """Whether the prompt names the item's title, where the dataset has one."""
     max_tokens: Annotated[int, Field(ge=16)] = 96
-    """Longest prompt; titles, then features, are shortened to fit, the slots never."""
+    """Tokens of a prompt at most; titles, then features, are shortened to fit, the slots of user and item never."""
     max_explanation_tokens: Annotated[int, Field(ge=4)] = 64
-    """Longest explanation in training, end of text included."""
+    """Tokens of an explanation in training at most, the end of text included; longer ones are cut."""
 
 
 class Stage2Config(_Model):
     """The explainer (sections 3.3 and 3.4.2) and how it is trained."""
 
     base_model: str = "scratch"
-    """"scratch", a Hugging Face folder, a hub id, a .gguf file, or package:NAME for the one inside a Python package."""
+    """Language model that training starts from: "scratch", a Hugging Face folder, a hub id, a .gguf file, or
+    package:NAME for the .gguf file inside a Python package."""
     scratch: ScratchModelConfig = ScratchModelConfig()
+    """Sizes of the model that `base_model: scratch` trains from nothing."""
     experts: ExpertsConfig = ExpertsConfig()
+    """Experts and gates of each block."""
     lora: LoraConfig = LoraConfig()
+    """Low-rank adapters on the base model's attention."""
     prompt: PromptConfig = PromptConfig()
+    """What the prompt holds, and how long prompts and explanations may be."""
     routes: Literal["learned", "random", "oracle"] = "learned"
-    """Who picks a pair's gate. learned: stage 1 (Eq. 9). Controls: random, a hash of the pair; oracle, the user's
+    """What picks a pair's gate. learned: stage 1 (Eq. 9). Controls: random, a hash of the pair; oracle, the user's
     planted group in synthetic data."""
     alpha: Share = 0.1
-    """Weight of the ELBO in the joint loss (Eq. 13)."""
+    """Weight of the ELBO in the joint loss (Eq. 13); the explanation's loss has the weight 1 - alpha."""
     elbo_batch_size: PositiveInt = 256
-    """Stage-1 pairs per stage-2 step and worker, for the ELBO term."""
+    """Stage-1 pairs per optimizer step and worker, for the ELBO term."""
 
     batch_size: PositiveInt = 16
     """Rows per forward pass and worker."""
     gradient_accumulation: PositiveInt = 1
+    """Forward passes whose gradients add up to one optimizer step."""
     learning_rate: Positive = 1e-3
+    """Peak learning rate of the explainer's own parameters."""
     expert_learning_rate: NonNegative = 0.0
-    """For routed experts and gates; 0: `learning_rate`. With `shared` they start from zero beside a trained model."""
+    """Peak learning rate of routed experts and gates; 0: that of `learning_rate`. With conversion shared they start
+    from zero beside a trained model."""
     stage1_learning_rate: Positive = 1e-4
-    """For stage 1's own parameters and the shared embeddings."""
+    """Peak learning rate of stage 1's own parameters and of the shared embeddings."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """How the learning rates run after the warm-up: constant, or down to 0 as a cosine or a line."""
     warmup_share: Rate = 0.05
-    """Share of all steps over which the learning rate grows from 0."""
+    """Share of all steps over which the learning rates grow from 0 to their peak."""
     weight_decay: NonNegative = 0.01
+    """Decoupled weight decay; norms, biases, embedding tables and the mixture have none."""
     clip_norm: Positive = 1.0
+    """Gradients are scaled down to this joint norm where theirs is larger."""
     epochs: PositiveInt = 3
+    """Passes over the training rows."""
     max_steps: Count = 0
     """Optimizer steps at most; 0: as many as `epochs` take."""
     validation_rows: PositiveInt = 512
@@ -204,19 +242,25 @@ class Stage2Config(_Model):
     checkpoint_every: Count = 200
     """Optimizer steps between checkpoints; 0: only at the end."""
     keep: Literal["best", "last"] = "best"
-    """The state that becomes the artifact: of the lowest validation loss after a step or more, or the last; with
-    alpha 1, which trains no text, the last. best: rank 0 and each checkpoint hold one more copy of the weights."""
+    """The state that becomes the artifact: the one of the lowest validation loss after a step or more, or the last;
+    with alpha 1, which trains no text, the last. best: rank 0 and each checkpoint hold one more copy of the weights."""
     patience: Count = 0
-    """Stop after this many validations without a new best; 0: never."""
+    """Training stops after this many validations without a new best; 0: never."""
 
     precision: Literal["fp32", "bf16"] = "fp32"
+    """Data type of the arithmetic. bf16: autocast over float32 weights; fp32: float32 throughout."""
     gradient_checkpointing: bool = False
+    """Whether activations are recomputed in the backward pass, which takes less memory and more time."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed's ZeRO stage: what is sharded over the workers. 0: nothing; 1: optimizer states; 2: gradients too; 3:
+    weights too."""
     offload_optimizer: bool = False
+    """Whether optimizer states lie in the host's memory; needs `zero_stage` 1 or more."""
     offload_parameters: bool = False
+    """Whether weights lie in the host's memory; needs `zero_stage` 3."""
     expert_parallel: PositiveInt = 1
-    """Workers that share the experts of each block: every one holds `experts.count` / so many, and tokens travel."""
+    """Workers that share the experts of each block: each holds `experts.count` / `expert_parallel` of them, and tokens
+    go to their experts by all-to-all."""
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> "Stage2Config":
@@ -235,25 +279,29 @@ class Stage2Config(_Model):
     @model_validator(mode="after")
     def _lora_needs_weights(self) -> "Stage2Config":
         if self.lora.rank and self.base_model == "scratch":
-            raise ValueError("lora.rank: would freeze base_model scratch, which has learnt nothing yet; set 0")
+            raise ValueError("lora.rank: would freeze base_model scratch, which has learned nothing yet; set it to 0")
         return self
 
 
 class GenerationConfig(_Model):
-    """How text is made, in evaluation and in serving."""
+    """How texts are decoded, in evaluation and in serving."""
 
     max_new_tokens: PositiveInt = 48
+    """Tokens of a text at most."""
     batch_size: PositiveInt = 64
+    """Texts that are written at the same time."""
     temperature: NonNegative = 0.0
-    """0: greedy."""
+    """Temperature of sampling; 0: greedy, the likeliest token each time."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sampling is among the likeliest tokens that together have this probability; 1: among all."""
     beams: PositiveInt = 1
+    """Width of the beam search; 1: none."""
     no_repeat_ngram: Count = 0
-    """Refuse to repeat n-grams of this length; 0: off."""
+    """N-grams of this length are never written twice in a text; 0: off."""
     repetition_penalty: Annotated[float, Field(ge=1, le=100)] = 1.0
-    """Makes tokens that the text already has less likely; the prompt's do not count; 1: off."""
+    """Penalty on tokens that the text already has, which makes them less likely; the prompt's do not count; 1: off."""
     min_new_tokens: Count = 0
-    """Tokens before the text may end."""
+    """Tokens that a text has before it may end."""
 
     @model_validator(mode="after")
     def _lengths_in_order(self) -> "GenerationConfig":
@@ -263,64 +311,78 @@ class GenerationConfig(_Model):
 
 
 class EvaluationConfig(_Model):
-    """What is measured on a split."""
+    """What `gavamoe evaluate` measures, and on which rows of a split."""
 
     rows: Count = 0
-    """Rows of the split, chosen by the seed; 0: all."""
+    """Rows of the split that are evaluated, chosen by the seed; 0: all."""
     protocol: Literal["given", "predicted", "both"] = "given"
-    """given: rating and features of the row (the paper's); predicted: stage 1's rating, the item's usual features."""
+    """Where a request's rating and features come from. given: from the row (the paper's); predicted: stage 1's rating
+    and the item's usual features."""
     style: Literal["sacrebleu", "peter", "both"] = "sacrebleu"
     """Family of BLEU and ROUGE: the libraries sacrebleu and rouge-score, or the PETER line of papers."""
     probe_rows: Count = 200
-    """Rows whose user is swapped and that are read through every gate, at most; 0: nothing beyond n-grams."""
+    """Rows, at most, whose user is swapped and that are read through every gate; 0: n-gram scores only."""
     bertscore_model: str = ""
-    """Hub id or folder of the model for BERTScore; empty: not measured."""
+    """Hub id or folder of the model for BERTScore; empty: it is not measured."""
     bertscore_layer: Count = 0
-    """Layer whose states are compared; 0: bert-score's own choice for a known id, the last layer for a folder."""
+    """Layer of the BERTScore model whose states are compared; 0: bert-score's own choice for a known id, the last layer
+    for a folder."""
 
 
 class PeterConfig(_Model):
-    """The baseline PETER (Li, Zhang and Chen, ACL 2021) in `gavamoe ablate`; its own paper's values but for the
-    optimiser. Steps, batch size, schedule and clipping are stage 2's."""
+    """The baseline PETER (Li, Zhang and Chen, ACL 2021) in `gavamoe ablate`, with its own paper's values but for the
+    optimizer. Steps, batch size, schedule and clipping are stage 2's."""
 
     embedding_size: Annotated[int, Field(ge=2, multiple_of=2)] = 512
+    """Width of PETER's embeddings and hidden states; a multiple of `heads`."""
     layers: PositiveInt = 2
+    """Number of PETER's transformer layers."""
     heads: PositiveInt = 2
+    """Number of attention heads of each of PETER's layers."""
     feed_forward: PositiveInt = 2048
+    """Width of PETER's feed-forward layers."""
     dropout: Rate = 0.2
+    """Dropout rate in PETER's layers."""
     explanation_weight: NonNegative = 1.0
+    """Weight of the explanation's loss in PETER's total loss."""
     context_weight: NonNegative = 1.0
+    """Weight of the loss of context prediction (the explanation's words without their order) in PETER's total loss."""
     rating_weight: NonNegative = 0.1
+    """Weight of the rating's squared error in PETER's total loss."""
     learning_rate: Positive = 1e-3
-    """Of AdamW."""
+    """Peak learning rate of AdamW in PETER's training."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "PeterConfig":
         if self.embedding_size % self.heads:
-            raise ValueError(f"heads: embedding_size {self.embedding_size} is no multiple of heads {self.heads}")
+            raise ValueError(f"heads: embedding_size {self.embedding_size} is not a multiple of heads {self.heads}")
         return self
 
 
 class RuntimeConfig(_Model):
-    """Where it runs. Nothing here changes what is computed, but for float rounding."""
+    """Where and how training runs. None of it changes what is computed, but for float rounding."""
 
     workers: PositiveInt = 1
+    """Ray Train workers that train together, each a process."""
     threads_per_worker: PositiveInt = 1
+    """CPU threads, and so Ray CPUs, of each worker."""
     gpu: bool = False
-    """One GPU per worker."""
+    """Whether each worker gets one GPU."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
-    """Of stage 2. torch: one worker, plain data types, no compiler needed."""
+    """What takes stage 2's optimizer steps. deepspeed: any number of workers, ZeRO; torch: one worker, plain data
+    types, no compiler needed."""
     max_failures: Count = 2
     """Times that training is restarted from its last checkpoint after a worker died."""
     min_workers: Count = 0
-    """Stage 1 goes on with as few workers when machines are lost, and takes more when they come; 0: it waits for all.
-    Stage 2 always waits: DeepSpeed's checkpoints belong to a number of workers."""
+    """Workers with which stage 1 goes on when machines are lost, at least; it takes more when they come. 0: it waits
+    for all. Stage 2 always waits: DeepSpeed's checkpoints belong to a number of workers."""
     wait_minutes: Positive = 4
-    """How long workers may take to start, also on machines that an autoscaler first has to get; then training fails."""
+    """Minutes that workers may take to start, also on machines that an autoscaler first has to get; then training
+    fails."""
     tracking: Literal["none", "mlflow", "wandb"] = "none"
-    """A service that gets the log's numbers, beside TensorBoard's files."""
+    """Service that gets the log's numbers, beside TensorBoard's files."""
     tracking_uri: str = ""
-    """Its address; empty: mlflow.db in the run's logs for mlflow, the environment's for wandb."""
+    """Address of the tracking service; empty: mlflow.db in the run's logs for mlflow, the environment's for wandb."""
 
     @model_validator(mode="after")
     def _fewer_at_least(self) -> "RuntimeConfig":
@@ -333,12 +395,19 @@ class RunConfig(_Model):
     """Everything that decides a run, apart from the data."""
 
     seed: Count = 0
+    """Seed of every random choice: equal seeds give equal runs."""
     stage1: Stage1Config = Stage1Config()
+    """The VAE with a Gaussian mixture, and its training."""
     stage2: Stage2Config = Stage2Config()
+    """The explainer, and its training."""
     generation: GenerationConfig = GenerationConfig()
+    """Decoding of texts."""
     evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured on a split."""
     peter: PeterConfig = PeterConfig()
+    """The baseline PETER."""
     runtime: RuntimeConfig = RuntimeConfig()
+    """Workers, engine, tracking."""
 
     @property
     def gates(self) -> int:
@@ -360,7 +429,7 @@ class RunConfig(_Model):
                 f"{share} workers can't share {stage2.experts.count} experts evenly; take a divisor of experts.count"
             )
         elif self.runtime.workers % share:
-            problem = f"runtime.workers {self.runtime.workers} is no multiple of {share}"
+            problem = f"runtime.workers {self.runtime.workers} is not a multiple of {share}"
         elif stage2.zero_stage not in (1, 2):
             problem = (
                 f"needs zero_stage 1 or 2, not {stage2.zero_stage}: 0 would clip each worker by a norm of its own,"

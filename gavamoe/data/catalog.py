@@ -38,7 +38,7 @@ class Catalog:
         """Read `users.parquet` and `items.parquet` of `folder`.
 
         Raises:
-            InputError: a file is missing, damaged, or has fewer rows than are said to be known.
+            InputError: a file is missing, damaged, or has fewer rows than the number of known users or items.
         """
         self._folder = Path(folder)
         self._users = read_table(self._folder / "users.parquet", USERS_SCHEMA)
@@ -104,7 +104,7 @@ class Catalog:
 
     @classmethod
     def load(cls, folder: Path) -> "Catalog":
-        """The catalog that `save` left in `folder`."""
+        """Read the catalog that `save` wrote into `folder`."""
         folder = Path(folder)
         known = read_json(folder / "catalog.json")
         try:
@@ -138,14 +138,14 @@ def check_parquet(path: Path, schema: pa.Schema) -> int:
     """Check a Parquet file's schema by its footer alone and return its number of rows; raises like `read_table`."""
     try:
         footer = pq.read_metadata(path)
-        found = footer.schema.to_arrow_schema()
+        actual = footer.schema.to_arrow_schema()
     except FileNotFoundError as error:
         raise InputError(f"{path}: missing; prepare the dataset again") from error
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: damaged ({_first_line(error)}); prepare the dataset again") from error
     # names and types only: Parquet renames the inner field of a list
-    if [(f.name, _kind(f.type)) for f in found] != [(f.name, _kind(f.type)) for f in schema]:
-        raise InputError(f"{path}: has the columns {found.names}, not {schema.names}; prepare the dataset again")
+    if [(f.name, _kind(f.type)) for f in actual] != [(f.name, _kind(f.type)) for f in schema]:
+        raise InputError(f"{path}: has the columns {actual.names}, not {schema.names}; prepare the dataset again")
     return int(footer.num_rows)
 
 

@@ -1,12 +1,10 @@
 """A prepared dataset: the folder that `data prepare` and `data synthesize` write and every later step reads.
 
-    meta.json                     DatasetMeta: counts, rating scale, seed, source, fingerprint
-    users.parquet items.parquet   the Catalog: index, raw id, title, training rows, usual features
-    train|valid|test.parquet      user int32, item int32, rating float32 or null, text, features list<string>
-    truth.json truth_users.parquet   only synthetic data: what was planted
-    rejected.jsonl                rows that were not taken, with the reason
-
-Shape letters: N rows of a split, U users.
+meta.json                     DatasetMeta: counts, rating scale, seed, source, fingerprint
+users.parquet items.parquet   the Catalog: index, raw id, title, training rows, usual features
+train|valid|test.parquet      user int32, item int32, rating float32 or null, text, features list<string>
+truth.json truth_users.parquet   only synthetic data: what was planted
+rejected.jsonl                rejected rows, with the reason
 """
 
 import hashlib
@@ -51,41 +49,51 @@ class DatasetMeta(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     schema_version: int
+    """Version of the dataset folder's format."""
     source: str
     """Name of the source file or folder, or "synthetic"."""
     format: str
+    """Format of the source."""
     text_mode: str
-    """explanation: texts as they came; review: the sentence that carries a feature; none: pairs without text."""
+    """How texts were chosen. explanation: as they came; review: the sentence that has a feature; none: there are
+    none."""
     seed: int
+    """Seed of the split, or of the synthetic data."""
     split: str
-    """The ratio, such as "8:1:1", or the index folder's name."""
+    """Ratio of the splits, such as "8:1:1", or the name of the folder of index files."""
     users: int
+    """Number of users."""
     items: int
+    """Number of items."""
     known_users: int
-    """Users with a training row."""
+    """Number of users with a training row."""
     known_items: int
+    """Number of items with a training row."""
     rows: dict[str, int]
-    """Rows by split."""
+    """Number of rows by split."""
     implicit: bool
-    """True: no ratings, a row means that the user chose the item."""
+    """Whether there are no ratings, so that a row means that the user chose the item."""
     rating_values: tuple[float, ...] | None
+    """All ratings of a finite scale, ascending; None where ratings are continuous or absent."""
     rating_range: tuple[float, float] | None
+    """Lowest and highest rating; None without ratings."""
     preparation: dict[str, int]
-    """What happened to the rows read, by reason."""
+    """Number of the source's rows by what became of them."""
     files: dict[str, str]
     """SHA-256 of each data file."""
     fingerprint: str
+    """SHA-256 over the data files' names and hashes."""
 
 
 class PairArrays(NamedTuple):
     """The pairs of one split."""
 
     user: np.ndarray
-    """int32 (N,)"""
+    """User indices: int32 (N,)."""
     item: np.ndarray
-    """int32 (N,)"""
+    """Item indices: int32 (N,)."""
     rating: np.ndarray
-    """float32 (N,), NaN where there is none"""
+    """Ratings, NaN where there is none: float32 (N,)."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What is in a dataset: the paper's Table 1 and more, read in one pass over the splits."""
+"""Statistics of a dataset: the paper's Table 1 and more, read in one pass over the splits."""
 
 import numpy as np
 import pyarrow as pa
@@ -9,38 +9,50 @@ from gavamoe.data.dataset import SPLITS, Dataset
 
 
 class Description(BaseModel):
-    """Counts over all splits unless said otherwise."""
+    """Statistics of a dataset, over all splits unless stated otherwise."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     users: int
+    """Number of users."""
     items: int
+    """Number of items."""
     records: int
+    """Number of records."""
     features: int
-    """Distinct features."""
+    """Number of distinct features."""
     records_by_split: dict[str, int]
+    """Number of records of each split."""
     density: float
     """Records as a share of all user-item pairs."""
     implicit: bool
+    """Whether the data have no ratings."""
     mean_rating: float | None
+    """Mean rating; None for implicit data."""
     ratings: dict[str, int]
-    """Records by rating: by value for a finite scale, in ten even ranges for a continuous one."""
+    """Number of records by rating: by value for a finite scale, in ten even ranges for a continuous one."""
     records_per_user: float
-    """Mean, over the users that occur."""
+    """Mean number of records of a user, over the users that occur."""
     records_per_item: float
+    """Mean number of records of an item, over the items that occur."""
     unknown_users: int
-    """Users without a training record: served as the unknown user."""
+    """Number of users without a training record, who are served as the unknown user."""
     unknown_items: int
+    """Number of items without a training record, which are served as the unknown item."""
     unknown_records: dict[str, int]
-    """Validation and test records whose user or item has no training record."""
+    """Number of validation and of test records whose user or item has no training record."""
     titles: int
-    """Items with a title."""
+    """Number of items with a title."""
     words_per_text: float
+    """Mean number of words of a text."""
     longest_text: int
-    """Words of the longest text."""
+    """Number of words of the longest text."""
     empty_texts: int
+    """Number of records with an empty text."""
     features_per_record: float
+    """Mean number of features of a record."""
     records_without_feature: int
+    """Number of records without any feature."""
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, value) pairs for display, Table 1's first."""

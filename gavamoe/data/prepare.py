@@ -1,6 +1,6 @@
 """`gavamoe data prepare`: a source of reviews or pairs becomes a dataset folder, in bounded memory.
 
-Two passes: `intake` reads the source once, keeps the good rows and counts words; then splits are drawn, and the
+Two passes: `validation` reads the source once, keeps the good rows and counts words; then splits are drawn, and the
 texts are read back to choose sentences and features and to write the dataset.
 """
 
@@ -18,44 +18,47 @@ from gavamoe.data.cleaning import MAX_TITLE_CHARS, clean, sentences
 from gavamoe.data.features import Vocabulary
 from gavamoe.data.readers.formats import Format, TextMode, check_columns, get_format, read_titles
 from gavamoe.data.splits import check_ratio, draw_splits, given_splits, repeated_pairs
-from gavamoe.data.validation import Intake, Taken
+from gavamoe.data.validation import AcceptedRows, RowValidator
 from gavamoe.data.writer import LEFT_OUT, DatasetWriter, Rows
 from gavamoe.errors import InputError
 
 DEFAULT_MAX_REJECTED_SHARE = 0.1
 
 OnRows = Callable[[str, int], None]
-"""Called with the phase ("read", "write") and the rows done in it."""
+"""Called with the phase ("read" or "write") and the number of rows done in it."""
 
 
 class PrepareSummary(BaseModel):
-    """What became of a source's rows."""
+    """Counts of a source's rows, by what became of them, and the sizes of the dataset."""
 
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     read: int
-    """Rows of the source."""
+    """Number of rows of the source."""
     kept: int
-    """Rows in the dataset."""
+    """Number of rows in the dataset."""
     rejected: dict[str, int]
-    """Rows not taken, by reason; each is in rejected.jsonl."""
+    """Number of rejected rows by reason; each row is in rejected.jsonl."""
     repeated_pairs: int
-    """Good rows left out for a later one of the same user and item."""
+    """Number of good rows left out because a later row has the same user and item."""
     in_no_index: int
-    """Good rows that no index file names."""
+    """Number of good rows that no index file names."""
     texts_cut: int
-    """Texts longer than the stated bound, shortened."""
+    """Number of texts that were longer than the bound, and shortened."""
     without_feature: int
-    """Kept rows in whose text no feature was found or given."""
+    """Number of kept rows in whose text no feature was found or given."""
     vocabulary: int
-    """Features that the extractor found; 0 where the source gives them."""
+    """Number of features that the extractor found; 0 where the source gives them."""
     rows: dict[str, int]
-    """By split."""
+    """Number of rows by split."""
     users: int
+    """Number of users."""
     items: int
+    """Number of items."""
     titles: int
-    """Items with a title."""
+    """Number of items with a title."""
     fingerprint: str
+    """Fingerprint of the dataset: SHA-256 over its data files."""
 
 
 def prepare(
@@ -76,10 +79,10 @@ def prepare(
     """Write the dataset folder `out` from `source`; whole or not at all.
 
     Args:
-        format: a name in `readers.FORMATS`.
-        columns: for format table: the source's column for each field it names otherwise.
+        format: a name in `readers.formats.FORMATS`.
+        columns: for format table: the source's column of each field whose column has another name.
         split: ratio of train, valid and test rows.
-        index_dir: folder of index files that give the split instead; repeated pairs then stay as they are.
+        index_dir: folder of index files that give the split instead; repeated pairs are then kept.
         max_rejected_share: fail when a larger share of rows is rejected.
         titles: file of item titles (Amazon's meta file, Yelp's business file).
         text_mode: explanation, review or none; None: the format's own.
@@ -95,17 +98,17 @@ def prepare(
     mode, scale = text_mode or kind.text_mode, rating_scale or kind.scale
     report = progress or (lambda phase, rows: None)
     with write_folder(Path(out)) as folder:
-        with Intake(folder, mode, scale, rated=kind.rated) as intake:
+        with RowValidator(folder, mode, scale, rated=kind.rated) as validator:
             for batch in kind.read(source, columns or {}):
-                intake.add(batch)
-                report("read", intake.read)
-        taken = intake.taken()
-        _check_rejections(source, intake, len(taken.row), max_rejected_share)
-        _read_title_file(source, kind, titles, intake)
-        rows, repeats = _split(intake, taken, index_dir, split, seed)
+                validator.add(batch)
+                report("read", validator.read)
+        accepted = validator.accepted()
+        _check_rejections(source, validator, len(accepted.row), max_rejected_share)
+        _read_title_file(source, kind, titles, validator)
+        rows, repeats = _split(validator, accepted, index_dir, split, seed)
         settings = {"source": source.name, "format": format, "text_mode": mode, "seed": seed}
-        settings["split"] = Path(index_dir).name if index_dir is not None else ":".join(f"{part:g}" for part in split)
-        return _write(folder, intake, rows, repeats, settings, scale, report)
+        settings["split"] = Path(index_dir).name if index_dir is not None else ":".join(f"{share:g}" for share in split)
+        return _write(folder, validator, rows, repeats, settings, scale, report)
 
 
 def _check_arguments(
@@ -124,57 +127,57 @@ def _check_arguments(
     if not 0 <= max_rejected_share <= 1:
         raise InputError(f"max_rejected_share: {max_rejected_share} is outside 0..1")
     if rating_scale is not None and not -1e30 < rating_scale[0] < rating_scale[1] < 1e30:
-        raise InputError(f"rating_scale: {rating_scale[0]}..{rating_scale[1]} is no range from low to high")
+        raise InputError(f"rating_scale: {rating_scale[0]}..{rating_scale[1]} is not a valid range (low to high)")
     if titles is not None and kind.title_keys is None:
         raise InputError(f"titles: format {format} has no title file; a table has a title column (--column title=NAME)")
 
 
-def _check_rejections(source: Path, intake: Intake, kept: int, max_share: float) -> None:
+def _check_rejections(source: Path, validator: RowValidator, kept: int, max_share: float) -> None:
     """Raise InputError when too many rows were rejected, or none is left."""
-    if intake.read == 0:
+    if validator.read == 0:
         raise InputError(f"{source}: holds no rows")
-    rejected = intake.rejected.total()
-    share = rejected / intake.read
+    rejected = validator.rejected.total()
+    share = rejected / validator.read
     if share <= max_share and kept:
         return
-    first = intake.first_rejection
-    reasons = ", ".join(f"{reason} {count}" for reason, count in intake.rejected.most_common())
+    first = validator.first_rejection
+    reasons = ", ".join(f"{reason} {count}" for reason, count in validator.rejected.most_common())
     shown = f"; first: row {first.row}, {first.reason}: {first.raw}" if first else ""
-    way_out = (
-        "" if not kept else f"; mend the rows or allow more with --max-rejected-share {min(1.0, share + 0.01):.2f}"
-    )
+    way_out = "" if not kept else f"; fix the rows or allow more with --max-rejected-share {min(1.0, share + 0.01):.2f}"
     raise InputError(
-        f"{source}: {rejected} of {intake.read} rows rejected ({share:.1%}, allowed are {max_share:.0%}): "
+        f"{source}: {rejected} of {validator.read} rows rejected ({share:.1%}, at most {max_share:.0%} are allowed): "
         f"{reasons}{shown}{way_out}"
     )
 
 
-def _read_title_file(source: Path, kind: Format, titles: Path | None, intake: Intake) -> None:
+def _read_title_file(source: Path, kind: Format, titles: Path | None, validator: RowValidator) -> None:
     path = titles
     if path is None and kind.title_file is not None and (source.parent / kind.title_file).is_file():
         path = source.parent / kind.title_file
     if path is None or kind.title_keys is None:
         return
-    found = read_titles(Path(path), kind.title_keys, intake.items.codes)
-    cleaned = clean(pa.array(found.values(), pa.string()), MAX_TITLE_CHARS).to_pylist()
-    intake.titles.update({code: title for code, title in zip(found, cleaned, strict=True) if title})
+    by_code = read_titles(Path(path), kind.title_keys, validator.items.codes)
+    cleaned = clean(pa.array(by_code.values(), pa.string()), MAX_TITLE_CHARS).to_pylist()
+    validator.titles.update({code: title for code, title in zip(by_code, cleaned, strict=True) if title})
 
 
-def _split(intake: Intake, taken: Taken, index_dir: Path | None, ratio: Sequence[float], seed: int) -> tuple[Rows, int]:
+def _split(
+    validator: RowValidator, accepted: AcceptedRows, index_dir: Path | None, ratio: Sequence[float], seed: int
+) -> tuple[Rows, int]:
     """The rows with their splits, and how many are left out as repeated pairs."""
     if index_dir is not None:
-        split, repeats = given_splits(index_dir, taken.row, intake.last_row), 0
+        split, repeats = given_splits(index_dir, accepted.row, validator.last_row), 0
     else:
-        single = ~repeated_pairs(taken.user, taken.item, taken.time)
+        single = ~repeated_pairs(accepted.user, accepted.item, accepted.time)
         split, repeats = np.full(len(single), LEFT_OUT, dtype=np.int8), int(np.count_nonzero(~single))
         split[single] = draw_splits(len(single) - repeats, ratio, seed)
     rows = Rows(
-        users=intake.users.values,
-        items=intake.items.values,
-        titles=[intake.titles.get(code) for code in range(len(intake.items))],
-        user=taken.user,
-        item=taken.item,
-        rating=taken.rating,
+        users=validator.users.values,
+        items=validator.items.values,
+        titles=[validator.titles.get(code) for code in range(len(validator.items))],
+        user=accepted.user,
+        item=accepted.item,
+        rating=accepted.rating,
         split=split,
     )
     return rows, repeats
@@ -182,32 +185,32 @@ def _split(intake: Intake, taken: Taken, index_dir: Path | None, ratio: Sequence
 
 def _write(
     folder: Path,
-    intake: Intake,
+    validator: RowValidator,
     rows: Rows,
     repeats: int,
     settings: dict[str, Any],
     scale: tuple[float, float] | None,
     report: OnRows,
 ) -> PrepareSummary:
-    vocabulary = intake.vocabulary()
+    vocabulary = validator.vocabulary()
     kept = rows.split != LEFT_OUT
     with DatasetWriter(folder, rows) as writer:
-        bare = _write_texts(intake, writer, kept, vocabulary, settings["text_mode"], report)
-        intake.remove_spool()
+        bare = _write_texts(validator, writer, kept, vocabulary, settings["text_mode"], report)
+        validator.remove_spool()
         counts = {
-            "read": intake.read,
+            "read": validator.read,
             "kept": int(kept.sum()),
             "repeated_pairs": repeats,
             "in_no_index": int((~kept).sum()) - repeats,
-            "texts_cut": intake.texts_cut,
+            "texts_cut": validator.texts_cut,
             "without_feature": bare,
             "vocabulary": len(vocabulary.features) if vocabulary else 0,
         }
-        rejected = {f"rejected: {reason}": count for reason, count in sorted(intake.rejected.items())}
+        rejected = {f"rejected: {reason}": count for reason, count in sorted(validator.rejected.items())}
         meta = writer.finish(**settings, preparation=counts | rejected, bounds=scale)
     return PrepareSummary(
         **counts,
-        rejected=dict(intake.rejected.most_common()),
+        rejected=dict(validator.rejected.most_common()),
         rows=meta.rows,
         users=meta.users,
         items=meta.items,
@@ -217,16 +220,16 @@ def _write(
 
 
 def _write_texts(
-    intake: Intake,
+    validator: RowValidator,
     writer: DatasetWriter,
     kept: np.ndarray,
     vocabulary: Vocabulary | None,
     text_mode: str,
     report: OnRows,
 ) -> int:
-    """Choose text and features of every row taken and write them; returns how many kept rows have no feature."""
+    """Choose text and features of every accepted row and write them; returns how many kept rows have no feature."""
     start = bare = 0
-    for text, features in intake.spooled():
+    for text, features in validator.spooled():
         if vocabulary is not None:
             if text_mode == "review":
                 sentence, row = sentences(text)

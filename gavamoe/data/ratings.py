@@ -1,4 +1,4 @@
-"""What a dataset's ratings can be, and which sentiment one of them says."""
+"""The scale of a dataset's ratings, and the sentiment that a rating stands for."""
 
 import math
 from typing import Literal
@@ -11,20 +11,23 @@ Sentiment = Literal["negative", "neutral", "positive"]
 SENTIMENTS: tuple[Sentiment, ...] = ("negative", "neutral", "positive")
 
 _CONTINUOUS_MIDDLE = 0.1
-"""On a scale without steps, ratings within this share of the range around the middle are neutral."""
+"""Share of a continuous scale's range within which ratings around its middle are neutral, to either side."""
 
 
 class RatingScale(BaseModel):
-    """What ratings of a dataset can be, and so what one of them says."""
+    """The scale of a dataset's ratings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     low: float
+    """Lowest rating."""
     high: float
+    """Highest rating."""
     values: tuple[float, ...] | None = None
-    """The finite scale, ascending; None if ratings are continuous."""
+    """All ratings of a finite scale, ascending; None if ratings are continuous."""
 
     @property
     def middle(self) -> float:
+        """The rating halfway between the lowest and the highest."""
         return (self.low + self.high) / 2
 
     def nearest(self, rating: float) -> float:
@@ -34,7 +37,7 @@ class RatingScale(BaseModel):
         return min(max(rating, self.low), self.high)
 
     def sentiment(self, rating: float) -> Sentiment:
-        """Below, at or above the middle of the scale."""
+        """Sentiment of a rating: negative below, neutral at, positive above the middle of the scale."""
         tolerance = 0.0 if self.values is not None else _CONTINUOUS_MIDDLE * (self.high - self.low)
         distance = rating - self.middle
         if abs(distance) <= tolerance + 1e-9:

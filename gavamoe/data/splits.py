@@ -1,7 +1,4 @@
-"""Which row goes to training, validation and test: drawn by a ratio, or given by index files; repeated pairs.
-
-Shape letters: N kept rows.
-"""
+"""The split into training, validation and test rows: drawn by a ratio, or given by index files; repeated pairs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,14 +39,14 @@ def repeated_pairs(user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.n
 def given_splits(folder: Path, row: np.ndarray, rows_read: int) -> np.ndarray:
     """int8 (N,): splits by the index files of `folder`, LEFT_OUT for rows that none names.
 
-    An index file holds positions in the source, from 0, parted by blanks or line ends.
+    An index file holds positions in the source, from 0, separated by blanks or line ends.
 
     Args:
         row: int64 (N,): row number of each kept row, from 1.
         rows_read: rows of the source.
 
     Raises:
-        InputError: a file is missing, holds something else than whole numbers, points past the end, or overlaps.
+        InputError: a file is missing, holds anything but whole numbers, points past the end, or overlaps with another.
     """
     split = np.full(rows_read, LEFT_OUT, dtype=np.int8)
     paths = [_index_path(Path(folder), name) for name in SPLITS]
@@ -78,9 +75,9 @@ def _read_index(path: Path, rows_read: int) -> np.ndarray:
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise InputError(f"{path}: more than the {MAX_INDEX_BYTES} bytes that an index file may have")
     words = path.read_text(encoding="utf-8", errors="replace").split()
-    for place, word in enumerate(words, start=1):
+    for number, word in enumerate(words, start=1):
         if not (word.isascii() and word.isdigit() and len(word) <= 18 and int(word) < rows_read):
             raise InputError(
-                f"{path}: entry {place} is {word[:40]!r}, but the source has the rows 0..{rows_read - 1} only"
+                f"{path}: entry {number} is {word[:40]!r}, but the source has the rows 0..{rows_read - 1} only"
             )
     return np.array(words, dtype=np.int64)

@@ -1,8 +1,6 @@
-"""First pass over a source: every row is taken or rejected with a reason; texts go to a file, the rest to arrays.
+"""First pass over a source: every row is accepted or rejected with a reason; texts go to a file, the rest to arrays.
 
 Memory: about 40 bytes a row, the distinct ids, and one batch.
-
-Shape letters: R rows of a batch, N rows taken.
 """
 
 import json
@@ -28,7 +26,7 @@ from gavamoe.data.cleaning import (
 from gavamoe.data.features import Vocabulary, WordCounts, given_features
 from gavamoe.data.readers.batches import RawBatch, Rejection, parse_numbers
 from gavamoe.data.readers.formats import TextMode
-from gavamoe.data.writer import Coder
+from gavamoe.data.writer import StringEncoder
 from gavamoe.errors import InputError
 
 REASONS = (
@@ -42,26 +40,27 @@ REASONS = (
     "rating off scale",
     "text missing",
 )
-"""By reason code; 0: the row is taken. The first that applies is given."""
+"""Reasons of a rejection by their code, of which the first that applies is given; 0: the row is accepted."""
 _SPOOL_SCHEMA = pa.schema([("text", pa.string()), ("features", pa.list_(pa.string()))])
 
 
-class Taken(NamedTuple):
-    """The rows taken, without their texts."""
+class AcceptedRows(NamedTuple):
+    """The accepted rows, without their texts."""
 
     row: np.ndarray
-    """int64 (N,): row number in the source, from 1"""
+    """Row numbers in the source, from 1: int64 (N,)."""
     user: np.ndarray
-    """int32 (N,): codes"""
+    """User codes: int32 (N,)."""
     item: np.ndarray
+    """Item codes: int32 (N,)."""
     rating: np.ndarray
-    """float32 (N,), NaN where there is none"""
+    """Ratings, NaN where there is none: float32 (N,)."""
     time: np.ndarray
-    """float64 (N,), NaN where there is none"""
+    """Times, NaN where there is none: float64 (N,)."""
 
 
-class Intake:
-    """Takes batches one by one with `add`; a context manager that closes its files."""
+class RowValidator:
+    """Accepts or rejects the rows of the batches given to `add`; a context manager that closes its files."""
 
     def __init__(self, folder: Path, text_mode: TextMode, scale: tuple[float, float] | None, rated: bool) -> None:
         """
@@ -70,9 +69,9 @@ class Intake:
             scale: lowest and highest rating allowed; None: any.
             rated: every row must have a rating, whether or not the source has such a column.
         """
-        self.users, self.items = Coder(), Coder()
+        self.users, self.items = StringEncoder(), StringEncoder()
         self.titles: dict[int, str] = {}
-        """By item code."""
+        """Titles by item code."""
         self.read = 0
         self.last_row = 0
         """The last row number, which blank lines make larger than `read`."""
@@ -83,7 +82,7 @@ class Intake:
         self._scale = scale
         self._rated: bool | None = True if rated else None
         self._featured: bool | None = None
-        self._parts: list[Taken] = []
+        self._parts: list[AcceptedRows] = []
         self._words = WordCounts()
         self._spool_path = folder / "texts.arrow"
         self._spool = pa.ipc.new_stream(
@@ -91,7 +90,7 @@ class Intake:
         )
         self._log = open(folder / "rejected.jsonl", "w", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
 
-    def __enter__(self) -> "Intake":
+    def __enter__(self) -> "RowValidator":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -99,10 +98,10 @@ class Intake:
         self._log.close()
 
     def add(self, batch: RawBatch) -> None:
-        """Take or reject each row of a batch.
+        """Accept or reject each row of a batch.
 
         Raises:
-            InputError: the source has no texts, or begins to have ratings or features in its middle.
+            InputError: the source has no texts, or has ratings or features in later rows only.
         """
         count = len(batch.row)
         self.read += count + len(batch.broken)
@@ -116,28 +115,36 @@ class Intake:
         user, item = (self._ids(batch, field, reasons) for field in ("user", "item"))
         rating = self._ratings(batch, reasons)
         text = self._texts(batch, reasons)
-        taken = reasons.code == 0
-        self._reject(batch, np.flatnonzero(~taken), reasons.code[~taken])
-        mask = pa.array(taken)
+        accepted = reasons.code == 0
+        self._reject(batch, np.flatnonzero(~accepted), reasons.code[~accepted])
+        mask = pa.array(accepted)
         items = self.items.encode(item.filter(mask))
         self._parts.append(
-            Taken(batch.row[taken], self.users.encode(user.filter(mask)), items, rating[taken], _times(batch)[taken])
+            AcceptedRows(
+                batch.row[accepted],
+                self.users.encode(user.filter(mask)),
+                items,
+                rating[accepted],
+                _times(batch)[accepted],
+            )
         )
         self._keep_titles(batch, items, mask)
         self._spool_texts(batch, text.filter(mask), mask)
 
-    def taken(self) -> Taken:
-        """All rows taken, in order."""
+    def accepted(self) -> AcceptedRows:
+        """All accepted rows, in order."""
         if not self._parts:
-            return Taken(*(np.empty(0, dtype=kind) for kind in (np.int64, np.int32, np.int32, np.float32, np.float64)))
-        return Taken(*(np.concatenate(parts) for parts in zip(*self._parts, strict=True)))
+            return AcceptedRows(
+                *(np.empty(0, dtype=kind) for kind in (np.int64, np.int32, np.int32, np.float32, np.float64))
+            )
+        return AcceptedRows(*(np.concatenate(parts) for parts in zip(*self._parts, strict=True)))
 
     def vocabulary(self) -> Vocabulary | None:
         """The features found in the texts; None where the source gives them or has no texts."""
         return None if self._featured or self._text_mode == "none" else Vocabulary.from_counts(self._words)
 
     def spooled(self) -> Iterator[tuple[pa.Array, pa.Array]]:
-        """text string (R,) and given features list<string> (R,) of the rows taken, in order, batch by batch."""
+        """text string (R,) and given features list<string> (R,) of the accepted rows, in order, batch by batch."""
         self._spool.close()
         with pa.OSFile(str(self._spool_path)) as file, pa.ipc.open_stream(file) as reader:
             for batch in reader:

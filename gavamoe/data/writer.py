@@ -1,9 +1,7 @@
 """Writing a dataset folder from coded rows in bounded memory: splits, index maps, usual features, fingerprint.
 
 Rows arrive with users and items as codes (positions in a list of raw ids); the arrays of codes are held
-whole (a few bytes a row), texts and features only a batch at a time.
-
-Shape letters: N rows, R rows of one batch.
+in memory (a few bytes a row), texts and features only a batch at a time.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,25 +27,26 @@ from gavamoe.data.dataset import (
 from gavamoe.errors import InputError
 
 LEFT_OUT = -1
-"""Split code of a row that no split takes."""
+"""Split code of a row that is in no split."""
 
 
 class Rows(NamedTuple):
-    """Every row of a source but for its text and features."""
+    """All rows of a source, without their texts and features."""
 
     users: Sequence[str]
     """Raw ids by user code."""
     items: Sequence[str]
+    """Raw ids by item code."""
     titles: Sequence[str | None]
-    """By item code."""
+    """Titles by item code; None where there is none."""
     user: np.ndarray
-    """int32 (N,): user codes"""
+    """User codes: int32 (N,)."""
     item: np.ndarray
-    """int32 (N,): item codes"""
+    """Item codes: int32 (N,)."""
     rating: np.ndarray
-    """float32 (N,), NaN where there is none"""
+    """Ratings, NaN where there is none: float32 (N,)."""
     split: np.ndarray
-    """int8 (N,): position in SPLITS, or LEFT_OUT"""
+    """Positions in SPLITS, or LEFT_OUT: int8 (N,)."""
 
 
 class DatasetWriter:
@@ -73,7 +72,7 @@ class DatasetWriter:
         self._items = _IndexMap.of(rows.item, rows.split, len(rows.items))
         self._user_tally = _FeatureTally()
         self._item_tally = _FeatureTally()
-        self._features = Coder()
+        self._features = StringEncoder()
         self._start = 0
         self._writers = [pq.ParquetWriter(folder / f"{split}.parquet", ROWS_SCHEMA) for split in SPLITS]
 
@@ -185,7 +184,7 @@ class DatasetWriter:
             pq.write_table(table, self._folder / f"{name}.parquet", row_group_size=ROW_GROUP_ROWS)
 
 
-class Coder:
+class StringEncoder:
     """Strings to codes 0, 1, 2, ... in order of first appearance."""
 
     def __init__(self) -> None:
@@ -238,15 +237,16 @@ def rating_scale(
 
 
 class _IndexMap(NamedTuple):
-    """Codes to indices: those with training rows first, each part in order of first appearance."""
+    """Map of codes to indices: those with training rows first, then the others, each in order of first appearance."""
 
     index_of: np.ndarray
-    """int32 by code; -1: no row in any split"""
+    """Index of each code, -1 for one without a row in any split: int32."""
     codes: list[int]
-    """By index."""
+    """Code of each index."""
     known: int
+    """Number of indices with training rows."""
     training_rows: np.ndarray
-    """int32 by index"""
+    """Number of training rows of each index: int32."""
 
     @property
     def size(self) -> int:

@@ -177,7 +177,7 @@ def means(outcomes: Sequence[Outcome], score: str) -> Mean | None:
     return mean_of(known) if known and len(known) == len(values) else None
 
 
-def reach(outcomes: Sequence[Outcome], score: str, mean: Mean) -> tuple[float, float]:
+def interval_of(outcomes: Sequence[Outcome], score: str, mean: Mean) -> tuple[float, float]:
     """Ends of the interval over seeds; of the bootstrap over rows for one seed, where there is such an interval."""
     if mean.half is not None:
         return mean.mean - mean.half, mean.mean + mean.half
@@ -275,7 +275,7 @@ def plot(comparison: Comparison, out: Path) -> None:
         for place, (outcomes, one) in enumerate(zip(systems, found, strict=True)):
             if one is None:
                 continue
-            low, high = reach(outcomes, score.name, one)
+            low, high = interval_of(outcomes, score.name, one)
             full = outcomes[0].system == REFERENCE
             axes.barh(place, one.mean, color="#0b62c4" if full else "#9fb3c8")
             axes.plot([low, high], [place, place], color="#5b6675", linewidth=1.5)

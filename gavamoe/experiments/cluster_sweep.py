@@ -1,9 +1,7 @@
 """How many clusters the data hold: stage 1 trained for every K with two seeds, and a recommendation.
 
-`gavamoe route RUN --sweep-clusters 2:8` trains the run's stage 1 for each K side by side (`runtime.run_tasks`),
+`gavamoe route RUN --sweep-clusters 2:8` trains the run's stage 1 for each K side by side, as Ray tasks,
 prints the table, and writes cluster_sweep.json and cluster_sweep.png into the run folder.
-
-Shape letters: U known users, K clusters.
 """
 
 import itertools
@@ -27,11 +25,11 @@ from gavamoe.stage1.routes import ROUTES_FILE, user_responsibilities
 from gavamoe.stage1.train import train_stage1
 
 SEEDS = 2
-"""Trainings of each K: the run's seed and the next."""
+"""Number of trainings of each K, with the run's seed and those that follow."""
 STABLE = 0.9
-"""Agreement (ARI) of the seeds' user clusters from which a K counts as stable."""
+"""Agreement (ARI) of the seeds' user clusters from which on a K counts as stable."""
 EVEN_SHARE = 0.25
-"""A cluster with a smaller part of an even share, 1 / K of the pairs, is a splinter."""
+"""Fraction of an even share, 1 / K of the pairs, below which a cluster counts as a splinter."""
 RULE = (
     f"of the K whose users' clusters agree between the seeds (ARI of at least {STABLE:g}) and whose smallest cluster"
     f" holds {EVEN_SHARE:g} / K of the pairs and stage1.min_cluster_share, the one with the lowest validation RMSE;"
@@ -40,52 +38,69 @@ RULE = (
 
 
 class Training(BaseModel):
-    """One training's result."""
+    """The result of one training of stage 1."""
 
     model_config = ConfigDict(frozen=True)
     clusters: int
+    """K: number of clusters."""
     seed: int
+    """Seed of the training."""
     elbo: float
-    """On validation pairs at the full beta, nats per pair."""
+    """ELBO of the validation pairs at the full beta, in nats per pair."""
     reconstruction: float
+    """Reconstruction term of that ELBO, in nats per pair."""
     kl: float
+    """KL term of that ELBO, in nats per pair."""
     rmse: float
+    """RMSE of the validation pairs' expected ratings."""
     smallest_share: float
-    """Of the training pairs."""
+    """Share of the training pairs that the smallest cluster holds."""
     user_cluster: list[int]
-    """(U,): the cluster with each known user's highest mean responsibility."""
+    """Cluster with each known user's highest mean responsibility: (U,)."""
     user_ari: float | None
-    """Agreement with the planted groups of synthetic data."""
+    """Agreement (ARI) of the users' clusters with the planted groups; None for data that are not synthetic."""
     seconds: float
+    """Wall time of the training, in seconds."""
 
 
 class SweepRow(BaseModel):
-    """One K: means over the seeds, but for the smallest share, which is the smaller one."""
+    """The results of one K: means over the seeds, but for the smallest share, which is the smallest of them."""
 
     model_config = ConfigDict(frozen=True)
     clusters: int
+    """K: number of clusters."""
     elbo: float
+    """ELBO of the validation pairs at the full beta, in nats per pair."""
     elbo_spread: float
-    """Largest less smallest over the seeds."""
+    """Largest less smallest ELBO over the seeds."""
     reconstruction: float
+    """Reconstruction term of the ELBO, in nats per pair."""
     kl: float
+    """KL term of the ELBO, in nats per pair."""
     rmse: float
+    """RMSE of the validation pairs' expected ratings."""
     smallest_share: float
+    """Smallest share of the training pairs that a cluster holds with any seed."""
     stability: float
-    """ARI of the users' clusters, mean over the pairs of seeds."""
+    """ARI of the users' clusters between two seeds, mean over the pairs of seeds."""
     user_ari: float | None
+    """Agreement (ARI) of the users' clusters with the planted groups; None for data that are not synthetic."""
     seconds: float
-    """Of one training, beside the others."""
+    """Wall time of one training, while others run beside it, in seconds."""
 
 
 class Sweep(BaseModel):
-    """All K, in order, and which to take."""
+    """The results of all K, and the one that is recommended."""
 
     model_config = ConfigDict(frozen=True)
     rows: list[SweepRow]
+    """Results by K, in ascending order."""
     recommended: int
+    """The recommended K."""
     reason: str
+    """Why this K is recommended."""
     rule: str = RULE
+    """The rule by which it is chosen."""
 
 
 def sweep_clusters(

@@ -32,7 +32,8 @@ from gavamoe.generation.prompts import PromptBuilder, PromptColumns, PromptSpec,
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.generation.sampling import Sampling
 from gavamoe.model.base_model import special_ids
-from gavamoe.model.explainer import GavamoeForCausalLM, load_explainer
+from gavamoe.model.build import load_explainer
+from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage1.route_overrides import RouteControl
 from gavamoe.stage1.routes import Routes, route_pairs

@@ -1,9 +1,12 @@
 """The explainer as a Hugging Face model: multi-gate mixture of experts in LLaMA and GPT-2.
 
-    moe          multi-gate router, experts, block
+    router       multi-gate router, its auxiliary losses
+    experts      experts of a block, their kernels
+    block        both in the place of a feed-forward layer
     decoders     LLaMA and GPT-2 with such blocks
     conversion   dense weights -> experts
     explainer    the Hugging Face model class
+    build        an explainer from a dense model, or from a saved folder
     slots        token ids of users and items
     base_model   from scratch, a folder, a hub id, GGUF; tokenizers
     base_config  a base model's config alone, shipped for known models

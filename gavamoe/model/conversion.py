@@ -5,6 +5,7 @@ dense network stays, experts add to it).
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,19 +14,33 @@ from transformers import PreTrainedConfig
 
 from gavamoe.config.schema import ExpertsConfig, RunConfig
 from gavamoe.errors import InputError
+from gavamoe.model.block import MultiGateMoe
 from gavamoe.model.decoders import DECODERS, GavamoeConfig
-from gavamoe.model.moe import MultiGateMoe
 
 SPLIT_ROUTER_STD = 1e-4
-"""Of the router's weights after `split`: every gate value starts near 1/N, which the scale of the slices assumes."""
+"""Standard deviation of the router's weights after `split`: every gate value starts near 1/N, which the scale of the
+slices assumes."""
 ALIGNMENT = 8
-"""grouped_mm reads rows in steps of 16 bytes: 8 numbers in bfloat16."""
+"""Sizes of experts must be multiples of this many numbers: grouped_mm reads rows in steps of 16 bytes, 8 numbers in
+bfloat16."""
 
 
-def explainer_config(
-    config: RunConfig, base: PreTrainedConfig, n_users: int, n_items: int, slot_size: int, n_gates: int
-) -> GavamoeConfig:
-    """The explainer's config for a dense base model's config and a run's settings.
+@dataclass(frozen=True)
+class ExplainerSizes:
+    """The sizes of an explainer that the data and stage 1 decide, not the base model."""
+
+    users: int
+    """Known users; their embedding table gets one row more, for all others."""
+    items: int
+    """Known items; their embedding table gets one row more, for all others."""
+    slot_size: int
+    """E: width of the user and item embeddings, which is stage 1's `embedding_size`."""
+    gates: int
+    """K: gates of each router, one per cluster, or 1 without multi-gating."""
+
+
+def explainer_config(config: RunConfig, base: PreTrainedConfig, sizes: ExplainerSizes) -> GavamoeConfig:
+    """The explainer's config for a dense base model's config, a run's settings, and `sizes`.
 
     Raises:
         InputError: an unsupported architecture, or experts whose sizes don't fit it.
@@ -40,10 +55,10 @@ def explainer_config(
         _check_experts(base, experts, size, width)
     return GavamoeConfig(
         text_config=copy.deepcopy(base),
-        n_users=n_users,
-        n_items=n_items,
-        slot_size=slot_size,
-        n_gates=n_gates,
+        n_users=sizes.users,
+        n_items=sizes.items,
+        slot_size=sizes.slot_size,
+        n_gates=sizes.gates,
         experts_enabled=experts.enabled,
         n_experts=experts.count,
         experts_per_token=experts.top_k,

@@ -1,8 +1,6 @@
 """The decoders of the explainer: LLaMA and GPT-2 whose feed-forward layers are GaVaMoE blocks, and the model's config.
 
-transformers' own models are kept whole but for the layer, which hands the rows' cluster ids to its block.
-
-Shape letters: B rows, T positions, D hidden size.
+transformers' own models are kept as they are except for the layer, which passes the rows' cluster ids to its block.
 """
 
 from typing import Any, ClassVar
@@ -17,7 +15,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 from transformers.utils.output_capturing import OutputRecorder
 
-from gavamoe.model.moe import MlpExperts, MoeSpec, MultiGateMoe, MultiGateRouter, SwiGluExperts
+from gavamoe.model.block import MultiGateMoe
+from gavamoe.model.experts import MlpExperts, MoeSpec, SwiGluExperts
+from gavamoe.model.router import MultiGateRouter
 
 
 class GavamoeConfig(PreTrainedConfig):
@@ -29,25 +29,33 @@ class GavamoeConfig(PreTrainedConfig):
     }
 
     text_config: Any = None
+    """Config of the decoder that the explainer is built on."""
     n_users: int = 0
-    """Known users; the table has one row more, for all others."""
+    """Known users; their embedding table has one row more, for all others."""
     n_items: int = 0
+    """Known items; their embedding table has one row more, for all others."""
     slot_size: int = 8
-    """E."""
+    """E: width of the user and item embeddings."""
     n_gates: int = 1
-    """K."""
+    """K: gates of each router."""
     experts_enabled: bool = True
+    """Whether the feed-forward layers are GaVaMoE blocks; False: they are dense."""
     n_experts: int = 2
-    """rN per block."""
+    """N = rN: routed experts of each block."""
     experts_per_token: int = 1
+    """S: experts that see a token."""
     expert_size: int = 8
+    """I: width of one expert."""
     conversion: str = "shared"
-    """How the experts came from the dense model; "shared" keeps the dense block beside them."""
+    """How the experts came from the dense model; "shared" keeps the dense network beside them."""
     renormalise: bool = False
+    """Whether the gate values of the chosen experts are divided by their sum."""
     load_balance_weight: float = 0.0
+    """Weight of the load-balancing loss in training."""
     router_z_weight: float = 0.0
+    """Weight of the router z-loss in training."""
     expert_kernel: str = "auto"
-    """One of `moe`'s kernels, unless `from_pretrained` is given `experts_implementation`."""
+    """Kernel that runs the experts (see `experts`), unless `from_pretrained` is given `experts_implementation`."""
     output_router_logits: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
@@ -55,13 +63,13 @@ class GavamoeConfig(PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # A dense decoder refuses any kernel but "eager", which is to say none.
+        # A dense decoder refuses any kernel but "eager", which stands for none.
         kwargs.setdefault("experts_implementation", self.expert_kernel if self.experts_enabled else "eager")
         super().__post_init__(**kwargs)
 
     @property
     def vocab_size(self) -> int:
-        """V: ids of text tokens; users and items follow above."""
+        """V: number of text tokens; the ids of users and items follow above."""
         return self.text_config.vocab_size
 
 
@@ -80,7 +88,7 @@ class MoeLlamaLayer(LlamaDecoderLayer):
 
 
 class MoeGpt2Layer(GPT2Block):
-    """The same for GPT-2."""
+    """A GPT-2 layer whose feed-forward network is a GaVaMoE block and so needs the rows' clusters."""
 
     def __init__(self, config: GPT2Config, layer_idx: int, spec: MoeSpec, keep_dense: bool) -> None:
         super().__init__(config, layer_idx)
@@ -165,7 +173,7 @@ class MoeGpt2Model(GPT2Model):
 
 
 def moe_spec(config: GavamoeConfig) -> MoeSpec:
-    """Sizes of the config's blocks, in the terms of `moe`."""
+    """Sizes and rules of the GaVaMoE blocks that the config describes."""
     text = config.text_config
     llama = text.model_type == "llama"
     return MoeSpec(
@@ -176,7 +184,7 @@ def moe_spec(config: GavamoeConfig) -> MoeSpec:
         gates=config.n_gates,
         activation=text.hidden_act if llama else text.activation_function,
         gated=llama,
-        renormalise=config.renormalise,
+        renormalize=config.renormalise,
         dropout=0.0 if llama else text.resid_pdrop,
     )
 

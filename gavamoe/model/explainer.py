@@ -3,57 +3,37 @@ Hugging Face causal language model that also takes a cluster id per row and know
 
 A user or item is one token id above the vocabulary: its embedding is a row of the table shared with stage 1, through
 a projection. Such ids are read, never written: logits cover the vocabulary only.
-
-`build_explainer` turns a dense model into an explainer; `load_explainer` reads a saved one, strictly.
-Shape letters: B rows, T positions, D hidden size, E slot size (stage 1's embedding size), V vocabulary, N experts.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
 )
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
-from gavamoe.artifacts.files import read_json
-from gavamoe.config.schema import RunConfig
-from gavamoe.errors import InputError, one_line
-from gavamoe.model.conversion import convert_block, explainer_config
 from gavamoe.model.decoders import GavamoeConfig, build_decoder
-from gavamoe.model.moe import (
-    MlpExperts,
-    MultiGateRouter,
-    SwiGluExperts,
-    check_cluster_ids,
-    load_balance_loss,
-    router_z_loss,
-)
+from gavamoe.model.router import check_cluster_ids, load_balance_loss, router_z_loss
 
 IGNORED = -100
-"""Label of positions that carry no loss."""
+"""Label of positions that carry no loss, as in PyTorch and transformers."""
 
 
 @dataclass
 class GavamoeOutput(MoeCausalLMOutputWithPast):
-    """`loss` is cross-entropy plus `aux_loss`; `aux_loss` is already weighted; the rest as in Mixtral."""
+    """The model's output: `loss` is cross-entropy plus the weighted `aux_loss`; the rest is as in Mixtral."""
 
 
 class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
@@ -159,10 +139,10 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def calibrate_slots(self) -> None:
-        """Rescale the projections so that slots have the text embeddings' root mean square with the present tables.
+        """Rescale the projections so that users and items enter with the root mean square of the text embeddings.
 
-        For a model that has not been trained yet, after its tables were filled or replaced. From here on
-        transformers counts every weight as initialised.
+        Call it on a model that has not been trained yet, after its tables were filled or replaced. From then on
+        transformers counts every weight as initialized.
         """
         target = self.get_input_embeddings().weight.float().square().mean().sqrt()
         for table, projection in (
@@ -265,7 +245,7 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _positions(attention_mask_BT: Tensor, embeds_BTD: Any) -> Tensor:
-    """Positions (B, T) of the embedded tokens, counted from each row's first token that is no padding."""
+    """Positions (B, T) of the embedded tokens, counted from each row's first token that is not padding."""
     return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)[:, -embeds_BTD.shape[1] :]
 
 
@@ -279,108 +259,3 @@ def _cross_entropy(logits: Tensor, labels_BT: Tensor, keep: slice | Tensor, toke
 
 AutoConfig.register("gavamoe", GavamoeConfig)
 AutoModelForCausalLM.register(GavamoeConfig, GavamoeForCausalLM)
-
-
-def build_explainer(
-    config: RunConfig,
-    base: PreTrainedModel,
-    n_users: int,
-    n_items: int,
-    slot_size: int,
-    n_gates: int,
-    *,
-    user_table: Tensor | None = None,
-    item_table: Tensor | None = None,
-    hollow: bool = False,
-) -> GavamoeForCausalLM:
-    """Turn a dense LLaMA or GPT-2 into an explainer with `n_gates` gates; new weights are drawn by `config.seed`.
-
-    Args:
-        base: its weights are taken over, not copied: do not go on training it.
-        n_users, n_items: known ones; the tables get one row more.
-        slot_size: E, stage 1's embedding size.
-        user_table, item_table: (n + 1, E), stage 1's tables to copy. If stage 2 rather shares stage 1's embedding
-            modules, it replaces `user_embedding` and `item_embedding` and then calls `calibrate_slots()`.
-        hollow: of `load_base`: what is new stays unset as well.
-
-    Raises:
-        InputError: an unsupported architecture, or experts that are no partition of the dense width with `split`.
-    """
-    model_config = explainer_config(config, base.config, n_users, n_items, slot_size, n_gates)
-    with init.no_init_weights():
-        model: GavamoeForCausalLM = AutoModelForCausalLM.from_config(model_config, dtype=base.dtype)
-    _take_over(model, base)
-    if not hollow:
-        _draw_new_weights(model, config.seed)
-        if model_config.experts_enabled:
-            dense_layers = _feed_forwards(base.base_model)
-            for block, dense in zip(_feed_forwards(model.model), dense_layers, strict=True):
-                convert_block(block, dense, config.stage2.experts)
-        for table, values in ((model.user_embedding, user_table), (model.item_embedding, item_table)):
-            if values is not None:
-                with torch.no_grad():
-                    table.weight.copy_(values)
-        model.calibrate_slots()
-    model.generation_config = GenerationConfig(
-        bos_token_id=model_config.bos_token_id,
-        eos_token_id=model_config.eos_token_id,
-        pad_token_id=model_config.pad_token_id,
-    )
-    return model
-
-
-def load_explainer(folder: Path) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
-    """Read a folder that `save_pretrained` of the model and of its tokenizer have written; nothing may be missing.
-
-    Raises:
-        InputError: no such folder, damaged files, or weights that are missing, unknown or of another shape.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no explainer can be loaded (config.json is missing)")
-    saved = read_json(folder / "config.json")
-    model_type = saved.get("model_type") if isinstance(saved, dict) else None
-    if model_type != GavamoeConfig.model_type:
-        raise InputError(f"{folder}: holds a {model_type} model, not {GavamoeConfig.model_type}")
-    try:
-        # Other shapes are let through here only to be named below; transformers prints them and raises without.
-        model, loading = GavamoeForCausalLM.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, ignore_mismatched_sizes=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{folder}: no explainer can be loaded ({one_line(error)})") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if loading[problem]:
-            example = min(str(key) for key in loading[problem])
-            raise InputError(f"{folder}: {problem.replace('_', ' ')} in the weights, such as {example}")
-    return model, tokenizer
-
-
-def _take_over(model: GavamoeForCausalLM, base: PreTrainedModel) -> None:
-    """Give the base model's tensors to the explainer, all but those of feed-forward layers that become experts."""
-    state = base.base_model.state_dict()
-    unlike = model.model.load_state_dict(state, strict=False, assign=True)
-    strays = [name for name in unlike.missing_keys + unlike.unexpected_keys if ".mlp." not in name]
-    if strays or (not model.config.experts_enabled and any(unlike)):
-        raise ValueError(f"base model and explainer differ in {strays or unlike}")
-    if not model.config.tie_word_embeddings:
-        model.lm_head.load_state_dict(base.lm_head.state_dict(), assign=True)
-    model.tie_weights()
-
-
-def _draw_new_weights(model: GavamoeForCausalLM, seed: int) -> None:
-    """Initialise what has no counterpart in the base model: slots, routers, experts."""
-    slots = (model.user_embedding, model.item_embedding, model.user_projection, model.item_projection)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for module in slots:
-            model._init_weights(module)
-        for module in model.model.modules():
-            if isinstance(module, MultiGateRouter | SwiGluExperts | MlpExperts):
-                model.model._init_weights(module)
-
-
-def _feed_forwards(decoder: PreTrainedModel) -> Iterator[Any]:
-    layers = decoder.layers if hasattr(decoder, "layers") else decoder.h
-    return (layer.mlp for layer in layers)

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, through peft) on the attention of an explainer: training for a fraction of the states.
 
-`add_lora` puts them in and freezes what the base model brought; `merged_state` folds them into the plain model's
-weights, so that an artifact never knows that they were there.
+`add_lora` inserts them and freezes the base model's own weights; `merged_state` merges them into the plain model's
+weights, so that an artifact has no trace of them.
 """
 
 from typing import Any
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from gavamoe.config.schema import LoraConfig
+from gavamoe.model.experts import MlpExperts, SwiGluExperts
 from gavamoe.model.explainer import GavamoeForCausalLM
-from gavamoe.model.moe import MlpExperts, MultiGateRouter, SwiGluExperts
+from gavamoe.model.router import MultiGateRouter
 
 _ADAPTER = "default"
 _ATTENTION = r".*\.(self_attn\.[qkvo]_proj|attn\.c_(attn|proj))"

@@ -1,7 +1,7 @@
-"""`gavamoe plan`: what a config will cost, before anything is paid for. No weight is loaded or made.
+"""`gavamoe plan`: the cost of a config, estimated before anything runs. No weight is loaded or made.
 
 Input: a config, the workload (a dataset or its sizes), the hardware. Output: a plain dict of numbers, for
-`plan_summary` and `--json`. The formulas are in `plan_memory` and `plan_work`, the counts in `plan_model`.
+`gavamoe.cli.output.plan` and `--json`. The formulas are in `memory` and `work`, the counts in `parameters`.
 """
 
 import math
@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.model.base_config import base_shape
 from gavamoe.plan.memory import FLOAT, USABLE, Memory, Scheme, Shape, activations, run_shape, schemes, states
@@ -24,41 +26,46 @@ from gavamoe.plan.work import (
     stage1_traffic,
     step_traffic,
 )
+from gavamoe.stage2.tokenized_rows import encode_rows, prompt_builder, rows_with_text
 
-TRAINING_SHARE = 0.8
-"""Of all rows: the paper's 8:1:1."""
+SAMPLE = 2000
+"""Rows that are tokenized to measure the mean lengths of prompts and answers."""
 PAIR_BYTES = 36
-"""Of host memory for a training pair: 12 for its columns, held as read, in the epoch's order, and while shuffled."""
+"""Bytes of host memory for each stage-1 training pair: 12 for its columns, held as read, in the epoch's order, and
+while shuffled."""
 _LIMITS = {"users": 1e12, "items": 1e12, "rows": 1e12, "utilisation": 1.0}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained on."""
+    """The sizes of the training data."""
 
     users: int
+    """Known users."""
     items: int
-    """Known ones."""
+    """Known items."""
     rows: int
-    """Of the training split."""
+    """Rows of the training split."""
     prompt_tokens: float
-    """Mean tokens of a prompt."""
+    """Mean number of tokens of a prompt."""
     answer_tokens: float
+    """Mean number of tokens of an explanation."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What it is trained with."""
+    """The devices that a plan is made for."""
 
     devices: int
+    """W: number of devices, each with one worker."""
     memory: float
-    """Bytes of one device."""
+    """Memory of one device in bytes."""
     flops: float
-    """Peak of one device in bf16, FLOP/s."""
+    """Peak arithmetic of one device in bf16, in FLOP/s."""
     utilisation: float
-    """Share of the peak that matrix products reach."""
+    """Share of that peak that matrix products reach."""
     bandwidth: float
-    """Bytes per second that one device sends."""
+    """Bytes per second that one device can send."""
 
 
 def make_plan(
@@ -67,7 +74,7 @@ def make_plan(
     """Everything that `gavamoe plan` prints, in bytes, seconds, FLOPs and counts.
 
     Raises:
-        InputError: sizes that can't be, or a base model whose shape is not to be found.
+        InputError: impossible sizes, or a base model whose config can't be found.
     """
     _check(config, workload, hardware)
     base = base_shape(config.stage2, base_config)
@@ -84,6 +91,28 @@ def make_plan(
     }
 
 
+def measure_dataset(
+    config: RunConfig, dataset: Path, lengths: tuple[float, float]
+) -> tuple[int, int, int, tuple[float, float]]:
+    """Known users and items, training rows with a text, and mean tokens of prompt and answer.
+
+    Args:
+        lengths: mean tokens of prompt and answer to return where the base model's tokenizer can't be loaded.
+    """
+    data = open_dataset(dataset)
+    rows = rows_with_text(data, "train")
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(rows)[:SAMPLE])
+    try:
+        builder = prompt_builder(config, data)
+    except InputError:
+        pass
+    else:
+        sample = encode_rows(builder, data, "train", chosen)
+        lengths = (float(sample.prompts.lengths.mean()), float(sample.answers.lengths.mean()))
+    catalog = data.catalog
+    return catalog.known_users, catalog.known_items, len(rows), lengths
+
+
 def _check(config: RunConfig, workload: Workload, hardware: Hardware) -> None:
     for name, value in asdict(workload).items() | asdict(hardware).items():
         limit = _LIMITS.get(name, math.inf)
@@ -91,7 +120,7 @@ def _check(config: RunConfig, workload: Workload, hardware: Hardware) -> None:
             raise InputError(f"{name.replace('_', '-')}: {value} is not between 0 and {limit:g}")
     shared = config.stage2.expert_parallel
     if hardware.devices % shared:
-        raise InputError(f"--devices {hardware.devices}: no multiple of stage2.expert_parallel {shared}")
+        raise InputError(f"--devices {hardware.devices}: not a multiple of stage2.expert_parallel {shared}")
 
 
 def _parameters(blueprint: Blueprint) -> dict[str, Any]:
@@ -100,7 +129,7 @@ def _parameters(blueprint: Blueprint) -> dict[str, Any]:
 
 
 def own_scheme(config: RunConfig, devices: int) -> Scheme:
-    """The config's own choice."""
+    """The scheme that the config itself asks for, on this many devices."""
     stage2 = config.stage2
     return Scheme(
         stage2.zero_stage, stage2.offload_optimizer, stage2.offload_parameters, devices, config.stage2.expert_parallel
@@ -108,32 +137,32 @@ def own_scheme(config: RunConfig, devices: int) -> Scheme:
 
 
 def scheme_memory(config: RunConfig, blueprint: Blueprint, scheme: Scheme, *, checkpointing: bool) -> Memory:
-    """Stage 2's peak on one device, at the longest batch that can come."""
-    found = states(blueprint, scheme)
+    """Peak memory of stage 2 on one device, at the longest batch that is possible."""
+    sharded = states(blueprint, scheme)
     bf16 = config.stage2.precision == "bf16"
     kept = activations(blueprint.config, run_shape(config), bf16=bf16, checkpointing=checkpointing)
     if config.stage2.alpha:
         kept += pair_cost(config.stage1).activations * _elbo_pairs(config)
-    return Memory(**{**asdict(found), "activations": kept})
+    return Memory(**{**asdict(sharded), "activations": kept})
 
 
 def _elbo_pairs(config: RunConfig) -> int:
-    """Pairs that go along with one forward pass."""
+    """Stage-1 pairs of one forward pass."""
     return -(-config.stage2.elbo_batch_size // config.stage2.gradient_accumulation)
 
 
 def _memory(config: RunConfig, blueprint: Blueprint, hardware: Hardware) -> list[dict[str, Any]]:
-    own = own_scheme(config, hardware.devices)
+    configured = own_scheme(config, hardware.devices)
     rows = []
     choices = schemes(hardware.devices, config.stage2.expert_parallel)
-    for scheme in choices if own in choices else [*choices, own]:
-        row: dict[str, Any] = {"scheme": scheme.title, "own": scheme == own}
+    for scheme in choices if configured in choices else [*choices, configured]:
+        row: dict[str, Any] = {"scheme": scheme.title, "own": scheme == configured}
         for name, checkpointing in (("plain", False), ("checkpointed", True)):
             memory = scheme_memory(config, blueprint, scheme, checkpointing=checkpointing)
             row[name] = asdict(memory) | {
                 "device": memory.device,
                 "fits": memory.device <= USABLE * hardware.memory,
-                "own": scheme == own and checkpointing == config.stage2.gradient_checkpointing,
+                "own": scheme == configured and checkpointing == config.stage2.gradient_checkpointing,
             }
         rows.append(row)
     return rows
@@ -169,13 +198,13 @@ def _training(config: RunConfig, blueprint: Blueprint, workload: Workload, hardw
 
 
 def _traffic(config: RunConfig, blueprint: Blueprint, hardware: Hardware) -> list[dict[str, Any]]:
-    found = []
+    by_scheme = []
     for scheme in schemes(hardware.devices, config.stage2.expert_parallel):
         if scheme.offload_optimizer:
             continue  # what is on the host does not travel between devices
         traffic = _step_traffic(config, blueprint, scheme)
-        found.append({"scheme": scheme.title, **asdict(traffic), "total": traffic.total})
-    return found
+        by_scheme.append({"scheme": scheme.title, **asdict(traffic), "total": traffic.total})
+    return by_scheme
 
 
 def _step_traffic(config: RunConfig, blueprint: Blueprint, scheme: Scheme) -> Traffic:
@@ -192,14 +221,14 @@ def _stage1(config: RunConfig, workload: Workload, hardware: Hardware) -> dict[s
     total = sum(parameter.numel() for parameter in model.parameters())
     cost = pair_cost(config.stage1)
     batch = min(stage1.batch_size, workload.rows)
-    own = batch / hardware.devices
+    device_batch = batch / hardware.devices
     rows = min(2 * batch * stage1.embedding_size, tables)
     memory = {
         "weights": FLOAT * total,
         "gradients": FLOAT * (total - tables + rows),
         "optimizer": 2 * FLOAT * total,
         "best": FLOAT * total,
-        "activations": own * cost.activations,
+        "activations": device_batch * cost.activations,
     }
     device = sum(memory.values())
     epochs = stage1.pretrain_epochs + stage1.epochs

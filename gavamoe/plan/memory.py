@@ -2,8 +2,6 @@
 
 Stage 2 keeps float32 weights under both precisions (bf16 is autocast), so a trained number costs 4 bytes as weight, 4
 as gradient, 8 as AdamW's moments, and with ZeRO 4 more: DeepSpeed's optimizer works on a copy of its share.
-
-Shape letters: B rows, T tokens of a row, M = B x T, S scored positions of a row, D hidden size, N devices.
 """
 
 from dataclasses import dataclass
@@ -14,47 +12,57 @@ from gavamoe.model.decoders import GavamoeConfig
 from gavamoe.plan.parameters import Blueprint
 
 FLOAT, HALF, LONG = 4, 2, 8
-"""Bytes of a number."""
+"""Bytes of one number in float32, in bfloat16, and in int64."""
 BUCKET = 2 * 10**8
-"""Numbers that ZeRO reduces or gathers at once, at most, unless one parameter is larger: `engines.deepspeed_config`."""
+"""Numbers that ZeRO reduces or gathers at once, at most, unless one parameter is larger (`deepspeed_config`)."""
 USABLE = 0.9
 """Share of a device's memory that is planned with: the rest is for CUDA's context, kernels' workspace and gaps."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, and in its host's memory on its behalf."""
+    """Memory in bytes on one device, by purpose, and in its host for what is offloaded."""
 
     weights: float
+    """Bytes of the weights that the device holds."""
     gradients: float
+    """Bytes of the gradients that the device holds."""
     optimizer: float
-    """Moments, and master weights where DeepSpeed keeps a copy."""
+    """Bytes of the moments, and of the master weights where DeepSpeed keeps a copy."""
     buffers: float
-    """Reduction bucket, gathered parameters."""
+    """Bytes of the reduction bucket and of gathered parameters."""
     activations: float
+    """Bytes kept from the forward for the backward pass."""
     host: float = 0.0
+    """Bytes in the host's memory."""
     late: bool = False
-    """The buffers are needed only when the activations are gone: ZeRO-0 reduces after the backward pass."""
+    """Whether the buffers are needed only when the activations are gone: ZeRO-0 reduces after the backward pass."""
 
     @property
     def device(self) -> float:
+        """Bytes on the device at their peak."""
         passing = max(self.buffers, self.activations) if self.late else self.buffers + self.activations
         return self.weights + self.gradients + self.optimizer + passing
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the states are spread: what differs between the rows of a plan's table."""
+    """A way to distribute weights, gradients and optimizer states: one row of a plan's table."""
 
     zero_stage: int
+    """DeepSpeed's ZeRO stage."""
     offload_optimizer: bool = False
+    """Whether optimizer states lie in the host's memory."""
     offload_parameters: bool = False
+    """Whether weights lie in the host's memory."""
     devices: int = 1
+    """W: number of devices."""
     expert_parallel: int = 1
-    """Devices that share the experts of a block."""
+    """Number of devices that share the experts of a block."""
 
     @property
     def title(self) -> str:
+        """Name of the scheme in tables."""
         name = f"ZeRO-{self.zero_stage}"
         if self.offload_parameters:
             return f"{name}, optimizer and weights on host"
@@ -62,29 +70,29 @@ class Scheme:
 
 
 def schemes(devices: int, expert_parallel: int = 1) -> list[Scheme]:
-    """ZeRO 0-3, with and without offload; with shared experts 1 and 2, which alone can do it."""
+    """ZeRO 0-3, with and without offload; under expert parallelism ZeRO 1 and 2 only, which alone support it."""
     plain = [(stage, False, False) for stage in range(4)]
     off = [(1, True, False), (2, True, False), (3, True, False), (3, True, True)]
-    found = [Scheme(*choice, devices=devices, expert_parallel=expert_parallel) for choice in (*plain, *off)]
-    return found if expert_parallel == 1 else [scheme for scheme in found if scheme.zero_stage in (1, 2)]
+    every = [Scheme(*choice, devices=devices, expert_parallel=expert_parallel) for choice in (*plain, *off)]
+    return every if expert_parallel == 1 else [scheme for scheme in every if scheme.zero_stage in (1, 2)]
 
 
 def states(blueprint: Blueprint, scheme: Scheme) -> Memory:
     """Weights, gradients, optimizer states and DeepSpeed's buffers on one device."""
-    whole, experts = blueprint.whole, blueprint.parts.get("experts")
+    model, experts = blueprint.whole, blueprint.parts.get("experts")
     away = 1 - 1 / scheme.expert_parallel  # share of the experts that other devices hold
-    held = whole.total - (experts.total * away if experts else 0)
-    trained = whole.trained - (experts.trained * away if experts else 0)
-    # Experts are spread over N / expert_parallel devices that hold the same ones, the rest over N: both come to this.
-    share = whole.trained / scheme.devices
+    held = model.total - (experts.total * away if experts else 0)
+    trained = model.trained - (experts.trained * away if experts else 0)
+    # Experts are spread over W / expert_parallel devices that hold the same ones, the rest over W: both come to this.
+    share = model.trained / scheme.devices
     stage = scheme.zero_stage
-    weights = FLOAT * (held if stage < 3 else whole.total / scheme.devices)
+    weights = FLOAT * (held if stage < 3 else model.total / scheme.devices)
     gradients = FLOAT * (trained if stage < 2 else share)
     optimizer = FLOAT * (2 * trained if stage == 0 else 3 * share)
-    bucket = FLOAT * min(whole.trained, max(BUCKET, blueprint.largest))
+    bucket = FLOAT * min(model.trained, max(BUCKET, blueprint.largest))
     buffers = bucket
     if stage == 3:
-        buffers += FLOAT * min(whole.total, max(BUCKET, blueprint.largest_module))
+        buffers += FLOAT * min(model.total, max(BUCKET, blueprint.largest_module))
     host = 0.0
     if scheme.offload_optimizer:
         # The host takes master weights, moments and the averaged gradients.
@@ -97,18 +105,18 @@ def states(blueprint: Blueprint, scheme: Scheme) -> Memory:
 
 @dataclass(frozen=True)
 class Shape:
-    """One forward pass."""
+    """The size of one forward pass."""
 
     rows: int
-    """B."""
+    """B: number of rows."""
     tokens: int
-    """T."""
+    """T: tokens of a row, padding included."""
     scored: int
     """S: positions whose next token is an answer's in any row, at most T."""
 
     @property
     def count(self) -> int:
-        """M."""
+        """M = B x T: number of tokens."""
         return self.rows * self.tokens
 
 
@@ -126,7 +134,7 @@ def activations(config: GavamoeConfig, shape: Shape, *, bf16: bool, checkpointin
 
 
 def layer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
-    """What one decoder layer keeps: its attention half and its feed-forward half, each after a norm."""
+    """Bytes that one decoder layer keeps: its attention half and its feed-forward half, each after a norm."""
     text, word = config.text_config, HALF if bf16 else FLOAT
     norm = _norm(text, word)
     feed_forward = _moe(config, shape, word) if config.experts_enabled else _dense(text, word) * shape.count
@@ -137,7 +145,7 @@ def layer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
 
 
 def outer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
-    """What embedding, last norm, head and loss keep, and the two float32 gradients of the logits at the peak."""
+    """Bytes that embedding, last norm, head and loss keep, and the logits' two float32 gradients at the peak."""
     text, word = config.text_config, HALF if bf16 else FLOAT
     hidden, vocabulary = text.hidden_size, text.vocab_size
     slots = 2 * word * config.slot_size + 3 * LONG
@@ -150,7 +158,7 @@ def outer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
 
 
 def _norm(text: Any, word: int) -> float:
-    """Bytes a token of one norm: its input, for LLaMA the normalised values too, and its output."""
+    """Bytes a token of one norm: its input, for LLaMA the normalized values too, and its output."""
     kept = 2 if text.model_type == "llama" else 1
     return (kept + (1 if word == FLOAT else 0)) * FLOAT * text.hidden_size + 2 * FLOAT
 
@@ -179,7 +187,7 @@ def _dense(text: Any, word: int) -> float:
 
 
 GELU_TENSORS = 5
-"""Tensors that transformers' GELU of GPT-2, written out in Python, keeps; and its output."""
+"""Tensors that GPT-2's GELU keeps for the backward pass, its output included: transformers writes it out in Python."""
 
 
 def _moe(config: GavamoeConfig, shape: Shape, word: int) -> float:
@@ -211,7 +219,7 @@ def _cast_weights(config: GavamoeConfig) -> float:
 
 
 def run_shape(config: RunConfig) -> Shape:
-    """The largest batch that a run can meet: every prompt and answer as long as allowed."""
+    """The largest batch that is possible in a run: every prompt and answer as long as allowed."""
     prompt = config.stage2.prompt
     tokens = prompt.max_tokens + prompt.max_explanation_tokens
     # Answers of different prompts begin at different places, so up to all positions are scored.

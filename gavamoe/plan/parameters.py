@@ -1,4 +1,4 @@
-"""What a run trains, counted without loading or making a single weight: the real classes, built on the meta device.
+"""Parameters of a run's models, counted without loading or making a weight: the real classes, on the meta device.
 
 Input: a config, the base model's shape, the numbers of users and items. Output: a `Blueprint`.
 """
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from gavamoe.config.schema import RunConfig, Stage1Config
-from gavamoe.model.conversion import explainer_config
+from gavamoe.model.conversion import ExplainerSizes, explainer_config
 from gavamoe.model.decoders import GavamoeConfig
 from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.model.lora import add_lora
@@ -20,10 +20,10 @@ from gavamoe.stage1.vae_gmm import VaeGmm
 from gavamoe.stage2.joint_model import JointModel
 
 RATING_SCALE = (1.0, 2.0, 3.0, 4.0, 5.0)
-"""The decoder's outputs where no dataset is given: some hundred weights more or less."""
+"""Rating scale that is assumed where no dataset is given; another one changes some hundred weights of the decoder."""
 
 PERSISTENT = 10**5
-"""Parameters of at most so many numbers stay whole on every device at ZeRO-3 (DeepSpeed's default)."""
+"""Parameters of at most this many numbers stay whole on every device at ZeRO-3 (DeepSpeed's default)."""
 _PARTS = {
     r"lora_": "adapters",
     r"user_embedding|item_embedding": "slot tables",
@@ -37,20 +37,21 @@ _PARTS = {
     r"lm_head": "output head",
     r"": "norms",
 }
-"""The first pattern that a parameter's name contains says which part it is of."""
+"""Pattern of parameter names -> part of the model; the first pattern that matches counts."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Parameters of one part of the model."""
+    """Counts of the parameters of one part of the model."""
 
     total: int = 0
+    """All parameters."""
     trained: int = 0
-    """Those that get a gradient and optimizer states."""
+    """Parameters that get a gradient and optimizer states."""
     active: int = 0
-    """Those that one text token uses: top_k of the experts, one of the gates, no table row; nothing of stage 1."""
+    """Parameters that one text token uses: top_k experts, one gate, no table row, nothing of stage 1."""
     multiplied: int = 0
-    """Of the active ones those in matrices, not biases."""
+    """Active parameters that stand in matrices, not in biases."""
 
     def __add__(self, other: "Part") -> "Part":
         return Part(
@@ -63,25 +64,27 @@ class Part:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """The joint model's sizes."""
+    """The sizes of stage 2's joint model."""
 
     config: GavamoeConfig
+    """Config of the explainer."""
     parts: dict[str, Part]
+    """Parameters by part of the model."""
     largest: int
     """Numbers in the largest single parameter."""
     largest_module: int
-    """Numbers in the parameters of the module that has most of its own: what ZeRO-3 gathers at once."""
-
+    """Numbers in the own parameters of the module that has most of them, which ZeRO-3 gathers at once."""
     small: int
     """Numbers in parameters that ZeRO-3 leaves whole on every device."""
 
     @property
     def whole(self) -> Part:
+        """All parameters together."""
         return sum(self.parts.values(), Part())
 
     @property
     def explainer(self) -> Part:
-        """All but stage 1's own parameters, which include its tables."""
+        """The explainer's parameters: all but stage 1's own."""
         return sum((part for name, part in self.parts.items() if name != "stage 1"), Part())
 
 
@@ -89,19 +92,19 @@ def draw(config: RunConfig, base: PreTrainedConfig, users: int, items: int) -> B
     """Build the joint model of stage 2 on the meta device and count it.
 
     Args:
-        users, items: known ones; the tables have one row more each.
+        users, items: numbers of known users and items; the tables have one row more each.
 
     Raises:
         InputError: an architecture or expert sizes that can't be built.
     """
-    sizes = explainer_config(config, base, users, items, config.stage1.embedding_size, config.gates)
+    sizes = explainer_config(config, base, ExplainerSizes(users, items, config.stage1.embedding_size, config.gates))
     with torch.device("meta"), init.no_init_weights():
         explainer = GavamoeForCausalLM(sizes)
         if config.stage2.lora.rank:
             add_lora(explainer, config.stage2.lora, config.seed)
         joint = JointModel(explainer, draw_stage1(config.stage1, users, items), config.stage2.alpha)
     if sizes.tie_word_embeddings:
-        explainer.tie_weights()  # initialising weights does it otherwise
+        explainer.tie_weights()  # initializing weights does it otherwise
     share = {"experts": sizes.experts_per_token / sizes.n_experts, "gates": 1 / sizes.n_gates}
     share |= {"slot tables": 0, "stage 1": 0}
     parts: dict[str, Part] = {}
@@ -110,8 +113,8 @@ def draw(config: RunConfig, base: PreTrainedConfig, users: int, items: int) -> B
         count = parameter.numel()
         active = round(count * share.get(part, 1))
         multiplied = 0 if name.endswith("bias") else active
-        found = Part(count, count if parameter.requires_grad else 0, active, multiplied)
-        parts[part] = parts.get(part, Part()) + found
+        counts = Part(count, count if parameter.requires_grad else 0, active, multiplied)
+        parts[part] = parts.get(part, Part()) + counts
     ordered = {name: parts[name] for name in _PARTS.values() if name in parts}
     return Blueprint(
         sizes,

@@ -1,9 +1,9 @@
-"""What a run computes and sends: FLOPs, time at a utilisation, bytes between devices by ZeRO stage.
+"""Arithmetic and traffic of a run: FLOPs, time at a utilization, bytes between devices by ZeRO stage.
 
-FLOPs count a multiply-add as two, and attention scores in full, as torch's counter does. Bytes are what one device
-sends with ring algorithms: of G bytes over N devices, (N - 1) / N x G for an all-gather or a reduction to shares, twice
-that for an all-reduce. Counted on two workers: DeepSpeed 0.19 all-reduces gradients at ZeRO 0, 1 and 2, and reduces
-them to shares at ZeRO 3 alone.
+FLOPs count a multiply-add as two, and attention scores in full, as torch's counter does. Bytes are those that one
+device sends with ring algorithms: of G bytes over W devices, (W - 1) / W x G for an all-gather or a reduce-scatter,
+twice that for an all-reduce. Counted on two workers: DeepSpeed 0.19 all-reduces gradients at ZeRO 0, 1 and 2, and
+reduce-scatters them at ZeRO 3 alone.
 """
 
 import functools
@@ -18,21 +18,25 @@ from gavamoe.plan.memory import BUCKET, FLOAT, Scheme, Shape
 from gavamoe.plan.parameters import Blueprint, draw_stage1
 
 TRACED_PAIRS = 64
+"""Pairs of the batch that is traced to count stage 1's cost."""
 FLOAT32_SHARE = 1 / 16
-"""Of the bf16 peak that float32 arithmetic reaches: 19.5 of 312 TFLOP/s on an A100, 67 of 989 on an H100."""
+"""Share of the bf16 peak that float32 arithmetic reaches: 19.5 of 312 TFLOP/s on an A100, 67 of 989 on an H100."""
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one row: a prompt and its answer."""
+    """FLOPs of one training row, a prompt and its answer."""
 
     forward: float
+    """FLOPs of the forward pass."""
     backward: float
+    """FLOPs of the backward pass."""
     recomputed: float
-    """Forward passes done again under gradient checkpointing."""
+    """FLOPs of forward passes that gradient checkpointing repeats."""
 
     @property
     def total(self) -> float:
+        """FLOPs of all passes."""
         return self.forward + self.backward + self.recomputed
 
 
@@ -65,25 +69,25 @@ def _head_trained(blueprint: Blueprint) -> bool:
 
 @dataclass(frozen=True)
 class PairCost:
-    """Of one user-item pair in stage 1's ELBO, counted by running its own code on the meta device."""
+    """Cost of one user-item pair in stage 1's ELBO, counted by running stage 1's own code on the meta device."""
 
     flops: float
-    """Forward and backward."""
+    """FLOPs of the forward and the backward pass."""
     activations: float
-    """Bytes kept between them."""
+    """Bytes kept from the forward for the backward pass."""
 
 
 @functools.lru_cache(maxsize=8)
 def pair_cost(config: Stage1Config) -> PairCost:
-    """Trace a small batch, without weights or data. How many users and items there are does not matter."""
+    """The cost of a pair, from a traced batch without weights or data; the numbers of users and items don't matter."""
     model = draw_stage1(config, 1, 1)
     model.train()
     kept: dict[int, int] = {}
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in weights:
             kept[storage._cdata] = storage.nbytes()
             alive.append(storage)
         return tensor
@@ -102,17 +106,20 @@ class Traffic:
     """Bytes that one device sends per optimizer step, by purpose."""
 
     gradients: float
+    """Bytes of gradients that are reduced."""
     weights: float
+    """Bytes of weights that are gathered."""
     tokens: float
-    """Hidden states on their way to experts elsewhere and back."""
+    """Bytes of hidden states that go to experts on other devices and back."""
 
     @property
     def total(self) -> float:
+        """Bytes for all purposes."""
         return self.gradients + self.weights + self.tokens
 
 
 def step_traffic(blueprint: Blueprint, scheme: Scheme, accumulation: int, shape: Shape, checkpointing: bool) -> Traffic:
-    """What ZeRO `scheme.zero_stage` moves in one optimizer step of `accumulation` forward and backward passes."""
+    """Traffic of one optimizer step of `accumulation` forward and backward passes, at the scheme's ZeRO stage."""
     devices, stage = scheme.devices, scheme.zero_stage
     ring = (devices - 1) / devices
     trained, total = FLOAT * blueprint.whole.trained, FLOAT * blueprint.whole.total
@@ -122,15 +129,15 @@ def step_traffic(blueprint: Blueprint, scheme: Scheme, accumulation: int, shape:
     if stage == 3:
         whole_again = FLOAT * blueprint.small
         gathered = total - whole_again
-        # Weights that fit among those kept live are gathered once for the way there and back.
+        # Weights that fit among those kept live are gathered once for the forward and the backward pass.
         times = 1 if blueprint.whole.total <= BUCKET else 2
         return Traffic(accumulation * ring * trained, ring * (accumulation * times * gathered + whole_again), 0.0)
     shared = scheme.expert_parallel
     replicas = devices // shared
     expert_ring = (replicas - 1) / replicas
-    part = (FLOAT * experts.trained / shared) if experts and shared > 1 else 0.0
+    local = (FLOAT * experts.trained / shared) if experts and shared > 1 else 0.0
     rest = trained - (FLOAT * experts.trained if experts and shared > 1 else 0.0)
-    once = ring * rest + expert_ring * part
+    once = ring * rest + expert_ring * local
     passes = accumulation if stage == 2 else 1
     tokens = 0.0
     if shared > 1:
@@ -139,8 +146,9 @@ def step_traffic(blueprint: Blueprint, scheme: Scheme, accumulation: int, shape:
 
 
 def _token_traffic(blueprint: Blueprint, shape: Shape, shared: int, checkpointing: bool) -> float:
-    """Each token goes to its top_k experts and back, in every layer, forward and backward: 4 all-to-alls, 6 if the
-    forward pass is done twice; (E - 1) / E of it leaves the device."""
+    """Bytes of tokens that go to their top_k experts and back, in every layer, forward and backward: 4 all-to-alls, 6
+    where the forward pass is done twice. With experts shared by `shared` devices, 1 / `shared` of it stays where it
+    is."""
     config = blueprint.config
     text = config.text_config
     once = shape.count * config.experts_per_token * text.hidden_size * FLOAT * (shared - 1) / shared

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, for the report: no script, no image files, colours from the page's style sheet."""
+"""Line charts as inline SVG, for the report: no script, no image files, colors from the page's style sheet."""
 
 import math
 from collections.abc import Sequence
@@ -9,10 +9,11 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 26
 ROW_HEIGHT, ROW_LABELS = 22, 150
-"""Of an interval chart: a line's height, and the width that labels get."""
+"""Height of a line of an interval chart, and the width of its labels."""
 MAX_POINTS = 240
-COLOURS = 6
-"""Series beyond this many share the last colour of the style sheet (.s0 to .s5)."""
+"""Points of a line at most; of longer series evenly spaced ones are drawn."""
+COLORS = 6
+"""Series beyond this many share the last color of the style sheet (.s0 to .s5)."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str = "", ticks
     marks = _marks(*_bounds([*heights, 0.0] if ticks else heights))
     scale = _Scale(low_x, high_x, marks[0], marks[-1])
     parts = [_grid(scale, marks), _x_axis(scale, ticks, x_label)]
-    parts += [_line(scale, one, min(index, COLOURS - 1)) for index, one in enumerate(shown)]
+    parts += [_line(scale, one, min(index, COLORS - 1)) for index, one in enumerate(shown)]
     legend = Markup("").join(
-        Markup('<span><i class="k{}"></i>{}</span>').format(min(index, COLOURS - 1), one.label)
+        Markup('<span><i class="k{}"></i>{}</span>').format(min(index, COLORS - 1), one.label)
         for index, one in enumerate(shown)
         if len(shown) > 1
     )
@@ -54,13 +55,16 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str = "", ticks
 
 @dataclass(frozen=True)
 class Reading:
-    """One line of an interval chart."""
+    """A value with its interval: one line of an interval chart."""
 
     label: str
+    """Name at the left of the line."""
     value: float
+    """Where the dot stands."""
     low: float
+    """Lower end of the interval; equal to `value` where there is none."""
     high: float
-    """The same as `value`, both of them, where there is no interval."""
+    """Upper end of the interval; equal to `value` where there is none."""
 
 
 def interval_chart(title: str, readings: Sequence[Reading], *, marked: int = 0) -> Markup:
@@ -95,7 +99,7 @@ def interval_chart(title: str, readings: Sequence[Reading], *, marked: int = 0) 
                 scale.x(one.high),
                 f"{one.label}: {one.value:.4g}",
                 scale.x(one.value),
-                c=0 if row == marked else COLOURS - 1,
+                c=0 if row == marked else COLORS - 1,
                 y=y,
             )
         )
@@ -180,7 +184,7 @@ def _x_text(x: float, name: str) -> Markup:
     return Markup('<text x="{:.1f}" y="{}" text-anchor="{}">{}</text>').format(x, HEIGHT - 8, anchor, name)
 
 
-def _line(scale: _Scale, series: Series, colour: int) -> Markup:
+def _line(scale: _Scale, series: Series, color: int) -> Markup:
     """A path with a gap wherever y is missing; a dot for a series of one point."""
     path: list[str] = []
     pen_down, last = False, (0.0, 0.0)
@@ -191,6 +195,6 @@ def _line(scale: _Scale, series: Series, colour: int) -> Markup:
         last = (scale.x(x), scale.y(y))
         path.append(f"{'L' if pen_down else 'M'}{last[0]:.1f} {last[1]:.1f}")
         pen_down = True
-    dot = Markup('<circle class="d{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(colour, *last)
-    line = Markup('<path class="s{}" d="{}"><title>{}</title></path>').format(colour, " ".join(path), series.label)
+    dot = Markup('<circle class="d{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(color, *last)
+    line = Markup('<path class="s{}" d="{}"><title>{}</title></path>').format(color, " ".join(path), series.label)
     return line + (dot if path else Markup(""))

@@ -1,4 +1,4 @@
-"""Parts of the report about what n-gram scores hide (`beyond`) and about the second protocol."""
+"""Parts of the report about faithfulness (`beyond` in metrics.json) and about the second protocol."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,15 +9,15 @@ from gavamoe.evaluation.metrics.registry import METRICS
 
 
 def beyond_section(runs: Sequence[RunData]) -> dict[str, Any] | None:
-    """Rows by score, each with a cell a column; swaps and gate tables of those that have them. None without any.
+    """The faithfulness section: a row for each score, user swaps, gate tables; None where none was measured.
 
     A run evaluated under both protocols has two columns.
     """
     columns = [column for run in runs for column in _columns(run)]
-    found = [one for _, one in columns]
-    if not any(found):
+    sections = [section for _, section in columns]
+    if not any(sections):
         return None
-    scores = [one["scores"] if one else {} for one in found]
+    scores = [section["scores"] if section else {} for section in sections]
     rows = []
     for metric in BEYOND.values():
         cells = [of_run.get(metric.name) for of_run in scores]
@@ -37,7 +37,7 @@ def beyond_section(runs: Sequence[RunData]) -> dict[str, Any] | None:
     return {
         "columns": [name for name, _ in columns],
         "rows": rows,
-        "sizes": next(one["rows"] for one in found if one),
+        "sizes": next(section["rows"] for section in sections if section),
         "swaps_of": swaps[0],
         "swaps": swaps[1],
         "gates": [(name, table) for name, table in gates if table["gates"] > 1],
@@ -45,7 +45,7 @@ def beyond_section(runs: Sequence[RunData]) -> dict[str, Any] | None:
 
 
 def _columns(run: RunData) -> list[tuple[str, dict[str, Any] | None]]:
-    """Name and section of each protocol that a run was evaluated under."""
+    """The columns of a run: name and faithfulness section of each protocol that it was evaluated under."""
     second = run.metrics["predicted"]
     if not second:
         return [(run.name, run.metrics["beyond"])]

@@ -22,12 +22,12 @@ SPARSITY = {
     "zero_shot": "zero-shot",
 }
 FIGURE4 = ("bleu_4", "bertscore_f", "rouge_l", "rmse")
-"""The paper's two, and two more; those that were not measured are left out."""
+"""Scores in Figure 4: the paper's two, and two more; those that were not measured are left out."""
 _DATASET = ("name", "users", "items", "rows", "rows_per_user", "rows_per_item", "density_percent", "zero_shot_users")
 
 
 def write_figures(runs: Sequence[RunData], cases: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write all that the runs have matter for, in place of earlier files of these names."""
+    """Write all tables and figures that the runs have data for, in place of earlier files of these names."""
     folder.mkdir(parents=True, exist_ok=True)
     datasets = {run.metrics["dataset"]["fingerprint"]: run.metrics["dataset"] for run in runs}
     _write_csv(folder / "table1.csv", _DATASET, ([data[name] for name in _DATASET] for data in datasets.values()))
@@ -57,10 +57,10 @@ def _scores(runs: Sequence[RunData]) -> Iterable[Sequence[Any]]:
 def _sparsity(runs: Sequence[RunData]) -> Iterable[Sequence[Any]]:
     for run in runs:
         for group in SPARSITY:
-            found = run.metrics["sparsity"][group]
-            for name, value in found["metrics"].items():
+            scored = run.metrics["sparsity"][group]
+            for name, value in scored["metrics"].items():
                 if value is not None:
-                    yield run.name, group, found["counts"]["rows"], name, value
+                    yield run.name, group, scored["counts"]["rows"], name, value
 
 
 def _case_lines(cases: Sequence[dict[str, Any]]) -> Iterable[Sequence[Any]]:

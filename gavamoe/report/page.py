@@ -20,7 +20,7 @@ from gavamoe.errors import InputError
 from gavamoe.evaluation.evaluated_run import RunData
 from gavamoe.evaluation.human.results import HumanResult, read_result
 from gavamoe.evaluation.metrics.registry import METRICS
-from gavamoe.report.charts import COLOURS, Series, line_chart
+from gavamoe.report.charts import COLORS, Series, line_chart
 from gavamoe.report.faithfulness import beyond_section, protocol_section
 from gavamoe.report.figures import SPARSITY, write_figures
 from gavamoe.report.systems import case_study, comparison_section, open_runs
@@ -42,7 +42,7 @@ _FIRST_CURVES = (
     "valid_rmse",
     "valid_kl",
 )
-"""Shown at once, in this order; the other curves are folded away."""
+"""Curves that are shown at once, in this order; the others are folded away."""
 _NOT_CURVES = {"step", "steps", "epoch", "epochs", "rank", "seconds", "time"}
 
 
@@ -112,7 +112,7 @@ def render(
 
 
 def _headline(run: RunData) -> list[dict[str, Any]]:
-    """The few numbers to see first, each beside what costs nothing."""
+    """The few numbers to see first, each beside that of a trivial baseline."""
     cards = []
     for name in ("bleu_4", "rouge_l", "bertscore_f", "fmr", "rmse"):
         value = run.score(name)
@@ -123,7 +123,7 @@ def _headline(run: RunData) -> list[dict[str, Any]]:
 
 
 def _settings(runs: Sequence[RunData]) -> list[tuple[str, list[Any]]]:
-    """Rows of (what, value of each run)."""
+    """Rows of the settings table: name, and the value of each run."""
     rows = [_settings_of(run) for run in runs]
     return [(name, [row[name] for row in rows]) for name in rows[0]]
 
@@ -186,7 +186,7 @@ def _score_table(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 
 
 def _rating_table(run: RunData) -> list[tuple[str, float | None, float | None]]:
-    """(which, RMSE, MAE), worst to best as a rule; [] for a run without ratings."""
+    """Rows of the table of rating errors: (name, RMSE, MAE), usually from worst to best; [] without ratings."""
     baselines = run.metrics["baselines"]["ratings"]
     if not baselines:
         return []
@@ -198,9 +198,9 @@ def _rating_table(run: RunData) -> list[tuple[str, float | None, float | None]]:
         )
     ]
     rows.append(("User + item bias model", baselines["bias_model"]["rmse"], baselines["bias_model"]["mae"]))
-    alone = run.stages.get("stage1", {}).get("test")
-    if isinstance(alone, dict) and "rmse" in alone:
-        rows.append(("Stage 1 alone, whole test split", alone["rmse"], alone.get("mae")))
+    stage1 = run.stages.get("stage1", {}).get("test")
+    if isinstance(stage1, dict) and "rmse" in stage1:
+        rows.append(("Stage 1 alone, whole test split", stage1["rmse"], stage1.get("mae")))
     rows.append(("This run", run.score("rmse"), run.score("mae")))
     planted = run.metrics["planted"]
     if planted:
@@ -210,7 +210,7 @@ def _rating_table(run: RunData) -> list[tuple[str, float | None, float | None]]:
 
 
 def _planted(run: RunData) -> list[tuple[str, str]]:
-    """What synthetic data lets us check, as (statement, value)."""
+    """Checks against the planted truth of synthetic data, as (statement, value)."""
     planted = run.metrics["planted"]
     if not planted:
         return []
@@ -236,7 +236,7 @@ def _groups(run: RunData, section: str) -> list[dict[str, Any]]:
 
 
 def _sparsity_chart(runs: Sequence[RunData]) -> Markup:
-    """Figure 4: scores over the sparsity thirds and zero-shot users, of as many runs as there are colours."""
+    """Figure 4: scores over the sparsity thirds and zero-shot users, of as many runs as there are colors."""
     charts = []
     for name in ("bleu_4", "rouge_l", "bertscore_f", "rmse"):
         series = [
@@ -245,7 +245,7 @@ def _sparsity_chart(runs: Sequence[RunData]) -> Markup:
                 list(range(len(SPARSITY))),
                 [run.metrics["sparsity"][third]["metrics"][name] for third in SPARSITY],
             )
-            for run in runs[:COLOURS]
+            for run in runs[:COLORS]
         ]
         metric = METRICS[name]
         charts.append(line_chart(f"{metric.label} {metric.arrow}", series, ticks=["ds1", "ds2", "ds3", "zero-shot"]))
@@ -307,7 +307,7 @@ def _curve(name: str, phases: dict[str, dict[float, float]]) -> Markup:
 
 
 def _warnings(run: RunData) -> list[str]:
-    """What the training loops warned of, each once, with the epoch that they last said it in."""
+    """Warnings of the training loops, each once, with the last epoch that had it."""
     last: dict[str, Any] = {}
     for line in (line for log in run.logs.values() for line in log if "warning" in line):
         last[str(line["warning"])] = line.get("epoch")
@@ -329,7 +329,7 @@ def _samples(runs: Sequence[RunData]) -> list[dict[str, Any]]:
 
 
 def _sample_rows(generations: pa.Table) -> list[int]:
-    """Evenly spaced rows, and the first of a zero-shot user: nobody picked the good ones."""
+    """Evenly spaced rows, and the first one of a zero-shot user: none is hand-picked."""
     size = generations.num_rows
     chosen = dict.fromkeys(round(i * (size - 1) / max(SAMPLES - 1, 1)) for i in range(min(SAMPLES, size)))
     strangers = np.flatnonzero(~generations["user_known"].to_numpy(zero_copy_only=False).astype(bool))

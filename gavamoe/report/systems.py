@@ -16,8 +16,8 @@ from gavamoe.evaluation.comparison import (
     Outcome,
     Score,
     difference_table,
+    interval_of,
     means,
-    reach,
     read_comparison,
     shown_scores,
     systems_of,
@@ -64,14 +64,14 @@ def comparison_section(comparison: Comparison) -> dict[str, Any]:
 
 
 def _chart(score: Score, systems: dict[str, list[Outcome]]) -> Markup:
-    """A reading a system."""
+    """The interval chart of a score, with a line for each system."""
     readings: list[Reading] = []
     marked = 0
     for name, outcomes in systems.items():
         one = means(outcomes, score.name)
         if one is None:
             continue
-        low, high = reach(outcomes, score.name, one)
+        low, high = interval_of(outcomes, score.name, one)
         marked = len(readings) if name == REFERENCE else marked
         readings.append(Reading(outcomes[0].label, one.mean, low, high))
     return interval_chart(f"{score.label} {score.arrow}", readings, marked=marked)
@@ -80,7 +80,7 @@ def _chart(score: Score, systems: dict[str, list[Outcome]]) -> Markup:
 def case_study(runs: Sequence[RunData], folders: Sequence[Path]) -> list[dict[str, Any]]:
     """Table 5: the rows of the known users with the fewest and with the most training rows, and what each run wrote.
 
-    The first such row of the split, so nobody picked a good one. [] without a trained run, or where rows differ.
+    It is the first such row of the split, so none is hand-picked. [] without a trained run, or where rows differ.
     """
     asked = [run.generations.select(["split", "row"]) for run in runs]
     catalogs = [folder / _CATALOG for folder in folders if (folder / _CATALOG).is_file()]

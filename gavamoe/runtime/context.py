@@ -1,4 +1,4 @@
-"""What a training loop is told about where it runs, and how it reports: the seam between loops and Ray.
+"""The interface between training loops and Ray: rank, device and checkpoint of a worker, its log and its reports.
 
 A loop takes a `Context` and plain arguments. `LocalContext` runs it in this process (tests, one
 laptop worker); `gavamoe.runtime.ray_train` gives it one backed by Ray Train.

@@ -1,4 +1,4 @@
-"""Ray jobs: a step of the work runs on a cluster, its log is followed here.
+"""Ray jobs: a command runs on a cluster, and its log is followed from here.
 
 `submit` uploads this package, the scripts in `jobs/` and the YAML files named on the command line (an allow-list:
 Ray alone would upload the whole working directory, secrets included) and starts `jobs/STEP.py` on the cluster.
@@ -32,10 +32,10 @@ _PACKAGE = Path(__file__).parent.parent
 _INPUTS = "inputs"
 _RECONNECTS = 5
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-_TALKATIVE = (
+_VERBOSE_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging",
 )  # fmt: skip
-"""Modules that tell of every package that they upload, and of every connection's end."""
+"""Loggers of Ray that report every package they upload and every connection that ends."""
 _NO_AGENT = "No available agent"
 
 
@@ -46,12 +46,12 @@ class Follower(Protocol):
         """A line of the log."""
 
     def progress(self, title: str, done: int, total: int, note: str) -> None:
-        """A line that says how far a step is."""
+        """A progress line: `done` of `total` units of a step."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as the cluster knows it."""
+    """A Ray job's record at the cluster's job server."""
 
     id: str
     status: str
@@ -59,8 +59,9 @@ class Job:
     message: str
     exit_code: int | None
     started: float | None
-    """Seconds since the epoch."""
+    """Start time in seconds since the epoch; None for a job that has not started."""
     ended: float | None
+    """End time in seconds since the epoch; None for a job that has not ended."""
 
 
 class Jobs:
@@ -74,15 +75,15 @@ class Jobs:
         """
         from ray.job_submission import JobSubmissionClient
 
-        for module in _TALKATIVE:
+        for module in _VERBOSE_LOGGERS:
             logging.getLogger(module).setLevel(logging.WARNING)
         self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
-        with self._asked():
+        with self._request():
             self._client = JobSubmissionClient(self.address)
 
     @contextmanager
-    def _asked(self) -> Iterator[None]:
-        """Around a request: what goes wrong is one line."""
+    def _request(self) -> Iterator[None]:
+        """Wraps a request to the job server: any failure becomes a `RunError` of one line."""
         from ray.exceptions import AuthenticationError
 
         try:
@@ -103,12 +104,12 @@ class Jobs:
         """Start `jobs/STEP.py ARGUMENTS` on the cluster; returns the job's id.
 
         Args:
-            environment: of the job's processes. The cluster keeps it readably: no secrets.
-            gpus: of the machine that the script itself runs on; `evaluate` computes there, training does not.
+            environment: variables of the job's processes. The cluster stores them in plain text: no secrets.
+            gpus: number that the script's own machine must have; `evaluate` computes there, training does not.
         """
         if step not in STEPS:
             raise InputError(f"{step}: no such step; there are {', '.join(STEPS)}")
-        with staged_code(arguments) as (folder, command), self._asked():
+        with staged_code(arguments) as (folder, command), self._request():
             return self._submit_when_ready(
                 entrypoint=shlex.join(["python", f"jobs/{step}.py", *command]),
                 submission_id=f"{step}-{time.strftime('%m%d-%H%M%S')}-{os.urandom(2).hex()}",
@@ -132,9 +133,9 @@ class Jobs:
 
     def list(self) -> list[Job]:
         """All jobs that were submitted, the newest first."""
-        with self._asked():
-            found = [_job(details) for details in self._client.list_jobs() if details.submission_id]
-        return sorted(found, key=lambda job: job.started or 0, reverse=True)
+        with self._request():
+            jobs = [_job(details) for details in self._client.list_jobs() if details.submission_id]
+        return sorted(jobs, key=lambda job: job.started or 0, reverse=True)
 
     def get(self, job: str) -> Job:
         """One job.
@@ -142,7 +143,7 @@ class Jobs:
         Raises:
             InputError: the cluster knows no such job.
         """
-        with self._asked():
+        with self._request():
             try:
                 return _job(self._client.get_job_info(job))
             except RuntimeError as error:
@@ -153,13 +154,13 @@ class Jobs:
     def logs(self, job: str) -> str:
         """All that a job has printed so far."""
         self.get(job)
-        with self._asked():
+        with self._request():
             return str(self._client.get_job_logs(job))
 
     def stop(self, job: str) -> bool:
         """Ask a job to end; False if it had ended before."""
         self.get(job)
-        with self._asked():
+        with self._request():
             return bool(self._client.stop_job(job))
 
     def follow(self, job: str, follower: Follower) -> Job:
@@ -172,12 +173,14 @@ class Jobs:
                 break
             except (RuntimeError, OSError) as error:
                 if attempt == _RECONNECTS:
-                    raise RunError(f"{job}: its log can't be followed ({one_line(error)}); it goes on") from error
+                    raise RunError(
+                        f"{job}: its log can't be followed ({one_line(error)}); the job itself keeps running"
+                    ) from error
                 time.sleep(2**attempt)
         reader.end()
-        while (found := self.get(job)).status not in _ENDED:  # the log closes a moment before the status says so
+        while (status := self.get(job)).status not in _ENDED:  # the log closes a moment before the status says so
             time.sleep(0.5)
-        return found
+        return status
 
     async def _tail(self, job: str, reader: "_Reader") -> None:
         reader.rewind()

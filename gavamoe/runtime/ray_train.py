@@ -1,9 +1,9 @@
 """The only place that knows Ray Train: gives a training loop its workers, checkpoints, logs and restarts.
 
 A loop is a function `loop(*, context: Context, **arguments)`, defined at module level. It runs on
-`placement.workers` Ray Train workers (their side is `ray_worker`); the log goes to `FOLDER/logs` as `tracking` says,
+`placement.workers` Ray Train workers (their side is `worker`); the log goes to `FOLDER/logs` (see `tracking`),
 checkpoints to `FOLDER/checkpoints/NAME` until the step is done. Where FOLDER is the staging folder of a URI
-(`storage`), checkpoints go to the storage itself, and workers on other machines fetch their inputs from there.
+(`artifacts.remote`), checkpoints go to the storage itself, and workers on other machines fetch their inputs from there.
 """
 
 import os
@@ -21,20 +21,20 @@ from gavamoe.config.schema import RunConfig, RuntimeConfig
 from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.context import LocalContext
 from gavamoe.runtime.tracking import Line, RunLog
-from gavamoe.runtime.worker import Desk, WorkerJob, run_worker, storage_problem
+from gavamoe.runtime.worker import WorkerJob, WorkerLog, run_worker, storage_problem
 
 OnLine = Callable[[Line], None]
 
 _CONTROLLER_RESTARTS = 3
 """A worker group that cannot start is retried without limit by Ray's default, which looks like a hang."""
-_SECONDS_BETWEEN_LOOKS = 0.2
+_POLL_SECONDS = 0.2
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of the checkpoints that count."""
 _KNOWN_FAILURES = {
     "running low on memory": "a worker was killed, because its machine was running low on memory",
     "worker group startup timed out": "the workers did not start within runtime.wait_minutes: too few nodes",
 }
-"""What a long text of Ray's holds -> what it means."""
+"""Part of an error message of Ray's -> what it means, in the words of this project."""
 
 
 @contextmanager
@@ -71,9 +71,9 @@ def _start_ray(placement: RuntimeConfig, *, dashboard: bool) -> None:
 
     environment = _worker_environment(placement)
     if dashboard:
-        # What frees places asks Ray's State API, which gives up where several Rays run on the machine and none is
+        # Ray Train's clean-up asks Ray's State API, which gives up where several Rays run on the machine and none is
         # named: the workers' environment names this one, so its port is chosen before it starts.
-        port = _free_port()
+        port = free_port("")
         os.environ["RAY_GCS_SERVER_PORT"] = str(port)
         environment["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
     try:
@@ -89,11 +89,11 @@ def _start_ray(placement: RuntimeConfig, *, dashboard: bool) -> None:
         os.environ.pop("RAY_GCS_SERVER_PORT", None)
 
 
-def _free_port() -> int:
+def free_port(address: str = "127.0.0.1") -> int:
+    """A port of a local address on which nothing listens now; "" means all addresses of this machine."""
     with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-    return port
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
 
 
 def run_training(
@@ -114,7 +114,7 @@ def run_training(
         loop: module-level function; called as `loop(context=..., **arguments)` on every worker.
         folder: the run folder; logs and checkpoints go below it.
         resume: continue from the last registered checkpoint of an earlier call, where there is one.
-        elastic: the loop can go on with another number of workers: `placement.min_workers` then holds.
+        elastic: the loop can continue with another number of workers: `placement.min_workers` then applies.
         on_line: called in this process with each log line, as it appears.
         stop_file: once it exists, the workers end together at their next log line.
 
@@ -133,12 +133,12 @@ def run_training(
         checkpoints.remove()
     # Read by Ray Train's controller, which counts a failed start as one of its restarts.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(placement.wait_minutes * 60 / (1 + _CONTROLLER_RESTARTS))
-    desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=_on_this_node()).remote()
+    worker_log = ray.remote(WorkerLog).options(num_cpus=0, scheduling_strategy=_on_this_node()).remote()
     job = WorkerJob(
         loop=loop,
         arguments={key: _portable(value) for key, value in arguments.items()},
         placement=placement,
-        desk=desk,
+        worker_log=worker_log,
         labels={"run": folder.name, "step": name},
         stop_file=stop_file,
     )
@@ -168,9 +168,9 @@ def run_training(
     kept = resume and checkpoints.exist()
     with (
         RunLog(folder, name, placement, config if isinstance(config, RunConfig) else None, keep=kept) as log,
-        _following(desk, log, on_line),
+        _following(worker_log, log, on_line),
     ):
-        outcome = _fit(trainer, desk, name)
+        outcome = _fit(trainer, worker_log, name)
     checkpoints.remove()
     if remote.place_of(folder) is not None:
         remote.commit(folder)
@@ -178,8 +178,8 @@ def run_training(
     return outcome
 
 
-def _fit(trainer: Any, desk: Any, name: str) -> Any:
-    """Train; the loop's own error, which came to the desk, is raised as it was."""
+def _fit(trainer: Any, worker_log: Any, name: str) -> Any:
+    """Train; the loop's own error, which the workers told the `WorkerLog`, is raised as it was."""
     import ray
     from ray import train
 
@@ -190,7 +190,7 @@ def _fit(trainer: Any, desk: Any, name: str) -> Any:
     except (train.TrainingFailedError, ray.exceptions.RayError) as error:
         failure = error
     try:
-        refusals = ray.get(desk.refusals.remote())
+        refusals = ray.get(worker_log.refusals.remote())
     except ray.exceptions.RayError as error:
         raise RunError(f"{name}: the process that keeps the log has died; continue with --resume") from error
     if refusals:
@@ -218,7 +218,7 @@ class _Checkpoints:
         return (self._local / _SNAPSHOT).exists() if self._uri is None else remote.exists(f"{self._uri}/{_SNAPSHOT}")
 
     def remove(self) -> None:
-        """The list first: what a removal that breaks leaves doesn't count."""
+        """Remove them, their list first: checkpoints that are in no list don't count, should the removal break off."""
         if self._uri is None:
             (self._local / _SNAPSHOT).unlink(missing_ok=True)
             shutil.rmtree(self._local, ignore_errors=True)
@@ -228,8 +228,8 @@ class _Checkpoints:
 
 
 def was_cut_off(folder: Path, name: str) -> bool:
-    """Whether the last `run_training` of that name didn't come to its end, but to a checkpoint. Its workers outlive a
-    killed driver for a second or two and may have written their results, of which the log then doesn't tell."""
+    """Whether the last `run_training` of that name was interrupted after a checkpoint. Its workers outlive a killed
+    driver for a second or two and may have written their results, which the log then lacks."""
     return _Checkpoints(Path(folder).absolute(), name).exist()
 
 
@@ -247,15 +247,15 @@ def _on_this_node() -> Any:
 
 
 @contextmanager
-def _following(desk: Any, log: RunLog, on_line: OnLine | None) -> Iterator[None]:
-    """While the block runs, write each line that comes to the desk to the log, and hand it to `on_line`.
+def _following(worker_log: Any, log: RunLog, on_line: OnLine | None) -> Iterator[None]:
+    """While the block runs, write each line that reaches the `WorkerLog` to the log, and hand it to `on_line`.
 
     Raises:
-        RunError: the block is done, and the log can't be written.
+        RunError: the block is done, but the log can't be written.
     """
     stop = threading.Event()
     problems: list[OSError] = []
-    follower = threading.Thread(target=_follow, args=(desk, log, on_line, stop, problems), daemon=True)
+    follower = threading.Thread(target=_follow, args=(worker_log, log, on_line, stop, problems), daemon=True)
     follower.start()
     try:
         yield
@@ -263,18 +263,20 @@ def _following(desk: Any, log: RunLog, on_line: OnLine | None) -> Iterator[None]
         stop.set()
         follower.join()
     if problems:
-        _write_anew(desk, log)
+        _rewrite_log(worker_log, log)
 
 
-def _follow(desk: Any, log: RunLog, on_line: OnLine | None, stop: threading.Event, problems: list[OSError]) -> None:
+def _follow(
+    worker_log: Any, log: RunLog, on_line: OnLine | None, stop: threading.Event, problems: list[OSError]
+) -> None:
     import ray
 
     generation = position = 0
     while True:
-        last = stop.wait(_SECONDS_BETWEEN_LOOKS)
+        last = stop.wait(_POLL_SECONDS)
         try:
-            current, kept, lines = ray.get(desk.since.remote(generation, position))
-        except ray.exceptions.RayError:  # no answer, perhaps for a while; `_fit` tells of a desk that has died
+            current, kept, lines = ray.get(worker_log.since.remote(generation, position))
+        except ray.exceptions.RayError:  # no answer, perhaps for a while; `_fit` reports an actor that has died
             if last:
                 return
             continue
@@ -283,7 +285,7 @@ def _follow(desk: Any, log: RunLog, on_line: OnLine | None, stop: threading.Even
                 log.restart(lines[:kept])
             for line in lines[kept if current != generation else 0 :]:
                 log.add(line)
-        except OSError as error:  # a full disk, perhaps for a while: the training goes on as long as it can
+        except OSError as error:  # a full disk, perhaps for a while: the training continues as long as it can
             problems.append(error)
         if current != generation:
             generation, position, lines = current, kept, lines[kept:]
@@ -295,11 +297,11 @@ def _follow(desk: Any, log: RunLog, on_line: OnLine | None, stop: threading.Even
             return
 
 
-def _write_anew(desk: Any, log: RunLog) -> None:
-    """Write the whole log, of which some lines could not be written when they came."""
+def _rewrite_log(worker_log: Any, log: RunLog) -> None:
+    """Write the whole log again, of which some lines could not be written when they came."""
     import ray
 
-    _, _, lines = ray.get(desk.since.remote(-1, 0))
+    _, _, lines = ray.get(worker_log.since.remote(-1, 0))
     try:
         log.restart(lines)
     except OSError as error:
@@ -317,11 +319,11 @@ def run_tasks(
     As many run at once as the cluster has room for, each a single worker with `placement.threads_per_worker` CPUs.
 
     Args:
-        loop: module-level function that needs no checkpoints; a task whose process died starts anew.
+        loop: module-level function that needs no checkpoints; a task whose process died starts again.
         on_done: called in this process with (jobs done, jobs) whenever one ends.
 
     Raises:
-        InputError, RunError: as raised by a job; the other jobs are cancelled.
+        InputError, RunError: as raised by a job; the other jobs are canceled.
         RunError: a job failed otherwise, or its process died more often than `placement.max_failures`.
     """
     import ray

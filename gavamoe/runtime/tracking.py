@@ -1,4 +1,4 @@
-"""What a training run leaves to look at: `logs/STEP.jsonl`, TensorBoard, and MLflow or Weights & Biases where asked.
+"""The log of a training run: `logs/STEP.jsonl`, TensorBoard, and MLflow or Weights & Biases where configured.
 
 Written by the process that started the training, whatever machines the workers are on. When workers are restarted from
 a checkpoint, lines after it are taken back: the log never has a step twice.
@@ -31,7 +31,7 @@ class Tracker(Protocol):
         """Steps above `step` will come again."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Finish: no more numbers follow."""
 
 
 class RunLog:
@@ -67,7 +67,7 @@ class RunLog:
                 tracker.close()
 
     def add(self, line: Line) -> None:
-        """A new line."""
+        """Append a line to the log, and give its numbers to the trackers."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         step = line.get("step")
@@ -81,7 +81,7 @@ class RunLog:
                 tracker.add(step, numbers)
 
     def restart(self, lines: Sequence[Line]) -> None:
-        """Workers start with `lines` in their checkpoint: they are the whole log now."""
+        """Set the log back to `lines`, those of the checkpoint that restarted workers continue from."""
         with write_file(self.path) as aside:
             aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         steps = [line["step"] for line in lines if isinstance(line.get("step"), int)]

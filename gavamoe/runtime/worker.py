@@ -1,4 +1,4 @@
-"""A Ray Train worker's side of a training: its context, its checkpoints with checksums, and what it tells the driver.
+"""A Ray Train worker's side of a training: its context, its checkpoints with checksums, its messages to the driver.
 
 A checkpoint holds the loop's files, `log.jsonl` (the log so far: the driver's is set back to it when workers restart)
 and `checksums-RANK.json` for each rank. Rank 0 checks them before anything is resumed, and goes back to the checkpoint
@@ -38,8 +38,8 @@ GAUGES = {"step": "train_step", "loss": "train_loss", "tokens_per_second": "trai
 """Field of a log line -> Ray metric, which Prometheus shows as ray_gavamoe_NAME."""
 
 
-class Desk:
-    """An actor beside the driver that the workers tell their log lines and refusals. Outlives restarts of workers."""
+class WorkerLog:
+    """An actor on the driver's node that collects the workers' log lines and errors; it outlives their restarts."""
 
     def __init__(self) -> None:
         self._generation = self._kept = 0
@@ -70,28 +70,28 @@ class Desk:
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """What every worker is given."""
+    """The arguments of every worker: the loop, what it is called with, and how the worker reports."""
 
     loop: Callable[..., Any]
     arguments: dict[str, Any]
-    """Staged paths of the driver are `storage.Place`s here."""
+    """Keyword arguments of the loop; the driver's staged paths are `remote.Place`s here."""
     placement: RuntimeConfig
-    desk: Any
-    """Handle of the `Desk`."""
+    worker_log: Any
+    """Handle of the `WorkerLog`."""
     labels: dict[str, str]
-    """Of the Ray metrics."""
+    """Labels of the Ray metrics: the run and the step."""
     stop_file: Path | None
     """Once it exists, the workers end together at their next log line."""
 
 
 def run_worker(config: dict[str, Any]) -> Any:
-    """One worker's life. Errors of the loop's own are told to the desk and end the training without another attempt."""
+    """One worker's life. The loop's own errors go to the `WorkerLog` and end the training without another attempt."""
     import ray
     import torch
     from ray import train
 
     job: WorkerJob = config["job"]
-    if ray.get(job.desk.refusals.remote()):
+    if ray.get(job.worker_log.refusals.remote()):
         return None  # an attempt before this one was refused, by one rank only
     torch.set_num_threads(job.placement.threads_per_worker)
     places = {name: value for name, value in job.arguments.items() if isinstance(value, remote.Place)}
@@ -126,15 +126,15 @@ def storage_problem(error: BaseException | None) -> str | None:
 
 
 def _refuse(job: WorkerJob, error: Exception) -> None:
-    """Tell the desk. Where all ranks refuse, training ends at once; else the others wait for this one in a collective
-    operation, and only a failure stops them: the next attempt then ends at its start."""
+    """Tell the `WorkerLog`. Where all ranks refuse, training ends at once; else the others wait for this one in a
+    collective operation, and only a failure stops them: the next attempt then ends at its start."""
     import ray
     from ray import train
 
     context = train.get_context()
-    ray.get(job.desk.refuse.remote(context.get_world_rank(), error))
+    ray.get(job.worker_log.refuse.remote(context.get_world_rank(), error))
     end = time.monotonic() + _SECONDS_TO_AGREE
-    while len(ray.get(job.desk.refusals.remote())) < context.get_world_size():
+    while len(ray.get(job.worker_log.refusals.remote())) < context.get_world_size():
         if time.monotonic() > end:
             raise error
         time.sleep(0.1)
@@ -151,7 +151,7 @@ class RayContext:
         self.world_size: int = ray_context.get_world_size()
         self.device = f"cuda:{ray_context.get_local_rank()}" if job.placement.gpu else "cpu"
         self.resume_from: Path | None = None
-        self._desk, self._labels, self._stop_file = job.desk, job.labels, job.stop_file
+        self._worker_log, self._labels, self._stop_file = job.worker_log, job.labels, job.stop_file
         self._lines: list[Line] = []
         self._gauges: dict[str, Any] = {}
         self._resources = ExitStack()
@@ -171,7 +171,7 @@ class RayContext:
 
         self._resources.close()
         if self.rank == 0:
-            ray.get(self._desk.refusals.remote())  # calls are carried out in order: all lines have arrived
+            ray.get(self._worker_log.refusals.remote())  # calls are carried out in order: all lines have arrived
 
     def log(self, metrics: Metrics) -> None:
         if self.rank == 0:
@@ -181,7 +181,7 @@ class RayContext:
 
     def _tell(self, line: Line) -> None:
         self._lines.append(line)
-        self._desk.add.remote(line)
+        self._worker_log.add.remote(line)
         for field, gauge in self._gauges.items():
             value = line.get(field)
             if isinstance(value, int | float):
@@ -207,7 +207,7 @@ class RayContext:
         write_checksums(folder, self.rank, self.world_size)
         train.report(dict(metrics), checkpoint=train.Checkpoint.from_directory(folder))
         if self.rank == 0:
-            ray.get(self._desk.refusals.remote())  # a desk that has died ends the training here, not at its end
+            ray.get(self._worker_log.refusals.remote())  # where the actor has died, training ends here, not at its end
 
     def _start_log(self) -> None:
         from ray.util.metrics import Gauge
@@ -215,7 +215,7 @@ class RayContext:
         if self.resume_from is not None:
             text = (self.resume_from / LOG_FILE).read_text(encoding="utf-8")
             self._lines = [json.loads(line) for line in text.splitlines()]
-        self._desk.restart.remote(list(self._lines))
+        self._worker_log.restart.remote(list(self._lines))
         for field, name in GAUGES.items():
             gauge = Gauge(f"gavamoe_{name}", f"{field} of the latest log line", tag_keys=tuple(self._labels))
             gauge.set_default_tags(self._labels)
@@ -236,13 +236,13 @@ def _newest_whole_checkpoint(rank: int) -> tuple[Any, list[str]]:
     damaged: list[str] = []
     chosen = -1
     if rank == 0:
-        for place in reversed(range(len(reported))):
-            with reported[place].checkpoint.as_directory() as folder:
+        for index in reversed(range(len(reported))):
+            with reported[index].checkpoint.as_directory() as folder:
                 problem = find_damage(Path(folder))
             if problem is None:
-                chosen = place
+                chosen = index
                 break
-            damaged.append(f"{reported[place].checkpoint.path}: {problem}")
+            damaged.append(f"{reported[index].checkpoint.path}: {problem}")
     chosen = broadcast_from_rank_zero(chosen)
     if chosen >= 0:
         return reported[chosen].checkpoint, damaged

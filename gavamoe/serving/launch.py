@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from gavamoe.errors import InputError, RunError, one_line, validated
+from gavamoe.runtime.ray_train import free_port
 from gavamoe.serving.routing import Router
 from gavamoe.serving.security import ApiKeys
 from gavamoe.serving.settings import ServeArgs
@@ -143,13 +144,6 @@ def _haproxy(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
     }
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def update_service(args: ServeArgs, *, say: Callable[[str], None]) -> None:

@@ -4,7 +4,7 @@
     train            its training, from dataset to artifact
     trainer          the loop: pretraining, mixture fit, ELBO
     validation       held-out scores, guards against collapse
-    pair_stream      the order of pairs, negatives, hidden ids
+    pair_stream      the order of pairs, negatives, id dropout
     mixture_init     fitting the mixture to the latents
     spectral_init    spectral initialization of the embeddings
     sparse_adam      Adam that touches only the rows of a batch
@@ -14,5 +14,7 @@
     artifact         its model on disk
     cache            one training shared between runs that agree in all that stage 1 reads
 
-Shape letters: B pairs of a batch, N pairs, U users, I items, K clusters, L latent, E embedding.
+Shape letters: B pairs of a batch, N pairs, U users, I items, K clusters, L latent dimensions, E embedding size; in
+the encoder T the two tokens of a pair, Q those of them that attend, H heads of D; R outputs of the decoder, rows of an
+embedding table that a batch uses (sparse_adam), or components (spectral_init); P occurrences of V values (clusters).
 """

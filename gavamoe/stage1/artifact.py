@@ -1,4 +1,4 @@
-"""Stage 1's model on disk: what builds it as JSON, its weights as safetensors. Stage 2's folder holds a copy."""
+"""Stage 1's model on disk: its specification as JSON, its weights as safetensors. Stage 2's folder holds a copy."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ VAE_GMM_WEIGHTS = "vae_gmm.safetensors"
 
 
 def save_vae_gmm(folder: Path, model: VaeGmm) -> None:
-    """Write stage 1's model into a folder: what builds it, and its weights."""
+    """Write stage 1's model into a folder: its specification and its weights."""
     write_json(folder / VAE_GMM_SPEC, model.to_spec())
     save_weights(folder / VAE_GMM_WEIGHTS, model)
 

@@ -4,8 +4,6 @@ Pairs are what the mixture models, but users are what the clusters are for. A mi
 alone sorts pairs by rating or genre, and one user's pairs then go to every gate. So users are clustered by
 their pretrained embeddings, the mixture takes the moments of each cluster's pairs, and in training all pairs of
 a user share one q(c|x) (docs/stage1.md).
-
-Shape letters: N pairs, U users, K clusters, L latent, E embedding.
 """
 
 from typing import NamedTuple
@@ -21,7 +19,7 @@ from gavamoe.config.schema import Stage1Config
 from gavamoe.errors import InputError
 
 SAMPLE = 20_000
-"""Users, or pairs, at most to which a mixture is fitted."""
+"""Users, or pairs, that a mixture is fitted to, at most."""
 _MAX_ITERATIONS = 300
 _LEAST_SHARE = 1e-6
 
@@ -70,11 +68,11 @@ class UserClusters:
 
     def __init__(self, shares_UK: np.ndarray) -> None:
         self.log_q = self._with_unknown(torch.from_numpy(shares_UK).clamp_min(_LEAST_SHARE).log())
-        """(U + 1, K) float32"""
+        """log q(c|u) of every known user and of the unknown one: (U + 1, K) float32."""
         self._evidence = torch.zeros_like(self.log_q, dtype=torch.float64)
 
     def disagreement(self, user_B: Tensor, log_gamma_BK: Tensor) -> Tensor:
-        """KL(q(c|u) || gamma) of every pair, (B,): what the bound would lose with q(c|u) as q(c|x)."""
+        """KL(q(c|u) || gamma) of every pair, (B,): by how much the bound would fall with q(c|u) as q(c|x)."""
         log_q_BK = self.log_q[user_B.long().cpu()].to(log_gamma_BK.device)
         return (log_q_BK.exp() * (log_q_BK - log_gamma_BK)).sum(dim=-1)
 
@@ -83,7 +81,7 @@ class UserClusters:
         self._evidence.index_add_(0, user_B.long().cpu(), log_density_BK.detach().double().cpu())
 
     def update(self, log_weights_K: Tensor, world_size: int, device: str) -> None:
-        """Turn the epoch's evidence, of all workers, into q(c|u), and start to count anew."""
+        """Turn the epoch's evidence, of all workers, into q(c|u), and reset the evidence to zero."""
         evidence = self._evidence
         if world_size > 1:
             shared = evidence.to(device)

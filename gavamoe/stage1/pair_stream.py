@@ -1,8 +1,8 @@
 """The pairs that stage 1 reads: every epoch's order, sampled negatives and hidden ids, as functions of the seed.
 
-Pairs are never held whole. They stream from the dataset's files into buckets on disk, a random one for each
-pair; a bucket is shuffled when it is read. That is a uniformly random order of all pairs, of which one bucket is in
-memory (Rao 1961). Data of one bucket, about a million pairs, stay in memory throughout.
+The pairs are never in memory all at once. They stream from the dataset's files into buckets on disk, a random one for
+each pair; a bucket is shuffled when it is read. That is a uniformly random order of all pairs, of which one bucket is
+in memory (Rao 1961). Data that fit one bucket, about a million pairs, stay in memory throughout.
 
 Nothing here depends on how many workers there are: they cut the same global batches into slices.
 """
@@ -19,29 +19,30 @@ from gavamoe.data.dataset import Dataset, PairArrays
 from gavamoe.errors import InputError, RunError
 
 BUCKET_PAIRS = 2**20
-"""Pairs of a bucket, about."""
+"""Pairs of a bucket, on average."""
 MAX_BUCKETS = 128
-"""More data make larger buckets: each is an open file."""
+"""Number of buckets at most, each an open file; more data make larger buckets."""
 _MEMORY_BYTES = 2**24
 """Bytes at most that all buckets of one kind keep in memory before they go to disk."""
 
 _NEGATIVE_ROUNDS = 30
-"""Rounds of drawing again what was observed; a user who has seen nearly everything gets fewer negatives."""
+"""Rounds in which negatives that were observed are drawn again; a user who has seen nearly everything gets fewer."""
 
 _PIECE = 2**20
+"""Ids that are hidden at a time, since the random draws take twice their memory."""
 
 _ORDER, _NEGATIVES, _HIDDEN, _HELD_OUT, _BUCKETS = range(5)  # one random stream each
 
 
 class Pairs(NamedTuple):
-    """N user-item pairs; ratings are 1 and 0 for implicit data."""
+    """N user-item pairs with their ratings."""
 
     user: np.ndarray
-    """(N,) int32"""
+    """User indices: (N,) int32."""
     item: np.ndarray
-    """(N,) int32"""
+    """Item indices: (N,) int32."""
     rating: np.ndarray
-    """(N,) float32"""
+    """Ratings, for implicit data 1 for observed and 0 for sampled pairs: (N,) float32."""
 
     def take(self, rows: np.ndarray | slice) -> "Pairs":
         """The pairs of some rows."""
@@ -49,7 +50,7 @@ class Pairs(NamedTuple):
 
     @property
     def size(self) -> int:
-        """N."""
+        """N: number of pairs."""
         return len(self.user)
 
     @classmethod
@@ -106,7 +107,7 @@ class Epoch:
         self._starts = [0, *itertools.accumulate(bucket.size for bucket in buckets)]
         self._loaded: tuple[int, Pairs] | None = None
         self.size = self._starts[-1]
-        """N."""
+        """N: number of pairs."""
 
     def take(self, rows: slice) -> Pairs:
         """The pairs of consecutive rows; quickest in rising order, for the last bucket read is kept."""
@@ -148,10 +149,14 @@ class PairSource:
                 f"{dataset.path}: the training split is empty; prepare the data with a larger share for it"
             )
         self._count = min(-(-self.size * (1 + self._negatives) // BUCKET_PAIRS), MAX_BUCKETS)
-        self._by_user = self._users_apart("train") if self._negatives else None
+        self._by_user = self._split_by_user("train") if self._negatives else None
 
     def epoch(self, epoch: int) -> Epoch:
         """All pairs of one training epoch in their order: a function of (seed, epoch)."""
+        # Two steps make one uniform shuffle of pairs that don't fit in memory: every pair goes to a random bucket
+        # here, and `_arrange` permutes a bucket when it is read. Both draw from streams of their own, named by seed,
+        # epoch and bucket, so that reading a bucket twice, or on another worker, gives the same order. With one bucket
+        # there is nothing to draw, and the pairs stay in memory.
         buckets, random = self._new_buckets(), self._random(_BUCKETS, epoch)
         for pairs in self._with_negatives(epoch) if self._by_user else self.observed():
             if self._count == 1:
@@ -169,8 +174,8 @@ class PairSource:
         chosen = np.sort(random.choice(self.size, min(count, self.size), replace=False))
         parts, start = [], 0
         for pairs in self.observed():
-            own = slice(*np.searchsorted(chosen, [start, start + pairs.size]))
-            parts.append(pairs.take(chosen[own] - start))
+            here = slice(*np.searchsorted(chosen, [start, start + pairs.size]))
+            parts.append(pairs.take(chosen[here] - start))
             start += pairs.size
         return Pairs.join(parts)
 
@@ -179,16 +184,16 @@ class PairSource:
 
         Negatives are fixed, as many per pair as in training, and in neither `split` nor the training split.
         """
-        found = PairFile()
+        held_out = PairFile()
         if self._by_user is None:
             for pairs in self._rows(split):
-                found.append(pairs)
-            return found
-        for bucket, (own, train) in enumerate(zip(self._users_apart(split), self._by_user, strict=True)):
-            pairs = own.all()
+                held_out.append(pairs)
+            return held_out
+        for bucket, (file, train) in enumerate(zip(self._split_by_user(split), self._by_user, strict=True)):
+            pairs = file.all()
             seen = np.union1d(self._keys(train.all()), self._keys(pairs))
-            found.append(self._add_negatives(pairs, seen, self._random(_HELD_OUT, 0, bucket)))
-        return found
+            held_out.append(self._add_negatives(pairs, seen, self._random(_HELD_OUT, 0, bucket)))
+        return held_out
 
     def _rows(self, split: str) -> Iterator[Pairs]:
         start = 0
@@ -215,8 +220,10 @@ class PairSource:
     def _new_buckets(self) -> list[PairFile]:
         return [PairFile(_MEMORY_BYTES // self._count) for _ in range(self._count)]
 
-    def _users_apart(self, split: str) -> list[PairFile]:
-        """A split's pairs, all of a user in one bucket: what a user never took is then known from that bucket."""
+    def _split_by_user(self, split: str) -> list[PairFile]:
+        """A split's pairs in buckets, all of a user in one."""
+        # A negative is an item that its user has no pair with. With all pairs of a user in one bucket that can be
+        # checked by reading this bucket alone, however large the data.
         buckets = self._new_buckets()
         for pairs in self._rows(split):
             _scatter(pairs, (pairs.user % self._count).astype(np.uint8), buckets)
@@ -284,5 +291,5 @@ def _hide(index: np.ndarray, unknown: int, rate: float, random: np.random.Genera
 def _contains(sorted_keys: np.ndarray, keys: np.ndarray) -> np.ndarray:
     if not len(sorted_keys):
         return np.zeros(len(keys), bool)
-    place = np.searchsorted(sorted_keys, keys).clip(max=len(sorted_keys) - 1)
-    return sorted_keys[place] == keys
+    position = np.searchsorted(sorted_keys, keys).clip(max=len(sorted_keys) - 1)
+    return sorted_keys[position] == keys

@@ -1,4 +1,4 @@
-"""Routes that are not stage 1's, to learn what its routes are worth: random ones, and the planted groups themselves.
+"""Route controls, which replace stage 1's routes to measure their worth: random routes, and the planted groups.
 
 `stage2.routes` chooses them. A control is part of the stage-2 artifact (route_control.json, only where there is one),
 so that texts are written through the gates that were trained. It is an experiment: such a model is not served.
@@ -20,16 +20,17 @@ CONTROL_FILE = "route_control.json"
 
 
 class RouteControl(BaseModel):
-    """A rule that gives a pair its cluster without looking at stage 1."""
+    """A rule that gives a pair its cluster without stage 1."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["random", "oracle"]
+    """The rule. random: a hash of the pair; oracle: the user's planted group."""
     clusters: int
-    """K."""
+    """K: number of clusters."""
     seed: int
-    """Of random routes."""
+    """Seed of random routes."""
     groups: tuple[int, ...] = ()
-    """Of oracle routes: each user's planted group, by user index."""
+    """Planted group of each user, by user index; only for oracle routes."""
 
     @classmethod
     def of(cls, config: RunConfig, dataset: Dataset) -> "RouteControl | None":

@@ -1,4 +1,4 @@
-"""Which cluster every pair goes to (Eq. 8, 9), from the latent's mean and never a sample.
+"""Routing: the cluster of every pair (Eq. 8, 9), from the latent's mean and never a sample.
 
 The same pair takes the same route in any batch, on any worker, on every call. `routes.parquet` holds one row
 per pair: split, user, item, cluster, responsibilities, predicted_rating, in each split's own row order.
@@ -38,11 +38,11 @@ class Routes(NamedTuple):
     """Routes of N pairs over K clusters."""
 
     cluster: np.ndarray
-    """(N,) int16: the most likely cluster (Eq. 9)."""
+    """The most likely cluster of each pair (Eq. 9): (N,) int16."""
     responsibilities: np.ndarray
-    """(N, K) float32, rows sum to 1 (Eq. 8)."""
+    """Responsibilities of the clusters for each pair (Eq. 8): (N, K) float32, rows sum to 1."""
     rating: np.ndarray
-    """(N,) float32: stage 1's expected rating; the probability of interaction for implicit data."""
+    """Stage 1's expected rating of each pair, for implicit data the probability of interaction: (N,) float32."""
 
 
 def route_pairs(
@@ -81,8 +81,8 @@ def write_routes(path: Path, dataset: Dataset, model: VaeGmm, device: str = "cpu
     with write_file(path) as aside, pq.ParquetWriter(aside, _SCHEMA, compression="zstd") as writer:
         for split in SPLITS:
             for pairs in dataset.pairs(split):
-                found = _route_batches(model, pairs.user, pairs.item, BATCH_SIZE, device)
-                for start, routes in enumerate(found):
+                batches = _route_batches(model, pairs.user, pairs.item, BATCH_SIZE, device)
+                for start, routes in enumerate(batches):
                     rows = slice(start * BATCH_SIZE, start * BATCH_SIZE + len(routes.cluster))
                     writer.write_table(_table(split, pairs.user[rows], pairs.item[rows], routes))
 
@@ -103,9 +103,9 @@ def read_routes(path: Path, split: str, rows: int | None = None) -> Routes:
     """
     _check(path)
     table = pq.read_table(path, filters=[("split", "==", split)])
-    found = table.num_rows
-    if rows is not None and found != rows:
-        raise InputError(f"{path}: routes {found} {split} pairs, the dataset has {rows}; they don't belong together")
+    routed = table.num_rows
+    if rows is not None and routed != rows:
+        raise InputError(f"{path}: routes {routed} {split} pairs, the dataset has {rows}; they don't belong together")
     return _routes(table)
 
 
@@ -145,21 +145,21 @@ def _routes(table: pa.Table) -> Routes:
 
 
 class TrainingRoutes(NamedTuple):
-    """What the routes of the training pairs add up to."""
+    """The routes of all training pairs, summed up."""
 
     pairs_K: np.ndarray
-    """int64 (K,): pairs of each cluster."""
+    """Number of pairs of each cluster: int64 (K,)."""
     user_means_UK: np.ndarray
-    """float64 (known users, K): a user's clusters, the mean of the responsibilities of its training pairs."""
+    """Mean responsibilities of each known user's training pairs: float64 (known users, K)."""
 
 
 def training_routes(dataset: Dataset, path: Path) -> TrainingRoutes:
-    """Add up a routes file, a batch in memory.
+    """Sum up a routes file, of which one batch is in memory at a time.
 
     Raises:
         InputError: no such file, not a routes file, or routes of another dataset.
     """
-    users, found = dataset.catalog.known_users, 0
+    users, routed = dataset.catalog.known_users, 0
     count_U1, sum_UK, pairs_K = np.zeros((users, 1)), np.zeros(()), np.zeros((), np.int64)
     for user, routes in route_batches(path, "train"):
         if user.max() >= users:
@@ -169,14 +169,14 @@ def training_routes(dataset: Dataset, path: Path) -> TrainingRoutes:
         sum_UK = sum_UK + np.stack(sums, axis=1)
         count_U1 += np.bincount(user, minlength=users)[:, None]
         pairs_K = pairs_K + np.bincount(routes.cluster, minlength=clusters)
-        found += len(user)
-    if found != dataset.size("train"):
-        raise InputError(f"{path}: routes {found} training pairs, the dataset has {dataset.size('train')}")
+        routed += len(user)
+    if routed != dataset.size("train"):
+        raise InputError(f"{path}: routes {routed} training pairs, the dataset has {dataset.size('train')}")
     return TrainingRoutes(pairs_K, sum_UK / np.maximum(count_U1, 1))
 
 
 def user_responsibilities(dataset: Dataset, path: Path) -> np.ndarray:
-    """A known user's clusters: the mean of the responsibilities of its training pairs, (known users, K)."""
+    """Mean responsibilities of each known user's training pairs: (known users, K)."""
     return training_routes(dataset, path).user_means_UK
 
 
@@ -197,5 +197,5 @@ def user_group_ari(responsibilities: np.ndarray, groups: np.ndarray, seed: int) 
 
     wanted = len(np.unique(groups))
     distinct = len(np.unique(responsibilities.round(6), axis=0))
-    found = KMeans(min(wanted, distinct), n_init=10, random_state=seed).fit_predict(responsibilities)
-    return float(adjusted_rand_score(groups, found))
+    clusters = KMeans(min(wanted, distinct), n_init=10, random_state=seed).fit_predict(responsibilities)
+    return float(adjusted_rand_score(groups, clusters))

@@ -1,4 +1,4 @@
-"""Adam for embedding tables that touches only the rows a batch used, and the exchange of their gradients.
+"""Sparse AdamW for embedding tables, which updates only the rows that a batch used, and the exchange of gradients.
 
 A dense optimizer step over 47,413 rows of 768 reads and writes a gigabyte, as much time as the whole
 backward pass on a CPU; a batch of 1,024 pairs uses at most 2,048 of these rows. A row that is not used
@@ -69,10 +69,10 @@ class GradientSum:
     def __init__(self, dense: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
         self._dense, self._tables = dense, tables
         self._flat = dense[0].new_empty(0) if dense else torch.empty(0)
-        """All dense gradients of the last step: kept, for so much fresh memory costs as much as the exchange."""
+        """Buffer of all dense gradients, kept between steps: to allocate it anew costs as much as the exchange."""
 
     def __call__(self, counts: Sequence[int]) -> None:
-        """Sum up; `counts` are the rows of the batch on each worker, of which one needs no process group."""
+        """Sum up; `counts` are the batch's rows on each worker, and a single worker needs no process group."""
         work = self._start_dense() if len(counts) > 1 else None
         for table in self._tables:
             grad = table.grad
@@ -90,9 +90,9 @@ class GradientSum:
 
     def _start_dense(self) -> dist.Work:
         """Begin to sum the dense gradients, in the background of the exchange of rows."""
-        parts = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self._dense]
-        self._flat.resize_(sum(part.numel() for part in parts))
-        torch.cat(parts, out=self._flat)
+        gradients = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in self._dense]
+        self._flat.resize_(sum(gradient.numel() for gradient in gradients))
+        torch.cat(gradients, out=self._flat)
         return dist.all_reduce(self._flat, async_op=True)
 
 
@@ -111,13 +111,13 @@ def _gather_rows(rows_B: Tensor, values_BE: Tensor, counts: Sequence[int]) -> tu
     return _gather(rows_B, counts), _gather(values_BE, counts)
 
 
-def _gather(part: Tensor, counts: Sequence[int]) -> Tensor:
-    """The workers' parts, one after the other; gloo exchanges equal shapes only, so shorter ones are padded."""
-    room = max(counts)
-    if len(part) < room:
-        part = torch.cat([part, part.new_zeros(room - len(part), *part.shape[1:])])
-    gathered = part.new_empty(len(counts), *part.shape)
-    dist.all_gather(list(gathered), part)
-    if min(counts) == room:
+def _gather(local: Tensor, counts: Sequence[int]) -> Tensor:
+    """The workers' tensors, one after the other; gloo exchanges equal shapes only, so shorter ones are padded."""
+    longest = max(counts)
+    if len(local) < longest:
+        local = torch.cat([local, local.new_zeros(longest - len(local), *local.shape[1:])])
+    gathered = local.new_empty(len(counts), *local.shape)
+    dist.all_gather(list(gathered), local)
+    if min(counts) == longest:
         return gathered.flatten(0, 1)
     return torch.cat([gathered[worker, :count] for worker, count in enumerate(counts)])

@@ -1,9 +1,7 @@
-"""Where stage 1's embeddings start: the leading singular vectors of the training ratings.
+"""Spectral initialization of stage 1's embeddings: the leading singular vectors of the training ratings.
 
 From small random embeddings the interaction of users with items is a saddle that takes epochs to leave while the
-network memorises pairs; the singular vectors of what a user + item bias model leaves over show it at once.
-
-Shape letters: N pairs, U users, I items, R components.
+network memorizes pairs; the singular vectors of the residuals of a user + item bias model show it at once.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,11 +15,13 @@ from gavamoe.stage1.pair_stream import Pairs
 from gavamoe.stage1.vae_gmm import VaeGmm
 
 MAX_COMPONENTS = 16
+"""Number of singular vectors at most."""
 SCALE = 3.0
-"""Standard deviation of the strongest component. Far above the random part, for the encoder's first layer norm sees
-only directions, and large enough that the user's own embedding stays visible in the latent (docs/stage1.md)."""
+"""Standard deviation of the strongest component in the embeddings. It is far above the random part, since the
+encoder's first layer norm sees only directions, and large enough that the user's own embedding stays visible in the
+latent (docs/stage1.md)."""
 _SHRINKAGE = 5.0
-"""Ratings of the mean that each user and item is given beside its own, when biases are fitted."""
+"""Shrinkage of the biases: each user and item counts as if it had this many more ratings, all equal to the mean."""
 _BIAS_ROUNDS = 3
 _NO_SPREAD = 1e-6
 _POWER_ITERATIONS = 7
@@ -32,13 +32,13 @@ class Spectral(NamedTuple):
     """Coordinates of users and items: the bias first, then the components, the strongest first."""
 
     user: np.ndarray
-    """(U, 1 + R)"""
+    """Coordinates of the users: (U, 1 + R)."""
     item: np.ndarray
-    """(I, 1 + R)"""
+    """Coordinates of the items: (I, 1 + R)."""
 
 
 Stream = Callable[[], Iterable[Pairs]]
-"""The training pairs, a batch at a time, anew at each call."""
+"""Called for each pass over the training pairs; yields them a batch at a time."""
 
 
 def spectral_coordinates(pairs: Stream, n_users: int, n_items: int, components: int, seed: int) -> Spectral | None:
@@ -56,20 +56,20 @@ def spectral_coordinates(pairs: Stream, n_users: int, n_items: int, components: 
     kept = (singular - singular[-1])[:-1]
     if kept[0] <= 1e-9:
         return None
-    user = _standardised(left[:, :-1] * kept * matrix.user_scale[:, None])
-    item = _standardised(right[:, :-1] * kept * matrix.item_scale[:, None])
+    user = _standardized(left[:, :-1] * kept * matrix.user_scale[:, None])
+    item = _standardized(right[:, :-1] * kept * matrix.item_scale[:, None])
     return Spectral(np.c_[biases.user, user], np.c_[biases.item, item])
 
 
 def init_embeddings(model: VaeGmm, pairs: Stream, seed: int) -> bool:
     """Add the coordinates to the leading columns of the model's tables; the unknown rows stay at the mean, zero."""
     components = min(MAX_COMPONENTS, model.config.embedding_size - 1)
-    found = spectral_coordinates(pairs, model.n_users, model.n_items, components, seed)
-    if found is None:
+    spectral = spectral_coordinates(pairs, model.n_users, model.n_items, components, seed)
+    if spectral is None:
         return False
     with torch.no_grad():
-        for table, part in ((model.user_embedding, found.user), (model.item_embedding, found.item)):
-            added = torch.from_numpy(SCALE * part).to(table.weight)
+        for table, coordinates in ((model.user_embedding, spectral.user), (model.item_embedding, spectral.item)):
+            added = torch.from_numpy(SCALE * coordinates).to(table.weight)
             table.weight[:-1, : added.shape[1]] += added
     return True
 
@@ -81,22 +81,24 @@ class _Biases(NamedTuple):
     """
 
     user: np.ndarray
-    """(U,)"""
+    """Bias of each user: (U,)."""
     item: np.ndarray
-    """(I,)"""
+    """Bias of each item: (I,)."""
     user_count: np.ndarray
-    """(U,) pairs."""
+    """Number of each user's pairs: (U,)."""
     item_count: np.ndarray
+    """Number of each item's pairs: (I,)."""
     mean: float
+    """Mean rating."""
     spread: float
-    """Of the ratings; 0 for implicit data."""
+    """Standard deviation of the ratings; 0 for implicit data."""
 
     def rating(self, pairs: Pairs) -> np.ndarray:
-        """Standardised ratings, float64 (N,)."""
+        """Standardized ratings, float64 (N,)."""
         return (pairs.rating.astype(np.float64) - self.mean) / self.spread
 
     def residual(self, pairs: Pairs) -> np.ndarray:
-        """What the model leaves over, float64 (N,)."""
+        """Residuals of the bias model: float64 (N,)."""
         if not self.spread:
             return np.ones(pairs.size)
         return self.rating(pairs) - self.user[pairs.user] - self.item[pairs.item]
@@ -104,27 +106,27 @@ class _Biases(NamedTuple):
 
 def _fit_biases(pairs: Stream, n_users: int, n_items: int) -> _Biases:
     user_count, item_count, moments = np.zeros(n_users), np.zeros(n_items), np.zeros(3)
-    for own in pairs():
-        user_count += np.bincount(own.user, minlength=n_users)
-        item_count += np.bincount(own.item, minlength=n_items)
-        rating = own.rating.astype(np.float64)
-        moments += np.array([own.size, rating.sum(), rating @ rating])
+    for batch in pairs():
+        user_count += np.bincount(batch.user, minlength=n_users)
+        item_count += np.bincount(batch.item, minlength=n_items)
+        rating = batch.rating.astype(np.float64)
+        moments += np.array([batch.size, rating.sum(), rating @ rating])
     mean = moments[1] / moments[0]
     spread = np.sqrt(max(moments[2] / moments[0] - mean**2, 0.0))
     if spread < _NO_SPREAD:
         activity, popularity = np.log1p(user_count), np.log1p(item_count)
         user, item = activity - activity.mean(), popularity - popularity.mean()
         return _Biases(user, item, user_count, item_count, mean, spread=0.0)
-    found = _Biases(np.zeros(n_users), np.zeros(n_items), user_count, item_count, mean, spread)
+    biases = _Biases(np.zeros(n_users), np.zeros(n_items), user_count, item_count, mean, spread)
     for _ in range(_BIAS_ROUNDS):
         item_sum, user_sum = np.zeros(n_items), np.zeros(n_users)
-        for own in pairs():
-            item_sum += np.bincount(own.item, found.rating(own) - found.user[own.user], n_items)
-        found = found._replace(item=item_sum / (item_count + _SHRINKAGE))
-        for own in pairs():
-            user_sum += np.bincount(own.user, found.rating(own) - found.item[own.item], n_users)
-        found = found._replace(user=user_sum / (user_count + _SHRINKAGE))
-    return found
+        for batch in pairs():
+            item_sum += np.bincount(batch.item, biases.rating(batch) - biases.user[batch.user], n_items)
+        biases = biases._replace(item=item_sum / (item_count + _SHRINKAGE))
+        for batch in pairs():
+            user_sum += np.bincount(batch.user, biases.rating(batch) - biases.item[batch.item], n_users)
+        biases = biases._replace(user=user_sum / (user_count + _SHRINKAGE))
+    return biases
 
 
 class _Residuals(scipy.sparse.linalg.LinearOperator):
@@ -136,9 +138,9 @@ class _Residuals(scipy.sparse.linalg.LinearOperator):
         self.user_scale, self.item_scale = (_degree_scale(count) for count in (biases.user_count, biases.item_count))
 
     def _blocks(self) -> Iterator[scipy.sparse.csr_matrix]:
-        for own in self._pairs():
-            values = self._biases.residual(own) * self.user_scale[own.user] * self.item_scale[own.item]
-            yield scipy.sparse.csr_matrix((values, (own.user, own.item)), shape=self.shape)
+        for batch in self._pairs():
+            values = self._biases.residual(batch) * self.user_scale[batch.user] * self.item_scale[batch.item]
+            yield scipy.sparse.csr_matrix((values, (batch.user, batch.item)), shape=self.shape)
 
     def _matmat(self, columns: np.ndarray) -> np.ndarray:
         return sum(block @ columns for block in self._blocks())
@@ -165,10 +167,10 @@ def _degree_scale(count: np.ndarray) -> np.ndarray:
     return 1 / np.sqrt(count + count.mean())
 
 
-def _standardised(part: np.ndarray) -> np.ndarray:
-    """Centred, the column that varies most at unit variance.
+def _standardized(components: np.ndarray) -> np.ndarray:
+    """The columns centered and scaled together, so that the one that varies most has unit variance.
 
-    Without ratings a leading component is all but constant: the popularity that the bias column tells already.
+    Without ratings a leading component is almost constant: it is the popularity, which the bias column has already.
     """
-    part = part - part.mean(axis=0)
-    return part / max(part.std(axis=0).max(), 1e-12)
+    centered = components - components.mean(axis=0)
+    return centered / max(centered.std(axis=0).max(), 1e-12)

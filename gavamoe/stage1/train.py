@@ -1,7 +1,7 @@
 """Train stage 1 (section 3.4.1) and write its artifact.
 
 `train_stage1` reads a dataset folder and writes the folder `stage1/`: vae_gmm.json, vae_gmm.safetensors,
-routes.parquet, metrics.json, artifact.json. The loop itself is in `stage1_trainer`.
+routes.parquet, metrics.json, artifact.json. The loop itself is in `trainer`.
 """
 
 import time
@@ -77,36 +77,38 @@ def _final_metrics(trainer: Trainer, routes: Path) -> dict[str, Any]:
 
 
 def _split_metrics(trainer: Trainer, pairs: PairFile) -> dict[str, Any]:
-    alone = _Alone(trainer.context)
-    numbers = validate(trainer.model, pairs, trainer.config.beta, alone).numbers()
+    worker = _SingleWorker(trainer.context)
+    numbers = validate(trainer.model, pairs, trainer.config.beta, worker).numbers()
     if trainer.dataset.implicit:
         popularity = np.zeros(trainer.dataset.catalog.n_items, np.int64)
         for observed in trainer.source.observed():
             popularity += np.bincount(observed.item, minlength=len(popularity))
-        numbers["auc"] = _auc(pairs, lambda own: route_pairs(trainer.model, own.user, own.item, device=alone.device)[2])
-        numbers["popularity_auc"] = _auc(pairs, lambda own: popularity[own.item] / popularity.max())
+        numbers["auc"] = _auc(
+            pairs, lambda batch: route_pairs(trainer.model, batch.user, batch.item, device=worker.device).rating
+        )
+        numbers["popularity_auc"] = _auc(pairs, lambda batch: popularity[batch.item] / popularity.max())
     return numbers
 
 
 def _auc(pairs: PairFile, score: Callable[[Pairs], np.ndarray]) -> float:
-    """How often a chosen pair scores above a sampled negative: .5 by chance, 1 perfect.
+    """Area under the ROC curve: how often an observed pair scores above a sampled one; .5 by chance, 1 perfect.
 
-    Scores, 0 to 1, are counted in steps of 2^-20: equal to all digits that count, and the pairs need not be held.
+    Scores, 0 to 1, are counted in steps of 2^-20: precise to all digits that matter, and the pairs need not be held.
     """
     from sklearn.metrics import roc_auc_score
 
     counts_2S = np.zeros((2, _SCORE_STEPS + 1), np.int64)
     for start in range(0, pairs.size, BUCKET_PAIRS):
-        own = pairs.take(slice(start, start + BUCKET_PAIRS))
-        place = (score(own) * _SCORE_STEPS).round().astype(np.int64)
+        batch = pairs.take(slice(start, start + BUCKET_PAIRS))
+        steps = (score(batch) * _SCORE_STEPS).round().astype(np.int64)
         for chosen in (0, 1):
-            counts_2S[chosen] += np.bincount(place[own.rating == chosen], minlength=_SCORE_STEPS + 1)
+            counts_2S[chosen] += np.bincount(steps[batch.rating == chosen], minlength=_SCORE_STEPS + 1)
     is_chosen, step = counts_2S.nonzero()
     return float(roc_auc_score(is_chosen, step, sample_weight=counts_2S[is_chosen, step]))
 
 
-class _Alone:
-    """Rank 0 working by itself."""
+class _SingleWorker:
+    """Rank 0 as the only worker, for what it does while the others wait."""
 
     rank, world_size = 0, 1
 

@@ -29,7 +29,7 @@ from gavamoe.stage1.validation import Validation, collapse_warnings, validate
 CHECKPOINT_FILE = "stage1.pt"
 LOGS_PER_EPOCH = 10
 FINAL_RATE = 0.05
-"""Share of the learning rates that a linear schedule ends with."""
+"""Share of the learning rates with which a linear schedule ends."""
 
 
 def build_model(config: RunConfig, dataset: Dataset) -> VaeGmm:
@@ -89,7 +89,7 @@ class Trainer:
 
     @property
     def total_epochs(self) -> int:
-        """Of both phases, if it is not stopped early."""
+        """Epochs of both phases, if training is not stopped early."""
         return self.config.pretrain_epochs + self.config.epochs
 
     @property
@@ -144,25 +144,32 @@ class Trainer:
     def _train_step(self, pairs: Epoch, rows: slice, beta: float | None, noise_BL: Tensor) -> dict[str, Tensor]:
         """One optimizer step on one global batch, of which this worker computes its slice."""
         slices = worker_slices(rows, self.context.world_size)
-        own = slices[self.context.rank]
-        user_B, item_B, rating_B = (torch.tensor(part, device=self.context.device) for part in pairs.take(own))
+        local = slices[self.context.rank]
+        user_B, item_B, rating_B = (torch.tensor(column, device=self.context.device) for column in pairs.take(local))
         mu_BL, log_var_BL = self.model.encode(user_B, item_B)
+        # Slices may differ by a pair, so losses are summed over a slice and divided by the size of the GLOBAL batch:
+        # the sum of the workers' gradients is then the gradient of the mean, on any number of workers.
         share = 1 / (rows.stop - rows.start)
         if beta is None:
+            # Pretraining: a plain autoencoder, at z = mu and without a prior.
             loss = -self.model.log_likelihood(self.model.decode(mu_BL), rating_B).sum() * share
             parts = {"loss": loss.detach()}
         else:
-            own_noise_BL = noise_BL[own.start - rows.start : own.stop - rows.start].to(self.context.device)
-            z_BL = self.model.sample(mu_BL, log_var_BL, own_noise_BL)
+            # The noise was drawn for the global batch: a pair has the same sample of z whichever worker computes it.
+            local_noise_BL = noise_BL[local.start - rows.start : local.stop - rows.start].to(self.context.device)
+            z_BL = self.model.sample(mu_BL, log_var_BL, local_noise_BL)
             terms = self.model.pair_elbo(mu_BL, log_var_BL, z_BL, rating_B, beta)
             loss = terms.loss.sum() * share
             parts = {name: value.detach().sum() * share for name, value in terms._asdict().items()}
             if self.user_clusters is not None:
+                # q(c|u) is fixed during an epoch. This one's evidence moves users between clusters after it, while
+                # the KL term pulls each pair's responsibilities toward its user's present cluster.
                 self.user_clusters.add(user_B, self.model.prior.expected_log_density(mu_BL, log_var_BL))
                 apart_B = self.user_clusters.disagreement(user_B, self.model.log_responsibilities(z_BL))
                 parts["disagreement"] = apart_B.detach().sum() * share
                 loss = loss + self.config.user_agreement * apart_B.sum() * share
         loss.backward()
+        # Clipping needs the joint norm of the summed gradients: first the exchange, then the norm, then the step.
         self.sum_gradients([piece.stop - piece.start for piece in slices])
         norm = clip_gradients(self.dense, self.tables, self.config.clip_norm)
         if not torch.isfinite(norm):
@@ -172,15 +179,15 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         return {**parts, "gradient_norm": norm}
 
-    def _beta(self, place: float) -> float:
-        """The KL's weight at `place` (0 to 1) of the present epoch, growing linearly over the warm-up."""
-        done = self.epoch - self.config.pretrain_epochs + place
+    def _beta(self, progress: float) -> float:
+        """The KL's weight at `progress` (0 to 1) in the present epoch, growing linearly over the warm-up."""
+        done = self.epoch - self.config.pretrain_epochs + progress
         warmup = self.config.beta_warmup_epochs
         return self.config.beta * (min(1.0, done / warmup) if warmup else 1.0)
 
-    def _set_rates(self, place: float) -> None:
-        """Both learning rates at `place` (0 to 1) of the present epoch."""
-        config, done = self.config, (self.epoch + place) / self.total_epochs
+    def _set_rates(self, progress: float) -> None:
+        """Set both learning rates to their values at `progress` (0 to 1) in the present epoch."""
+        config, done = self.config, (self.epoch + progress) / self.total_epochs
         share = 1 - (1 - FINAL_RATE) * done if config.schedule == "linear" else 1.0
         network, mixture = self.optimizer.param_groups
         rows = self.row_optimizer.param_groups[0]
@@ -264,7 +271,7 @@ class Trainer:
         self._save(log)
 
     def _guard(self, held_out: Validation) -> None:
-        """Log what looks like collapse; stop there if the config says so."""
+        """Log signs of a collapse; stop there if the config says so."""
         for warning in collapse_warnings(held_out, self.config):
             self.context.log({"phase": "stage1", "step": self.step, "epoch": self.epoch, "warning": warning})
             if self.config.on_collapse == "stop" and self._beta(0.0) >= self.config.beta:
@@ -302,10 +309,10 @@ class Trainer:
         if not path.is_file():
             raise InputError(f"{path}: no such checkpoint file; start without --resume")
         state = torch.load(path, map_location=self.context.device, weights_only=True)
-        own = self._state()
+        present = self._state()
         for name in ("dataset", "seed", "config"):
-            if state[name] != own[name]:
-                raise InputError(f"{path}: {_difference(name, state[name], own[name])}; start without --resume")
+            if state[name] != present[name]:
+                raise InputError(f"{path}: {_difference(name, state[name], present[name])}; start without --resume")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.row_optimizer.load_state_dict(state["row_optimizer"])
@@ -331,8 +338,8 @@ def _stream(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _difference(name: str, saved: Any, own: Any) -> str:
+def _difference(name: str, saved: Any, present: Any) -> str:
     if name != "config":
-        return f"made with {name} {saved}, not {own}"
-    field = next(key for key in own if saved.get(key) != own[key])
-    return f"made with stage1.{field} {saved.get(field)}, not {own[field]}"
+        return f"made with {name} {saved}, not {present}"
+    field = next(key for key in present if saved.get(key) != present[key])
+    return f"made with stage1.{field} {saved.get(field)}, not {present[field]}"

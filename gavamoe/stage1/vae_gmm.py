@@ -3,9 +3,6 @@
 In: indices of known users and items (anything above is the unknown id). Out: the latent's mean and
 log-variance (Eq. 1), cluster responsibilities (Eq. 8), the predicted rating (Eq. 3), the ELBO (Eq. 12).
 The derivation, term by term, is in docs/stage1.md.
-
-Shape letters: B pairs, T the two tokens of a pair, Q those of them that ask, E embedding, H heads of D, L latent,
-K clusters, R decoder outputs.
 """
 
 import math
@@ -57,7 +54,7 @@ class Dropout(nn.Module):
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.dropped = round(rate * self._VALUES)
-        """Of the 65,536 values that 16 bits can take."""
+        """How many of the 65,536 values that 16 bits can take stand for a dropped value."""
 
     def forward(self, states: Tensor) -> Tensor:
         """The same shape, in training with values at zero and the others scaled up."""
@@ -91,8 +88,8 @@ class PairLayer(nn.Module):
     def forward(self, tokens_TBE: Tensor, queries: int) -> Tensor:
         """New states of the first `queries` tokens, each of which attends to both: (queries, B, E)."""
         mixed_QBE = self._attend(self.attention_norm(tokens_TBE), queries)
-        own_QBE = tokens_TBE if queries == 2 else tokens_TBE[:queries]
-        states_QBE = own_QBE + self.dropout(self.output(mixed_QBE))
+        tokens_QBE = tokens_TBE if queries == 2 else tokens_TBE[:queries]
+        states_QBE = tokens_QBE + self.dropout(self.output(mixed_QBE))
         return states_QBE + self.dropout(self.feedforward(self.feedforward_norm(states_QBE)))
 
     def _attend(self, normed_TBE: Tensor, queries: int) -> Tensor:
@@ -189,13 +186,13 @@ class MixturePrior(nn.Module):
 
 
 class VaeGmm(nn.Module):
-    """The whole of stage 1's model.
+    """Stage 1's model: embedding tables, encoder, decoder and mixture prior.
 
     Args:
-        n_users, n_items: known ids; the tables have one row more, the last, for all unknown ids.
-        likelihood: p(x|z). categorical: over `rating_values`. bernoulli: the rating's place between the ends of
-            `rating_values`, (0, 1) for implicit data. gaussian: of the rating, with a learnt noise.
-        rating_values: ascending; the scale, or its two ends.
+        n_users, n_items: numbers of known ids; the tables have one row more, the last, for all unknown ids.
+        likelihood: p(x|z). categorical: over `rating_values`. bernoulli: of the rating's position between the ends of
+            `rating_values`, (0, 1) for implicit data. gaussian: of the rating, with a learned noise.
+        rating_values: the rating scale in ascending order, or its two ends.
     """
 
     rating_scale: Tensor
@@ -271,8 +268,8 @@ class VaeGmm(nn.Module):
         if self.likelihood == "categorical":
             return output_BR.softmax(dim=-1) @ self.rating_scale
         low, high = self.rating_values[0], self.rating_values[-1]
-        place_B = output_BR[:, 0].sigmoid() if self.likelihood == "bernoulli" else (output_BR[:, 0] + 1) / 2
-        return low + (high - low) * place_B
+        position_B = output_BR[:, 0].sigmoid() if self.likelihood == "bernoulli" else (output_BR[:, 0] + 1) / 2
+        return low + (high - low) * position_B
 
     def log_likelihood(self, output_BR: Tensor, rating_B: Tensor) -> Tensor:
         """log p(x|z), (B,), from the decoder's output and the ratings."""

@@ -1,7 +1,4 @@
-"""How well stage 1 does on held-out pairs, and whether its clusters or its latent have collapsed.
-
-Shape letters as in vae_gmm.
-"""
+"""Stage 1's scores on held-out pairs, and the signs that its clusters or its latent have collapsed."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,7 +19,7 @@ _MIN_KL = 0.1
 
 
 class Worker(Protocol):
-    """The part of a Context that says who works."""
+    """The part of a `Context` that validation needs: which worker this is, of how many, on what device."""
 
     rank: int
     world_size: int
@@ -31,18 +28,22 @@ class Worker(Protocol):
 
 @dataclass(frozen=True)
 class Validation:
-    """Means over the held-out pairs."""
+    """Stage 1's scores: means over the held-out pairs."""
 
     terms: dict[str, float]
     """The ELBO's parts by name (`ElboTerms`), at the full beta."""
     rmse: float
+    """RMSE of the expected ratings."""
     mae: float
+    """Mean absolute error of the expected ratings."""
     constant_rmse: float
-    """RMSE of these pairs' mean rating: what knowing nothing about a pair gives."""
+    """RMSE of these pairs' mean rating: the error of a prediction that knows nothing about a pair."""
     cluster_shares: list[float]
     """Share of the pairs routed to each cluster."""
     active_dimensions: int
+    """Number of latent dimensions that vary with the pair."""
     pairs: int
+    """Number of held-out pairs."""
 
     @property
     def loss(self) -> float:
@@ -120,28 +121,28 @@ class _Sums:
         )
 
 
-def collapse_warnings(found: Validation, config: Stage1Config) -> list[str]:
-    """What has collapsed, with numbers and the remedy; empty when nothing has."""
+def collapse_warnings(validation: Validation, config: Stage1Config) -> list[str]:
+    """Signs of a collapse, with numbers and the remedy; empty when there are none."""
     warnings = []
-    smallest = min(found.cluster_shares)
+    smallest = min(validation.cluster_shares)
     if smallest < config.min_cluster_share:
         warnings.append(
-            f"cluster {found.cluster_shares.index(smallest)} holds {smallest:.1%} of the pairs, less than"
+            f"cluster {validation.cluster_shares.index(smallest)} holds {smallest:.1%} of the pairs, less than"
             f" stage1.min_cluster_share {config.min_cluster_share:.1%}: lower stage1.clusters, or raise"
             " stage1.pretrain_epochs and stage1.mixture_restarts (with stage1.mixture_init gmm)"
         )
-    if found.terms["kl"] < _MIN_KL:
+    if validation.terms["kl"] < _MIN_KL:
         warnings.append(
-            f"the KL is {found.terms['kl']:.3f} nats, less than {_MIN_KL}: the latent says nothing about a pair;"
+            f"the KL is {validation.terms['kl']:.3f} nats, less than {_MIN_KL}: the latent says nothing about a pair;"
             " lower stage1.beta or raise stage1.beta_warmup_epochs"
         )
-    if found.active_dimensions == 0:
+    if validation.active_dimensions == 0:
         warnings.append(
             "no latent dimension is active (posterior collapse): lower stage1.beta, or raise stage1.pretrain_epochs"
         )
-    if found.rmse >= found.constant_rmse:
+    if validation.rmse >= validation.constant_rmse:
         warnings.append(
-            f"the RMSE {found.rmse:.3f} is no better than that of a constant ({found.constant_rmse:.3f}): nothing is"
-            " learnt; raise stage1.learning_rate or the epochs"
+            f"the RMSE {validation.rmse:.3f} is no better than that of a constant ({validation.constant_rmse:.3f}):"
+            " nothing is learned; raise stage1.learning_rate or the epochs"
         )
     return warnings

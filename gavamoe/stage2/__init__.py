@@ -2,6 +2,7 @@
 
     train             the training loop
     setup             what the loop starts from
+    schedule          the learning rate's schedule
     best_state        which state is kept, and when to stop
     model_card        the folder it leaves, with a model card
     joint_model       both stages around shared embeddings (Eq. 13)
@@ -11,5 +12,8 @@
     training_engines  DeepSpeed or plain torch behind one interface
     expert_parallel   experts sharded over workers; all-to-all of tokens
 
-Shape letters: N rows, B rows of a batch, T tokens, P pairs, W workers, D hidden size.
+Shape letters: N rows of a split, B rows of a batch, T tokens of a row, A accumulated batches of an optimizer step,
+W workers, P stage-1 pairs. In expert_parallel M tokens of a worker, D hidden size, S experts of a
+token, P = M x S assignments of tokens to experts, X experts of a block, L = X / W experts of a worker, Q assignments
+that arrive at a worker.
 """

@@ -1,10 +1,8 @@
-"""Stage 2's batches: tokenised rows in memory, their order, and the tensors of a batch.
+"""Stage 2's batches: tokenized rows in memory, their order, and the tensors of a batch.
 
 Purpose: rows -> batches whose order is a function of (seed, epoch) alone, so that a resumed run and a run on
 another number of workers see the same ones. Cluster ids travel with the rows, as a column.
-Inputs: token ids from `prompts`. Outputs: dicts of tensors for `joint.JointModel`.
-
-Shape letters: N rows, B rows of a batch, T tokens, W workers, A accumulated batches of one optimizer step.
+Inputs: token ids from `generation.prompts`. Outputs: dicts of tensors for `joint_model.JointModel`.
 """
 
 from collections.abc import Sequence
@@ -15,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gavamoe.model.explainer import IGNORED
 from gavamoe.stage1.pair_stream import Epoch, Pairs, PairSource
 
-IGNORED = -100
-"""Label of a token that is not learnt."""
 WINDOW_STEPS = 32
-"""Rows are sorted by length within this many steps' worth of shuffled rows: little padding, still mixed."""
+"""Number of steps whose shuffled rows are sorted by length together: little padding, and still mixed."""
 
 Batch = dict[str, Tensor]
 
@@ -30,9 +27,9 @@ class Ragged:
     """N sequences of different length in one array."""
 
     values: np.ndarray
-    """int32, all sequences one after the other."""
+    """All sequences one after the other: int32."""
     offsets: np.ndarray
-    """int64 (N + 1,)"""
+    """Where each sequence begins in `values`, and where the last one ends: int64 (N + 1,)."""
 
     @classmethod
     def pack(cls, sequences: Sequence[Sequence[int]]) -> "Ragged":
@@ -53,12 +50,12 @@ class Ragged:
         return len(self.offsets) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
-        found: np.ndarray = self.values[self.offsets[row] : self.offsets[row + 1]]
-        return found
+        sequence: np.ndarray = self.values[self.offsets[row] : self.offsets[row + 1]]
+        return sequence
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 (N,)"""
+        """Length of each sequence: int64 (N,)."""
         return np.diff(self.offsets)
 
 
@@ -102,18 +99,20 @@ class TextRows:
 
 
 @dataclass(frozen=True)
-class SlotHiding:
-    """Puts the unknown user's or item's slot in place of some, so that users never seen can be served."""
+class IdDropout:
+    """Id dropout: replaces some users and items by the unknown ones, so that users never seen can be served."""
 
     share: float
-    """Of the rows, for users and items each."""
+    """Share of the rows whose user, and share of the rows whose item, is replaced."""
     vocabulary: int
+    """Number of text tokens; the layout of slot ids is that of `GavamoeForCausalLM.user_token` and `item_token`."""
     n_users: int
+    """Known users."""
     n_items: int
-    """Known ones; the layout of slot ids is that of `GavamoeForCausalLM.user_token` and `item_token`."""
+    """Known items."""
 
     def apply(self, input_ids_BT: Tensor, random: np.random.Generator) -> Tensor:
-        """The same ids with slots hidden in a random share of the rows: int64 (B, T)."""
+        """The same ids with the user, the item or both replaced in a random share of the rows: int64 (B, T)."""
         hidden_B2 = torch.from_numpy(random.random((len(input_ids_BT), 2)) < self.share)
         unknown_user = self.vocabulary + self.n_users
         unknown_item = unknown_user + 1 + self.n_items
@@ -150,20 +149,25 @@ class BatchPlan:
 
     def rows(self, step: int) -> np.ndarray:
         """Row numbers of optimizer step `step`, counted from 0 over all epochs: int64 (A, W, B)."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, index = divmod(step, self.steps_per_epoch)
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, self._epoch_order(epoch))
-        found: np.ndarray = self._order[1][place].reshape(self._shape)
-        return found
+        rows_AWB: np.ndarray = self._order[1][index].reshape(self._shape)
+        return rows_AWB
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """All rows in the epoch's order: (steps, rows of a step)."""
         random = np.random.default_rng([self._seed, epoch])
+        # A batch is padded to its longest row, so a random batch is padded a lot. Sorting all rows by length would
+        # avoid that, but hold the same rows together in every epoch. So rows are shuffled first and sorted within
+        # windows only: a batch holds rows of like length, drawn from a random window. Where the last step lacks rows,
+        # `resize` takes them from the permutation's beginning.
         shuffled = np.resize(random.permutation(len(self._length_N)), self.steps_per_epoch * self._rows)
         window = self._window_steps * self._rows
         for start in range(0, len(shuffled), window):
-            part = shuffled[start : start + window]
-            shuffled[start : start + window] = part[np.argsort(self._length_N[part], kind="stable")]
+            rows = shuffled[start : start + window]
+            shuffled[start : start + window] = rows[np.argsort(self._length_N[rows], kind="stable")]
+        # Sorted windows would train short texts first and long ones last, again and again: the steps are shuffled too.
         steps = shuffled.reshape(self.steps_per_epoch, self._rows)
         ordered: np.ndarray = steps[random.permutation(self.steps_per_epoch)]
         return ordered
@@ -182,8 +186,8 @@ class PairBatches:
             self._start()
         while step >= self._first + self._steps:
             self._turn(self._epoch + 1, self._first + self._steps)
-        place = step - self._first
-        return self._pairs.take(slice(place * self._size, (place + 1) * self._size))
+        index = step - self._first
+        return self._pairs.take(slice(index * self._size, (index + 1) * self._size))
 
     def _start(self) -> None:
         self._turn(0, 0)

@@ -16,11 +16,11 @@ from gavamoe.stage2.training_engines import Engine
 _FILE = "best.pt"
 
 Validations = Sequence[tuple[int, float]]
-"""(optimizer steps done, loss), in their order."""
+"""The validations of a run in their order: (optimizer steps done, loss in nats per token)."""
 
 
 class BestState:
-    """Follows the validations of a run."""
+    """Keeps a copy of the best state of a run so far, by its validations."""
 
     def __init__(self, config: Stage2Config) -> None:
         # With alpha 1 the text is not trained, so its loss says nothing about the training.
@@ -63,8 +63,8 @@ class BestState:
 
 def best_step(validations: Validations) -> int | None:
     """The first step of the lowest finite loss; what came before any training does not count. None without one."""
-    found = [(loss, step) for step, loss in validations if step > 0 and math.isfinite(loss)]
-    return min(found)[1] if found else None
+    finite = [(loss, step) for step, loss in validations if step > 0 and math.isfinite(loss)]
+    return min(finite)[1] if finite else None
 
 
 def _since_best(validations: Validations) -> int:

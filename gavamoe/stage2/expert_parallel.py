@@ -1,14 +1,12 @@
-"""Experts shared out over workers (`stage2.expert_parallel`): each holds a part of every block's; tokens travel.
+"""Expert parallelism (`stage2.expert_parallel`): each worker holds a part of every block's experts, and tokens go to
+their experts by all-to-all.
 
 `share_out_experts` replaces the experts of all blocks by the worker's own part, before DeepSpeed sees the model;
 `expert_groups` gives the optimizer what DeepSpeed needs to know of them; `whole_state` undoes the sharing for export;
 `save_experts` and `load_experts` keep each worker's part beside DeepSpeed's checkpoint.
 
 Groups, the averaging of gradients and the joint clipping norm are DeepSpeed's (ZeRO 1 and 2), routing and arithmetic
-are `moe`'s. docs/stage2.md says why DeepSpeed's own MoE layer is not used.
-
-Shape letters: M tokens of this worker, D hidden size, S experts of a token, P = M x S pairs of token and expert,
-N experts of a block, W workers that share them, L = N / W experts of a worker, Q pairs that arrive at this worker.
+are `gavamoe.model`'s. docs/stage2.md says why DeepSpeed's own MoE layer is not used.
 """
 
 from pathlib import Path
@@ -21,34 +19,34 @@ from deepspeed.utils import groups
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
-from gavamoe.model.moe import MultiGateMoe
+from gavamoe.model.block import MultiGateMoe
 
 
 class ParallelExperts(MoE):
-    """A block's experts, of which this worker holds L; called as they are, gives what they would give.
+    """A block's experts, of which this worker holds L; called like the plain experts, it returns the same output.
 
     A `MoE` so that DeepSpeed's engine treats the parameters as experts; nothing else of that class is used.
     """
 
     def __init__(self, experts: Any, workers: int, rank: int) -> None:
-        """Takes `experts` over: their parameters become the worker's own part.
+        """Take `experts` over, and keep only this worker's part of their parameters.
 
         Args:
-            experts: N experts as stacked weights (N, ...), of `moe`.
-            workers: W, a divisor of N; consecutive ranks share a set of experts.
-            rank: this worker's, in the whole run.
+            experts: X experts as stacked weights (X, ...), a module of `gavamoe.model.experts`.
+            workers: W, a divisor of X; consecutive ranks share a set of experts.
+            rank: this worker's rank in the whole run.
         """
         nn.Module.__init__(self)
         self.num_experts, self.workers = experts.num_experts, workers
         self.expert_group_name = f"ep_size_{workers}"
         self.group: Any = None
         self.local = experts
-        experts.num_experts = own = self.num_experts // workers
-        first = rank % workers * own
+        experts.num_experts = count = self.num_experts // workers
+        first = rank % workers * count
         for name, parameter in list(experts.named_parameters()):
-            part = nn.Parameter(parameter.detach()[first : first + own].clone(), parameter.requires_grad)
-            vars(part).update(allreduce=False, group_name=self.expert_group_name)  # DeepSpeed's marks of an expert
-            setattr(experts, name, part)
+            local = nn.Parameter(parameter.detach()[first : first + count].clone(), parameter.requires_grad)
+            vars(local).update(allreduce=False, group_name=self.expert_group_name)  # DeepSpeed's marks of an expert
+            setattr(experts, name, local)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """Called by DeepSpeed's engine when process groups can be made."""
@@ -59,34 +57,38 @@ class ParallelExperts(MoE):
         self.group = groups._get_expert_parallel_group(self.expert_group_name)
 
     def forward(self, hidden_MD: Tensor, experts_MS: Tensor, weights_MS: Tensor) -> Tensor:
-        """Eq. 11, each pair computed where its expert is; all workers of the group call it equally often."""
+        """Eq. 11, each assignment computed where its expert is; all workers of the group call it equally often."""
+        # 1. Sort the assignments by expert, and so by worker; tell every worker how many rows to expect for each of
+        #    its experts, since all-to-all needs the sizes first.
         expert_P = experts_MS.flatten()
-        order_P = expert_P.argsort(stable=True)  # by expert, and so by worker
-        sent_N = torch.bincount(expert_P, minlength=self.num_experts)
-        arriving_N = torch.empty_like(sent_N)
-        distributed.all_to_all_single(arriving_N, sent_N, group=self.group)
-        sent_W, arriving_W = (counts.view(self.workers, -1).sum(1).tolist() for counts in (sent_N, arriving_N))
+        order_P = expert_P.argsort(stable=True)
+        sent_X = torch.bincount(expert_P, minlength=self.num_experts)
+        arriving_X = torch.empty_like(sent_X)
+        distributed.all_to_all_single(arriving_X, sent_X, group=self.group)
+        sent_W, arriving_W = (counts.view(self.workers, -1).sum(1).tolist() for counts in (sent_X, arriving_X))
 
+        # 2. Send the hidden states, and run the local experts on what arrives: from each worker in turn, by expert.
         token_P = order_P // experts_MS.shape[1]
         arrived_QD = _Exchange.apply(hidden_MD[token_P], sent_W, arriving_W, self.group)
         local_L = torch.arange(self.local.num_experts, device=expert_P.device)
-        local_Q1 = local_L.repeat(self.workers).repeat_interleave(arriving_N)[:, None]
-        # The token's own worker weighs: neither the weights nor their gradients have to travel.
+        local_Q1 = local_L.repeat(self.workers).repeat_interleave(arriving_X)[:, None]
+        # Gate values are applied by the token's own worker: neither they nor their gradients have to be sent.
         done_QD = self.local(arrived_QD, local_Q1, torch.ones_like(local_Q1, dtype=weights_MS.dtype))
         returned_PD = _Exchange.apply(done_QD, arriving_W, sent_W, self.group)
 
+        # 3. Back in the tokens' order, weigh and sum.
         output_MSD = returned_PD[order_P.argsort()].view(*experts_MS.shape, -1)
         return (output_MSD * weights_MS[..., None]).sum(1).to(hidden_MD.dtype)
 
-    def whole(self, part: Tensor) -> Tensor:
-        """All N experts' weights from the parts of the group's workers; all of them call it."""
-        parts = [torch.empty_like(part) for _ in range(self.workers)]
-        distributed.all_gather(parts, part.detach().contiguous(), group=self.group)
+    def gather(self, local: Tensor) -> Tensor:
+        """All X experts' weights from the local ones of the group's workers, who all call it."""
+        parts = [torch.empty_like(local) for _ in range(self.workers)]
+        distributed.all_gather(parts, local.detach().contiguous(), group=self.group)
         return torch.cat(parts)
 
 
 class _Exchange(torch.autograd.Function):
-    """Sends the first rows to the group's first worker, and so on; backward, gradients go the other way."""
+    """All-to-all of rows: the first ones go to the group's first worker, and so on; gradients go the other way."""
 
     @staticmethod
     def forward(context: Any, rows: Tensor, sent_W: list[int], arriving_W: list[int], group: Any) -> Tensor:
@@ -109,31 +111,31 @@ def share_out_experts(model: nn.Module, workers: int, rank: int) -> None:
 
 def expert_groups(optimizer_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The optimizer's groups with experts in groups of their own, marked as DeepSpeed wants them."""
-    found = []
+    groups_apart = []
     for group in optimizer_groups:
         shared = [parameter for parameter in group["params"] if not is_moe_param(parameter)]
         experts = [parameter for parameter in group["params"] if is_moe_param(parameter)]
         if shared:
-            found.append({**group, "params": shared})
+            groups_apart.append({**group, "params": shared})
         if experts:
-            found.append({**group, "params": experts, "moe": True, "name": experts[0].group_name})
-    return found
+            groups_apart.append({**group, "params": experts, "moe": True, "name": experts[0].group_name})
+    return groups_apart
 
 
 def whole_state(model: nn.Module, state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """`state`, this worker's entries whose names start with `prefix`, with all experts, under the names of `moe`.
+    """This worker's entries of `state` whose names start with `prefix`, with all experts under their plain names.
 
-    Every worker calls it; one that wants no state gives an empty one and gets it back.
+    Every worker calls it; one that wants no state passes an empty one and gets it back.
     """
-    found = dict(state)
+    complete = dict(state)
     for name, experts in _parallel_experts(model):
-        for key, part in experts.local.named_parameters():
+        for key, local in experts.local.named_parameters():
             if not name.startswith(prefix):
                 continue
-            whole = experts.whole(part)  # one at a time
-            if found.pop(f"{name}.local.{key}", None) is not None:
-                found[f"{name}.{key}"] = whole.cpu()
-    return found
+            gathered = experts.gather(local)  # one at a time
+            if complete.pop(f"{name}.local.{key}", None) is not None:
+                complete[f"{name}.{key}"] = gathered.cpu()
+    return complete
 
 
 def save_experts(model: nn.Module, folder: Path, rank: int) -> None:

@@ -1,8 +1,6 @@
-"""Stage 2's trainable whole (section 3.4.2): explainer and VAE-GMM around the same two embedding tables.
+"""The model that stage 2 trains (section 3.4.2): explainer and VAE-GMM around the same two embedding tables.
 
 Inputs: a batch of prompts with answers, a batch of stage-1 pairs. Outputs: the joint loss of Eq. 13 and its parts.
-
-Shape letters: B text rows, T tokens, P pairs.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gavamoe.config.schema import Stage2Config
-from gavamoe.model.explainer import GavamoeForCausalLM
+from gavamoe.model.explainer import IGNORED, GavamoeForCausalLM
 from gavamoe.stage1.vae_gmm import VaeGmm
-from gavamoe.stage2.batches import IGNORED
 
 Losses = dict[str, Tensor]
 
@@ -24,12 +21,12 @@ _TABLES = ("user_embedding.", "item_embedding.")
 
 
 class JointModel(nn.Module):
-    """L = alpha * L_ELBO + (1 - alpha) * L_explanation (Eq. 13), with what each side owns and what they share.
+    """Explainer and VAE-GMM with the joint loss L = alpha * L_ELBO + (1 - alpha) * L_explanation (Eq. 13).
 
     alpha 0 leaves stage 1's own parameters out of training, alpha 1 the explainer's own: they carry no gradient
     and get into no optimizer (AdamW would decay even parameters without gradients). Parameters that come frozen, as
-    LoRA leaves the base model's, stay so. The embedding tables, stage 1's
-    values in modules that both hold, are trained by whichever loss has weight.
+    LoRA leaves the base model's, stay frozen. The embedding tables, which both parts hold with stage 1's values, are
+    trained by whichever loss has a weight.
     """
 
     def __init__(self, explainer: GavamoeForCausalLM, vae_gmm: VaeGmm, alpha: float, *, bf16: bool = False) -> None:
@@ -38,9 +35,9 @@ class JointModel(nn.Module):
         self.explainer, self.vae_gmm = explainer, vae_gmm
         self.alpha, self.beta, self.bf16 = alpha, vae_gmm.config.beta, bf16
         for name, parameter in self.named_parameters():
-            own = not name.removeprefix(EXPLAINER).startswith(_TABLES)
+            is_table = name.removeprefix(EXPLAINER).startswith(_TABLES)
             idle = VAE_GMM if alpha == 0 else EXPLAINER if alpha == 1 else None
-            if own and idle and name.startswith(idle):
+            if not is_table and idle and name.startswith(idle):
                 parameter.requires_grad_(False)
 
     def forward(
@@ -108,7 +105,8 @@ class JointModel(nn.Module):
         return loss
 
     def read_outside_forward(self) -> Iterator[nn.Parameter]:
-        """Parameters that are read as attributes, not in their own module's forward: ZeRO-3 must be told of them."""
+        """Parameters read as attributes, not in their own module's forward; ZeRO-3 needs them registered as
+        external."""
         yield from self.vae_gmm.prior.parameters()
         yield from self.vae_gmm.parameters(recurse=False)
 
@@ -155,5 +153,5 @@ def mean_losses(losses: Iterable[Losses]) -> Losses:
 
 def _scored_positions(labels_BT: Tensor) -> Tensor:
     """Positions whose next token is an answer's in any row: the vocabulary is scored there alone. 1-D int64."""
-    labelled_T = (labels_BT != IGNORED).any(dim=0)
-    return labelled_T[1:].nonzero().flatten()
+    labeled_T = (labels_BT != IGNORED).any(dim=0)
+    return labeled_T[1:].nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Stage 2's artifact: a Hugging Face model folder that is complete in itself, with a model card.
+"""Writing stage 2's artifact: a self-contained Hugging Face model folder with a model card.
 
 Inputs: the consolidated state of a training run. Output: a folder that `ExplanationGenerator.load` reads, and, for the
 language model alone, transformers' Auto classes (after `import gavamoe`).
@@ -74,7 +74,7 @@ def model_card(config: RunConfig, setup: Setup, metrics: dict[str, Any]) -> str:
         "# GaVaMoE explainer\n\n"
         "Writes a sentence that explains why an item is recommended to a user. Trained by `gavamoe train`.\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
-        "Texts are generated from ratings, feature words and learnt preferences; they are not facts about the item.\n"
+        "Texts are generated from ratings, feature words and learned preferences; they are not facts about the item.\n"
         "Scores on the test split are in the run's `evaluation/metrics.json`.\n\n"
         "```python\nfrom gavamoe import ExplanationGenerator, ExplanationRequest\n"
         "from gavamoe.config.schema import GenerationConfig\n\n"

@@ -1,4 +1,4 @@
-"""What stage 2's loop starts from: the joint model, the tokenised rows, and each row's cluster.
+"""The set-up of stage 2's training: the joint model, the tokenized rows, and each row's cluster.
 
 Inputs: the config, a dataset folder, a stage-1 folder. Output: a `Setup`, the same on every worker.
 """
@@ -15,7 +15,9 @@ from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.generation.prompts import PromptBuilder, PromptSpec
 from gavamoe.model.base_model import load_base
-from gavamoe.model.explainer import GavamoeForCausalLM, build_explainer
+from gavamoe.model.build import build_explainer
+from gavamoe.model.conversion import ExplainerSizes
+from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.model.lora import add_lora
 from gavamoe.stage1.artifact import load_stage1
 from gavamoe.stage1.pair_stream import PairSource
@@ -42,29 +44,38 @@ class Setup:
     """Everything that the training loop and the artifact need."""
 
     data: Dataset
+    """The dataset, opened."""
     stage1: Manifest
+    """Manifest of the stage-1 artifact that training starts from."""
     model: JointModel
+    """Explainer and VAE-GMM, untrained by stage 2."""
     tokenizer: PreTrainedTokenizerBase
+    """Tokenizer of the explainer."""
     spec: PromptSpec
+    """How prompts are built; saved with the artifact."""
     train: TextRows
+    """Tokenized training rows with a text."""
     valid: TextRows
-    """At most `validation_rows`, chosen by the seed."""
+    """Tokenized validation rows with a text, at most `validation_rows`, chosen by the seed."""
     routed: dict[str, Split]
     """Users and items of the rows of `train` and `valid`, by split name."""
     clusters: dict[str, np.ndarray]
-    """Each of these rows' cluster, by stage 1 or by the control: int64."""
+    """Cluster of each row of `train` and `valid`, by stage 1 or by the control, by split name: int64."""
     control: RouteControl | None
-    """What routes in stage 1's place, if anything."""
+    """Rule that routes pairs instead of stage 1; None: stage 1 routes them."""
     pairs: PairSource
+    """Stage-1 pairs for the ELBO."""
     pad: int
+    """Token id that batches are padded with."""
     parameters: int
-    """Of explainer and stage 1 together, shared tables once; adapters are not counted, which end merged."""
+    """Parameters of explainer and stage 1 together, shared tables once, without adapters, which are merged at the
+    end."""
     trained: int
     """Parameters that get into the optimizer, adapters included."""
 
 
-def prepare(config: RunConfig, dataset: Path, stage1: Path, *, hollow: bool = False) -> Setup:
-    """Load, build and tokenise; `hollow` leaves the explainer's own weights unset, for another worker to send.
+def prepare(config: RunConfig, dataset: Path, stage1: Path, *, empty_weights: bool = False) -> Setup:
+    """Load, build and tokenize; `empty_weights` leaves the explainer's own weights unset: another worker sends them.
 
     Raises:
         InputError: stage 1 was trained on another dataset or with other clusters; no row has a text.
@@ -72,9 +83,9 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path, *, hollow: bool = Fa
     data = open_dataset(dataset)
     vae_gmm, manifest = load_stage1(stage1)
     _check_stage1(config, data, Path(dataset), vae_gmm, manifest, Path(stage1))
-    explainer, tokenizer = _build_explainer(config, data, vae_gmm, hollow)
+    explainer, tokenizer = _build_explainer(config, data, vae_gmm, empty_weights)
     model = JointModel(explainer, vae_gmm, config.stage2.alpha, bf16=config.stage2.precision == "bf16")
-    if not hollow:
+    if not empty_weights:
         explainer.calibrate_slots()
     parameters = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)
     spec = PromptSpec(
@@ -123,14 +134,15 @@ def _check_stage1(
 
 
 def _build_explainer(
-    config: RunConfig, data: Dataset, vae_gmm: VaeGmm, hollow: bool
+    config: RunConfig, data: Dataset, vae_gmm: VaeGmm, empty_weights: bool
 ) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
     stage2 = config.stage2
-    base, tokenizer = load_base(stage2.base_model, stage2.scratch, tokenizer_texts(data), config.seed, hollow=hollow)
-    _check_positions(config, base)
-    explainer = build_explainer(
-        config, base, vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates, hollow=hollow
+    base, tokenizer = load_base(
+        stage2.base_model, stage2.scratch, tokenizer_texts(data), config.seed, empty_weights=empty_weights
     )
+    _check_positions(config, base)
+    sizes = ExplainerSizes(vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates)
+    explainer = build_explainer(config, base, sizes, empty_weights=empty_weights)
     if stage2.lora.rank:
         add_lora(explainer, stage2.lora, config.seed)
     if stage2.gradient_checkpointing:

@@ -1,14 +1,14 @@
-"""Tokenised training rows, made once and read by every run that wants the same ones.
+"""Cache of tokenized training rows, made once and read by every run with the same tokenizer, prompts and data.
 
     DATASET/tokens/KEY/   part-00000.parquet ...   row int64, prompt list<int32>, answer list<int32>
                           tokens.json              format version, rows, every part's SHA-256
 
 KEY is a hash of everything that decides the ids: tokenizer, prompt settings, rating scale, slot ids, dataset. The cache
 lies beside the data that it is made from, so that all runs and trials on them share it. It is written aside and
-renamed: of two runs that make it at once, one wins and both go on with the same rows. What is damaged is not
-read, and made again. The newest `KEPT` are kept. Deleting `tokens/` is always safe.
+renamed: of two runs that make it at once, one wins and both continue with the same rows. A damaged cache is not read
+but made again. The `KEPT` caches used last are kept. Deleting `tokens/` is always safe.
 
-Tokenising is a pure function of its arguments; `pipeline` gives it Ray tasks.
+Tokenizing is a pure function of its arguments; `pipeline` gives it Ray tasks.
 """
 
 import hashlib
@@ -37,14 +37,15 @@ from gavamoe.stage2.tokenized_rows import encode_rows, prompt_builder, rows_with
 
 FOLDER = "tokens"
 VERSION = 1
-"""Raise it when the same settings come to give other ids."""
+"""Version of the cache's content; raise it when the same settings come to give other ids."""
 KEPT = 8
+"""Caches of a dataset that are kept, those used last."""
 PART_ROWS = 50_000
-"""Rows of one part, which is one task's work."""
+"""Rows of one part of a cache, which one task tokenizes."""
 WORTHWHILE = 100_000
-"""Training rows from which on a cache is made: fewer are tokenised in the time that it takes to look for it."""
+"""Training rows from which on a cache is made: fewer are tokenized in the time that it takes to look for it."""
 _ABANDONED = 24 * 3600
-"""Seconds after which a half-written cache is nobody's."""
+"""Seconds after which a half-written cache counts as abandoned, and is removed."""
 _BEYOND = 2**40
 """An index that no user or item has: its slot is the unknown one."""
 _MANIFEST = "tokens.json"
@@ -91,8 +92,8 @@ def fill_cache(config: RunConfig, dataset: Path, run_jobs: RunJobs) -> Path | No
 
 
 def encode_part(context: Context, builder: PromptBuilder, dataset: Path, rows: np.ndarray, out: Path) -> None:
-    """Tokenise some training rows (ascending) into the file `out`."""
-    del context  # a task is told where it runs; this one doesn't care
+    """Tokenize some training rows (ascending) into the file `out`."""
+    del context  # every task gets one; this one does not need it
     encoded = encode_rows(builder, open_dataset(dataset), "train", rows)
     columns = [pa.array(rows, pa.int64()), *map(_to_arrow, (encoded.prompts, encoded.answers))]
     pq.write_table(pa.Table.from_arrays(columns, schema=_SCHEMA), out, compression="zstd")
@@ -117,7 +118,7 @@ def read_cache(data: Dataset, builder: PromptBuilder, rows: np.ndarray) -> TextR
 
 
 def cache_folder(data: Dataset, builder: PromptBuilder) -> Path:
-    """Where the rows of this dataset, tokenised by this builder, lie."""
+    """Where the rows of this dataset, tokenized by this builder, lie."""
     tokenizer = builder.tokenizer
     decides = {
         "version": VERSION,
@@ -149,7 +150,7 @@ def _check(folder: Path, rows: int) -> Sequence[str]:
     """
     manifest = read_json(folder / _MANIFEST)
     if not isinstance(manifest, dict) or (manifest.get("version"), manifest.get("rows")) != (VERSION, rows):
-        raise InputError(f"{folder / _MANIFEST}: of another version or other rows")
+        raise InputError(f"{folder / _MANIFEST}: belongs to another version or to other rows")
     files = manifest.get("files")
     if not isinstance(files, dict) or any(Path(name).name != name for name in files):
         raise InputError(f"{folder / _MANIFEST}: damaged")
@@ -166,7 +167,7 @@ def _publish(aside: Path, folder: Path, rows: int) -> None:
         return
     if not _is_whole(folder, rows):
         damaged = folder.with_name(f".{folder.name}.damaged-{uuid.uuid4().hex[:8]}")
-        with suppress(OSError):  # two runs may mend at once: the second finds nothing to move, or the first's folder
+        with suppress(OSError):  # two runs may repair it at once: the second finds nothing to move, or a whole folder
             folder.rename(damaged)
             aside.rename(folder)
         shutil.rmtree(damaged, ignore_errors=True)
@@ -174,9 +175,9 @@ def _publish(aside: Path, folder: Path, rows: int) -> None:
 
 def _forget_old(parent: Path) -> None:
     """Remove all but the `KEPT` caches used last, and what runs that were killed have left half-written."""
-    found = sorted(parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    old = [path for path in found if not path.name.startswith(".")][KEPT:]
-    old += [path for path in found if path.name.startswith(".") and time.time() - path.stat().st_mtime > _ABANDONED]
+    newest = sorted(parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    old = [path for path in newest if not path.name.startswith(".")][KEPT:]
+    old += [path for path in newest if path.name.startswith(".") and time.time() - path.stat().st_mtime > _ABANDONED]
     for path in old:
         shutil.rmtree(path, ignore_errors=True)
 

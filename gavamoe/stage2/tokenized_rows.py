@@ -18,14 +18,14 @@ from gavamoe.model.slots import SlotIds
 from gavamoe.stage2.batches import Ragged, TextRows
 
 _TEXTS_PER_TEMPLATE = 10
-"""The scratch tokenizer sees the prompts' constant text once per so many explanations."""
+"""Explanations of which each group of this size brings the scratch tokenizer the prompts' constant text once."""
 
 
 def prompt_builder(config: RunConfig, data: Dataset) -> PromptBuilder:
-    """What makes the prompts of a run, without the model's weights.
+    """The prompt builder of a run, made without the model's weights.
 
     Raises:
-        InputError: the base model's tokenizer or shape is not to be found.
+        InputError: the base model's tokenizer or config can't be found.
     """
     stage2 = config.stage2
     tokenizer = load_tokenizer(stage2.base_model, stage2.scratch, tokenizer_texts(data))
@@ -35,7 +35,7 @@ def prompt_builder(config: RunConfig, data: Dataset) -> PromptBuilder:
 
 
 def rating_scale(data: Dataset) -> RatingScale | None:
-    """The dataset's ratings as prompts understand them; None for implicit data."""
+    """The scale of the dataset's ratings, which prompts name; None for implicit data."""
     if data.rating_range is None:
         return None
     low, high = data.rating_range
@@ -52,21 +52,21 @@ def encode_rows(builder: PromptBuilder, data: Dataset, split: str, rows: np.ndar
         start += batch.num_rows
         if not len(wanted):
             continue
-        part = batch.take(wanted).to_pydict()
+        chosen = batch.take(wanted).to_pydict()
         columns = PromptColumns(
-            users=part["user"],
-            items=part["item"],
-            ratings=part["rating"],
-            features=[words or () for words in part["features"]],
-            titles=[titles[item] for item in part["item"]],
+            users=chosen["user"],
+            items=chosen["item"],
+            ratings=chosen["rating"],
+            features=[words or () for words in chosen["features"]],
+            titles=[titles[item] for item in chosen["item"]],
         )
         prompts.append(Ragged.pack(builder.prompts(columns)))
-        answers.append(Ragged.pack(builder.answers(part["text"])))
+        answers.append(Ragged.pack(builder.answers(chosen["text"])))
     return TextRows(Ragged.join(prompts), Ragged.join(answers))
 
 
 def tokenizer_texts(data: Dataset) -> Iterator[str]:
-    """What the scratch tokenizer learns its words from: training texts, features, titles, the prompts' constants."""
+    """Training texts of the scratch model's tokenizer: explanations, features, titles, the prompts' constant texts."""
     templates = template_texts()
     for number, (text, words) in enumerate(_texts_and_features(data)):
         yield text
@@ -100,7 +100,7 @@ def validation_rows(config: RunConfig, data: Dataset) -> np.ndarray:
 
 
 def usual_features(data: Dataset, most: int) -> int:
-    """The number of features that a quarter of the training rows with any have at least; at most `most`."""
+    """Third quartile of the number of features of the training rows that have any; at most `most`."""
     counts = (
         data.table("train", ["features"])["features"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
     )

@@ -5,9 +5,9 @@ model, tokenizer, README.md, vae_gmm.*, catalog/, prompt.json, routes.parquet, m
 one of `context.world_size` workers. Every random choice is a function of (seed, step, worker), so that a resumed run
 equals one that never stopped.
 
-Routes: stage 1's at first; where it is trained along (alpha above 0), training pairs are routed anew at the start of
-each epoch and validation pairs before each validation: a state is judged by the gates that it would be served with. In
-an experiment a rule of `route_controls` routes instead, from the first step to the last.
+Routes: stage 1's at first; where stage 1 is trained too (alpha above 0), training pairs are routed again at the start
+of each epoch and validation pairs before each validation: a state is judged by the gates that it would be served with.
+In an experiment a rule of `route_overrides` routes instead, from the first step to the last.
 
 The state that becomes the artifact is the best on validation (`stage2.keep`); `stage2.patience` ends a run early.
 """
@@ -25,15 +25,16 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor, distributed
 
 from gavamoe.artifacts.files import read_json, write_json
-from gavamoe.config.schema import RunConfig, Stage2Config
+from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.context import Context
 from gavamoe.stage1.routes import route_pairs
 from gavamoe.stage1.vae_gmm import VaeGmm
-from gavamoe.stage2.batches import Batch, BatchPlan, PairBatches, SlotHiding
+from gavamoe.stage2.batches import Batch, BatchPlan, IdDropout, PairBatches
 from gavamoe.stage2.best_state import BestState
 from gavamoe.stage2.joint_model import VAE_GMM, Losses, part_of_state
 from gavamoe.stage2.model_card import write_artifact
+from gavamoe.stage2.schedule import rate_at
 from gavamoe.stage2.setup import Setup, prepare
 from gavamoe.stage2.training_engines import Engine, make_engine
 
@@ -57,7 +58,7 @@ def train_stage2(config: RunConfig, dataset: Path, stage1: Path, out: Path, cont
         raise InputError(f"{out}: already exists; choose another folder or remove it first")
     torch.manual_seed(config.seed)
     # At ZeRO-3 DeepSpeed sends rank 0's weights to the others, shard by shard: one worker in all reads the base model.
-    setup = prepare(config, dataset, stage1, hollow=config.stage2.zero_stage == 3 and context.rank > 0)
+    setup = prepare(config, dataset, stage1, empty_weights=config.stage2.zero_stage == 3 and context.rank > 0)
     prompt = config.stage2.prompt
     if context.device == "cpu" and prompt.max_tokens + prompt.max_explanation_tokens <= SHORT_ROW:
         setup.model.explainer.set_attn_implementation("eager")
@@ -82,34 +83,24 @@ def train_stage2(config: RunConfig, dataset: Path, stage1: Path, out: Path, cont
     return metrics
 
 
-def rate_at(step: int, steps: int, config: Stage2Config) -> float:
-    """Share of the peak learning rate at optimizer step `step` (from 0) of `steps`: warm-up, then the schedule."""
-    warmup = round(config.warmup_share * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    place = (step - warmup) / max(1, steps - warmup)
-    if config.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * place))
-    return 1 - place if config.schedule == "linear" else 1.0
-
-
 @dataclass
 class _Progress:
-    """What a checkpoint keeps beside the engine's state."""
+    """The loop's own state, which a checkpoint keeps beside the engine's."""
 
     step: int = 0
     """Optimizer steps done."""
     validations: list[tuple[int, float]] = field(default_factory=list)
-    """(steps done, loss in nats per token)"""
+    """Validations so far: (optimizer steps done, loss in nats per token)."""
     train_loss: float | None = None
-    """As logged last."""
+    """Training loss as logged last."""
     tokens: int = 0
+    """Tokens that were trained on."""
     seconds: float = 0.0
-    """Spent in optimizer steps."""
+    """Wall time spent in optimizer steps, in seconds."""
 
 
 class Training:
-    """The loop, on one worker."""
+    """Stage 2's training loop, on one worker."""
 
     def __init__(self, config: RunConfig, setup: Setup, engine: Engine, context: Context) -> None:
         self._config, self._setup, self._engine, self._context = config, setup, engine, context
@@ -122,7 +113,7 @@ class Training:
         pairs_per_step = self._pairs_per_batch * stage2.gradient_accumulation * context.world_size
         self._pairs = PairBatches(setup.pairs, pairs_per_step) if stage2.alpha > 0 else None
         model = setup.model.explainer
-        self._hiding = SlotHiding(
+        self._id_dropout = IdDropout(
             config.stage1.unknown_id_rate, model.config.vocab_size, model.config.n_users, model.config.n_items
         )
         planned = stage2.epochs * self._plan.steps_per_epoch
@@ -153,14 +144,14 @@ class Training:
                 self._checkpoint()
 
     def kept_state(self) -> dict[str, Tensor]:
-        """What becomes the artifact, on rank 0; every rank calls it."""
+        """The joint state that becomes the artifact, on rank 0, empty on others; every rank calls it."""
         return self._best.kept_state(self._progress.validations, self._progress.step, self._engine)
 
     def _ended(self) -> bool:
         return self._progress.step >= self.steps or self._best.exhausted(self._progress.validations)
 
     def metrics(self) -> dict[str, Any]:
-        """What goes into metrics.json."""
+        """The content of metrics.json, but for the seconds that the whole training took."""
         progress = self._progress
         losses = dict(progress.validations)
         kept_step = self._best.kept_step(progress.validations, progress.step)
@@ -206,7 +197,7 @@ class Training:
         self._best.load(folder, self._progress.validations, self._context.rank)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint's state and data order to continue here."""
+        """The settings that a checkpoint and the run that resumes from it must share: its state and data order."""
         stage2, runtime = self._config.stage2, self._config.runtime
         return {
             "runtime.engine": runtime.engine,
@@ -245,26 +236,26 @@ class Training:
         # Tokens count alike wherever they are: each batch's sum is divided by the mean label count of all batches.
         labels = int(train.answers.lengths[rows_AWB].sum()) / (accumulated * workers)
         random = np.random.default_rng([self._config.seed, step, self._context.rank])
-        pairs = self._own_pairs(step, accumulated)
+        pairs = self._worker_pairs(step, accumulated)
         batches = []
-        for place, rows_WB in enumerate(rows_AWB):
+        for index, rows_WB in enumerate(rows_AWB):
             batch: Batch = {}
             if self._config.stage2.alpha < 1:
                 batch = train.collate(rows_WB[self._context.rank], self._clusters["train"], pad)
-                batch["input_ids"] = self._hiding.apply(batch["input_ids"], random)
+                batch["input_ids"] = self._id_dropout.apply(batch["input_ids"], random)
                 batch["label_count"] = torch.tensor(labels)
             if pairs is not None:
-                batch |= {name: values[place] for name, values in pairs.items()}
+                batch |= {name: values[index] for name, values in pairs.items()}
             batches.append(batch)
         return batches
 
-    def _own_pairs(self, step: int, accumulated: int) -> dict[str, Tensor] | None:
+    def _worker_pairs(self, step: int, accumulated: int) -> dict[str, Tensor] | None:
         """This worker's stage-1 pairs of a step, each (A, P)."""
         if self._pairs is None:
             return None
         count = self._pairs_per_batch * accumulated
-        own = self._pairs.step(step).take(slice(self._context.rank * count, (self._context.rank + 1) * count))
-        columns = {"users": own.user, "items": own.item, "ratings": own.rating}
+        pairs = self._pairs.step(step).take(slice(self._context.rank * count, (self._context.rank + 1) * count))
+        columns = {"users": pairs.user, "items": pairs.item, "ratings": pairs.rating}
         return {name: torch.from_numpy(column).view(accumulated, -1) for name, column in columns.items()}
 
     def _log(self) -> None:
@@ -332,9 +323,9 @@ class Training:
         model.to(self._context.device)
         users, items = self._setup.routed[split]
         cuts = np.linspace(0, len(users), self._context.world_size + 1).astype(int)
-        own = slice(cuts[self._context.rank], cuts[self._context.rank + 1])
+        rows = slice(cuts[self._context.rank], cuts[self._context.rank + 1])
         clusters = np.zeros(len(users), dtype=np.int64)
-        clusters[own] = route_pairs(model, users[own], items[own], device=self._context.device).cluster
+        clusters[rows] = route_pairs(model, users[rows], items[rows], device=self._context.device).cluster
         self._clusters[split] = self._sum(torch.from_numpy(clusters)).numpy()
         self._unlogged_since = time.perf_counter()
 

@@ -1,4 +1,5 @@
-"""What takes an optimizer step: DeepSpeed on any number of workers, or plain torch on one, behind one surface.
+"""Training engines, which take optimizer steps: DeepSpeed on any number of workers, or plain torch on one, with one
+interface.
 
 Inputs: a `JointModel`, `Stage2Config`, batches as dicts of tensors. Outputs: losses, checkpoints, the consolidated
 state. `make_engine` picks one. Losses, clipping, accumulation and rates mean the same in both: gradients are means over
@@ -29,7 +30,7 @@ _MAX_BUCKET = 2 * 10**8
 
 
 class Engine(Protocol):
-    """The surface that the training loop sees."""
+    """The interface of a training engine, as the loop sees it."""
 
     module: JointModel
 
@@ -74,15 +75,15 @@ class TorchEngine:
     def train_step(self, batches: Sequence[Batch], rate: float) -> Losses:
         self.module.train()
         _set_rate(self._optimizer, rate)
-        found = []
+        accumulated = []
         for batch in batches:
             losses = self.module(**_moved(batch, self._device))
             (losses["loss"] / len(batches)).backward()
-            found.append(losses)
+            accumulated.append(losses)
         torch.nn.utils.clip_grad_norm_(self._trainable, self._clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return mean_losses(found)
+        return mean_losses(accumulated)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
@@ -150,29 +151,31 @@ class DeepSpeedEngine:
         return torch.optim.AdamW(groups, fused=True)
 
     def train_step(self, batches: Sequence[Batch], rate: float) -> Losses:
-        self._turn_to(training=True)
+        self._set_mode(training=True)
         _set_rate(self._engine.optimizer, rate)
-        found = []
+        accumulated = []
         for batch in batches:
             losses = self._engine(**_moved(batch, self._device))
             self._engine.backward(losses["loss"])
             self._engine.step()  # acts at the last of the accumulated batches
-            found.append(losses)
-        return mean_losses(found)
+            accumulated.append(losses)
+        return mean_losses(accumulated)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
-        self._turn_to(training=False)
+        self._set_mode(training=False)
         losses: Losses = self._engine(**_moved(batch, self._device))
         return losses
 
-    def _turn_to(self, *, training: bool) -> None:
-        """ZeRO-3 fetches weights ahead in the order of modules that it recorded. A validation is another order, and
-        where it begins like the recorded one DeepSpeed 0.19 doesn't notice, and fails in the next backward pass: so the
-        order is recorded anew."""
-        turns = self.module.training != training  # the engine's own flag never changes
+    def _set_mode(self, *, training: bool) -> None:
+        """Switch between training and evaluation mode; at ZeRO-3 have the order of modules recorded again."""
+        changes = self.module.training != training  # the engine's own flag never changes
         self._engine.train(training)
-        if turns and self._stage == 3:
+        if changes and self._stage == 3:
+            # ZeRO-3 shards the weights and fetches them ahead of use, in the order of modules that it recorded in an
+            # earlier pass (the trace). A validation runs another order: no ELBO, no backward pass. Where it begins
+            # like the recorded one, DeepSpeed 0.19 doesn't notice the difference and fails in the next backward pass.
+            # Invalidating the trace makes it record the new order; a trace that is invalid already must be left so.
             coordinator = self._engine.optimizer.parameter_offload.get_param_coordinator()
             if not coordinator.is_invalid_trace():
                 coordinator._invalidate_trace()
@@ -192,8 +195,9 @@ class DeepSpeedEngine:
 
     @contextlib.contextmanager
     def _plain_checkpoint(self) -> Iterator[None]:
-        """DeepSpeed's checkpoints of experts know the names of its own layer only. As those of a plain model they still
-        hold each worker's optimizer states, but of the experts' weights rank 0's alone."""
+        """Have DeepSpeed checkpoint the model like one without experts: its checkpoints of experts know the names of
+        its own MoE layer only. They still hold each worker's optimizer states, but of the experts' weights rank 0's
+        alone."""
         shared, self._engine.has_moe_layers = self._engine.has_moe_layers, False
         try:
             yield
@@ -203,8 +207,8 @@ class DeepSpeedEngine:
     def state_dict(self, prefix: str = "", *, everywhere: bool = False) -> dict[str, Tensor]:
         wanted = everywhere or self.rank == 0
         if self._sharing:
-            own = _on_cpu(self.module, prefix) if wanted else {}
-            state: dict[str, Tensor] = self._sharing.whole_state(self.module, own, prefix)
+            local = _on_cpu(self.module, prefix) if wanted else {}
+            state: dict[str, Tensor] = self._sharing.whole_state(self.module, local, prefix)
             return state
         if self._stage < 3:
             return _on_cpu(self.module, prefix) if wanted else {}
@@ -291,7 +295,7 @@ def _on_cpu(
     `gathered` makes a sharded parameter whole while its context lasts; all ranks must enter it, `wanted` or not.
     """
     copies: dict[int, Tensor] = {}
-    found: dict[str, Tensor] = {}
+    state: dict[str, Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if not name.startswith(prefix):
             continue
@@ -300,5 +304,5 @@ def _on_cpu(
             with gathered(tensor) if gathered is not None and sharded else contextlib.nullcontext():
                 copies[id(tensor)] = tensor.detach().to("cpu", copy=True) if wanted else tensor
         if wanted:
-            found[name] = copies[id(tensor)]
-    return found
+            state[name] = copies[id(tensor)]
+    return state

@@ -1,13 +1,12 @@
 """`gavamoe tune`: Ray Tune with Optuna over any config field.
 
-search       search, train the best, score it once
-space        search spaces, typed and validated
-checks       a space against config and dataset
-metrics      what can be searched for
-study        the Optuna study: who has which values, what came out
-ray_tune     Ray Tune runs the trials
-trial        one trial
-search_data  the dataset without its test rows
-folder       whose results folder it is
-report       trials.parquet, best.yaml, plots
+search    search, train the best, score it once
+space     search spaces, typed and validated
+checks    a space against config and dataset
+metrics   what can be searched for
+study     the Optuna study: which values were drawn, and their results
+ray_tune  Ray Tune runs the trials
+trial     one trial
+folder    the results folder and its lock; the dataset without its test rows
+report    trials.parquet, best.yaml, plots
 """

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from gavamoe.config.files import override_config
-from gavamoe.config.problems import field_paths
+from gavamoe.config.files import field_paths, override_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError, did_you_mean, first_problem
@@ -20,11 +19,11 @@ _NOT_SEARCHED = {
     "seed": "--seeds N repeats every trial with N seeds",
     "runtime.": "it decides where training runs, not what comes out",
     "evaluation.": "it decides how trials are measured, so their values would not compare",
-    "stage1.min_cluster_share": "it decides what counts as collapsed, not what is learnt",
-    "stage1.on_collapse": "it decides what counts as collapsed, not what is learnt",
+    "stage1.min_cluster_share": "it decides what counts as collapsed, not what is learned",
+    "stage1.on_collapse": "it decides what counts as collapsed, not what is learned",
     "stage2.validation_rows": "it decides how trials are measured, so their values would not compare",
-    "stage2.evaluate_every": "it decides how often trials are measured, not what is learnt",
-    "stage2.checkpoint_every": "it decides how often trials are saved, not what is learnt",
+    "stage2.evaluate_every": "it decides how often trials are measured, not what is learned",
+    "stage2.checkpoint_every": "it decides how often trials are saved, not what is learned",
     "stage2.prompt.max_explanation_tokens": "it decides which tokens count, so values would not compare",
 }
 
@@ -39,7 +38,7 @@ def check_space(space: Space, config: RunConfig, dataset: Dataset, source: str) 
     try:
         _check_metrics(space, config, dataset)
         cheap = trial_config(config, space, {})
-        for name in [*space.parameters, *space.budget.set, *_looked_at(space)]:
+        for name in [*space.parameters, *space.budget.set, *_referenced(space)]:
             _check_known(name)
         for name, spec in space.parameters.items():
             _check_searchable(name, space, cheap, dataset)
@@ -103,7 +102,8 @@ def _check_known(name: str) -> None:
     raise InputError(f"{name}: unknown config field{hint}")
 
 
-def _looked_at(space: Space) -> Iterable[str]:
+def _referenced(space: Space) -> Iterable[str]:
+    """Fields that the space's conditions and constraints refer to."""
     for spec in space.parameters.values():
         yield from spec.when
     for rule in space.rules:
@@ -135,7 +135,7 @@ _REQUIREMENTS: tuple[tuple[str, str, Any], ...] = (
     ("stage1.mixture_restarts", "stage1.mixture_init", "gmm"),
     ("stage1.user_agreement", "stage1.mixture_init", "gmm"),
 )
-"""(fields with this prefix, are ignored unless this field, has this value)"""
+"""(prefix of fields, another field, a value): such fields are ignored unless the other field has that value."""
 
 
 def _possible(field: str, wanted: Scalar, space: Space, config: RunConfig) -> bool:
@@ -177,8 +177,8 @@ def _check_constraints(space: Space, config: RunConfig) -> None:
         others = _numbers(space, config, rule)
         if not rule.always_fits(spec, others):
             raise InputError(
-                f"constraints: {rule.left} {rule.operator} {rule.right}: nothing of {spec.low}..{spec.high} is left"
-                f" beside {rule.right} {min(others) if rule.operator.startswith('<') else max(others)}"
+                f"constraints: {rule.left} {rule.operator} {rule.right}: no value of {spec.low}..{spec.high} satisfies"
+                f" it when {rule.right} is {min(others) if rule.operator.startswith('<') else max(others)}"
             )
 
 

@@ -1,10 +1,10 @@
-"""A search's folder: whose it is, and that one search at a time works in it.
+"""A search's folder: it belongs to one search, which one process at a time works on.
 
 tune.json       the space, the config it starts from, the dataset, the seeds
-study.db        the Optuna study (tune_study)
-search_data/    the dataset without its test rows (tune_data)
-stage1_cache/, trials/    (tune_trial)
-trials.parquet, best.yaml, table.md, plots/, pareto/    (tune_report)
+study.db        the Optuna study (`study`)
+search_data/    the dataset without its test rows
+stage1_cache/, trials/    (`trial`)
+trials.parquet, best.yaml, table.md, plots/, pareto/    (`report`)
 final/, test.json         the best configuration trained in full, and its test scores
 """
 
@@ -14,26 +14,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gavamoe.artifacts.files import read_json, write_json
+import pyarrow.parquet as pq
+
+from gavamoe.artifacts.files import read_json, sha256, write_folder, write_json
 from gavamoe.artifacts.run import first_difference
 from gavamoe.config.schema import RunConfig
-from gavamoe.data.dataset import Dataset
+from gavamoe.data.dataset import DATA_FILES, ROWS_SCHEMA, Dataset, fingerprint, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.tune.space import Space
 
 TUNE_FILE = "tune.json"
 TEST_FILE = "test.json"
 _LOCK_FILE = "tune.lock"
+_TRUTH_FILES = ("truth.json", "truth_users.parquet")
 
 
 @contextmanager
 def claimed_folder(
     folder: Path, space: Space, config: RunConfig, dataset: Dataset, seeds: int, *, resume: bool
 ) -> Iterator[None]:
-    """Make `folder` this search's, or check that it is, and keep others out of it for as long as the block runs.
+    """Claim `folder` for this search, or check that it holds it, and lock it for as long as the block runs.
 
     Raises:
-        InputError: it holds another search or something else, a search is at work in it, or `resume` is missing.
+        InputError: it holds another search or something else, a search is running in it, or `resume` is missing.
     """
     _check(folder, space, config, dataset, seeds, resume=resume)
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,11 +45,39 @@ def claimed_folder(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
-                f"{folder}: another search is at work here; wait for it or use another --run-dir"
+                f"{folder}: another search is running here; wait for it or use another --run-dir"
             ) from error
         if not (folder / TUNE_FILE).exists():
             write_json(folder / TUNE_FILE, _identity(space, config, dataset, seeds))
         yield
+
+
+def withhold_test(dataset: Dataset, out: Path) -> Dataset:
+    """Make (or reopen) the view `out` of a dataset without its test rows: the test split is there, and empty.
+
+    Trials get this folder and no other, so that no trial can be chosen by test rows, whatever its code does. The files
+    are links to the dataset's own; the fingerprint differs, for the test split does.
+
+    Raises:
+        InputError: `out` is the view of another dataset.
+    """
+    wanted = _meta_without_test(dataset)
+    if out.exists():
+        view = open_dataset(out)
+        if {name: view.meta.files.get(name) for name in wanted} != wanted:
+            raise InputError(f"{out}: was made from another dataset than {dataset.path}; use another --run-dir")
+        return view
+    with write_folder(out) as folder:
+        for name in (*DATA_FILES, *_TRUTH_FILES):
+            source = dataset.path.resolve() / name
+            if name != "test.parquet" and source.exists():
+                (folder / name).symlink_to(source)
+        pq.write_table(ROWS_SCHEMA.empty_table(), folder / "test.parquet")
+        files = wanted | {"test.parquet": sha256(folder / "test.parquet")}
+        meta = read_json(dataset.path / "meta.json")
+        meta |= {"rows": meta["rows"] | {"test": 0}, "files": files, "fingerprint": fingerprint(files)}
+        write_json(folder / "meta.json", meta)
+    return open_dataset(out)
 
 
 def _check(folder: Path, space: Space, config: RunConfig, dataset: Dataset, seeds: int, *, resume: bool) -> None:
@@ -58,8 +89,8 @@ def _check(folder: Path, space: Space, config: RunConfig, dataset: Dataset, seed
     before, now = read_json(path), _identity(space, config, dataset, seeds)
     if not isinstance(before, dict):
         raise InputError(f"{path}: damaged; use another --run-dir")
-    for part, name in (("dataset", "dataset"), ("space", "space"), ("config", "config"), ("seeds", "--seeds")):
-        difference = first_difference(before.get(part), now[part], name)
+    for key, name in (("dataset", "dataset"), ("space", "space"), ("config", "config"), ("seeds", "--seeds")):
+        difference = first_difference(before.get(key), now[key], name)
         if difference is not None:
             field, old, new = difference
             raise InputError(
@@ -76,7 +107,7 @@ def _check(folder: Path, space: Space, config: RunConfig, dataset: Dataset, seed
 
 
 def _identity(space: Space, config: RunConfig, dataset: Dataset, seeds: int) -> dict[str, Any]:
-    """What must be equal for a search to be continued. The budget's size and where it runs may change."""
+    """The settings that must be equal for a search to be continued. The budget's size and the runtime may change."""
     described = space.model_dump(mode="json", exclude={"description"})
     described["budget"] = {"set": described["budget"]["set"]}
     return {
@@ -95,3 +126,8 @@ def _trials(folder: Path) -> int:
 def _short(value: Any) -> str:
     text = "absent" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _meta_without_test(dataset: Dataset) -> dict[str, str]:
+    """Hashes of the files that the view shares with the dataset."""
+    return {name: digest for name, digest in dataset.meta.files.items() if name != "test.parquet"}

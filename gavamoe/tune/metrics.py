@@ -1,4 +1,4 @@
-"""What a search can measure and optimise: each name with its direction, where it comes from and what it costs.
+"""The measures that a search can optimize or record: name, direction, source and definition of each.
 
 Names of the registry (`metrics.METRICS`: "rouge_l", "rmse", ...) are measured on the VALIDATION split. Those of the
 stages are "stage1.elbo" or "stage2.validation_loss"; those of cost "parameters", "active_parameters" and
@@ -16,32 +16,37 @@ Direction = Literal["higher", "lower"]
 
 @dataclass(frozen=True)
 class Curve:
-    """Where the metric's values during training are found among a stage's log lines, for pruning."""
+    """Where a stage's log has the values of a measure during training, for pruning."""
 
     phase: str
-    """Of the log line."""
+    """The "phase" of the log lines that have a value."""
     unit: str
-    """The line's field that counts the way, and so its share of the whole: "epoch" or "step"."""
+    """The field of those lines that counts how far training is: "epoch" or "step"."""
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One thing that is measured of a trial."""
+    """A number measured on each trial of a search."""
 
     name: str
+    """Name in space files, and of the columns of trials.parquet."""
     label: str
+    """Name in tables and plots."""
     direction: Direction
+    """Which values are better."""
     source: Literal["stage1", "stage2", "texts", "model"]
-    """stage1, stage2: the stage's metrics; texts: explanations written for validation rows; model: its weights."""
+    """Origin of the number. stage1, stage2: the stage's metrics; texts: explanations written for validation rows;
+    model: its weights."""
     curve: Curve | None = None
-    """None: known only at the end, so that nothing can be pruned by it."""
+    """The measure's values during training; None: it is known only at the end, so that trials can't be pruned by it."""
     unfair: tuple[str, ...] = ()
-    """Fields that change what the number means, so that trials that differ in them don't compare."""
+    """Config fields that change what the number means: trials that differ in them can't be compared by it."""
     definition: str = ""
+    """The measure's definition, below tables."""
 
     @property
     def stage(self) -> int:
-        """The last stage that a trial must train for it."""
+        """The last stage that a trial must train to have this measure."""
         return 1 if self.source == "stage1" else 2
 
     @property
@@ -82,7 +87,7 @@ _OWN = (
 )  # fmt: skip
 
 TRUTH = "user_ari"
-"""Agreement with the planted groups: recorded for synthetic data, never optimised."""
+"""Agreement with the planted groups: recorded for synthetic data, never optimized."""
 
 
 def _registered() -> tuple[Measure, ...]:
@@ -99,7 +104,7 @@ def find_measure(name: str, stages: int) -> Measure:
     """The measure of that name for a space whose trials train `stages` stages.
 
     Raises:
-        InputError: unknown (with the nearest name), or not to be had without stage 2.
+        InputError: the name is unknown (the nearest known one is named), or the measure needs stage 2.
     """
     if stages == 1 and name in ("rmse", "mae"):  # the registry's rating metrics need no texts
         name = f"stage1.{name}"
@@ -126,24 +131,24 @@ def curve_value(name: str, line: dict[str, Any]) -> float | None:
 def stage1_values(metrics: dict[str, Any]) -> dict[str, float]:
     """All stage-1 measures of a stage-1 metrics.json: of its validation split, and the planted truth's."""
     valid = metrics["valid"]
-    found = {
+    values = {
         "stage1.elbo": valid["reconstruction"] - valid["kl"],
         TRUTH: metrics.get(TRUTH),
         "stage1.seconds": metrics["seconds"],
     }
     for field in ("rmse", "mae", "auc", "smallest_cluster_share"):
-        found[f"stage1.{field}"] = valid.get(field)
-    return {name: float(value) for name, value in found.items() if value is not None}
+        values[f"stage1.{field}"] = valid.get(field)
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 def stage2_values(metrics: dict[str, Any]) -> dict[str, float]:
     """All stage-2 measures of a stage-2 metrics.json."""
     names = ("validation_loss", "validation_perplexity", "seconds")
-    found = {f"stage2.{name}": metrics[name] for name in names if metrics.get(name) is not None}
-    return {name: float(value) for name, value in (found | {"parameters": metrics["parameters"]}).items()}
+    values = {f"stage2.{name}": metrics[name] for name in names if metrics.get(name) is not None}
+    return {name: float(value) for name, value in (values | {"parameters": metrics["parameters"]}).items()}
 
 
 def text_values(metrics: dict[str, Any]) -> dict[str, float]:
     """All text measures of an evaluation of the validation split."""
-    found = {name: float(value) for name, value in metrics["metrics"].items() if value is not None}
-    return found | {"seconds_per_text": metrics["seconds_writing"] / max(metrics["rows"], 1)}
+    scores = {name: float(value) for name, value in metrics["metrics"].items() if value is not None}
+    return scores | {"seconds_per_text": metrics["seconds_writing"] / max(metrics["rows"], 1)}

@@ -1,9 +1,9 @@
 """Ray Tune runs the trials, the Optuna study decides which: the only part of the search that knows Ray.
 
-Ray's own OptunaSearch is not used: it tells Optuna that a trial which ASHA stopped is complete, with the value of its
-short budget, which misleads TPE and the importances; and what it knows is on disk only at Tune's next snapshot. Here a
+Ray's own OptunaSearch is not used: it reports a trial that ASHA stopped to Optuna as complete, with the value of its
+short budget, which misleads TPE and the importances; and its knowledge is on disk only at Tune's next snapshot. Here a
 searcher hands trials out of the study and writes each result into it at once, so that the study alone is enough to
-go on from, and Tune's state is thrown away after every session.
+continue from, and Tune's state is thrown away after every session.
 """
 
 import json
@@ -30,8 +30,8 @@ from gavamoe.tune.study import Record, Study
 from gavamoe.tune.trial import Job, ask_to_stop, asked_at, discard_work, run_trial
 
 _CONFIGURATION_ERRORS = (InputError, RunError, RuntimeError, ValueError, ArithmeticError, MemoryError)
-"""What a configuration can bring about (torch's out-of-memory is a RuntimeError): recorded as the trial's result.
-Anything else, such as a killed worker, is tried again, at most `runtime.max_failures` times."""
+"""Errors that a configuration can cause (torch's out-of-memory is a RuntimeError), recorded as the trial's result.
+Any other failure, such as a killed worker, is tried again, at most `runtime.max_failures` times."""
 
 _NEVER_ENOUGH = 1_000_000
 """Samples that Tune may ask for; the searcher says when to stop."""
@@ -40,30 +40,32 @@ _RAY_FOLDER = "ray"
 _MEBIBYTE = 2**20
 
 
-class Watch(Protocol):
-    """Who looks on while a search runs; `gavamoe.cli.output.search` draws it."""
+class SearchObserver(Protocol):
+    """Observer of a running search; `gavamoe.cli.output.search` draws its table."""
 
     def update(self, state: "SearchState") -> None:
-        """Something happened."""
+        """The search's state has changed."""
 
 
 @dataclass(frozen=True)
 class SearchState:
-    """How far a search is."""
+    """The state of a running search, as its observer sees it."""
 
     space: Space
+    """What is searched."""
     records: list[Record]
+    """All trials so far."""
     slots: int
-    """Trials at once."""
+    """Number of trials that run at the same time."""
     earlier: int
-    """Trials that were finished before this session."""
+    """Number of trials that were finished before this session."""
     seconds: float
-    """Since this session began."""
+    """Seconds since this session began."""
     restarts: dict[int, int] = field(default_factory=dict)
-    """Times that a trial's worker died and it was started again."""
+    """Times that a trial was started again after its worker died, by trial number."""
 
 
-def run_trials(job: Job, study: Study, watch: Watch, *, concurrent: int | None) -> bool:
+def run_trials(job: Job, study: Study, observer: SearchObserver, *, concurrent: int | None) -> bool:
     """Train trials until the budget is spent; False when it was interrupted (Ctrl-C) before that.
 
     Args:
@@ -71,7 +73,7 @@ def run_trials(job: Job, study: Study, watch: Watch, *, concurrent: int | None) 
     """
     placement = trial_config(job.config, job.space, {}).runtime
     with _ray(job, placement):
-        session = _Session(job, study, watch, _slots(placement, concurrent))
+        session = _Session(job, study, observer, _slots(placement, concurrent))
         if not session.work_left():
             return True
         _fit(job, session, placement)
@@ -155,14 +157,14 @@ def _scheduler(session: "_Session") -> TrialScheduler | None:
         "grace_period": pruning.grace,
         "reduction_factor": pruning.reduction,
     }
-    return ASHAScheduler(**arguments) if session.job.in_process else _AskingAsha(session, **arguments)
+    return ASHAScheduler(**arguments) if session.job.in_process else _CooperativeAsha(session, **arguments)
 
 
-class _AskingAsha(ASHAScheduler):
-    """ASHA for trials of several workers: asks a trial to end, where ASHA has it killed.
+class _CooperativeAsha(ASHAScheduler):
+    """ASHA for trials of several workers: it asks a trial to end, where plain ASHA has it killed.
 
-    A killed trial leaves its Ray Train workers behind: they keep their places until a clean-up finds them, and the
-    next trial, which needs the places, was seen to wait without end. A trial that is asked ends like any other.
+    A killed trial leaves its Ray Train workers behind: they hold their resources until a clean-up finds them, and the
+    next trial, which needs those, was seen to wait forever. A trial that is asked to end does so like any other.
     """
 
     def __init__(self, session: "_Session", **arguments: Any) -> None:
@@ -198,13 +200,13 @@ def _trainable(config: dict[str, Any], job: Job) -> None:
 
 
 class _Session:
-    """What searcher and listener share: the study, and who is at work."""
+    """State shared by searcher and listener: the study, and the trials that run."""
 
-    def __init__(self, job: Job, study: Study, watch: Watch, slots: int) -> None:
+    def __init__(self, job: Job, study: Study, observer: SearchObserver, slots: int) -> None:
         self.job, self.study, self.slots = job, study, slots
         self.spent = False
-        """The budget is used up, or the space is."""
-        self._watch = watch
+        """Whether the budget or the space is exhausted."""
+        self._observer = observer
         self._live: dict[str, int] = {}
         """Trial number by Tune's id."""
         self._since: dict[int, float] = {}
@@ -225,11 +227,11 @@ class _Session:
         ):
             self.spent = True
             return None
-        found = self.study.next(self._refused)
-        if found is None:
+        trial = self.study.next(self._refused)
+        if trial is None:
             self.spent = True
             return None
-        number, values = found
+        number, values = trial
         self._live[trial_id] = number
         self._since[number] = time.monotonic()
         self.study.start(number)
@@ -252,10 +254,10 @@ class _Session:
         elif "failed" in result:
             self.study.fail(number, result["failed"])
         else:
-            self.reported(result)  # the value a killed one was stopped for, which Tune tells only here
+            self.reported(result)  # the value that a killed trial was stopped for, which Tune passes on only here
             percent = result["stopped"] if "stopped" in result else result["percent"]
             seconds = time.monotonic() - self._since[number]
-            self.study.prune(number, f"stopped at {percent} % of its way: others did better there", seconds)
+            self.study.prune(number, f"stopped at {percent} % of its training: others did better there", seconds)
         discard_work(self.job, number)
         self.show()
 
@@ -279,7 +281,7 @@ class _Session:
         state = SearchState(
             self.job.space, self.study.records, self.slots, self._earlier, seconds, dict(self._restarts)
         )
-        self._watch.update(state)
+        self._observer.update(state)
 
     def _refused(self, values: Values) -> str | None:
         """Why the config can't take these values, if it can't."""
@@ -295,15 +297,15 @@ class _Session:
 
 
 class _StudySearcher(Searcher):
-    """What Tune asks for configurations."""
+    """Tune's search algorithm: takes configurations from the study."""
 
     def __init__(self, session: _Session) -> None:
         super().__init__()
         self._session: _Session = session
 
     def suggest(self, trial_id: str) -> Any:
-        found = self._session.next(trial_id)
-        return Searcher.FINISHED if found is None and self._session.spent else found
+        trial = self._session.next(trial_id)
+        return Searcher.FINISHED if trial is None and self._session.spent else trial
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         self._session.reported(result)
@@ -313,17 +315,17 @@ class _StudySearcher(Searcher):
             self._session.ended(trial_id, result)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is on disk already."""
+        """Save nothing: the study is on disk already."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the study is on disk already."""
+        """Restore nothing: the study is on disk already."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles its set-up for a restore that never comes; an open study can't be pickled
 
 
 class _Listener(Callback):
-    """What Tune tells of trials beside their results."""
+    """Passes on to the session which trials failed or were started again."""
 
     def __init__(self, session: _Session) -> None:
         self._session = session

@@ -1,4 +1,4 @@
-"""What a search leaves for its reader: trials.parquet, best.yaml, table.md, pareto/, plots/.
+"""The results of a search for people to read: trials.parquet, best.yaml, table.md, pareto/, plots/.
 
 Everything is derived from the study, at the end of a session however it ended, and can be made again.
 """
@@ -24,7 +24,7 @@ TRIALS_FILE, BEST_FILE, TABLE_FILE, PLOTS, FRONT = "trials.parquet", "best.yaml"
 
 
 def write_results(folder: Path, study: Study, space: Space, config: RunConfig) -> Record | None:
-    """Write all files that the study has matter for; returns the best trial, None when none is complete."""
+    """Write all files that the study has data for; returns the best trial, None when none is complete."""
     records = study.records
     with write_file(folder / TRIALS_FILE) as aside:
         pq.write_table(trials_table(records, space), aside)
@@ -121,7 +121,7 @@ def value_text(value: Any) -> str:
 
 
 def mean_text(values: Sequence[float] | None) -> str:
-    """ "0.812 ± 0.004"."""
+    """Mean and spread as text, such as "0.812 ± 0.004"."""
     if not values:
         return "-"
     mean, width = statistics.fmean(values), spread(values)
@@ -136,7 +136,7 @@ def _write_config(path: Path, config: RunConfig) -> None:
 
 
 def _write_plots(out: Path, study: Study, space: Space, complete: Sequence[Record]) -> None:
-    """Optuna's own plots, as far as the study has matter for them."""
+    """Write Optuna's own plots, as far as the study has data for them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -181,7 +181,7 @@ def _wanted_plots(study: Study, space: Space, complete: Sequence[Record]) -> dic
         wanted["pareto"] = lambda: plots.plot_pareto_front(study.study, target_names=names)
     if not several and any(record.steps for record in study.records):
         wanted["curves"] = lambda: plots.plot_intermediate_values(study.study).set(
-            title="Early stopping", xlabel="% of its stage's way", ylabel=title
+            title="Early stopping", xlabel="% of the stage's training", ylabel=title
         )
     return wanted
 
@@ -193,7 +193,7 @@ def _low_is_good(measure: Measure) -> Callable[[Any], float]:
 
 
 def _make_readable(figure: Any, names: Sequence[str]) -> None:
-    """Full field paths run into each other below the axes, and so do the minor ticks of a log scale."""
+    """Shorten the field paths below the axes, and drop minor ticks of log scales: both would overlap."""
     from matplotlib.ticker import NullFormatter
 
     for axes in figure.axes:
@@ -206,5 +206,5 @@ def _make_readable(figure: Any, names: Sequence[str]) -> None:
         ticks = axes.get_xticklabels()
         labels = [tick.get_text() for tick in ticks]
         if any(label.endswith("...") or label in names for label in labels):
-            whole = [next((n for n in names if n.startswith(label.removesuffix("..."))), label) for label in labels]
-            axes.set_xticks(axes.get_xticks(), [short_name(n, names) if n in names else n for n in whole])
+            full = [next((n for n in names if n.startswith(label.removesuffix("..."))), label) for label in labels]
+            axes.set_xticks(axes.get_xticks(), [short_name(n, names) if n in names else n for n in full])

@@ -2,8 +2,8 @@
 
     space + config + dataset -> trials on train and validation rows -> best.yaml -> final/ -> test.json
 
-The test rows are not in the dataset that trials see (tune_data). Once they have scored the best trial the search is
-closed: it can't be extended and choose again.
+The test rows are not in the dataset that trials see (`folder.withhold_test`). Once they have scored the best trial the
+search is closed: it can't be extended and choose again.
 """
 
 import shutil
@@ -19,10 +19,9 @@ from gavamoe.errors import InputError, RunError
 from gavamoe.pipeline import evaluate_and_report, train_run
 from gavamoe.runtime.progress import Progress
 from gavamoe.tune.checks import check_space, config_values, trial_config
-from gavamoe.tune.folder import TEST_FILE, claimed_folder
-from gavamoe.tune.ray_tune import Watch, run_trials
+from gavamoe.tune.folder import TEST_FILE, claimed_folder, withhold_test
+from gavamoe.tune.ray_tune import SearchObserver, run_trials
 from gavamoe.tune.report import write_results
-from gavamoe.tune.search_data import withhold_test
 from gavamoe.tune.space import Space, load_space
 from gavamoe.tune.study import Record, Study
 from gavamoe.tune.trial import Job
@@ -30,21 +29,26 @@ from gavamoe.tune.trial import Job
 FINAL = "final"
 
 
-class SearchProgress(Watch, Progress, Protocol):
-    """Who looks on: while trials run, and while the best configuration is trained in full."""
+class SearchProgress(SearchObserver, Progress, Protocol):
+    """Observer of a whole search: of its trials, and of the training of the best configuration in full."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """A search as it stands when a session ends."""
+    """The state of a search at the end of a session."""
 
     folder: Path
+    """The search's folder."""
     space: Space
+    """What was searched."""
     records: list[Record]
+    """All trials."""
     best: Record | None
+    """The best complete trial by the first objective; None without any."""
     front: list[Record]
+    """The Pareto front: complete trials that no other beats in every objective."""
     interrupted: bool
-    """By Ctrl-C, before the budget was spent."""
+    """Whether Ctrl-C ended the session before the budget was spent."""
     test: dict[str, Any] | None
     """Content of test.json: the best trial's scores on the test split, once it was trained in full."""
 
@@ -62,17 +66,17 @@ def run_search(
     resume: bool = False,
     final: bool = True,
 ) -> SearchResult:
-    """Run a search, or go on with one.
+    """Run a search, or continue one.
 
     Args:
         space: a file, or the name of a shipped space.
-        trials: in place of the space's budget.
+        trials: number of trials, instead of the space's own budget.
         seeds: trainings of each configuration, with the config's seed and those that follow it.
-        final: train the best configuration on the whole and score it on test; it closes the search.
+        final: train the best configuration in full and score it on the test split, which closes the search.
 
     Raises:
-        InputError: anything about space, config, dataset or folder that can't be; before any training.
-        RunError: no trial came to an end.
+        InputError: space, config, dataset or folder are wrong or don't fit each other; raised before any training.
+        RunError: no trial completed.
     """
     for name, value in (("--trials", trials), ("--concurrent", concurrent), ("--seeds", seeds)):
         if value is not None and value < 1:
@@ -114,12 +118,12 @@ def _score_once(best: Record, job: Job, dataset: Dataset, trials: int, progress:
     final = job.folder / FINAL
     if RunFolder(final).config_file.exists() and open_run(final).config != config:
         shutil.rmtree(final)  # begun for an earlier best, never scored
-    whole = job.space.stages == 2
-    metrics = train_run(config, dataset.path, final, stage="all" if whole else "1", resume=True, progress=progress)
-    if whole:
-        found = evaluate_and_report(final, progress=progress, split="test")["metrics"]
+    both = job.space.stages == 2
+    metrics = train_run(config, dataset.path, final, stage="all" if both else "1", resume=True, progress=progress)
+    if both:
+        scores = evaluate_and_report(final, progress=progress, split="test")["metrics"]
     else:
-        found = metrics["stage1"]["test"]
-    scored = {"trial": best.number, "trials": trials, "split": "test", "metrics": found}
+        scores = metrics["stage1"]["test"]
+    scored = {"trial": best.number, "trials": trials, "split": "test", "metrics": scores}
     write_json(path, scored)
     return scored

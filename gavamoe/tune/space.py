@@ -1,8 +1,8 @@
 """Search spaces: data in YAML (`tune_spaces/`), typed and validated, naming config fields by their dotted paths.
 
-A space says which fields are searched, over what, under which conditions and constraints; what is optimised; which
-stages a trial trains; and the budget. docs/tune.md has the format. Nothing here knows Ray or Optuna: `draw` asks
-whatever has Optuna's `suggest_*` methods.
+A space says which fields are searched, over what, under which conditions and constraints; what is optimized; which
+stages a trial trains; and the budget. docs/tune.md has the format. Nothing here knows Ray or Optuna: `draw` takes any
+object that has Optuna's `suggest_*` methods.
 """
 
 from collections.abc import Iterator
@@ -29,12 +29,12 @@ class _Model(BaseModel):
 
 class _Parameter(_Model):
     when: dict[str, Scalar | list[Scalar]] = {}
-    """Fields with the value (or one of the values) they must have for this parameter to be searched."""
+    """Condition of the parameter: other fields, each with the value or values at which this one is searched."""
 
 
 class _Range(_Parameter):
     log: bool = False
-    """Draw the logarithm evenly."""
+    """Whether the logarithm is drawn evenly, instead of the value."""
 
     def check(self, low: float, high: float, step: float | None) -> None:
         if low > high:
@@ -91,14 +91,14 @@ Parameter = Annotated[IntRange | FloatRange | Choice, Field(discriminator="type"
 
 
 class Budget(_Model):
-    """How much a search may cost."""
+    """Limits of a search's cost."""
 
     trials: int = 12
-    """Different configurations that are trained."""
+    """Number of different configurations that are trained."""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """No trial starts after so long (in each session); those that run are finished."""
+    """Minutes of a session after which no trial starts; those that run are finished. None: no limit."""
     set: dict[str, Any] = {}
-    """Config fields that make trials cheaper than the final training; best.yaml does not have them."""
+    """Config fields and values that make trials cheaper than the final training; best.yaml does not have them."""
 
     @field_validator("trials")
     @classmethod
@@ -109,30 +109,35 @@ class Budget(_Model):
 
 
 class Pruning(_Model):
-    """ASHA: trials that do worse than others at the same share of their way are stopped."""
+    """Pruning by ASHA: trials that do worse than others after the same share of their training are stopped."""
 
     grace: Annotated[int, Field(ge=1, le=99)] = 30
-    """Percent of its way that every trial may go."""
+    """Percent of its training that every trial completes before it may be stopped."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """At each rung, one in so many goes on."""
+    """Reduction factor: at each rung one in this many trials continues."""
 
 
 class Space(_Model):
-    """Content of a space file."""
+    """A search space: the content of a space file."""
 
     description: str = ""
+    """What the space is for, in a sentence."""
     stages: Annotated[int, Field(ge=1, le=2)]
-    """1: a trial trains stage 1 alone; 2: both."""
+    """Stages that a trial trains. 1: stage 1 alone; 2: both."""
     metric: str | list[str]
-    """What is optimised, on the validation split: a name, or several for a Pareto front."""
+    """Objective, measured on the validation split: a name, or several for a Pareto front."""
     measure: list[str] = []
-    """What is recorded beside it."""
+    """Measures that are recorded beside the objectives."""
     sampler: Literal["tpe", "random", "nsga2", "grid"] = "tpe"
+    """Optuna's sampler, which draws the configurations; grid: all points of the space."""
     pruning: Pruning | None = None
+    """Early stopping of poor trials; None: every trial is trained to its end."""
     budget: Budget = Budget()
+    """Limits of the search's cost."""
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
+    """Searched config fields by their dotted paths."""
     constraints: list[str] = []
-    """"FIELD <= FIELD" (or <, >=, >): the left one, a searched range, is kept within bounds."""
+    """Constraints "FIELD <= FIELD" (or <, >=, >): the left field, a searched range, is kept within that bound."""
 
     @property
     def metrics(self) -> list[str]:
@@ -140,7 +145,7 @@ class Space(_Model):
 
     @property
     def objectives(self) -> list[Measure]:
-        """What is optimised, in the file's order."""
+        """What is optimized, in the file's order."""
         return [find_measure(name, self.stages) for name in self.metrics]
 
     @property
@@ -153,10 +158,10 @@ class Space(_Model):
         return [Constraint.parse(text) for text in self.constraints]
 
     def order(self) -> list[str]:
-        """The parameters' names, each after those that its conditions and constraints look at.
+        """The parameters' names, each after those that its conditions and constraints refer to.
 
         Raises:
-            InputError: they look at each other in a circle.
+            InputError: they refer to each other in a circle.
         """
         needs = {name: [key for key in spec.when if key in self.parameters] for name, spec in self.parameters.items()}
         for rule in self.rules:
@@ -167,7 +172,7 @@ class Space(_Model):
             ready = [n for n in needs if n not in ordered and all(need in ordered for need in needs[n])]
             if not ready:
                 circle = ", ".join(sorted(set(needs) - set(ordered)))
-                raise InputError(f"parameters {circle}: their conditions or constraints go in a circle")
+                raise InputError(f"parameters {circle}: their conditions or constraints form a circle")
             ordered += ready
         return ordered
 
@@ -181,7 +186,7 @@ class Space(_Model):
         return drawn
 
     def points(self, fixed: Values) -> list[Values] | None:
-        """Every point of the space, in order; None where they are without number, or more than MAX_POINTS."""
+        """Every point of the space, in order; None where there are infinitely many, or more than MAX_POINTS."""
         if any(isinstance(spec, FloatRange) and spec.step is None for spec in self.parameters.values()):
             return None
         points: list[Values] = [{}]
@@ -201,8 +206,8 @@ class Space(_Model):
 
     def _active(self, spec: "IntRange | FloatRange | Choice", drawn: Values, fixed: Values) -> bool:
         for field, wanted in spec.when.items():
-            found = drawn.get(field) if field in self.parameters else fixed.get(field)
-            if not any(_same(found, value) for value in (wanted if isinstance(wanted, list) else [wanted])):
+            current = drawn.get(field) if field in self.parameters else fixed.get(field)
+            if not any(_same(current, value) for value in (wanted if isinstance(wanted, list) else [wanted])):
                 return False
         return True
 
@@ -218,7 +223,7 @@ class Space(_Model):
 
 
 class Constraint(_Model):
-    """left OP right."""
+    """A constraint between two config fields: left OPERATOR right."""
 
     left: str
     operator: Literal["<=", "<", ">=", ">"]
@@ -232,7 +237,7 @@ class Constraint(_Model):
         return cls(left=words[0], operator=words[1], right=words[2])  # type: ignore[arg-type]
 
     def narrow(self, spec: IntRange | FloatRange, other: float) -> IntRange | FloatRange:
-        """`spec` within the bound; the space's check has made sure that something is left.
+        """`spec` within the bound; the space's check has made sure that the range does not get empty.
 
         A strict bound on real numbers is kept as a closed one: a draw hits it with probability 0.
         """
@@ -248,7 +253,7 @@ class Constraint(_Model):
 
 
 class Suggester(Protocol):
-    """What draws values: an Optuna trial."""
+    """Source of drawn values, such as an Optuna trial."""
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int: ...
 
@@ -278,10 +283,10 @@ def spaces_folder() -> Path:
 
 
 def load_space(source: str | Path) -> Space:
-    """Read a space file or a shipped space by name. Whether it fits a config and a dataset is `tune_checks`' business.
+    """Read a space file or a shipped space by name; `checks` then compares it with a config and a dataset.
 
     Raises:
-        InputError: one line naming file, field, value and what would do.
+        InputError: one line naming file, field, value and what is allowed.
     """
     path = find_space(source)
     if path.stat().st_size > MAX_SPACE_BYTES:
@@ -296,7 +301,7 @@ def load_space(source: str | Path) -> Space:
 def parse_space(values: Any, source: str) -> Space:
     """Build a space from parsed YAML; `source` is named in errors."""
     if not isinstance(values, dict) or not values:
-        raise InputError(f"{source}: expected a search space (stages, metric, parameters), found nothing of the kind")
+        raise InputError(f"{source}: expected a search space with stages, metric and parameters")
     if not values.get("parameters"):
         raise InputError(f"{source}: parameters: the space is empty; name at least one config field to search")
     try:
@@ -325,9 +330,9 @@ def _values(spec: IntRange | FloatRange | Choice) -> list[Scalar]:
     return [spec.low + index * step for index in range(count)]
 
 
-def _same(found: Scalar | None, wanted: Scalar) -> bool:
-    """Equality that tells True from 1."""
-    return found == wanted and isinstance(found, bool) == isinstance(wanted, bool)
+def _same(value: Scalar | None, wanted: Scalar) -> bool:
+    """Equality by which True and 1 differ."""
+    return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
 
 
 def _number(spec: IntRange | FloatRange, value: float) -> Any:

@@ -1,10 +1,10 @@
-"""The Optuna study of a search: what was tried, what runs, what is next. The storage file is the only truth.
+"""The Optuna study of a search: what was tried, what runs, what is next. The storage file holds all of it.
 
-Every change is written before the next step is taken, so that a search killed at any moment goes on with all that
+Every change is written before the next step is taken, so that a search killed at any moment continues with all that
 was known. A configuration that is drawn again is answered from the study and not trained again.
 
-States: complete (all seeds measured), pruned (stopped early, with the values on its way), failed (with a reason),
-running. Draws that were not worth a trial (repeated, or refused by the config) are failed ones with `draw` set.
+States: complete (all seeds measured), pruned (stopped early, with the values measured until then), failed (with a
+reason), running. Draws that became no trial (repeated, or refused by the config) are failed ones with `draw` set.
 """
 
 import random
@@ -24,39 +24,48 @@ from optuna.trial import FrozenTrial, TrialState
 from gavamoe.tune.space import Space, Values
 
 STUDY_FILE = "study.db"
-MAX_VAIN_DRAWS = 100
-"""Draws in a row that lead to no new configuration: the space is taken to be exhausted."""
+MAX_FAILED_DRAWS = 100
+"""Draws in a row without a new configuration after which the space counts as exhausted."""
 MAX_REPEATS = 10
-"""The same in a space of finitely many points: then the next point that was not tried is taken instead."""
+"""Draws in a row without a new configuration after which, in a finite space, an untried point is taken instead."""
 
 _LISTED = "listed"
-_DRAWN, _REASON, _MEASURED, _VAIN, _STARTED, _SECONDS = "values", "reason", "measured", "draw", "started", "seconds"
+_DRAWN, _REASON, _MEASURED, _FAILED_DRAW, _STARTED, _SECONDS = (
+    "values",
+    "reason",
+    "measured",
+    "draw",
+    "started",
+    "seconds",
+)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One trial as it stands."""
+    """A trial in its present state."""
 
     number: int
+    """Number of the trial in the study."""
     state: str
-    """running, complete, pruned or failed."""
+    """State of the trial: running, complete, pruned or failed."""
     values: Values
-    """What was drawn, by field path."""
+    """Drawn values by field path."""
     objectives: list[float] | None
-    """Means over the seeds of what is optimised, in the space's order; None unless complete."""
+    """Means of the objectives over the seeds, in the space's order; None unless the trial is complete."""
     steps: dict[int, float] = field(default_factory=dict)
-    """The first seed's objective by percent of its way, where it was reported."""
+    """The first seed's objective during training, where it was reported, by percent of the training done."""
     measured: dict[str, list[float]] = field(default_factory=dict)
-    """Everything measured: by name, one value a seed."""
+    """All measures by name, one value for each seed."""
     reason: str | None = None
+    """Why the trial was pruned or failed."""
     started: str | None = None
-    """ISO time of its (last) start."""
+    """ISO time of the trial's last start."""
     seconds: float | None = None
-    """Wall time of all seeds, waiting for a shared stage 1 included."""
+    """Wall time of all seeds in seconds, waiting for a shared stage 1 included."""
 
 
 class Study:
-    """Ask, tell and remember, for one space."""
+    """The study of one space: draws configurations, and stores what became of them."""
 
     def __init__(self, folder: Path, space: Space, fixed: Values, *, seed: int, name: str) -> None:
         """Open the folder's study, or create it.
@@ -97,10 +106,10 @@ class Study:
         """
         if self._waiting:
             return self._waiting.pop(0)
-        for vain in range(MAX_VAIN_DRAWS):
+        for failed in range(MAX_FAILED_DRAWS):
             if self._listed and not self.study.get_trials(states=[TrialState.WAITING], deepcopy=False):
                 return None
-            if vain == MAX_REPEATS and self._points is not None and not self._queue_untried(accept):
+            if failed == MAX_REPEATS and self._points is not None and not self._queue_untried(accept):
                 return None
             trial = self.study.ask()
             values = self._space.draw(trial, self._fixed)
@@ -108,7 +117,7 @@ class Study:
             if reason is None:
                 trial.set_user_attr(_DRAWN, values)
                 return trial.number, values
-            trial.set_user_attr(_VAIN, True)
+            trial.set_user_attr(_FAILED_DRAW, True)
             self.fail(trial.number, reason)
         return None
 
@@ -124,7 +133,7 @@ class Study:
 
     @property
     def interrupted(self) -> bool:
-        """Whether trials of an earlier session wait to be gone on with."""
+        """Whether trials of an earlier session wait to be continued."""
         return bool(self._waiting)
 
     def start(self, number: int) -> None:
@@ -132,36 +141,35 @@ class Study:
         self._trial(number).set_user_attr(_STARTED, datetime.now().astimezone().isoformat(timespec="seconds"))
 
     def report(self, number: int, percent: int, value: float) -> None:
-        """A value on the way, for pruning and plots."""
+        """Store a value of the objective during training, for pruning and plots."""
         if len(self._names) > 1:  # Optuna takes none for several objectives
             return
-        if (
-            percent not in self.study.get_trials(deepcopy=False)[number].intermediate_values
-        ):  # else: gone on from before
+        # A trial that is continued from a checkpoint reports some values again.
+        if percent not in self.study.get_trials(deepcopy=False)[number].intermediate_values:
             self._trial(number).report(value, percent)
 
     def complete(self, number: int, measured: dict[str, list[float]], seconds: float) -> None:
-        """All seeds are measured."""
+        """Mark a trial as complete: all seeds are measured."""
         trial = self._trial(number)
         trial.set_user_attr(_MEASURED, measured)
         trial.set_user_attr(_SECONDS, seconds)
         self.study.tell(number, [sum(measured[name]) / len(measured[name]) for name in self._names])
 
     def prune(self, number: int, reason: str, seconds: float) -> None:
-        """Stopped early: its values on the way tell the sampler that it was bad, never how good it might have been."""
+        """Mark a trial as stopped early: the sampler learns its values so far, never how good it might have become."""
         trial = self._trial(number)
         trial.set_user_attr(_REASON, reason)
         trial.set_user_attr(_SECONDS, seconds)
         self.study.tell(number, state=TrialState.PRUNED)
 
     def fail(self, number: int, reason: str) -> None:
-        """It came to nothing, and why."""
+        """Mark a trial as failed, with the reason."""
         self._trial(number).set_user_attr(_REASON, reason)
         self.study.tell(number, state=TrialState.FAIL)
 
     @property
     def records(self) -> list[Record]:
-        """All trials that were worth training, in order."""
+        """All trials whose configuration was trained, in order; draws that were repeated or refused are left out."""
         trials = self.study.get_trials(deepcopy=False)
         return [_record(trial) for trial in trials if _DRAWN in trial.user_attrs]
 
@@ -188,7 +196,7 @@ class Study:
 
     def _unfinished(self) -> list[tuple[int, Values]]:
         """Trials that an earlier process left running; those it was still drawing are given up."""
-        found = []
+        unfinished = []
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
             values = trial.user_attrs.get(_DRAWN)
             if values is None:
@@ -196,8 +204,8 @@ class Study:
                 if self._listed:
                     self.study.enqueue_trial(trial.system_attrs.get("fixed_params", trial.params))
             else:
-                found.append((trial.number, values))
-        return found
+                unfinished.append((trial.number, values))
+        return unfinished
 
     def _repeated(self, values: Values) -> str | None:
         for record in self.records:
@@ -211,7 +219,7 @@ class Study:
 
 
 def storage_url(folder: Path) -> str:
-    """What Optuna and optuna-dashboard open."""
+    """URL of the study's storage, for Optuna and optuna-dashboard."""
     return f"sqlite:///{folder.absolute() / STUDY_FILE}"
 
 

@@ -1,7 +1,7 @@
 """One trial of a search: train a configuration with each seed, measure it on the validation split.
 
 Runs in a worker process of the search. One Ray worker means the loops run in this process; several mean Ray Train
-inside the trial. All it knows of the data is the search's view, which has no test rows.
+inside the trial. It sees the search's view of the data only, which has no test rows.
 
     FOLDER/stage1_cache/KEY/              stage-1 results, shared between trials
     FOLDER/trials/0007/config.yaml        what was trained (first seed)
@@ -34,23 +34,25 @@ from gavamoe.tune.space import Space, Values
 RESULT_FILE = "result.json"
 
 Report = Callable[[int, float], None]
-"""Takes the percent of the way done and the objective's value there."""
+"""Called with the percent of the training done and the objective's value there."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all trials of a search have in common."""
+    """The settings that all trials of a search share."""
 
     space: Space
+    """What is searched."""
     config: RunConfig
-    """What the space's values are laid over."""
+    """Config that a trial's drawn values override."""
     dataset: Path
-    """The search's view of the dataset."""
+    """Folder of the search's view of the dataset, which has no test rows."""
     fingerprint: str
-    """Of the view."""
+    """Fingerprint of that view."""
     folder: Path
     """The search's folder."""
     seeds: int
+    """Trainings of each configuration, with different seeds."""
 
     def configs(self, values: Values) -> list[RunConfig]:
         """The trial's config for each seed."""
@@ -70,19 +72,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished trial has to say."""
+    """The results of a finished trial."""
 
     measured: dict[str, list[float]]
-    """By name, one value a seed."""
+    """All measures by name, one value for each seed."""
     seconds: float
+    """Wall time of all seeds, in seconds."""
 
 
 def run_trial(job: Job, number: int, values: Values, report: Report) -> Outcome:
     """Train and measure all seeds; those that an earlier attempt finished are read, not repeated.
 
     Raises:
-        Stopped: it was asked to (`ask_to_stop`).
-        InputError, RunError: this configuration can't be trained, or a metric came out undefined.
+        Stopped: it was asked to stop (`ask_to_stop`).
+        InputError, RunError: this configuration can't be trained, or an objective is undefined.
     """
     started = time.perf_counter()
     folder = job.trial_folder(number)
@@ -144,13 +147,13 @@ class _Seed:
         """Everything measured, by name."""
         path = self._folder / RESULT_FILE
         if path.is_file():
-            found: dict[str, float] = read_json(path)
-            return found
-        found = self._train()
-        self._check(found)
-        write_json(path, found)
+            earlier: dict[str, float] = read_json(path)
+            return earlier
+        measured = self._train()
+        self._check(measured)
+        write_json(path, measured)
         _discard(self._folder)
-        return found
+        return measured
 
     def _train(self) -> dict[str, float]:
         from gavamoe.stage1.train import train_stage1
@@ -161,19 +164,19 @@ class _Seed:
             key,
             lambda out: self._run(train_stage1, "stage1", out, {}),
         )
-        found = stage1_values(read_json(stage1 / "metrics.json")) | {"stage1.shared": float(shared)}
+        measured = stage1_values(read_json(stage1 / "metrics.json")) | {"stage1.shared": float(shared)}
         if self._job.space.stages == 1:
-            return found
+            return measured
         from gavamoe.stage2.train import train_stage2
 
         out = RunFolder(self._folder).stage2
         if not out.is_dir():
             self._run(train_stage2, "stage2", out, {"stage1": stage1})
-        found |= stage2_values(read_json(out / "metrics.json")) | {"active_parameters": _active(out, self._config)}
+        measured |= stage2_values(read_json(out / "metrics.json")) | {"active_parameters": _active(out, self._config)}
         wanted = [*self._job.space.objectives, *self._job.space.recorded]
         if any(measure.source == "texts" for measure in wanted):
-            found |= self._texts(out)
-        return found
+            measured |= self._texts(out)
+        return measured
 
     def _texts(self, stage2: Path) -> dict[str, float]:
         """Scores of explanations written for the validation split."""
@@ -183,12 +186,12 @@ class _Seed:
 
         explainer = ExplanationGenerator.load(stage2, device=_device(self._config))
         data = open_dataset(self._job.dataset)
-        # Nothing beyond the registry's scores: a trial has no use for it, and it runs the model again.
+        # The registry's scores alone: a trial has no use for the probes, and they run the model again.
         quick = override_config(self._config, ["evaluation.probe_rows=0"])
         return text_values(evaluate(explainer, data, quick, split="valid").metrics)
 
     def _run(self, loop: Callable[..., Any], name: str, out: Path, extra: Mapping[str, Path]) -> None:
-        """Run one stage's loop here, or on Ray Train workers; a killed attempt's last checkpoint is gone on from."""
+        """Run one stage's loop here, or on Ray Train workers, from the last checkpoint of a killed attempt, if any."""
         arguments: dict[str, Any] = {"dataset": self._job.dataset, "out": out, **extra}
         if self._job.in_process:
             import torch
@@ -216,15 +219,15 @@ class _Seed:
         if self._report is None or curve is None or line.get("phase") != curve.phase:
             return
         percent, value = _percent(line, curve.unit, self._config), curve_value(objective.name, dict(line))
-        # At the end there is nothing left to prune; before the first step nothing was learnt.
+        # At the end there is nothing left to prune; before the first step nothing has been learned.
         if value is not None and 0 < percent < 100:
             self._report(percent, float(value))
 
-    def _check(self, found: Mapping[str, float]) -> None:
+    def _check(self, measured: Mapping[str, float]) -> None:
         for measure in self._job.space.objectives:
-            value = found.get(measure.name)
+            value = measured.get(measure.name)
             if value is None or not math.isfinite(value):
-                raise RunError(f"{measure.name} came out as {value}: nothing to compare")
+                raise RunError(f"{measure.name} is {value}, which can't be compared")
 
 
 class _TrialContext:
@@ -262,16 +265,16 @@ class _TrialContext:
 
 
 def _percent(line: Mapping[str, Any], unit: str, config: RunConfig) -> int:
-    """How much of its stage a trial has done; of stage 1, of the epochs on the ELBO."""
+    """Percent of a stage's training that is done; for stage 1, percent of the epochs on the ELBO."""
     if unit == "epoch":
-        done, whole = line["epoch"] - config.stage1.pretrain_epochs, config.stage1.epochs
+        done, total = line["epoch"] - config.stage1.pretrain_epochs, config.stage1.epochs
     else:
-        done, whole = line["step"], line["steps"]
-    return int(100 * done / whole)
+        done, total = line["step"], line["steps"]
+    return int(100 * done / total)
 
 
 def _active(stage2: Path, config: RunConfig) -> float:
-    """Parameters that one token meets: all but the experts that its gate leaves out."""
+    """Parameters that one token uses: all but the experts that its gate leaves out."""
     from safetensors import safe_open
 
     experts = config.stage2.experts
@@ -281,8 +284,8 @@ def _active(stage2: Path, config: RunConfig) -> float:
             for name in weights.keys():  # noqa: SIM118  (no mapping)
                 if ".experts." in name:
                     idle += math.prod(weights.get_slice(name).get_shape())
-    whole = read_json(stage2 / "metrics.json")["parameters"]
-    return float(whole - idle * (experts.count - experts.top_k) / experts.count)
+    parameters = read_json(stage2 / "metrics.json")["parameters"]
+    return float(parameters - idle * (experts.count - experts.top_k) / experts.count)
 
 
 def _device(config: RunConfig) -> str:

@@ -7,8 +7,7 @@ import pytest
 from helpers.config_reads import unread_fields
 from pydantic import BaseModel, field_validator, model_validator
 
-from gavamoe.config.files import dump_config, load_config, parse_config, presets_folder
-from gavamoe.config.problems import field_paths
+from gavamoe.config.files import dump_config, field_paths, load_config, parse_config, presets_folder
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError
 

@@ -201,7 +201,7 @@ def test_too_many_rejected_rows_fail_with_counts_the_first_and_the_way_out(tmp_p
     refuse(
         source,
         "amazon",
-        r"5 of 35 rows rejected \(14\.3%, allowed are 10%\): rating not a number 3, user missing 2; "
+        r"5 of 35 rows rejected \(14\.3%, at most 10% are allowed\): rating not a number 3, user missing 2; "
         r"first: row 31, rating not a number: \{.*'five'.*--max-rejected-share 0\.15",
     )
     assert prepare(source, tmp_path / "out", "amazon", max_rejected_share=0.15).kept == 30
@@ -336,7 +336,7 @@ def test_a_missing_index_file_is_named(tmp_path: Path) -> None:
         ({"split": (8, 1, float("nan"))}, "split: 8:1:nan is not three"),
         ({"text_mode": "whole"}, "text_mode: unknown value 'whole'; known are explanation, review, none"),
         ({"max_rejected_share": 1.5}, r"max_rejected_share: 1\.5 is outside 0\.\.1"),
-        ({"rating_scale": (5, 1)}, r"rating_scale: 5\.\.1 is no range"),
+        ({"rating_scale": (5, 1)}, r"rating_scale: 5\.\.1 is not a valid range"),
         ({"titles": Path("missing.json")}, "missing.json: no such file"),
     ],
 )

@@ -13,7 +13,7 @@ from gavamoe.data.dataset import open_dataset
 from gavamoe.evaluation.faithfulness.gates import measure_gates
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.request import ExplanationRequest
-from gavamoe.model.moe import MultiGateRouter
+from gavamoe.model.router import MultiGateRouter
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.train import train_stage1
 from gavamoe.stage2.batches import Ragged, TextRows

@@ -10,7 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from gavamoe.config.files import parse_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.model.base_model import train_tokenizer
-from gavamoe.model.explainer import GavamoeForCausalLM, build_explainer, load_explainer
+from gavamoe.model.build import build_explainer, load_explainer
+from gavamoe.model.conversion import ExplainerSizes
+from gavamoe.model.explainer import GavamoeForCausalLM
 
 VOCABULARY, USERS, ITEMS, SLOT, GATES = 300, 5, 7, 12, 3
 FAMILIES = ("llama", "gpt2")
@@ -44,7 +46,7 @@ def run_config(**experts: Any) -> RunConfig:
 
 def explainer(base: PreTrainedModel | None = None, gates: int = GATES, **experts: Any) -> GavamoeForCausalLM:
     base = dense_model() if base is None else base
-    return build_explainer(run_config(**experts), base, USERS, ITEMS, SLOT, gates).eval()
+    return build_explainer(run_config(**experts), base, ExplainerSizes(USERS, ITEMS, SLOT, gates)).eval()
 
 
 def text_ids(rows: int = 3, length: int = 9) -> Tensor:

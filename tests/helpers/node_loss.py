@@ -3,8 +3,8 @@
     python tests/helpers/node_loss.py FOLDER goes_on|waits|in_vain
 
 Prints as JSON {"ended": the loop's outcome or the error, "steps" and "workers": of each logged step, "beside": whether
-the desk lay on the driver's node}. After the loss, `goes_on` may train with two workers, `waits` gets a new node 15 s
-later, `in_vain` gets none.
+the worker log lay on the driver's node}. After the loss, `goes_on` may train with two workers, `waits` gets a new node
+15 s later, `in_vain` gets none.
 """
 
 import json
@@ -34,8 +34,8 @@ def main(folder: Path, way: str) -> None:
     with ThreadPoolExecutor(1) as pool:
         training = pool.submit(count, folder, runtime, elastic=True, steps=12, pause=0.5)
         wait_for_lines(folder, 4, training)
-        [desk] = [actor for actor in actors().values() if actor["ActorClassName"] == "Desk"]
-        beside = desk["Address"]["NodeID"] == ray.get_runtime_context().get_node_id()
+        [log] = [actor for actor in actors().values() if actor["ActorClassName"] == "WorkerLog"]
+        beside = log["Address"]["NodeID"] == ray.get_runtime_context().get_node_id()
         cluster.remove_node(nodes[-1], allow_graceful=False)
         if way == "waits":
             time.sleep(15)

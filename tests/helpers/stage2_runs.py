@@ -13,7 +13,7 @@ from torch import Tensor, multiprocessing
 
 from gavamoe.config.schema import RunConfig
 from gavamoe.model.base_model import load_base
-from gavamoe.model.explainer import load_explainer
+from gavamoe.model.build import load_explainer
 from gavamoe.runtime.context import LocalContext, Metrics
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage2.batches import Batch

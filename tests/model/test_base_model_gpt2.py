@@ -8,7 +8,7 @@ from helpers.tiny import tiny
 from gavamoe.config.schema import ScratchModelConfig
 from gavamoe.errors import InputError
 from gavamoe.model.base_model import load_base
-from gavamoe.model.explainer import load_explainer
+from gavamoe.model.build import load_explainer
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.train import train_stage1
 from gavamoe.stage2.train import train_stage2

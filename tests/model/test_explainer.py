@@ -21,7 +21,8 @@ from helpers.explainers import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gavamoe.model.explainer import build_explainer
+from gavamoe.model.build import build_explainer
+from gavamoe.model.conversion import ExplainerSizes
 
 # Users and items
 
@@ -52,7 +53,11 @@ def test_slots_enter_at_the_scale_of_words() -> None:
     torch.manual_seed(1)
     tables = torch.randn(USERS + 1, SLOT) * 7, torch.randn(ITEMS + 1, SLOT) * 0.01
     model = build_explainer(
-        run_config(), dense_model(), USERS, ITEMS, SLOT, GATES, user_table=tables[0], item_table=tables[1]
+        run_config(),
+        dense_model(),
+        ExplainerSizes(USERS, ITEMS, SLOT, GATES),
+        user_table=tables[0],
+        item_table=tables[1],
     )
     words = model.get_input_embeddings().weight.square().mean().sqrt()
     first, items = VOCABULARY, VOCABULARY + USERS + 1
@@ -64,7 +69,9 @@ def test_slots_enter_at_the_scale_of_words() -> None:
 def test_tables_of_stage_one_survive_building_and_saving(tmp_path: Path) -> None:
     torch.manual_seed(1)
     user, item = torch.randn(USERS + 1, SLOT), torch.randn(ITEMS + 1, SLOT)
-    model = build_explainer(run_config(), dense_model(), USERS, ITEMS, SLOT, GATES, user_table=user, item_table=item)
+    model = build_explainer(
+        run_config(), dense_model(), ExplainerSizes(USERS, ITEMS, SLOT, GATES), user_table=user, item_table=item
+    )
     model.post_init()
     for candidate in (model, saved_and_loaded(model, tmp_path)):
         torch.testing.assert_close(candidate.user_embedding.weight.float(), user)

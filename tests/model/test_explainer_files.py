@@ -15,8 +15,10 @@ from transformers import (
 
 from gavamoe.config.files import parse_config
 from gavamoe.errors import InputError
+from gavamoe.model.build import build_explainer, load_explainer
+from gavamoe.model.conversion import ExplainerSizes
 from gavamoe.model.decoders import GavamoeConfig
-from gavamoe.model.explainer import GavamoeForCausalLM, build_explainer, load_explainer
+from gavamoe.model.explainer import GavamoeForCausalLM
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,7 +65,7 @@ def test_kernel_choice_survives_saving_and_can_be_changed(tmp_path: Path) -> Non
 
 def test_auto_kernel_is_the_default() -> None:
     config = parse_config({}, "test")
-    model = build_explainer(config, dense_model().float(), USERS, ITEMS, SLOT, GATES)
+    model = build_explainer(config, dense_model().float(), ExplainerSizes(USERS, ITEMS, SLOT, GATES))
     assert model.model.layers[0].mlp.experts.config._experts_implementation == "auto"
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gavamoe.config.schema import LoraConfig, RunConfig, ScratchModelConfig
 from gavamoe.model.base_model import load_base
-from gavamoe.model.explainer import GavamoeForCausalLM, load_explainer
+from gavamoe.model.build import load_explainer
+from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.model.lora import add_lora, merged_state
 from gavamoe.stage2.joint_model import parameter_groups
 from gavamoe.stage2.setup import prepare

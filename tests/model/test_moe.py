@@ -8,15 +8,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from gavamoe.model.moe import (
-    FEW_TOKENS,
-    MoeSpec,
-    MultiGateMoe,
-    MultiGateRouter,
-    check_cluster_ids,
-    load_balance_loss,
-    router_z_loss,
-)
+from gavamoe.model.block import MultiGateMoe
+from gavamoe.model.experts import FEW_TOKENS, MoeSpec
+from gavamoe.model.router import MultiGateRouter, check_cluster_ids, load_balance_loss, router_z_loss
 
 KERNELS = ("eager", "batched_mm", "grouped_mm")
 D, N, S, WIDTH = 16, 4, 2, 8
@@ -72,7 +66,7 @@ def test_one_gate_equals_mixtral_in_outputs_and_gradients(name: str) -> None:
     )
     config._experts_implementation = "eager"
     theirs = MixtralSparseMoeBlock(config)
-    ours = block(name, gates=1, renormalise=True).float()
+    ours = block(name, gates=1, renormalize=True).float()
     with torch.no_grad():
         theirs.gate.weight.copy_(ours.router.weight[0])
         theirs.experts.gate_up_proj.copy_(ours.experts.gate_up_proj)
@@ -93,7 +87,7 @@ def test_one_gate_equals_mixtral_in_outputs_and_gradients(name: str) -> None:
 
 
 def test_without_renormalising_the_output_is_smaller_by_the_dropped_gate_values() -> None:
-    plain, renormalised = block(), block(renormalise=True)
+    plain, renormalised = block(), block(renormalize=True)
     states = hidden()
     _, weights, _ = plain.router(states, CLUSTERS)
     scale = weights.sum(-1).view(4, 5, 1)

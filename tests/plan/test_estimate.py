@@ -15,7 +15,9 @@ from gavamoe.config.files import load_config, parse_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.model.base_config import base_shape, shipped_shapes
 from gavamoe.model.base_model import locate_base
-from gavamoe.model.explainer import GavamoeForCausalLM, build_explainer
+from gavamoe.model.build import build_explainer
+from gavamoe.model.conversion import ExplainerSizes
+from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.model.lora import add_lora
 from gavamoe.plan.estimate import Hardware, Workload, make_plan
 from gavamoe.plan.memory import Scheme, Shape, activations, outer_activations, states
@@ -55,7 +57,7 @@ def tiny_config(arch: str, conversion: str, *overrides: str) -> RunConfig:
 
 def built(config: RunConfig, base: PreTrainedConfig) -> GavamoeForCausalLM:
     dense = AutoModelForCausalLM.from_config(base)
-    model = build_explainer(config, dense, USERS, ITEMS, config.stage1.embedding_size, config.gates)
+    model = build_explainer(config, dense, ExplainerSizes(USERS, ITEMS, config.stage1.embedding_size, config.gates))
     model.set_attn_implementation("eager")  # torch doesn't count its fused attention on the CPU
     return model.train()
 
@@ -157,7 +159,7 @@ def test_activations_are_what_autograd_keeps(arch: str, conversion: str, precisi
     """Within 6 %, in the kernels that training uses."""
     config = tiny_config(arch, conversion, "stage2.experts.implementation=grouped_mm")
     model = build_explainer(
-        config, AutoModelForCausalLM.from_config(tiny_base(arch)), USERS, ITEMS, 16, config.gates
+        config, AutoModelForCausalLM.from_config(tiny_base(arch)), ExplainerSizes(USERS, ITEMS, 16, config.gates)
     ).train()
     bf16, shape = precision == "bf16", Shape(ROWS, TOKENS, SCORED)
     if checkpointing:

@@ -46,7 +46,7 @@ def refusing_loop(*, context: Context, marker: Path) -> None:
     raise InputError("the loop says no")
 
 
-def loop_without_a_desk(*, context: RayContext, steps: int) -> int:
+def loop_without_its_log(*, context: RayContext, steps: int) -> int:
     """Checkpoints each step; the process that keeps the log is killed in the second step, if it is the first call."""
     import ray
 
@@ -54,7 +54,7 @@ def loop_without_a_desk(*, context: RayContext, steps: int) -> int:
     for step in range(start, steps):
         context.log({"phase": "count", "step": step + 1, "steps": steps})
         if step == 1 and start == 0:
-            ray.kill(context._desk)
+            ray.kill(context._worker_log)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "step").write_text(str(step + 1))
             context.checkpoint(Path(folder), {"step": step + 1})
@@ -98,9 +98,9 @@ def test_input_error_reaches_the_caller_once(tmp_path: Path) -> None:
 def test_a_training_without_its_log_keeper_ends_at_the_next_checkpoint(tmp_path: Path) -> None:
     one = RuntimeConfig(workers=1, max_failures=1)
     with pytest.raises(RunError, match="count: the process that keeps the log has died; continue with --resume"):
-        run_training(loop_without_a_desk, {"steps": 6}, placement=one, folder=tmp_path, name="count")
+        run_training(loop_without_its_log, {"steps": 6}, placement=one, folder=tmp_path, name="count")
     assert run_training(
-        loop_without_a_desk, {"steps": 6}, placement=one, folder=tmp_path, name="count", resume=True
+        loop_without_its_log, {"steps": 6}, placement=one, folder=tmp_path, name="count", resume=True
     ) in (1, 2)  # fmt: skip
     assert log_steps(tmp_path, "count") == [1, 2, 3, 4, 5, 6]
 

@@ -1,4 +1,4 @@
-"""A worker without a Ray: which checkpoint it goes on from, what log it tells, how rank and desk agree, damage."""
+"""A worker without a Ray: which checkpoint it goes on from, what log it tells, how rank and log agree, damage."""
 
 import errno
 import json
@@ -14,9 +14,9 @@ from gavamoe.config.schema import RuntimeConfig
 from gavamoe.errors import InputError, RunError, Stopped
 from gavamoe.runtime.ray_train import _failure
 from gavamoe.runtime.worker import (
-    Desk,
     RayContext,
     WorkerJob,
+    WorkerLog,
     find_damage,
     run_worker,
     storage_problem,
@@ -31,14 +31,14 @@ class Called:
         self.remote = method
 
 
-class LocalDesk:
-    """A desk as its actor's handle shows it."""
+class LocalLog:
+    """A worker log as its actor's handle shows it."""
 
     def __init__(self) -> None:
-        self.desk = Desk()
+        self.log_actor = WorkerLog()
 
     def __getattr__(self, name: str) -> Called:
-        return Called(getattr(self.desk, name))
+        return Called(getattr(self.log_actor, name))
 
 
 class Kept:
@@ -96,8 +96,8 @@ def test_the_lack_of_memory_is_named_without_rays_advice() -> None:
     assert _failure(ValueError("first\nlast\n")) == "last"
 
 
-def job(desk: Any, loop: Any, stop_file: Path | None = None, **arguments: Any) -> WorkerJob:
-    return WorkerJob(loop, arguments, RuntimeConfig(), desk, {"run": "r", "step": "s"}, stop_file)
+def job(log_actor: Any, loop: Any, stop_file: Path | None = None, **arguments: Any) -> WorkerJob:
+    return WorkerJob(loop, arguments, RuntimeConfig(), log_actor, {"run": "r", "step": "s"}, stop_file)
 
 
 def counting(*, context: RayContext, steps: int, work: Path, fail_at: int = -1) -> int:
@@ -113,23 +113,23 @@ def counting(*, context: RayContext, steps: int, work: Path, fail_at: int = -1) 
     return start
 
 
-def steps_at(desk: LocalDesk) -> list[int]:
-    return [line["step"] for line in desk.desk.since(-1, 0)[2] if "step" in line]
+def steps_at(log_actor: LocalLog) -> list[int]:
+    return [line["step"] for line in log_actor.log_actor.since(-1, 0)[2] if "step" in line]
 
 
 def test_it_goes_on_from_the_newest_whole_checkpoint_with_its_log(training: Training, tmp_path: Path) -> None:
-    desk, work = LocalDesk(), tmp_path / "work"
+    log_actor, work = LocalLog(), tmp_path / "work"
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        run_worker({"job": job(desk, counting, steps=6, work=work, fail_at=4)})
-    assert steps_at(desk) == [1, 2, 3, 4]
-    assert run_worker({"job": job(desk, counting, steps=6, work=work)}) == 4
-    assert steps_at(desk) == [1, 2, 3, 4, 5, 6]
+        run_worker({"job": job(log_actor, counting, steps=6, work=work, fail_at=4)})
+    assert steps_at(log_actor) == [1, 2, 3, 4]
+    assert run_worker({"job": job(log_actor, counting, steps=6, work=work)}) == 4
+    assert steps_at(log_actor) == [1, 2, 3, 4, 5, 6]
 
     Path(training.kept[-1].path, "step").write_text("9")
     Path(training.kept[-2].path, "log.jsonl").unlink()
-    assert run_worker({"job": job(desk, counting, steps=6, work=work)}) == 4
-    lines = desk.desk.since(-1, 0)[2]
-    assert steps_at(desk) == [1, 2, 3, 4, 5, 6]
+    assert run_worker({"job": job(log_actor, counting, steps=6, work=work)}) == 4
+    lines = log_actor.log_actor.since(-1, 0)[2]
+    assert steps_at(log_actor) == [1, 2, 3, 4, 5, 6]
     warnings = [line["warning"] for line in lines if "warning" in line]
     assert ["step has changed" in warnings[0], "log.jsonl is missing" in warnings[1]] == [True, True]
     assert [json.loads(x)["step"] for x in Path(training.kept[3].path, "log.jsonl").read_text().splitlines()] == [
@@ -138,16 +138,16 @@ def test_it_goes_on_from_the_newest_whole_checkpoint_with_its_log(training: Trai
 
 
 def test_without_a_whole_checkpoint_it_refuses(training: Training, tmp_path: Path) -> None:
-    desk, work = LocalDesk(), tmp_path / "work"
-    run_worker({"job": job(desk, counting, steps=2, work=work)})
+    log_actor, work = LocalLog(), tmp_path / "work"
+    run_worker({"job": job(log_actor, counting, steps=2, work=work)})
     for kept in training.kept:
         Path(kept.path, "step").write_text("")
-    assert run_worker({"job": job(desk, counting, steps=6, work=work)}) is None
-    [error] = desk.desk.refusals()
+    assert run_worker({"job": job(log_actor, counting, steps=6, work=work)}) is None
+    [error] = log_actor.log_actor.refusals()
     assert isinstance(error, InputError)
     assert "no whole checkpoint is left" in str(error)
-    assert steps_at(desk) == [1, 2], "the log is as it was"
-    assert run_worker({"job": job(desk, counting, steps=6, work=work)}) is None, "once refused, no attempt follows"
+    assert steps_at(log_actor) == [1, 2], "the log is as it was"
+    assert run_worker({"job": job(log_actor, counting, steps=6, work=work)}) is None, "once refused, no attempt follows"
 
 
 def full(*, context: RayContext) -> None:
@@ -155,35 +155,35 @@ def full(*, context: RayContext) -> None:
 
 
 def test_a_full_disk_is_refused_and_a_bug_is_not(training: Training, tmp_path: Path) -> None:
-    desk = LocalDesk()
-    assert run_worker({"job": job(desk, full)}) is None
-    [error] = desk.desk.refusals()
+    log_actor = LocalLog()
+    assert run_worker({"job": job(log_actor, full)}) is None
+    [error] = log_actor.log_actor.refusals()
     assert isinstance(error, RunError)
     assert str(error).startswith("/data/x: can't be written: no space is left; make room")
 
 
 def test_a_stop_file_ends_it_at_the_next_line(training: Training, tmp_path: Path) -> None:
-    desk, stop = LocalDesk(), tmp_path / "stop"
+    log_actor, stop = LocalLog(), tmp_path / "stop"
     stop.touch()
-    assert run_worker({"job": job(desk, counting, stop, steps=3, work=tmp_path / "work")}) is None
-    assert isinstance(desk.desk.refusals()[0], Stopped)
-    assert steps_at(desk) == [1]
+    assert run_worker({"job": job(log_actor, counting, stop, steps=3, work=tmp_path / "work")}) is None
+    assert isinstance(log_actor.log_actor.refusals()[0], Stopped)
+    assert steps_at(log_actor) == [1]
 
 
-def test_the_desk_tells_a_restart_from_new_lines() -> None:
-    desk = Desk()
-    assert desk.since(0, 0) == (0, 0, [])
-    desk.restart([])
-    desk.add({"step": 1})
-    desk.add({"step": 2})
-    assert desk.since(0, 0) == (1, 0, [{"step": 1}, {"step": 2}])
-    assert desk.since(1, 1) == (1, 0, [{"step": 2}])
-    desk.restart([{"step": 1}])
-    desk.add({"step": 2})
-    assert desk.since(1, 2) == (2, 1, [{"step": 1}, {"step": 2}])
-    assert desk.refusals() == []
-    desk.refuse(1, InputError("no"))
-    assert str(desk.refusals()[0]) == "no"
+def test_the_worker_log_tells_a_restart_from_new_lines() -> None:
+    log_actor = WorkerLog()
+    assert log_actor.since(0, 0) == (0, 0, [])
+    log_actor.restart([])
+    log_actor.add({"step": 1})
+    log_actor.add({"step": 2})
+    assert log_actor.since(0, 0) == (1, 0, [{"step": 1}, {"step": 2}])
+    assert log_actor.since(1, 1) == (1, 0, [{"step": 2}])
+    log_actor.restart([{"step": 1}])
+    log_actor.add({"step": 2})
+    assert log_actor.since(1, 2) == (2, 1, [{"step": 1}, {"step": 2}])
+    assert log_actor.refusals() == []
+    log_actor.refuse(1, InputError("no"))
+    assert str(log_actor.refusals()[0]) == "no"
 
 
 def test_damage_of_any_ranks_file_is_found(tmp_path: Path) -> None:

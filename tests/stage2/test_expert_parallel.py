@@ -14,8 +14,9 @@ from torch import Tensor, multiprocessing, nn
 from transformers import PreTrainedConfig
 
 from gavamoe.errors import InputError
-from gavamoe.model.explainer import load_explainer
-from gavamoe.model.moe import MoeSpec, MultiGateMoe
+from gavamoe.model.block import MultiGateMoe
+from gavamoe.model.build import load_explainer
+from gavamoe.model.experts import MoeSpec
 from gavamoe.runtime.context import LocalContext, Metrics
 from gavamoe.stage1.train import train_stage1
 
@@ -110,8 +111,8 @@ def test_tokens_get_to_their_experts_and_gradients_back(tmp_path: Path) -> None:
     ("overrides", "problem"),
     [
         (["stage2.experts.count=3"], "2 workers can't share 3 experts evenly"),
-        (["runtime.workers=3"], "runtime.workers 3 is no multiple of 2"),
-        (["runtime.workers=1"], "runtime.workers 1 is no multiple of 2"),
+        (["runtime.workers=3"], "runtime.workers 3 is not a multiple of 2"),
+        (["runtime.workers=1"], "runtime.workers 1 is not a multiple of 2"),
         (["stage2.zero_stage=3"], "needs zero_stage 1 or 2, not 3"),
         (["stage2.zero_stage=0"], "needs zero_stage 1 or 2, not 0"),
         (["stage2.experts.enabled=false"], "there are no experts to share out"),

@@ -15,12 +15,14 @@ from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.data.dataset import open_dataset
 from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.errors import InputError, RunError
-from gavamoe.model.explainer import GavamoeForCausalLM, load_explainer
+from gavamoe.model.build import load_explainer
+from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage1.routes import read_routes, route_pairs
+from gavamoe.stage2.schedule import rate_at
 from gavamoe.stage2.setup import Setup, prepare
-from gavamoe.stage2.train import rate_at, train_stage2
+from gavamoe.stage2.train import train_stage2
 
 pytestmark = pytest.mark.usefixtures("extensions_dir")
 

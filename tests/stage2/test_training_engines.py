@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.generation.prompts import left_padded
-from gavamoe.model.explainer import load_explainer
+from gavamoe.model.build import load_explainer
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage1.routes import read_routes, route_pairs
 from gavamoe.stage2.model_card import write_artifact
@@ -227,7 +227,7 @@ def test_a_worker_that_gets_its_weights_from_another_reads_none(
     config = tiny(f"stage2.base_model={base}", "stage2.zero_stage=3", "stage2.lora.rank=2")
     whole = prepare(config, tiny_dataset, stage1)
     (base / "model.safetensors").unlink()
-    hollow = prepare(config, tiny_dataset, stage1, hollow=True)
+    hollow = prepare(config, tiny_dataset, stage1, empty_weights=True)
     shapes = [
         {name: (tensor.shape, tensor.dtype) for name, tensor in setup.model.state_dict().items()}
         for setup in (whole, hollow)

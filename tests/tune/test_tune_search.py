@@ -103,7 +103,7 @@ def test_trials_that_fall_behind_are_stopped_and_told_so(tiny_dataset: Path, tmp
     space = write_space(tmp_path, parameters=rates, pruning={"grace": 30, "reduction": 2})
     found = search(tmp_path, tiny_dataset, space, final=False, concurrent=1)
     assert [record.state for record in found.records] == ["complete", "pruned"]
-    assert found.records[1].reason == "stopped at 50 % of its way: others did better there"
+    assert found.records[1].reason == "stopped at 50 % of its training: others did better there"
     study = optuna.load_study(study_name="space", storage=storage_url(tmp_path / "search"))
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
     assert [set(trial.intermediate_values) for trial in study.trials] == [{25, 50, 75}, {25, 50}]

@@ -99,7 +99,7 @@ def test_malformed_spaces_are_refused(changes: dict[str, Any], message: str) -> 
         ),
         ({"budget": {"set": {"stage1.epoch": 3}}}, "stage1.epoch: unknown"),
         ({"constraints": ["stage1.clusters is 3"]}, "expected FIELD <= FIELD"),
-        ({"constraints": ["stage1.clusters <= stage1.beta"]}, "nothing of 2..5 is left beside stage1.beta 0.1"),
+        ({"constraints": ["stage1.clusters <= stage1.beta"]}, "no value of 2..5 satisfies it when stage1.beta is 0.1"),
         ({"constraints": ["stage1.latent_size <= stage1.clusters"]}, "the left side must be a searched"),
         ({"sampler": "grid", "parameters": {"stage1.beta": {"type": "float", "low": 0, "high": 1}}}, "needs a step"),
         ({"sampler": "grid", "budget": {"trials": 3}}, "budget.trials: 3 for a grid of 4 points"),
@@ -132,7 +132,7 @@ def test_spaces_that_do_not_fit_are_refused(changes: dict[str, Any], message: st
         ({"budget": {"set": {"stage2.experts.enabled": False}}, "parameters": {
             "stage2.experts.top_k": K}}, "ignored while stage2.experts.enabled is False"),
         ({"constraints": ["stage2.experts.top_k <= stage2.experts.count", "stage2.experts.top_k > stage2.batch_size"]},
-         "nothing of 1..6 is left"),
+         "no value of 1..6 satisfies it"),
     ],
 )  # fmt: skip
 def test_two_stage_spaces_that_do_not_fit_are_refused(
@@ -148,7 +148,7 @@ def test_conditions_in_a_circle_are_refused(tiny_dataset: Path) -> None:
         "stage1.clusters": K | {"when": {"stage1.encoder_layers": 2}},
         "stage1.encoder_layers": K | {"when": {"stage1.clusters": 2}},
     }
-    with pytest.raises(InputError, match="go in a circle"):
+    with pytest.raises(InputError, match="form a circle"):
         check(space(parameters=parameters), tiny_dataset)
 
 

@@ -14,7 +14,7 @@ from gavamoe.artifacts.files import sha256, write_json
 from gavamoe.config.files import parse_config
 from gavamoe.data.dataset import Dataset, fingerprint, open_dataset
 from gavamoe.errors import InputError, RunError
-from gavamoe.tune.search_data import withhold_test
+from gavamoe.tune.folder import withhold_test
 from gavamoe.tune.space import parse_space
 from gavamoe.tune.trial import RESULT_FILE, Job, discard_work, run_trial
 
@@ -151,7 +151,7 @@ def test_a_killed_trial_goes_on_from_its_last_checkpoint(tiny_dataset: Path, tmp
 
 def test_an_undefined_metric_is_an_error(tiny_dataset: Path, tmp_path: Path) -> None:
     job = make_job(tiny_dataset, tmp_path, stages=1, metric="stage1.auc")
-    with pytest.raises(RunError, match=r"stage1\.auc came out as None"):
+    with pytest.raises(RunError, match=r"stage1\.auc is None"):
         run_trial(job, 0, {"stage1.clusters": 2}, nothing)
 
 

@@ -1,4 +1,4 @@
-"""Source formats; a reader yields raw batches and judges nothing.
+"""Source formats; a reader yields raw batches and leaves their validation to `data.validation`.
 
     formats      the table of source formats
     batches      batches of raw records, bounded

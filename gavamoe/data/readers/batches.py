@@ -1,9 +1,7 @@
 """Raw review records as readers hand them on: batches of columns by field, rows that could not be read, bounded reads.
 
-A reader turns a source into `RawBatch`es and judges nothing but whether a row can be read at all; what a good
-row is, `reviews` decides.
-
-Shape letters: R rows of a batch.
+A reader turns a source into `RawBatch`es and rejects only rows that can't be read at all; what a good row is,
+`data.validation` decides.
 """
 
 import gzip
@@ -31,27 +29,28 @@ MAX_SHOWN_CHARS = 300
 
 
 class Rejection(NamedTuple):
-    """A row that is not taken."""
+    """A rejected row of a source."""
 
     row: int
-    """From 1: line of a text file, record of another."""
+    """Number of the row, from 1: a line of a text file, a record of any other."""
     reason: str
+    """Reason of the rejection."""
     raw: str
     """The row, shortened to MAX_SHOWN_CHARS."""
 
 
 class RawBatch(NamedTuple):
-    """Some rows of a source."""
+    """A batch of consecutive rows of a source."""
 
     row: np.ndarray
-    """int64 (R,), rising"""
+    """Row numbers in the source, ascending: int64 (R,)."""
     columns: dict[str, pa.Array]
-    """By field, (R,): user, item, text, title string; rating double or string; features list<string> or string;
-    time double. A field that the source lacks is absent, a missing value is null."""
+    """Columns by field, each (R,): user, item, text, title string; rating double or string; features list<string> or
+    string; time double. A field that the source lacks is absent, a missing value is null."""
     show: Callable[[int], str]
-    """One of the R rows as text, shortened."""
+    """Returns one of the R rows as text, shortened."""
     broken: list[Rejection]
-    """Rows between these that could not be read."""
+    """Rows among these that could not be read."""
 
 
 Numbered = tuple[int, int, "dict[str, Any] | Rejection"]
@@ -123,7 +122,7 @@ def _values(records: list[dict[str, Any]], keys: list[str]) -> list[Any]:
 def missing_column(source: Path, field: str, wanted: Sequence[str], available: Sequence[str]) -> InputError:
     """The error for a source without any column of a field."""
     known = [str(name)[:60] for name in available[:30]]
-    # a name that the user gave may be misspelt; a field's own name is no guess at a column
+    # a name that the user gave may be misspelled; a field's own name is not a guess at a column
     close = nearest(wanted[0], known) if wanted[0] != field else None
     hint = f" (nearest: {close})" if close else ""
     return InputError(
@@ -173,7 +172,7 @@ def as_features(values: list[Any]) -> pa.Array:
     """list<string> (R,) where all values are lists, else string (R,) in which lists are joined by commas."""
     if all(value is None or isinstance(value, (list, tuple)) for value in values):
         return pa.array(
-            [None if value is None else [_string(part) for part in value] for value in values], pa.list_(pa.string())
+            [None if value is None else [_string(word) for word in value] for value in values], pa.list_(pa.string())
         )
     return as_strings(
         [",".join(filter(None, map(_string, value))) if isinstance(value, (list, tuple)) else value for value in values]
@@ -194,7 +193,8 @@ def as_times(values: pa.Array) -> pa.Array:
 
 
 def parse_numbers(values: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """double (R,), null where a string is not a finite decimal number, and bool (R,): there is something else."""
+    """Numbers, double (R,), null where a string is not a finite decimal number; and bool (R,), true for such
+    strings."""
     if not pa.types.is_string(values.type):
         number = values.cast(pa.float64())
         bad = pc.fill_null(pc.invert(pc.is_finite(number)), False)

@@ -17,24 +17,26 @@ from gavamoe.data.readers.tables import read_csv, read_parquet
 from gavamoe.errors import InputError, did_you_mean
 
 TextMode = Literal["explanation", "review", "none"]
-"""explanation: a text is the explanation already; review: choose a sentence of it; none: pairs without text."""
+"""What a source's texts are. explanation: explanations; review: reviews, of which a sentence is chosen; none: there
+are none, and pairs have no text."""
 MAX_TITLE_LINE_BYTES = 4 * 2**20
 
 
 class Format(NamedTuple):
-    """One kind of source."""
+    """A format of sources."""
 
     read: Callable[[Path, Mapping[str, str]], Iterator[RawBatch]]
-    """Source and the user's column names by field -> batches."""
+    """Reader: takes the source and the user's column names by field, and yields batches."""
     scale: tuple[float, float] | None
-    """Lowest and highest rating; None: what is observed."""
+    """Lowest and highest rating; None: those observed."""
     text_mode: TextMode
+    """What the texts are, unless the user says otherwise."""
     title_keys: tuple[tuple[str, ...], str] | None = None
-    """Of the file with item titles: the keys that may hold the item's id, and the title's."""
+    """Keys of the file with item titles: those that may hold the item's id, and the title's; None: there is no file."""
     title_file: str | None = None
-    """Name of that file where it lies beside the source by default."""
+    """Name of the title file that is read if it lies beside the source; None: it must be named."""
     rated: bool = True
-    """Every row must have a rating."""
+    """Whether every row must have a rating."""
 
 
 def _read_amazon(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
@@ -42,7 +44,7 @@ def _read_amazon(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]
     del columns
     fields = {
         "user": ("reviewerID", "user_id"),
-        "item": ("parent_asin", "asin"),  # titles of 2023 go by the parent
+        "item": ("parent_asin", "asin"),  # in 2023 titles belong to the parent
         "rating": ("overall", "rating"),
         "text": ("reviewText", "text"),
         "time": ("unixReviewTime", "timestamp", "sort_timestamp"),
@@ -119,7 +121,7 @@ def check_columns(format: str, columns: Mapping[str, str]) -> None:
 def read_titles(path: Path, keys: tuple[tuple[str, ...], str], wanted: Mapping[str, int]) -> dict[int, str]:
     """Titles by item code from a file of JSON (or, as Amazon's of 2014, Python literal) lines.
 
-    Lines that can't be read, and items that are not `wanted` (raw id -> code), are passed over.
+    Lines that can't be read, and items that are not `wanted` (raw id -> code), are skipped.
     """
     id_keys, title_key = keys
     titles: dict[int, str] = {}

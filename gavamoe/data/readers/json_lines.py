@@ -14,7 +14,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def read_objects(path: Path) -> Iterator[Numbered]:
-    """Number and yield the objects of a JSON file; what is no object comes as a Rejection.
+    """Number and yield the objects of a JSON file; a value that is not an object comes as a `Rejection`.
 
     Raises:
         InputError: the file is missing, empty, damaged, or an array that is not valid JSON.
@@ -63,12 +63,12 @@ def _array(path: Path, file: BinaryIO) -> Iterator[Numbered]:
             return
         try:
             value, end = decode(buffer, position)
-            whole = end < len(buffer) or not more  # otherwise the buffer may end inside the value
+            complete = end < len(buffer) or not more  # otherwise the buffer may end inside the value
         except RecursionError:
             raise InputError(f"{path}: element {number + 1} of the array is nested too deeply") from None
         except ValueError:
-            whole = False
-        if whole:
+            complete = False
+        if complete:
             number += 1
             yield _numbered(number, end - position, value)
             position = end

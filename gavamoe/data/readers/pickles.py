@@ -40,7 +40,7 @@ def read_peter(source: Path) -> Iterator[Numbered]:
             continue
         template = record.get("template")
         if not isinstance(template, (tuple, list)) or len(template) < 3:
-            template = (None, None, None)  # a row without text, which is told as such
+            template = (None, None, None)  # a row without text, which validation rejects as such
         text, features = template[2], [template[0]]
         size = 100 + (len(text) if isinstance(text, str) else 0)
         plain = {key: record.get(key) for key in ("user", "item", "rating")}

@@ -1,7 +1,4 @@
-"""CSV and Parquet sources, column by column.
-
-Shape letters: R rows of a batch.
-"""
+"""CSV and Parquet sources, column by column."""
 
 import csv
 from collections.abc import Iterator, Mapping
@@ -30,7 +27,7 @@ from gavamoe.data.readers.batches import (
 from gavamoe.errors import InputError
 
 _CSV_BLOCK_BYTES = 16 * 2**20
-"""A block of a CSV file, so also the longest row."""
+"""Bytes of a block of a CSV file, and so of its longest row."""
 _DELIMITERS = (",", "\t", ";")
 MAX_HEADER_BYTES = 2**20
 
@@ -138,7 +135,7 @@ class _QuoteCounter:
         return self._file.closed
 
     def read(self, size: int = -1) -> bytes:
-        """As a file's."""
+        """Read as from a file, and count the quotes."""
         data = self._file.read(size)
         self.quotes += data.count(b'"')
         return data
@@ -191,7 +188,7 @@ def _table_batch(
 
 
 def _decoded(array: pa.Array) -> tuple[pa.Array, np.ndarray]:
-    """The column as plain Arrow (no dictionaries, bytes as string), and bool (R,): bytes that are no UTF-8."""
+    """The column as plain Arrow (no dictionaries, bytes as string), and bool (R,), true for bytes that aren't UTF-8."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     invalid = np.zeros(len(array), dtype=bool)

@@ -3,11 +3,9 @@
     rating = clip(round(3 + taste[group, genre] + user offset + item offset + noise), 1, 5)
 
 A group's taste averages to zero over genres, and a genre's over groups, so a user + item bias model sees
-none of it. The explanation names one or two of the item's features (the group has favourites among them)
+none of it. The explanation names one or two of the item's features (the group has favorites among them)
 in the group's style with words of the rating's sentiment (`grammar`). A few newcomers, users and items of
 little activity, occur in the validation and test splits only.
-
-Shape letters: U users, I items, N ratings, G groups, C genres.
 """
 
 import math
@@ -27,29 +25,37 @@ from gavamoe.errors import InputError
 
 MIDDLE, LOWEST, HIGHEST = 3.0, 1, 5
 TASTE = 1.5
-"""Taste of the group that likes a genre best at gap 1; -TASTE of the one that likes it least."""
+"""Taste at gap 1 of the group that likes a genre best, in rating units; the one that likes it least has -TASTE."""
 OFFSET_STD = 0.25
 """Standard deviation of user offsets, and of item offsets."""
 DEFAULT_NOISE = 0.7
 NEWCOMER_USERS, NEWCOMER_ITEMS = 0.02, 0.01
 MAX_DENSITY = 0.7
-"""Ratings as a share of all pairs, at most: distinct pairs are drawn by rejection."""
+"""Largest share of all pairs that may have a rating: distinct pairs are drawn by rejection."""
 MAX_RATINGS = 100_000_000
 _ITEM_FEATURES = 4
-_TAKES_FAVOURITE = 0.75
+_TAKES_FAVORITE = 0.75
 
 
 class _World(NamedTuple):
+    """The planted truth: groups, genres, tastes, offsets and newcomers."""
+
     group_U: np.ndarray
+    """Group of each user."""
     genre_I: np.ndarray
+    """Genre of each item."""
     features_IF: np.ndarray
-    """int: positions in the item's genre of the features it has"""
+    """Features of each item, as positions in its genre's list."""
     taste_GC: np.ndarray
+    """What each group adds to the ratings of each genre."""
     offset_U: np.ndarray
+    """What each user adds to his or her ratings."""
     offset_I: np.ndarray
+    """What is added to each item's ratings."""
     new_user_U: np.ndarray
-    """bool: only in the validation and test splits"""
+    """Whether each user is a newcomer, who occurs in the validation and test splits only."""
     new_item_I: np.ndarray
+    """Whether each item is a newcomer, which occurs in the validation and test splits only."""
 
 
 def synthesize(
@@ -207,12 +213,12 @@ def _explanations(
 def _choose_features(
     rng: np.random.Generator, world: _World, group: np.ndarray, item: np.ndarray
 ) -> list[tuple[int, ...]]:
-    """One or two positions in the genre's features for each row: mostly the group's favourites among the item's."""
+    """One or two positions in the genre's features for each row: mostly the group's favorites among the item's."""
     has = world.features_IF[item]
     groups = len(world.taste_GC)
-    favourite = has % groups == group[:, None]
-    takes = rng.random((len(item), 1)) < _TAKES_FAVOURITE
-    score = rng.random(has.shape) + (favourite & takes)
+    favorite = has % groups == group[:, None]
+    takes = rng.random((len(item), 1)) < _TAKES_FAVORITE
+    score = rng.random(has.shape) + (favorite & takes)
     best = np.take_along_axis(has, np.argsort(-score, axis=1), axis=1)
     both = rng.random(len(item)) < 0.5
     return [(a, b) if two else (a,) for a, b, two in zip(*best[:, :2].T.tolist(), both.tolist(), strict=True)]

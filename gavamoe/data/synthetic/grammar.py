@@ -132,7 +132,7 @@ def sentiment_words() -> dict[str, list[str]]:
 def title(number: int) -> str:
     """The title of item `number`: unique, the first 900 without a volume number."""
     pairs = len(TITLE_ADJECTIVES) * len(TITLE_NOUNS)
-    # 7 and 900 share no factor: a walk through all pairs in which neighbours differ
+    # 7 and 900 share no factor: a walk through all pairs in which neighbors differ
     adjective, noun = divmod(number * 7 % pairs, len(TITLE_NOUNS))
     name = f"The {TITLE_ADJECTIVES[adjective]} {TITLE_NOUNS[noun]}"
     return name if number < pairs else f"{name} {number // pairs + 1}"

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gavamoe.model.moe import MultiGateRouter
-from gavamoe.stage2.batches import IGNORED, Batch, Ragged, TextRows
+from gavamoe.model.explainer import IGNORED
+from gavamoe.model.router import MultiGateRouter
+from gavamoe.stage2.batches import Batch, Ragged, TextRows
 
 if TYPE_CHECKING:
     from gavamoe.generation.generator import ExplanationGenerator

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from gavamoe.config.schema import PeterConfig
+from gavamoe.model.explainer import IGNORED
 
 IDS = 2
 """Places of user and item, the first two."""
@@ -110,7 +111,7 @@ class Peter(nn.Module):
         labels_BT = batch["labels"]
         # The place before a token predicts it: `tokens` begin after the two ids.
         next_BT = states_BSD[:, IDS - 1 : -1]
-        spoken_BT = labels_BT != -100
+        spoken_BT = labels_BT != IGNORED
         explanation = F.cross_entropy(self.output(next_BT[spoken_BT]), labels_BT[spoken_BT])
         context_BV = F.log_softmax(self.output(states_BSD[:, 1]), dim=-1)
         word_BT = spoken_BT & (labels_BT != end)

@@ -31,6 +31,7 @@ from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.base_model import encode_texts, special_ids
 from gavamoe.runtime.progress import OnProgress
 from gavamoe.stage2.batches import BatchPlan, Ragged, TextRows
+from gavamoe.stage2.schedule import rate_at
 from gavamoe.stage2.tokenized_rows import (
     encode_rows,
     prompt_builder,
@@ -39,7 +40,6 @@ from gavamoe.stage2.tokenized_rows import (
     usual_features,
     validation_rows,
 )
-from gavamoe.stage2.train import rate_at
 
 _SPEC_FILE, _WEIGHTS_FILE, _TOKENIZER, _METRICS_FILE = "peter.json", "peter.safetensors", "tokenizer", "metrics.json"
 _CHARACTERS = 1024

@@ -1,0 +1,126 @@
+"""Making an explainer: from a dense model (`build_explainer`), or from a saved folder, strictly (`load_explainer`)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import initialization as init
+
+from gavamoe.artifacts.files import read_json
+from gavamoe.config.schema import RunConfig
+from gavamoe.errors import InputError
+from gavamoe.model.conversion import ExplainerSizes, convert_block, explainer_config
+from gavamoe.model.decoders import GavamoeConfig
+from gavamoe.model.experts import MlpExperts, SwiGluExperts
+from gavamoe.model.explainer import GavamoeForCausalLM
+from gavamoe.model.router import MultiGateRouter
+
+
+def build_explainer(
+    config: RunConfig,
+    base: PreTrainedModel,
+    sizes: ExplainerSizes,
+    *,
+    user_table: Tensor | None = None,
+    item_table: Tensor | None = None,
+    empty_weights: bool = False,
+) -> GavamoeForCausalLM:
+    """Turn a dense LLaMA or GPT-2 into an explainer of these sizes; new weights are drawn by `config.seed`.
+
+    Args:
+        base: the dense model. Its weights are taken over, not copied: don't train it afterward.
+        user_table, item_table: (n + 1, E), stage 1's tables to copy. If stage 2 rather shares stage 1's embedding
+            modules, it replaces `user_embedding` and `item_embedding` and then calls `calibrate_slots()`.
+        empty_weights: `base` was loaded with empty weights: the new ones are left unset as well.
+
+    Raises:
+        InputError: an unsupported architecture, or, with `split`, experts that do not partition the dense width.
+    """
+    model_config = explainer_config(config, base.config, sizes)
+    with init.no_init_weights():
+        model: GavamoeForCausalLM = AutoModelForCausalLM.from_config(model_config, dtype=base.dtype)
+    _take_over(model, base)
+    if not empty_weights:
+        _draw_new_weights(model, config.seed)
+        if model_config.experts_enabled:
+            dense_layers = _feed_forwards(base.base_model)
+            for block, dense in zip(_feed_forwards(model.model), dense_layers, strict=True):
+                convert_block(block, dense, config.stage2.experts)
+        for table, values in ((model.user_embedding, user_table), (model.item_embedding, item_table)):
+            if values is not None:
+                with torch.no_grad():
+                    table.weight.copy_(values)
+        model.calibrate_slots()
+    model.generation_config = GenerationConfig(
+        bos_token_id=model_config.bos_token_id,
+        eos_token_id=model_config.eos_token_id,
+        pad_token_id=model_config.pad_token_id,
+    )
+    return model
+
+
+def load_explainer(folder: Path) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
+    """Read a folder that `save_pretrained` of the model and of its tokenizer have written; nothing may be missing.
+
+    Raises:
+        InputError: no such folder, damaged files, or weights that are missing, unknown or of another shape.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no explainer can be loaded (config.json is missing)")
+    saved = read_json(folder / "config.json")
+    model_type = saved.get("model_type") if isinstance(saved, dict) else None
+    if model_type != GavamoeConfig.model_type:
+        raise InputError(f"{folder}: holds a {model_type} model, not {GavamoeConfig.model_type}")
+    try:
+        # Other shapes are let through here only to be named below; transformers prints them and raises without.
+        model, loading = GavamoeForCausalLM.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, ignore_mismatched_sizes=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise InputError(f"{folder}: no explainer can be loaded ({' '.join(str(error).split())[:300]})") from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[problem]:
+            example = min(str(key) for key in loading[problem])
+            raise InputError(f"{folder}: {problem.replace('_', ' ')} in the weights, such as {example}")
+    return model, tokenizer
+
+
+def _take_over(model: GavamoeForCausalLM, base: PreTrainedModel) -> None:
+    """Move the base model's tensors to the explainer, all but those of feed-forward layers that become experts."""
+    state = base.base_model.state_dict()
+    difference = model.model.load_state_dict(state, strict=False, assign=True)
+    strays = [name for name in difference.missing_keys + difference.unexpected_keys if ".mlp." not in name]
+    if strays or (not model.config.experts_enabled and any(difference)):
+        raise ValueError(f"base model and explainer differ in {strays or difference}")
+    if not model.config.tie_word_embeddings:
+        model.lm_head.load_state_dict(base.lm_head.state_dict(), assign=True)
+    model.tie_weights()
+
+
+def _draw_new_weights(model: GavamoeForCausalLM, seed: int) -> None:
+    """Initialize what has no counterpart in the base model: slots, routers, experts."""
+    slots = (model.user_embedding, model.item_embedding, model.user_projection, model.item_projection)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in slots:
+            model._init_weights(module)
+        for module in model.model.modules():
+            if isinstance(module, MultiGateRouter | SwiGluExperts | MlpExperts):
+                model.model._init_weights(module)
+
+
+def _feed_forwards(decoder: PreTrainedModel) -> Iterator[Any]:
+    layers = decoder.layers if hasattr(decoder, "layers") else decoder.h
+    return (layer.mlp for layer in layers)

@@ -1,0 +1,166 @@
+"""The experts of a block (section 3.3.1): stacked feed-forward networks, and the kernels that run them.
+
+Input: the tokens of a batch with the experts chosen for each and their weights; output: the weighted sums (Eq. 11).
+Expert arithmetic is transformers' own (`use_experts_implementation`): eager, batched_mm, grouped_mm, or this module's
+`auto`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+FEW_TOKENS = 2
+"""The kernel `auto` computes up to this many tokens one by one, on a CPU and without gradients."""
+
+
+@dataclass(frozen=True)
+class MoeSpec:
+    """Sizes and rules of one MoE block."""
+
+    hidden_size: int
+    """D: width of the hidden states."""
+    experts: int
+    """N = rN: routed experts."""
+    top_k: int
+    """S: experts that see a token."""
+    expert_size: int
+    """I: width of one expert."""
+    gates: int
+    """K: gates of the router, one per cluster."""
+    activation: str
+    """Activation function of the experts, by its name in transformers' table."""
+    gated: bool
+    """Kind of the experts. True: SwiGLU without bias (LLaMA). False: plain MLP with bias (GPT-2)."""
+    renormalize: bool = False
+    """Whether the gate values of the chosen experts are divided by their sum."""
+    dropout: float = 0.0
+    """Dropout rate on the routed output, as the dense block has it (GPT-2)."""
+
+
+class _Experts(nn.Module):
+    """N expert networks as stacked weights, with attribute names that transformers' kernels read."""
+
+    def __init__(self, config: PreTrainedConfig, spec: MoeSpec) -> None:
+        """`config` carries the choice of kernel (`_experts_implementation`), read at each forward pass."""
+        super().__init__()
+        self.num_experts = spec.experts
+        self.hidden_dim = spec.hidden_size
+        self.intermediate_dim = spec.expert_size
+        self.act_fn = ACT2FN[spec.activation]
+
+    def forward(self, hidden_MD: Tensor, experts_MS: Tensor, weights_MS: Tensor) -> Tensor:
+        """Eq. 11 by a plain loop over the experts, the "eager" kernel; returns (M, D)."""
+        output_MD = torch.zeros_like(hidden_MD, dtype=torch.promote_types(hidden_MD.dtype, weights_MS.dtype))
+        for expert in range(self.num_experts):
+            token, slot = torch.where(experts_MS == expert)
+            # In training an expert without tokens runs on none: its gradient is zero, not absent, as DDP and ZeRO need.
+            if token.numel() == 0 and not torch.is_grad_enabled():
+                continue
+            output = self.apply_expert(hidden_MD[token], expert) * weights_MS[token, slot, None]
+            output_MD = output_MD.index_add(0, token, output.to(output_MD.dtype))
+        return output_MD.to(hidden_MD.dtype)
+
+    def forward_few(self, hidden_MD: Tensor, experts_MS: Tensor, weights_MS: Tensor) -> Tensor:
+        """Eq. 11 token by token, for a decoding step of one or two rows: nothing to sort, gather or scatter."""
+        rows = []
+        for token, chosen in enumerate(experts_MS.tolist()):
+            hidden_1D = hidden_MD[token : token + 1]
+            output_SD = torch.cat([self.apply_expert(hidden_1D, expert) for expert in chosen])
+            rows.append((output_SD * weights_MS[token, :, None]).sum(0))
+        return torch.stack(rows).to(hidden_MD.dtype)
+
+    def apply_expert(self, hidden_MD: Tensor, expert: int) -> Tensor:
+        """E_i(x) of Eq. 11 for all the given tokens."""
+        raise NotImplementedError
+
+    def load_slices(self, dense: Any) -> None:
+        """Cut a dense feed-forward network of width N x I into the N experts, by position.
+
+        The dense output is the plain sum of its slices, while Eq. 11 weights experts by gate values that sum to 1
+        over all N. So each slice is scaled by N: where all gate values are 1/N, all experts active give exactly the
+        dense output, and S active ones the plain sum of S slices (with renormalized weights, N / S times that sum,
+        an unbiased estimate of the dense output under random choice). An output bias enters once in all, since the
+        gate values of all experts sum to 1, and is therefore not scaled.
+        """
+        raise NotImplementedError
+
+
+def auto_experts_forward(experts: _Experts, hidden_MD: Tensor, experts_MS: Tensor, weights_MS: Tensor) -> Tensor:
+    """The kernel `auto`: grouped_mm, but for few tokens, where sorting and grouping cost more than the experts."""
+    few = hidden_MD.shape[0] <= FEW_TOKENS and hidden_MD.device.type == "cpu"  # elsewhere the loop waits for the device
+    if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return experts.forward_few(hidden_MD, experts_MS, weights_MS)
+    grouped: Any = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    output_MD: Tensor = grouped(_AutocastWeights(experts, hidden_MD.device.type), hidden_MD, experts_MS, weights_MS)
+    return output_MD
+
+
+class _AutocastWeights:
+    """Experts whose weights are read in autocast's data type: grouped_mm, unlike other products, does not cast."""
+
+    def __init__(self, experts: _Experts, device: str) -> None:
+        self._experts = experts
+        self._dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._experts, name)
+        return value.to(self._dtype) if isinstance(value, nn.Parameter) else value
+
+
+ALL_EXPERTS_FUNCTIONS.register("auto", auto_experts_forward)
+
+
+@use_experts_implementation
+class SwiGluExperts(_Experts):
+    """LLaMA's feed-forward: down(act(gate(x)) * up(x)), no bias."""
+
+    def __init__(self, config: PreTrainedConfig, spec: MoeSpec) -> None:
+        super().__init__(config, spec)
+        self.gate_up_proj = nn.Parameter(torch.empty(spec.experts, 2 * spec.expert_size, spec.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(spec.experts, spec.hidden_size, spec.expert_size))
+
+    def apply_expert(self, hidden_MD: Tensor, expert: int) -> Tensor:
+        gate_MI, up_MI = functional.linear(hidden_MD, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return functional.linear(self.act_fn(gate_MI) * up_MI, self.down_proj[expert])
+
+    @torch.no_grad()
+    def load_slices(self, dense: Any) -> None:
+        """Fill the experts with consecutive slices of a LlamaMLP of width N x I; see `_Experts.load_slices`."""
+        shape = (self.num_experts, self.intermediate_dim, self.hidden_dim)
+        gate, up = dense.gate_proj.weight.reshape(shape), dense.up_proj.weight.reshape(shape)
+        self.gate_up_proj.copy_(torch.cat([gate, up], dim=1))
+        down = dense.down_proj.weight.reshape(self.hidden_dim, self.num_experts, self.intermediate_dim)
+        self.down_proj.copy_(down.transpose(0, 1) * self.num_experts)
+
+
+@use_experts_implementation(has_gate=False, has_bias=True, is_transposed=True)
+class MlpExperts(_Experts):
+    """GPT-2's feed-forward: proj(act(fc(x))) with biases, weights stored (in, out) as GPT-2 does."""
+
+    def __init__(self, config: PreTrainedConfig, spec: MoeSpec) -> None:
+        super().__init__(config, spec)
+        self.up_proj = nn.Parameter(torch.empty(spec.experts, spec.hidden_size, spec.expert_size))
+        self.up_proj_bias = nn.Parameter(torch.empty(spec.experts, spec.expert_size))
+        self.down_proj = nn.Parameter(torch.empty(spec.experts, spec.expert_size, spec.hidden_size))
+        self.down_proj_bias = nn.Parameter(torch.empty(spec.experts, spec.hidden_size))
+
+    def apply_expert(self, hidden_MD: Tensor, expert: int) -> Tensor:
+        inner_MI = self.act_fn(hidden_MD @ self.up_proj[expert] + self.up_proj_bias[expert])
+        return inner_MI @ self.down_proj[expert] + self.down_proj_bias[expert]
+
+    @torch.no_grad()
+    def load_slices(self, dense: Any) -> None:
+        """Fill the experts with consecutive slices of a GPT2MLP of width N x I; see `_Experts.load_slices`."""
+        up = dense.c_fc.weight.reshape(self.hidden_dim, self.num_experts, self.intermediate_dim)
+        self.up_proj.copy_(up.transpose(0, 1))
+        self.up_proj_bias.copy_(dense.c_fc.bias.reshape(self.num_experts, self.intermediate_dim))
+        down = dense.c_proj.weight.reshape(self.num_experts, self.intermediate_dim, self.hidden_dim)
+        self.down_proj.copy_(down * self.num_experts)
+        self.down_proj_bias.copy_(dense.c_proj.bias.expand_as(self.down_proj_bias))
