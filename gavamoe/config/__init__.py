@@ -3,4 +3,5 @@
 schema       the settings, section by section, with meaning, unit and bound of each
 files        YAML in and out, presets, overrides
 problems     what is wrong with a config, in one line
+reference    the page of all settings, docs/config.md
 """
