@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     # 1. Reviews become a dataset folder: ids, splits, and the features that the texts talk about.
     folder = options.run_dir / "dataset"
-    if not folder.exists():
+    if folder.exists():
+        print(f"{folder} is kept as it is; take another --run-dir for other reviews")
+    else:
         prepare(options.csv, folder, "table", columns=COLUMNS)
     dataset = gavamoe.open_dataset(folder)
     print(f"{dataset.size('train')} training rows of {dataset.meta.users} users and {dataset.meta.items} items")

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from typing import Any
-from urllib.error import HTTPError
+from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 
@@ -38,19 +38,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--url", default=os.environ.get("GAVAMOE_URL", "http://127.0.0.1:8000"))
     parser.add_argument("--key", default=os.environ.get("GAVAMOE_KEY"))
     options = parser.parse_args(arguments)
+    name, data = "", dict[str, Any]()
     try:
         for name, data in events(options.url, options.key, {"user": options.user, "item": options.item}):
             if name == "route":
                 print(f"cluster {data['cluster']}, predicted rating {data['predicted_rating']:.1f}")
             elif name == "token":
                 print(data["text"], end="", flush=True)
-            elif name == "done":
-                print(f"\n{data['new_tokens']} tokens in {data['timings_ms']['total']:.0f} ms")
-            else:
-                sys.exit(f"\nthe service gave up: {data['error']['message']}")
     except HTTPError as error:
         sys.exit(f"{error.code}: {json.load(error)['error']['message']}")
-
-
-if __name__ == "__main__":
-    main()
+    except URLError as error:
+        sys.exit(f"{options.url}: {error.reason}")
+    if name != "done":
+        sys.exit(f"\nthe text broke off: {data['error']['message'] if name == 'error' else 'connection lost'}")
+    print(f"\n{data['new_tokens']} tokens in {data['timings_ms']['total']:.0f} ms")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.stage2_runs import TINY
+from helpers.example_run import example_run, write_config
 
-from gavamoe import __version__
+import gavamoe
 from gavamoe.tune.space import parse_space
 
 ROOT = Path(__file__).parent.parent.parent
@@ -39,7 +39,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder with the files that the pages take for granted."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "examples" / "reviews.csv", tmp_path)
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(TINY))
+    write_config(tmp_path / "mine.yaml")
     return tmp_path
 
 
@@ -48,6 +48,7 @@ def test_the_python_page_and_the_readme_run(
     ray_two_workers: None, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     del ray_two_workers
+    shutil.copytree(example_run(), workplace / "runs" / "mine")  # of the same reviews and config: trained once for both
     names: dict[str, object] = {}
     for number, block in enumerate(blocks(ROOT / "docs" / "python.md", "python")):
         exec(compile(block, f"python.md, block {number}", "exec"), names)
@@ -59,6 +60,11 @@ def test_the_python_page_and_the_readme_run(
         block = block.replace(shown, here)
     exec(compile(block, "README.md", "exec"), {})
     assert "did you mean clusters?" in capsys.readouterr().out
+
+
+def test_the_python_page_has_all_public_names() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    assert [name for name in gavamoe.__all__ if f"gavamoe.{name}" not in page] == ["__version__"]
 
 
 def test_the_model_page_runs(workplace: Path) -> None:
@@ -126,7 +132,7 @@ def test_the_index_lists_every_page() -> None:
 
 def test_the_citation_names_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["version"] == __version__
+    assert citation["version"] == gavamoe.__version__
     assert len(citation["preferred-citation"]["authors"]) == 9
 
 

@@ -1,42 +1,27 @@
 """Every script of examples/, run as a newcomer would run it, on tiny data."""
 
-import importlib.util
 import re
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
+from helpers.example_run import EXAMPLES, example, example_run
+from helpers.ray_head import free_port
 from helpers.serve_run import Site
-from helpers.stage2_runs import TINY
 
 from gavamoe import evaluate_run
 from gavamoe.serving.settings import hash_key
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 NOTEBOOK = EXAMPLES / "whole_story.ipynb"
 
 
-def load(name: str) -> Callable[[list[str]], None]:
-    """The `main` of a script, which takes its command line."""
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    main: Callable[[list[str]], None] = module.main
-    return main
-
-
 @pytest.fixture(scope="module")
-def run(ray_two_workers: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder that own_reviews.py leaves, with a tiny config."""
+def run(ray_two_workers: None) -> Path:
+    """The run folder that own_reviews.py leaves."""
     del ray_two_workers
-    folder = tmp_path_factory.mktemp("examples")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    load("own_reviews")(["--config", str(folder / "tiny.yaml"), "--run-dir", str(folder / "run")])
-    return folder / "run"
+    return example_run()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +33,7 @@ def site(run: Path) -> Iterator[Site]:
 
 def printed(capsys: pytest.CaptureFixture[str], name: str, *arguments: object) -> list[str]:
     """The lines that a script prints."""
-    load(name)([str(argument) for argument in arguments])
+    example(name)([str(argument) for argument in arguments])
     return capsys.readouterr().out.strip().split("\n")
 
 
@@ -58,9 +43,10 @@ def test_own_reviews(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "stage2" / "artifact.json").read_bytes()
     config = run.parent / "tiny.yaml"
     lines = printed(capsys, "own_reviews", "--config", config, "--run-dir", run, "--user", "nobody")
-    assert lines[0] == "800 training rows of 60 users and 40 items"
-    assert re.fullmatch(r"rating RMSE \d\.\d\d, text loss \d\.\d\d", lines[1])
-    assert re.fullmatch(r"nobody, I000001: rating \d\.\d, cluster [012]", lines[2])
+    assert "is kept as it is" in lines[0]
+    assert lines[1] == "800 training rows of 60 users and 40 items"
+    assert re.fullmatch(r"rating RMSE \d\.\d\d, text loss \d\.\d\d", lines[2])
+    assert re.fullmatch(r"nobody, I000001: rating \d\.\d, cluster [012]", lines[3])
     assert (run / "stage2" / "artifact.json").read_bytes() == before
 
 
@@ -80,9 +66,10 @@ def test_own_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.ray
-def test_own_metric(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    evaluate_run(run, rows=40, probe_rows=0)
-    lines = printed(capsys, "own_metric", run)
+def test_own_metric(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluated = Path(shutil.copytree(run, tmp_path / "run"))
+    evaluate_run(evaluated, rows=40, probe_rows=0)
+    lines = printed(capsys, "own_metric", evaluated)
     assert lines[0].startswith("all rows: ")
     assert lines[0].endswith("40 rows")
     assert sum(int(line.split()[-2]) for line in lines[1:]) == 40
@@ -109,6 +96,8 @@ def test_service_client(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.fullmatch(r"\d+ tokens in \d+ ms", lines[-1])
     with pytest.raises(SystemExit, match="401: an API key is needed"):
         printed(capsys, "service_client", *pair, "--key", "wrong")
+    with pytest.raises(SystemExit, match="refused"):
+        printed(capsys, "service_client", *pair[:-1], f"http://127.0.0.1:{free_port()}")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
