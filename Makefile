@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export DS_ACCELERATOR ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format bench
+.PHONY: help install quickstart test test-slow lint format docs bench
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ lint: $(READY)  ## ruff and mypy
 format: $(READY)  ## rewrite files the way lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY)  ## write docs/config.md from the docstrings of the settings
+	$(BIN)/python -m gavamoe.config.reference > docs/config.md
 
 bench: $(READY)  ## measure speed and size; prints, never fails
 	$(BIN)/python -m benchmarks

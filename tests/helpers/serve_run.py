@@ -3,16 +3,20 @@
 import functools
 import json
 import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import uvicorn
 from starlette.testclient import TestClient
 
 from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.runtime.context import LocalContext
 from gavamoe.serving.api import create_api
+from gavamoe.serving.backend import LocalBackend
 from gavamoe.serving.settings import ServeArgs
 from gavamoe.stage1.train import train_stage1
 from gavamoe.stage2.train import train_stage2
@@ -46,6 +50,29 @@ def client(backend: Any, **values: Any) -> TestClient:
     """Of an interface over `backend`; `values` are arguments of the server."""
     args = ServeArgs(run="unused", **values)
     return TestClient(create_api(backend, args), raise_server_exceptions=False)
+
+
+class Site:
+    """The service over a real connection: on a free port of 127.0.0.1, in a thread of this process."""
+
+    def __init__(self, folder: Path | None = None, **values: Any) -> None:
+        """`folder` is a stage-2 artifact, by default `tiny_artifact`; `values` are arguments of the server."""
+        args = ServeArgs(run=str(folder or tiny_artifact()), **values)
+        self.backend = LocalBackend.load(args)
+        config = uvicorn.Config(create_api(self.backend, args), host="127.0.0.1", port=0, log_level="error")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.05)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+
+    def close(self) -> None:
+        """Stop."""
+        self._server.should_exit = True
+        self._thread.join(timeout=20)
+        self.backend.writer.engine.close()
 
 
 def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -10,40 +9,15 @@ from typing import Any
 
 import aiohttp
 import pytest
-import uvicorn
 from helpers.browser import CHROMIUM, Page, chromium
-from helpers.serve_run import tiny_artifact
+from helpers.serve_run import Site
 
-from gavamoe.serving.api import create_api
-from gavamoe.serving.backend import LocalBackend
-from gavamoe.serving.settings import ServeArgs, hash_key
+from gavamoe.serving.settings import hash_key
 
 pytestmark = pytest.mark.slow
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 
 IDLE = "document.querySelector('.card') && !document.querySelector('.busy')"
-
-
-class Site:
-    """The service on a free port of this process."""
-
-    def __init__(self, **values: Any) -> None:
-        args = ServeArgs(run=str(tiny_artifact()), **values)
-        self.backend = LocalBackend.load(args)
-        config = uvicorn.Config(create_api(self.backend, args), host="127.0.0.1", port=0, log_level="error")
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.05)
-        port = self._server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-
-    def close(self) -> None:
-        """Stop."""
-        self._server.should_exit = True
-        self._thread.join(timeout=20)
-        self.backend.writer.engine.close()
 
 
 @pytest.fixture(scope="module")
