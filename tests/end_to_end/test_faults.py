@@ -28,7 +28,7 @@ TRIALS = [(stage, seed) for stage in STEPS for seed in range(2)]
 KILLS = 5
 """In each trial: 20 in all."""
 TOLERANCE = 1e-5
-"""Of all metrics and logged numbers, relative above 1: what float32 sums in another order may differ by."""
+"""What metrics and logged numbers may differ by, relative above 1: float32 sums taken in another order."""
 
 
 class Undisturbed:

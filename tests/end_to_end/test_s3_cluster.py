@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """Of a client of the cluster; the S3 server fails one request in twenty."""
+    """The environment of a client of the cluster; the S3 server fails one request in twenty."""
     with s3_server() as address, FlakyProxy(address, share=0.05) as proxy:
         variables = {**KEYS, "AWS_ENDPOINT_URL": proxy.address, "GAVAMOE_CACHE": str(tmp_path / "cache-client")}
         for name, value in variables.items():

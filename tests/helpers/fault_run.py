@@ -23,7 +23,7 @@ FAULTS = (
 """Overrides of the tiny config: two workers, and steps enough to die in."""
 TIMES = ("seconds", "tokens_per_second", "pairs_per_second")
 STEPS = {"stage1": 40, "stage2": 24}
-"""Of a training with `FAULTS`."""
+"""Steps that a training with `FAULTS` takes, by stage."""
 Kills = list[tuple[int, int]]
 """(step, from 0; rank) of processes that are killed before the step."""
 

@@ -50,6 +50,7 @@ ALLOWED = {200, 400, 401, 404, 405, 413, 422}
 @settings(max_examples=700, deadline=5000, suppress_health_check=list(HealthCheck))
 @given(path=PATHS, body=BODY, batch=st.booleans())
 def send_bodies(http: TestClient, path: str, body: Any, batch: bool) -> None:
+    """JSON of every shape, from valid requests to nonsense, to every path that takes a body."""
     if batch and path.endswith("batch"):
         body = {"requests": [body]}
     if isinstance(body, dict) and path != "/v1/route":
@@ -65,6 +66,7 @@ def send_bodies(http: TestClient, path: str, body: Any, batch: bool) -> None:
 @settings(max_examples=150, deadline=5000, suppress_health_check=list(HealthCheck))
 @given(path=PATHS, body=st.binary(max_size=300))
 def send_bytes(http: TestClient, path: str, body: bytes) -> None:
+    """Bodies that are no JSON."""
     answer = http.post(path, content=body, headers={"content-type": "application/json"})
     assert answer.status_code in ALLOWED, answer.text
     assert answer.json()["error"]["message"]
@@ -73,5 +75,6 @@ def send_bytes(http: TestClient, path: str, body: bytes) -> None:
 @settings(max_examples=150, deadline=5000, suppress_health_check=list(HealthCheck))
 @given(path=st.sampled_from(["/v1/items", "/v1/users"]), query=st.text(max_size=250), limit=st.integers() | st.text())
 def send_queries(http: TestClient, path: str, query: str, limit: Any) -> None:
+    """Queries and limits of every kind to the catalog's paths."""
     answer = http.get(path, params={"query": query.encode("utf-8", "replace").decode(), "limit": limit})
     assert answer.status_code in ALLOWED, answer.text

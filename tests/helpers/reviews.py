@@ -18,11 +18,13 @@ AMAZON_2018 = {"reviewerID": "u", "asin": "i", "overall": 5.0, "reviewText": "Th
 
 
 def write_lines(path: Path, records: Iterable[object]) -> Path:
+    """A file of JSON lines."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
 
 def amazon(count: int = 20, **changes: object) -> list[dict[str, object]]:
+    """Reviews as Amazon's files have them: seven users, an item each, all ratings; `changes` go into every record."""
     return [AMAZON_2018 | {"reviewerID": f"u{n % 7}", "asin": f"i{n}", "overall": float(1 + n % 5)} | changes
             for n in range(count)]  # fmt: skip
 
@@ -38,6 +40,7 @@ def rows_of(dataset: Dataset) -> list[dict[str, object]]:
 
 
 def peter_folder(tmp_path: Path, count: int = 20) -> Path:
+    """A folder as the PETER line of papers ships one, its index files not yet written."""
     folder = tmp_path / "TripAdvisor"
     (folder / "1").mkdir(parents=True)
     records = [
@@ -55,6 +58,7 @@ def peter_folder(tmp_path: Path, count: int = 20) -> Path:
 
 
 def write_index(folder: Path, train: str, valid: str, test: str) -> Path:
+    """The index files of the three splits: row numbers as text."""
     for name, content in (("train", train), ("validation", valid), ("test", test)):
         (folder / f"{name}.index").write_text(content)
     return folder
@@ -73,6 +77,7 @@ MAPPING = {"user": "uid", "item": "iid", "text": "words", "features": "tags", "r
 
 
 def write_table(path: Path, columns: dict[str, list[object]]) -> Path:
+    """The same table in the format that the file's ending names."""
     table = pa.table(columns)
     if path.suffix == ".parquet":
         pq.write_table(table, path)

@@ -47,7 +47,7 @@ def exact_explainer(folder: Path) -> ExplanationGenerator:
 
 
 def client(backend: Any, **values: Any) -> TestClient:
-    """Of an interface over `backend`; `values` are arguments of the server."""
+    """A client of the HTTP interface over `backend`; `values` are arguments of the server."""
     args = ServeArgs(run="unused", **values)
     return TestClient(create_api(backend, args), raise_server_exceptions=False)
 

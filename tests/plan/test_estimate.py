@@ -267,7 +267,7 @@ def test_devices_share_out_states_and_time_but_not_traffic() -> None:
 
 
 def test_shared_experts_cost_tokens_instead_of_memory() -> None:
-    """Of the experts each device holds 1 / 4, whose gradients go to the other replica alone."""
+    """Each device holds 1 / 4 of the experts, whose gradients go to the other replica alone."""
     apart = load_config("paper", ["stage2.zero_stage=2"])
     shared = load_config("paper", ["stage2.zero_stage=2", "stage2.expert_parallel=4"])
     found = [plan(config, 8, 80) for config in (apart, shared)]

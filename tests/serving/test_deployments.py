@@ -62,7 +62,7 @@ class Service:
 
     @property
     def address(self) -> str:
-        """Of its Ray."""
+        """The address of the Ray that it runs on."""
         found = re.search(r"RAY_ADDRESS=(\S+)", self.log.read_text())
         assert found
         return found[1]
