@@ -119,8 +119,8 @@ def _problem(error: ValidationError, root: type[BaseModel]) -> str:
 def _nearest(location: tuple[int | str, ...], root: type[BaseModel]) -> str:
     """The known name closest to an unknown one, looked for in its own section and then everywhere."""
     model = root
-    for part in location[:-1]:
-        annotation = model.model_fields[str(part)].annotation
+    for section in location[:-1]:
+        annotation = model.model_fields[str(section)].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return ""
         model = annotation

@@ -54,7 +54,7 @@ class Stage1Config(_Model):
     mixture_learning_rate: Positive = 2e-3
     """Peak learning rate of the mixture's parameters."""
     schedule: Literal["linear", "constant"] = "linear"
-    """How both learning rates run over all epochs. linear: they fall to a twentieth; constant: they stay, and the
+    """Schedule of both learning rates over all epochs. linear: they fall to a twentieth; constant: they stay, and the
     predictions for unknown ids swing from step to step."""
     weight_decay: NonNegative = 1e-4
     """Decoupled weight decay of the embeddings and networks; the mixture has none."""
@@ -69,11 +69,11 @@ class Stage1Config(_Model):
     beta_warmup_epochs: Count = 2
     """Epochs on the ELBO over which the weight of the KL term grows from 0 to `beta`."""
     embedding_init: Literal["spectral", "random"] = "spectral"
-    """How the embeddings start. spectral: from the singular vectors of the training ratings; random: small normal
-    values (the paper's)."""
+    """Initialization of the embeddings. spectral: from the singular vectors of the training ratings; random: small
+    normal values (the paper's)."""
     mixture_init: Literal["gmm", "random"] = "gmm"
-    """How the mixture starts. gmm: from a Gaussian mixture fitted after pretraining; random: from random means, which
-    collapses (a control)."""
+    """Initialization of the mixture. gmm: from a Gaussian mixture fitted after pretraining; random: from random means,
+    which collapses (a control)."""
     user_agreement: NonNegative = 1.0
     """Weight of KL(q(c|u) || gamma): how strongly a pair's responsibilities (Eq. 8) follow its user's cluster, so that
     clusters are of users. 0: the bound alone (the paper's), and the mixture is fitted to pairs, not to users."""
@@ -84,7 +84,7 @@ class Stage1Config(_Model):
     min_cluster_share: Rate = 0.02
     """Share of the training pairs below which a cluster counts as collapsed."""
     on_collapse: Literal["warn", "stop"] = "warn"
-    """What follows a collapse. warn: a line in the log; stop: training fails."""
+    """Reaction to a collapse. warn: a line in the log; stop: training fails."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Stage1Config":
@@ -130,9 +130,9 @@ class ExpertsConfig(_Model):
     intermediate_size: Count = 0
     """Width of one expert; 0: the dense width divided by `count`, or the multiple of 8 nearest to that."""
     conversion: Literal["random", "split", "shared"] = "shared"
-    """How a dense checkpoint becomes experts. random: new weights (the paper's). split: slices of the dense
-    feed-forward network. shared: that network stays as a shared expert, and routed ones add to it and start at zero
-    output."""
+    """Conversion of a dense checkpoint's feed-forward networks into experts. random: new weights (the paper's). split:
+    slices of the dense feed-forward network. shared: that network stays as a shared expert, and routed ones add to it
+    and start at zero output."""
     split_by: Literal["position", "importance"] = "position"
     """Order of the dense network's neurons before `split` cuts it: as they stand, or by falling norms of their
     weights."""
@@ -168,13 +168,13 @@ class LoraConfig(_Model):
     rank: Count = 0
     """Rank of the adapters; 0: there are none, and everything is trained."""
     alpha: Positive = 16.0
-    """What an adapter adds is scaled by alpha / rank."""
+    """Scale of the adapters: their output is multiplied by alpha / rank."""
     dropout: Rate = 0.0
     """Dropout rate on the input of each adapter."""
 
 
 class PromptConfig(_Model):
-    """What the language model reads before it writes; never any part of the answer."""
+    """The prompt, which the language model reads before it writes; it never holds any part of the answer."""
 
     rating: bool = True
     """Whether the prompt names the sentiment of the rating, as a word."""
@@ -203,10 +203,10 @@ class Stage2Config(_Model):
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters on the base model's attention."""
     prompt: PromptConfig = PromptConfig()
-    """What the prompt holds, and how long prompts and explanations may be."""
+    """Contents of the prompt, and the lengths that prompts and explanations may have."""
     routes: Literal["learned", "random", "oracle"] = "learned"
-    """What picks a pair's gate. learned: stage 1 (Eq. 9). Controls: random, a hash of the pair; oracle, the user's
-    planted group in synthetic data."""
+    """The rule that picks a pair's gate. learned: stage 1 (Eq. 9). Controls: random, a hash of the pair; oracle, the
+    user's planted group in synthetic data."""
     alpha: Share = 0.1
     """Weight of the ELBO in the joint loss (Eq. 13); the explanation's loss has the weight 1 - alpha."""
     elbo_batch_size: PositiveInt = 256
@@ -224,7 +224,7 @@ class Stage2Config(_Model):
     stage1_learning_rate: Positive = 1e-4
     """Peak learning rate of stage 1's own parameters and of the shared embeddings."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """How the learning rates run after the warm-up: constant, or down to 0 as a cosine or a line."""
+    """Schedule of the learning rates after the warm-up: constant, or a fall to 0 along a cosine or a line."""
     warmup_share: Rate = 0.05
     """Share of all steps over which the learning rates grow from 0 to their peak."""
     weight_decay: NonNegative = 0.01
@@ -284,7 +284,7 @@ class Stage2Config(_Model):
 
 
 class GenerationConfig(_Model):
-    """How texts are decoded, in evaluation and in serving."""
+    """Decoding of texts, in evaluation and in serving."""
 
     max_new_tokens: PositiveInt = 48
     """Tokens of a text at most."""
@@ -311,12 +311,12 @@ class GenerationConfig(_Model):
 
 
 class EvaluationConfig(_Model):
-    """What `gavamoe evaluate` measures, and on which rows of a split."""
+    """Measures of `gavamoe evaluate`, and the rows of a split that are evaluated."""
 
     rows: Count = 0
     """Rows of the split that are evaluated, chosen by the seed; 0: all."""
     protocol: Literal["given", "predicted", "both"] = "given"
-    """Where a request's rating and features come from. given: from the row (the paper's); predicted: stage 1's rating
+    """Origin of a request's rating and features. given: from the row (the paper's); predicted: stage 1's rating
     and the item's usual features."""
     style: Literal["sacrebleu", "peter", "both"] = "sacrebleu"
     """Family of BLEU and ROUGE: the libraries sacrebleu and rouge-score, or the PETER line of papers."""
@@ -369,13 +369,13 @@ class RuntimeConfig(_Model):
     gpu: bool = False
     """Whether each worker gets one GPU."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
-    """What takes stage 2's optimizer steps. deepspeed: any number of workers, ZeRO; torch: one worker, plain data
-    types, no compiler needed."""
+    """Engine that takes stage 2's optimizer steps. deepspeed: any number of workers, ZeRO; torch: one worker, plain
+    data types, no compiler needed."""
     max_failures: Count = 2
     """Times that training is restarted from its last checkpoint after a worker died."""
     min_workers: Count = 0
-    """Workers with which stage 1 goes on when machines are lost, at least; it takes more when they come. 0: it waits
-    for all. Stage 2 always waits: DeepSpeed's checkpoints belong to a number of workers."""
+    """Smallest number of workers with which stage 1 continues when machines are lost; it takes more when they come. 0:
+    it waits for all. Stage 2 always waits: DeepSpeed's checkpoints belong to a number of workers."""
     wait_minutes: Positive = 4
     """Minutes that workers may take to start, also on machines that an autoscaler first has to get; then training
     fails."""
@@ -403,7 +403,7 @@ class RunConfig(_Model):
     generation: GenerationConfig = GenerationConfig()
     """Decoding of texts."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """What is measured on a split."""
+    """Measures of `gavamoe evaluate`, and the rows that are evaluated."""
     peter: PeterConfig = PeterConfig()
     """The baseline PETER."""
     runtime: RuntimeConfig = RuntimeConfig()

@@ -180,7 +180,7 @@ class Dataset:
         return PairArrays(user, item, rating)
 
     def truth(self) -> Truth | None:
-        """What was planted in a synthetic dataset; None for any other."""
+        """The planted truth of a synthetic dataset; None for any other."""
         path = self.path / "truth.json"
         if not path.exists():
             return None

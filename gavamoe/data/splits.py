@@ -15,7 +15,7 @@ MAX_INDEX_BYTES = 2**30
 
 def check_ratio(ratio: Sequence[float]) -> None:
     """Raise InputError unless `ratio` is three positive numbers."""
-    if len(ratio) != len(SPLITS) or not all(0 < part < 1e9 for part in ratio):
+    if len(ratio) != len(SPLITS) or not all(0 < share < 1e9 for share in ratio):
         raise InputError(f"split: {':'.join(map(str, ratio))} is not three positive numbers such as 8:1:1")
 
 

@@ -206,10 +206,10 @@ class RowValidator:
         reasons.mark(pc.or_kleene(pc.is_null(text), pc.equal(text, "")), "text missing")
         return text
 
-    def _reject(self, batch: RawBatch, places: np.ndarray, codes: np.ndarray) -> None:
+    def _reject(self, batch: RawBatch, rows: np.ndarray, codes: np.ndarray) -> None:
         judged = [
-            Rejection(int(batch.row[place]), REASONS[code], batch.show(place))
-            for place, code in zip(places.tolist(), codes.tolist(), strict=True)
+            Rejection(int(batch.row[row]), REASONS[code], batch.show(row))
+            for row, code in zip(rows.tolist(), codes.tolist(), strict=True)
         ]
         for rejection in sorted(judged + batch.broken, key=lambda rejection: rejection.row):
             self.rejected[rejection.reason] += 1

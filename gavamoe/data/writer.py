@@ -264,7 +264,7 @@ class _IndexMap(NamedTuple):
 
 
 class _FeatureTally:
-    """How often each entity (user or item index) occurs with each feature code."""
+    """Counts of the occurrences of each entity (user or item index) with each feature code."""
 
     def __init__(self) -> None:
         self._keys: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""How many clusters the data hold: stage 1 trained for every K with two seeds, and a recommendation.
+"""Choosing the number of clusters: stage 1 trained for every K with two seeds, and a recommendation.
 
 `gavamoe route RUN --sweep-clusters 2:8` trains the run's stage 1 for each K side by side, as Ray tasks,
 prints the table, and writes cluster_sweep.json and cluster_sweep.png into the run folder.

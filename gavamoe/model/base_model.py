@@ -188,7 +188,7 @@ def _load_pretrained(base_model: str, empty_weights: bool) -> tuple[PreTrainedMo
 
 
 def locate_base(base_model: str) -> tuple[str, dict[str, Any]]:
-    """What to hand to `from_pretrained`: a folder or hub id, and for a GGUF file its folder and `gguf_file`."""
+    """Arguments of `from_pretrained`: a folder or hub id, and for a GGUF file its folder and `gguf_file`."""
     path = find_packaged_gguf(base_model) if base_model.startswith("package:") else Path(base_model)
     if path.suffix != ".gguf":
         return base_model, {}

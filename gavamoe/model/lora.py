@@ -61,6 +61,6 @@ def merged_state(model: GavamoeForCausalLM, state: dict[str, Tensor]) -> dict[st
 
 
 def _delta(layer: Any, down_RI: Tensor, up_OR: Tensor) -> Tensor:
-    """What a layer's adapter adds to its weight, laid out as the weight is."""
+    """The matrix that a layer's adapter adds to its weight, laid out as the weight is."""
     product_OI = up_OR @ down_RI * layer.scaling[_ADAPTER]
     return product_OI.T if layer.fan_in_fan_out else product_OI

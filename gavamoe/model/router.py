@@ -72,7 +72,7 @@ def check_cluster_ids(cluster_ids_B: Tensor, gates: int) -> None:
 def load_balance_loss(
     logits_BTN: Tensor, top_k: int, cluster_ids_B: Tensor | None, gates: int, mask_BT: Tensor | None
 ) -> Tensor:
-    """How unevenly each gate uses the experts: 1 when even, up to N / top_k; padding is not counted.
+    """Load-balancing loss: 1 where each gate uses the experts evenly, up to N / top_k; padding is not counted.
 
     For gate k: N x sum over experts of (share of its choices) x (mean probability), as in the Switch Transformer;
     then the mean over gates, weighted by their tokens, so that no cluster is pushed toward another's experts.

@@ -60,7 +60,7 @@ class Reading:
     label: str
     """Name at the left of the line."""
     value: float
-    """Where the dot stands."""
+    """The value, at which the dot is drawn."""
     low: float
     """Lower end of the interval; equal to `value` where there is none."""
     high: float

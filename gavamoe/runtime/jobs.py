@@ -40,7 +40,7 @@ _NO_AGENT = "No available agent"
 
 
 class Follower(Protocol):
-    """Where a job's log goes; `gavamoe.cli.output.cluster.JobTerminal` draws its progress lines as bars."""
+    """Receives the lines of a job's log; `gavamoe.cli.output.cluster.JobTerminal` draws progress lines as bars."""
 
     def text(self, line: str) -> None:
         """A line of the log."""
@@ -252,7 +252,7 @@ def _staged_argument(argument: str, inputs: Path) -> str:
 
 
 def job_environment(extra: dict[str, str]) -> dict[str, str]:
-    """What the job's processes find in their environment."""
+    """Environment variables of the job's processes."""
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     return {"PYTHONUNBUFFERED": "1"} | forwarded | extra
 

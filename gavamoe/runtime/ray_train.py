@@ -202,7 +202,7 @@ def _fit(trainer: Any, worker_log: Any, name: str) -> Any:
 
 
 class _Checkpoints:
-    """Where Ray Train keeps the checkpoints of a step: below the run folder, or below its URI."""
+    """The checkpoints that Ray Train keeps of a step: below the run folder, or below its URI."""
 
     def __init__(self, folder: Path, name: str) -> None:
         place = remote.place_of(folder)

@@ -31,7 +31,7 @@ _NO_SPACE = {
     errno.EPERM: "permission is denied",
 }
 _TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
-"""How torch.save says that a disk is full: a RuntimeError without an error number."""
+"""Messages with which torch.save reports a full disk: a RuntimeError without an error number."""
 _SECONDS_TO_AGREE = 5.0
 GAUGES = {"step": "train_step", "loss": "train_loss", "tokens_per_second": "train_tokens_per_second",
            "pairs_per_second": "train_pairs_per_second"}  # fmt: skip
@@ -114,7 +114,7 @@ def run_worker(config: dict[str, Any]) -> Any:
 
 
 def storage_problem(error: BaseException | None) -> str | None:
-    """What keeps a disk from being written, if that is what an error comes from."""
+    """The reason why a disk can't be written, in words, if an error comes from that; None for any other error."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _NO_SPACE:
             where = f"{error.filename}: " if error.filename else ""
@@ -263,7 +263,7 @@ def write_checksums(folder: Path, rank: int, workers: int) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if all ranks' are as they were written."""
+    """The first damage of a checkpoint's files; None if all ranks' files are as they were written."""
     try:
         workers = read_json(folder / _checksums(0))["workers"]
         for rank in range(workers):

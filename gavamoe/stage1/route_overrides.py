@@ -46,7 +46,9 @@ class RouteControl(BaseModel):
             return cls(kind=kind, clusters=clusters, seed=config.seed)
         truth = dataset.truth()
         if truth is None:
-            raise InputError(f"stage2.routes oracle: {dataset.path} has no planted groups; only synthetic data have")
+            raise InputError(
+                f"stage2.routes oracle: {dataset.path} has no planted groups; only synthetic data have them"
+            )
         if truth.groups > clusters:
             raise InputError(
                 f"stage2.routes oracle: {truth.groups} planted groups need as many clusters,"

@@ -55,7 +55,9 @@ def rating_model(config: Stage1Config, dataset: Dataset) -> tuple[Likelihood, tu
     if ends is None or ends[0] >= ends[1]:
         raise InputError(f"{dataset.path}: all ratings are equal ({ends}); there is nothing for stage 1 to learn")
     if wanted == "categorical" and scale is None:
-        raise InputError(f"stage1.likelihood: categorical needs a scale of few values, {dataset.path} has a continuum")
+        raise InputError(
+            f"stage1.likelihood: categorical needs a scale of few values; ratings of {dataset.path} are continuous"
+        )
     if wanted == "bernoulli":
         return "bernoulli", ends
     if scale is None or wanted == "gaussian":

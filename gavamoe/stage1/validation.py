@@ -89,7 +89,7 @@ class _Sums:
 
     @classmethod
     def of(cls, model: VaeGmm, batch: Pairs, beta: float, index: int, device: str) -> Tensor:
-        user_B, item_B, rating_B = (torch.tensor(part, device=device) for part in batch)
+        user_B, item_B, rating_B = (torch.tensor(column, device=device) for column in batch)
         mu_BL, log_var_BL = model.encode(user_B, item_B)
         noise_BL = torch.randn(mu_BL.shape, generator=torch.Generator().manual_seed(index)).to(device)
         z_BL = model.sample(mu_BL, log_var_BL, noise_BL)

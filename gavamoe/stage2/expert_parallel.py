@@ -152,13 +152,13 @@ def load_experts(model: nn.Module, folder: Path, rank: int) -> None:
     blocks = _parallel_experts(model)
     parts = load_file(_file(folder, rank % blocks[0][1].workers))
     for name, experts in blocks:
-        for key, part in experts.local.named_parameters():
-            part.copy_(parts[f"{name}.{key}"])
+        for key, local in experts.local.named_parameters():
+            local.copy_(parts[f"{name}.{key}"])
 
 
 def _parallel_experts(model: nn.Module) -> list[tuple[str, ParallelExperts]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, ParallelExperts)]
 
 
-def _file(folder: Path, part: int) -> Path:
-    return folder / f"experts_{part}.safetensors"
+def _file(folder: Path, rank: int) -> Path:
+    return folder / f"experts_{rank}.safetensors"

@@ -125,9 +125,9 @@ def parameter_groups(model: JointModel, config: Stage2Config) -> list[dict[str, 
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        explainers = name.startswith(EXPLAINER) and not name.removeprefix(EXPLAINER).startswith(_TABLES)
-        rate = config.learning_rate if explainers else config.stage1_learning_rate
-        if any(part in name for part in _ROUTED):
+        of_explainer = name.startswith(EXPLAINER) and not name.removeprefix(EXPLAINER).startswith(_TABLES)
+        rate = config.learning_rate if of_explainer else config.stage1_learning_rate
+        if any(mark in name for mark in _ROUTED):
             rate = config.expert_learning_rate or rate
         plain = parameter.ndim < 2 or name.endswith("bias") or id(parameter) in tables or ".prior." in name
         groups.setdefault((rate, 0.0 if plain else config.weight_decay), []).append(parameter)

@@ -125,7 +125,7 @@ def _check_stage1(
     config: RunConfig, data: Dataset, dataset: Path, vae_gmm: VaeGmm, manifest: Manifest, stage1: Path
 ) -> None:
     if manifest.inputs.get("dataset") != data.fingerprint:
-        raise InputError(f"{stage1}: was trained on another dataset than {dataset}; train stage 1 on this one")
+        raise InputError(f"{stage1}: was trained on a dataset other than {dataset}; train stage 1 on this one")
     if vae_gmm.config.clusters != config.stage1.clusters:
         raise InputError(
             f"{stage1}: has {vae_gmm.config.clusters} clusters, the config has"

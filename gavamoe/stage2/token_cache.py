@@ -118,7 +118,7 @@ def read_cache(data: Dataset, builder: PromptBuilder, rows: np.ndarray) -> TextR
 
 
 def cache_folder(data: Dataset, builder: PromptBuilder) -> Path:
-    """Where the rows of this dataset, tokenized by this builder, lie."""
+    """Folder of the cache for the rows of this dataset, tokenized by this builder."""
     tokenizer = builder.tokenizer
     decides = {
         "version": VERSION,

@@ -187,7 +187,7 @@ class Training:
             if state["identity"].get(name) != here:
                 raise InputError(
                     f"{path}: the checkpoint has {name} {state['identity'].get(name)}, this run has {here}, so its"
-                    " steps would hold other rows or its states not fit; resume with the same value, or start without"
+                    " steps would hold other rows, or its states would not fit; resume with the same value, or start without"
                     " --resume"
                 )
         self._engine.load(folder)

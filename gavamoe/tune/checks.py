@@ -62,8 +62,8 @@ def config_values(config: RunConfig) -> Values:
     flat: Values = {}
     for path in field_paths(RunConfig):
         node: Any = config
-        for part in path.split("."):
-            node = getattr(node, part)
+        for name in path.split("."):
+            node = getattr(node, name)
         flat[path] = node
     return flat
 

@@ -65,7 +65,7 @@ def withhold_test(dataset: Dataset, out: Path) -> Dataset:
     if out.exists():
         view = open_dataset(out)
         if {name: view.meta.files.get(name) for name in wanted} != wanted:
-            raise InputError(f"{out}: was made from another dataset than {dataset.path}; use another --run-dir")
+            raise InputError(f"{out}: was made from a dataset other than {dataset.path}; use another --run-dir")
         return view
     with write_folder(out) as folder:
         for name in (*DATA_FILES, *_TRUTH_FILES):

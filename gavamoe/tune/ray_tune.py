@@ -52,7 +52,7 @@ class SearchState:
     """The state of a running search, as its observer sees it."""
 
     space: Space
-    """What is searched."""
+    """The search space."""
     records: list[Record]
     """All trials so far."""
     slots: int

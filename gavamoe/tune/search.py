@@ -40,7 +40,7 @@ class SearchResult:
     folder: Path
     """The search's folder."""
     space: Space
-    """What was searched."""
+    """The search space."""
     records: list[Record]
     """All trials."""
     best: Record | None

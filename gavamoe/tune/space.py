@@ -121,7 +121,7 @@ class Space(_Model):
     """A search space: the content of a space file."""
 
     description: str = ""
-    """What the space is for, in a sentence."""
+    """Purpose of the space, in a sentence."""
     stages: Annotated[int, Field(ge=1, le=2)]
     """Stages that a trial trains. 1: stage 1 alone; 2: both."""
     metric: str | list[str]
@@ -145,12 +145,12 @@ class Space(_Model):
 
     @property
     def objectives(self) -> list[Measure]:
-        """What is optimized, in the file's order."""
+        """The measures that are optimized, in the file's order."""
         return [find_measure(name, self.stages) for name in self.metrics]
 
     @property
     def recorded(self) -> list[Measure]:
-        """What is measured besides."""
+        """The measures that are recorded beside the objectives."""
         return [find_measure(name, self.stages) for name in self.measure]
 
     @property

@@ -42,7 +42,7 @@ class Job:
     """The settings that all trials of a search share."""
 
     space: Space
-    """What is searched."""
+    """The search space."""
     config: RunConfig
     """Config that a trial's drawn values override."""
     dataset: Path

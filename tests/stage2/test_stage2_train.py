@@ -122,7 +122,7 @@ def test_router_losses_are_logged_and_weigh_in(tiny_dataset: Path, stage1: Path,
 
 def test_stage_1_of_another_dataset_is_refused(stage1: Path, tmp_path: Path) -> None:
     other = synthesize(tmp_path / "other", users=60, items=40, ratings=1500, groups=3, seed=1)
-    with pytest.raises(InputError, match=r"stage1: was trained on another dataset than .*other"):
+    with pytest.raises(InputError, match=r"stage1: was trained on a dataset other than .*other"):
         train_stage2(tiny(), other, stage1, tmp_path / "stage2", LocalContext())
     assert not (tmp_path / "stage2").exists()
 

@@ -87,7 +87,7 @@ def test_the_view_of_another_dataset_is_refused(tiny_dataset: Path, tmp_path: Pa
 
     withhold_test(open_dataset(tiny_dataset), tmp_path / "view")
     synthesize(tmp_path / "second", users=30, items=20, ratings=200, groups=2, seed=3)
-    with pytest.raises(InputError, match="was made from another dataset than"):
+    with pytest.raises(InputError, match="was made from a dataset other than"):
         withhold_test(open_dataset(tmp_path / "second"), tmp_path / "view")
 
 

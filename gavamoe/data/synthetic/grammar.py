@@ -23,7 +23,7 @@ GENRES: dict[str, tuple[str, ...]] = {
 
 
 class Style(NamedTuple):
-    """How one group writes. `one` and `two` hold {f} {g} for features and {a} {b} for sentiment words."""
+    """The style of one group's texts. `one` and `two` hold {f} {g} for features and {a} {b} for sentiment words."""
 
     one: tuple[str, ...]
     two: tuple[str, ...]
