@@ -28,6 +28,7 @@ from gavamoe.pipeline import train_run
 from gavamoe.runtime.progress import NoProgress, Progress
 from gavamoe.runtime.ray_train import Line, ray_session
 from gavamoe.stage1.artifact import load_stage1
+from gavamoe.stage1.cache import STAGE1_CACHE, cached_stage1, stage1_key
 from gavamoe.stage1.clusters import plot_latents
 
 
@@ -82,7 +83,7 @@ def run_ablation(
             if minutes is not None and time.monotonic() - started >= 60 * minutes:
                 break
             shown = _Named(progress, f"[{number}/{len(todo)}] {job.system.name}, seed {job.config.seed}")
-            _run(job, opened, plan.jobs, shown)
+            _run(job, opened, out / STAGE1_CACHE, shown)
             left.remove(job)
             _write(config, opened, plan, left, out)  # an interrupted comparison can be looked at
     _draw_maps([job for job in plan.jobs if job not in left], opened, progress)
@@ -140,7 +141,7 @@ def _evaluated(job: Job, dataset: Dataset) -> bool:
     return same and manifest.inputs.get(kind) == read_manifest(job.folder / kind, kind, verify=False).fingerprint
 
 
-def _run(job: Job, dataset: Dataset, jobs: Sequence[Job], progress: Progress) -> None:
+def _run(job: Job, dataset: Dataset, cache: Path, progress: Progress) -> None:
     if job.system.model != "stage2":
         claim_run(job.folder, job.config, dataset.path, dataset.fingerprint, continuing=True)
         job.run.write_config(job.config)
@@ -155,7 +156,7 @@ def _run(job: Job, dataset: Dataset, jobs: Sequence[Job], progress: Progress) ->
         result = evaluate(writer, dataset, job.config, on_progress=progress.count)
         write_evaluation(job.run.evaluation, result, job.config, inputs)
         return
-    _share_stage1(job, jobs)
+    _share_stage1(job, dataset, cache, progress)
     train_run(job.config, dataset.path, job.folder, resume=True, progress=progress)
     job.run.write_config(job.config)  # an earlier session may have evaluated it in another way
     progress.step("write and score texts")
@@ -172,21 +173,24 @@ def _peter(job: Job, dataset: Dataset, progress: Progress) -> Writer:
     return peter_train.PeterWriter.load(folder, dataset, job.config.stage2.prompt)
 
 
-def _share_stage1(job: Job, jobs: Sequence[Job]) -> None:
-    """Copy stage 1 from a run that trained it under the same settings and seed, if there is one."""
-    if (job.folder / "stage1").exists():
-        return
-    for other in jobs:
-        same = other.config.stage1 == job.config.stage1 and other.config.seed == job.config.seed
-        source = other.folder / "stage1"
-        if same and other is not job and (source / MANIFEST).is_file():
-            with write_folder(job.folder / "stage1") as aside:
-                shutil.copytree(source, aside, dirs_exist_ok=True)
-            log = other.folder / "logs" / "stage1.jsonl"
-            if log.is_file():
-                (job.folder / "logs").mkdir(exist_ok=True)
-                shutil.copyfile(log, job.folder / "logs" / "stage1.jsonl")
-            return
+def _share_stage1(job: Job, dataset: Dataset, cache: Path, progress: Progress) -> None:
+    """Put stage 1 into the job's run: trained there, or copied from the run that trained it under the same settings."""
+    key = stage1_key(job.config, dataset.fingerprint)
+    log = cache / f"{key}.jsonl"
+
+    def train(folder: Path) -> None:
+        train_run(job.config, dataset.path, job.folder, stage="1", resume=True, progress=progress)
+        with write_folder(folder) as aside:
+            shutil.copytree(job.run.stage1, aside, dirs_exist_ok=True)
+        shutil.copyfile(job.run.log("stage1"), log)
+
+    shared, _ = cached_stage1(cache, key, train)
+    if not job.run.stage1.exists():
+        claim_run(job.folder, job.config, dataset.path, dataset.fingerprint, continuing=True)
+        with write_folder(job.run.stage1) as aside:
+            shutil.copytree(shared, aside, dirs_exist_ok=True)
+        job.run.logs.mkdir(exist_ok=True)
+        shutil.copyfile(log, job.run.log("stage1"))
 
 
 def _draw_maps(jobs: Sequence[Job], dataset: Dataset, progress: Progress) -> None:

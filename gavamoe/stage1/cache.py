@@ -1,8 +1,9 @@
-"""Stage-1 results shared between trials: those equal in everything that stage 1 reads train it once.
+"""Stage-1 results shared between the trials of a search or the runs of a comparison.
 
-A result is a stage-1 artifact in a folder named by its key. One trial makes it while others that want it wait; the
-folder appears whole, by a rename. Waiting is an economy, not what correctness rests on: where locks don't hold (some
-network file systems), two trials make the same result, and either rename leaves a whole one.
+Those that agree in everything that stage 1 reads train it once. A result is a stage-1 artifact in a folder named by
+its key. One process makes it while others that want it wait; the folder appears whole, by a rename. Waiting is an
+economy, not what correctness rests on: where locks don't hold (some network file systems), two processes make the same
+result, and either rename leaves a whole one.
 
 The lock is the kernel's (flock), so a killed owner frees it at once, without a heartbeat that could be judged
 wrongly; the lock file names the owner for whoever looks.
@@ -23,6 +24,9 @@ from gavamoe.artifacts.manifest import FORMAT_VERSION, read_manifest
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError
 
+STAGE1_CACHE = "stage1_cache"
+"""The folder of the results in that of a search or a comparison."""
+
 
 def stage1_key(config: RunConfig, dataset_fingerprint: str) -> str:
     """SHA-256 over everything that stage 1 reads: its config, the seed, the data, and the code's version."""
@@ -42,7 +46,7 @@ def cached_stage1(cache: Path, key: str, train: Callable[[Path], object]) -> tup
         train: makes the artifact at the path it gets, whole (as `write_folder` does); called under the lock.
 
     Raises:
-        what `train` raises: nothing is kept then, and the next trial tries again.
+        what `train` raises: nothing is kept then, and the next one that wants it tries again.
     """
     folder = cache / key
     if folder.is_dir():

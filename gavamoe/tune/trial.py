@@ -26,7 +26,7 @@ from gavamoe.config.schema import RunConfig
 from gavamoe.errors import RunError
 from gavamoe.runtime.context import Metrics
 from gavamoe.runtime.ray_train import run_training
-from gavamoe.stage1.cache import cached_stage1, stage1_key
+from gavamoe.stage1.cache import STAGE1_CACHE, cached_stage1, stage1_key
 from gavamoe.tune.checks import trial_config
 from gavamoe.tune.metrics import curve_value, stage1_values, stage2_values, text_values
 from gavamoe.tune.space import Space, Values
@@ -160,7 +160,7 @@ class _Seed:
 
         key = stage1_key(self._config, self._job.fingerprint)
         stage1, shared = cached_stage1(
-            self._job.folder / "stage1_cache",
+            self._job.folder / STAGE1_CACHE,
             key,
             lambda out: self._run(train_stage1, "stage1", out, {}),
         )
