@@ -2,6 +2,7 @@
 
     prepare      `data prepare`: any source -> dataset folder
     validation   first pass: rows accepted or rejected, with the reason
+    bounds       the longest ids, titles, features and texts
     splits       ratio or index files; repeated pairs
     cleaning     cleaning of texts, ids, titles
     features     the words in which a text speaks about an item

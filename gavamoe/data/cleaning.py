@@ -12,14 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-MAX_ID_CHARS = 256
-MAX_TITLE_CHARS = 200
-MAX_EXPLANATION_CHARS = 2_000
-"""Longest explanation kept from a source whose texts are explanations already."""
-MAX_REVIEW_CHARS = 20_000
-"""How much of a review is searched for a sentence."""
-MAX_SENTENCE_CHARS = 300
-"""Longest sentence chosen from a review."""
+from gavamoe.data.bounds import MAX_ID_CHARS, MAX_REVIEW_CHARS, MAX_SENTENCE_CHARS
+
 SCAN_FACTOR = 4
 """Raw characters looked at per character kept, before whitespace is folded."""
 
@@ -91,9 +85,10 @@ def sentences(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
     return cut(flat.filter(full), MAX_SENTENCE_CHARS), row[full.to_numpy(zero_copy_only=False)]
 
 
-def clean_id(raw: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
-    """Trimmed ids with two masks: missing (null or blank), malformed (over MAX_ID_CHARS or with control characters)."""
+def clean_id(raw: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array, pa.Array]:
+    """Trimmed ids with three masks: missing (null or blank), longer than MAX_ID_CHARS, with control characters."""
     trimmed = pc.utf8_trim_whitespace(raw)
     missing = pc.fill_null(pc.equal(trimmed, ""), True)
-    malformed = pc.or_(pc.greater(pc.utf8_length(trimmed), MAX_ID_CHARS), pc.match_substring_regex(trimmed, r"\p{Cc}"))
-    return trimmed, missing, pc.fill_null(malformed, False)
+    long = pc.fill_null(pc.greater(pc.utf8_length(trimmed), MAX_ID_CHARS), False)
+    malformed = pc.fill_null(pc.match_substring_regex(trimmed, r"\p{Cc}"), False)
+    return trimmed, missing, long, malformed

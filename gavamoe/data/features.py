@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gavamoe.data.bounds import MAX_FEATURE_CHARS
 from gavamoe.data.lexicon import DESCRIBERS, DETERMINERS, JOINING, NEVER_FEATURES, OPINIONS, STOP_WORDS, VERB_CUES
 
-MAX_FEATURE_CHARS = 64
 MAX_ROW_FEATURES = 5
 MAX_VOCABULARY = 2_000
 MAX_COUNTED_WORDS = 500_000
@@ -122,7 +122,7 @@ class Vocabulary:
         ranked = [
             (-texts, word)
             for word, texts, occurrences, balance in counts.items()
-            if texts >= least and _is_noun(word, balance, occurrences)
+            if texts >= least and len(word) <= MAX_FEATURE_CHARS and _is_noun(word, balance, occurrences)
         ]
         return cls([word for _, word in sorted(ranked)[:MAX_VOCABULARY]])
 
@@ -165,28 +165,32 @@ class Vocabulary:
         return pa.ListArray.from_arrays(pa.array(offsets), self._array.take(pa.array(rank[kept])))
 
 
-def given_features(values: pa.Array) -> pa.Array:
-    """Clean lists of features that a source gives: list<string> (R,) from lists, or from strings parted by , ; or |.
+def given_features(values: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Clean lists of features that a source gives, as lists or as strings parted by , ; or |.
 
-    Lower case, single blanks, no control characters, no repetitions, at most MAX_FEATURE_CHARS long and
-    MAX_ROW_FEATURES a row; nulls become empty lists.
+    Returns:
+        list<string> (R,): lower case, single blanks, no control characters, no repetitions, at most MAX_ROW_FEATURES a
+        row; nulls become empty lists. And bool (R,): the rows with a feature longer than MAX_FEATURE_CHARS, which is
+        left out of their list.
     """
     if not pa.types.is_list(values.type):
         values = pc.split_pattern_regex(pc.fill_null(values, ""), "[,;|]")
-    row = pc.list_parent_indices(values).to_numpy()
+    row_S = pc.list_parent_indices(values).to_numpy()
     flat = pc.list_flatten(values).cast(pa.string())
     flat = pc.utf8_slice_codeunits(pc.utf8_lower(flat), 0, 4 * MAX_FEATURE_CHARS)
     flat = pc.utf8_trim(pc.replace_substring_regex(flat, r"[\p{Cc}\p{Cf}\p{Z}]+", " "), " ")
-    good = pc.and_(pc.not_equal(flat, ""), pc.less_equal(pc.utf8_length(flat), MAX_FEATURE_CHARS))
-    good_S = pc.fill_null(good, False).to_numpy(zero_copy_only=False)
+    long_S = pc.fill_null(pc.greater(pc.utf8_length(flat), MAX_FEATURE_CHARS), False).to_numpy(zero_copy_only=False)
+    good_S = pc.fill_null(pc.not_equal(flat, ""), False).to_numpy(zero_copy_only=False) & ~long_S
+    too_long_R = np.bincount(row_S[long_S], minlength=len(values)).astype(bool)
     coded = flat.filter(pa.array(good_S)).dictionary_encode()
-    row, code = row[good_S], coded.indices.to_numpy()
+    row, code = row_S[good_S], coded.indices.to_numpy()
     _, first = np.unique(row * max(len(coded.dictionary), 1) + code, return_index=True)
     first.sort()
     row, code = row[first], code[first]
     kept = np.arange(len(row)) - np.searchsorted(row, row) < MAX_ROW_FEATURES
     offsets = np.searchsorted(row[kept], np.arange(len(values) + 1)).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), coded.dictionary.take(pa.array(code[kept])))
+    features = pa.ListArray.from_arrays(pa.array(offsets), coded.dictionary.take(pa.array(code[kept])))
+    return features, pa.array(too_long_R)
 
 
 def _is_noun(word: str, evidence: float, occurrences: float) -> bool:

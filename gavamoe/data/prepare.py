@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
 from gavamoe.artifacts.files import write_folder
-from gavamoe.data.cleaning import MAX_TITLE_CHARS, clean, sentences
+from gavamoe.data.bounds import MAX_TITLE_CHARS
+from gavamoe.data.cleaning import clean, sentences
 from gavamoe.data.features import Vocabulary
 from gavamoe.data.readers.formats import Format, TextMode, check_columns, get_format, read_titles
 from gavamoe.data.splits import check_ratio, draw_splits, given_splits, repeated_pairs

@@ -13,32 +13,35 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gavamoe.data.cleaning import (
+from gavamoe.data.bounds import (
     MAX_EXPLANATION_CHARS,
+    MAX_FEATURE_CHARS,
+    MAX_ID_CHARS,
     MAX_REVIEW_CHARS,
     MAX_TITLE_CHARS,
-    clean,
-    clean_id,
-    clean_review,
-    too_long,
-    unmarked,
 )
+from gavamoe.data.cleaning import clean, clean_id, clean_review, too_long, unmarked
 from gavamoe.data.features import Vocabulary, WordCounts, given_features
 from gavamoe.data.readers.batches import RawBatch, Rejection, parse_numbers
 from gavamoe.data.readers.formats import TextMode
 from gavamoe.data.writer import StringEncoder
 from gavamoe.errors import InputError
 
+_LONG_ID = {field: f"{field} id longer than {MAX_ID_CHARS} characters" for field in ("user", "item")}
+_LONG_FEATURE = f"feature longer than {MAX_FEATURE_CHARS} characters"
 REASONS = (
     "",
     "user missing",
+    _LONG_ID["user"],
     "user id malformed",
     "item missing",
+    _LONG_ID["item"],
     "item id malformed",
     "rating missing",
     "rating not a number",
     "rating off scale",
     "text missing",
+    _LONG_FEATURE,
 )
 """Reasons of a rejection by their code, of which the first that applies is given; 0: the row is accepted."""
 _SPOOL_SCHEMA = pa.schema([("text", pa.string()), ("features", pa.list_(pa.string()))])
@@ -115,6 +118,7 @@ class RowValidator:
         user, item = (self._ids(batch, field, reasons) for field in ("user", "item"))
         rating = self._ratings(batch, reasons)
         text = self._texts(batch, reasons)
+        features = self._features(batch, reasons)
         accepted = reasons.code == 0
         self._reject(batch, np.flatnonzero(~accepted), reasons.code[~accepted])
         mask = pa.array(accepted)
@@ -129,7 +133,7 @@ class RowValidator:
             )
         )
         self._keep_titles(batch, items, mask)
-        self._spool_texts(batch, text.filter(mask), mask)
+        self._spool_texts(text.filter(mask), features.filter(mask))
 
     def accepted(self) -> AcceptedRows:
         """All accepted rows, in order."""
@@ -172,8 +176,9 @@ class RowValidator:
             )
 
     def _ids(self, batch: RawBatch, field: str, reasons: "_Reasons") -> pa.Array:
-        ids, missing, malformed = clean_id(batch.columns[field])
+        ids, missing, long, malformed = clean_id(batch.columns[field])
         reasons.mark(missing, f"{field} missing")
+        reasons.mark(long, _LONG_ID[field])
         reasons.mark(malformed, f"{field} id malformed")
         return ids
 
@@ -206,6 +211,14 @@ class RowValidator:
         reasons.mark(pc.or_kleene(pc.is_null(text), pc.equal(text, "")), "text missing")
         return text
 
+    def _features(self, batch: RawBatch, reasons: "_Reasons") -> pa.Array:
+        """list<string> (R,): the given features; empty lists where the source gives none."""
+        if not self._featured:
+            return pa.array([[]] * len(batch.row), _SPOOL_SCHEMA.field("features").type)
+        features, long = given_features(batch.columns.get("features", pa.nulls(len(batch.row), pa.string())))
+        reasons.mark(long, _LONG_FEATURE)
+        return features
+
     def _reject(self, batch: RawBatch, rows: np.ndarray, codes: np.ndarray) -> None:
         judged = [
             Rejection(int(batch.row[row]), REASONS[code], batch.show(row))
@@ -225,14 +238,9 @@ class RowValidator:
             if title:
                 self.titles.setdefault(code, title)
 
-    def _spool_texts(self, batch: RawBatch, text: pa.Array, mask: pa.Array) -> None:
-        if self._featured:
-            given = batch.columns.get("features", pa.nulls(len(batch.row), pa.string()))
-            features = given_features(given.filter(mask))
-        else:
-            features = pa.array([[]] * len(text), _SPOOL_SCHEMA.field("features").type)
-            if self._text_mode != "none":
-                self._words.add(text)
+    def _spool_texts(self, text: pa.Array, features: pa.Array) -> None:
+        if not self._featured and self._text_mode != "none":
+            self._words.add(text)
         self._spool.write_batch(pa.record_batch([text, features], schema=_SPOOL_SCHEMA))
 
 

@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gavamoe import __version__
+from gavamoe.data import bounds
 from gavamoe.errors import InputError
 from gavamoe.serving import errors, schema
 from gavamoe.serving.api_docs import render_reference
@@ -311,7 +312,7 @@ def _interface(service: Service, keys: ApiKeys) -> APIRouter:
 
 
 def _browsing(router: APIRouter, service: Service) -> None:
-    Search = Annotated[str, Query(max_length=schema.MAX_ID)]
+    Search = Annotated[str, Query(max_length=bounds.MAX_ID_CHARS)]
     Limit = Annotated[int, Query(ge=1, le=100)]
 
     @router.get("/items", summary="Find items by id or title")

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-MAX_ID = 200
-MAX_FEATURE = 60
+from gavamoe.data.bounds import MAX_FEATURE_CHARS, MAX_ID_CHARS
+
 MAX_FEATURES = 16
 MAX_BATCH = 64
 MAX_RECOMMEND = 50
@@ -17,14 +17,14 @@ MAX_CANDIDATES = 1000
 
 
 def _printable(text: str) -> str:
-    """No lone surrogates: they are no characters, and no UTF-8 answer could name them."""
+    """Refuses lone surrogates: they are not characters, and no UTF-8 answer could name them."""
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("contains half of a surrogate pair, which is no character")
+        raise ValueError("contains half of a surrogate pair, which is not a character")
     return text
 
 
-RawId = Annotated[str, Field(min_length=1, max_length=MAX_ID), AfterValidator(_printable)]
-Feature = Annotated[str, Field(min_length=1, max_length=MAX_FEATURE), AfterValidator(_printable)]
+RawId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS), AfterValidator(_printable)]
+Feature = Annotated[str, Field(min_length=1, max_length=MAX_FEATURE_CHARS), AfterValidator(_printable)]
 Features = Annotated[list[Feature], Field(max_length=MAX_FEATURES)]
 
 

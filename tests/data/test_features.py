@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gavamoe.data import features as module
+from gavamoe.data.bounds import MAX_FEATURE_CHARS
 from gavamoe.data.cleaning import clean, clean_id, clean_review, cut, sentences, unmarked
-from gavamoe.data.features import MAX_FEATURE_CHARS, MAX_ROW_FEATURES, Vocabulary, WordCounts, given_features
+from gavamoe.data.features import MAX_ROW_FEATURES, Vocabulary, WordCounts, given_features
 from gavamoe.data.lexicon import NEVER_FEATURES
 
 
@@ -105,10 +106,11 @@ def test_an_empty_vocabulary_chooses_the_first_real_sentence() -> None:
 
 
 def test_given_features_are_cleaned() -> None:
-    found = given_features(pa.array(["Room Service, wifi ;WiFi|  ", None, "a\x00b\n c", "x" * 65 + ",ok"]))
+    found, too_long = given_features(pa.array(["Room Service, wifi ;WiFi|  ", None, "a\x00b\n c", "x" * 65 + ",ok"]))
     assert found.to_pylist() == [["room service", "wifi"], [], ["a b c"], ["ok"]]
+    assert too_long.to_pylist() == [False, False, False, True]
     lists = pa.array([["b", "a", "b", None], None, [str(number) for number in range(9)]], pa.list_(pa.string()))
-    assert given_features(lists).to_pylist() == [["b", "a"], [], ["0", "1", "2", "3", "4"]]
+    assert given_features(lists)[0].to_pylist() == [["b", "a"], [], ["0", "1", "2", "3", "4"]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -122,7 +124,7 @@ def test_any_text_goes_through(texts: list[str]) -> None:
     chosen = Vocabulary(["room"]).choose(sentence, row, len(texts))
     assert len(chosen.text) == len(chosen.features) == len(texts)
     assert all(text.as_py() == "" or text.as_py().isprintable() for text in clean(array, 100) if text.as_py().isascii())
-    for words in given_features(array).to_pylist():
+    for words in given_features(array)[0].to_pylist():
         assert len(words) <= MAX_ROW_FEATURES
         assert all(0 < len(word) <= MAX_FEATURE_CHARS and word == word.strip() for word in words)
 
@@ -166,7 +168,8 @@ def test_markup_of_web_pages_is_removed() -> None:
 
 
 def test_ids_are_trimmed_and_judged() -> None:
-    ids, missing, malformed = clean_id(pa.array([" u1 ", "", None, "  ", "x" * 257, "a\x00b", "ü 2"]))
+    ids, missing, long, malformed = clean_id(pa.array([" u1 ", "", None, "  ", "x" * 257, "a\x00b", "ü 2"]))
     assert ids.to_pylist()[0] == "u1"
     assert missing.to_pylist() == [False, True, True, True, False, False, False]
-    assert malformed.to_pylist() == [False, False, False, False, True, True, False]
+    assert long.to_pylist() == [False, False, False, False, True, False, False]
+    assert malformed.to_pylist() == [False, False, False, False, False, True, False]

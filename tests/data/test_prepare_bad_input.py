@@ -9,11 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.reviews import TABLE, amazon, peter_folder, refuse, rows_of, write_index, write_lines, write_table
+from pydantic import ValidationError
 
 from gavamoe.data.dataset import open_dataset
 from gavamoe.data.prepare import prepare
 from gavamoe.data.readers import json_lines, tables
 from gavamoe.errors import InputError
+from gavamoe.serving.schema import ExplainRequest
 
 
 def amazon_with(tmp_path: Path, *bad: object, good: int = 30) -> Path:
@@ -214,7 +216,7 @@ def test_ids_that_no_one_could_have_meant(tmp_path: Path) -> None:
         for value in ("", "  ", None, {"a": 1}, True, "x" * 257, "a\x00b", float("nan"), 10**400)
     ]
     summary = prepare(amazon_with(tmp_path, *bad, good=100), tmp_path / "out", "amazon")
-    assert summary.rejected == {"user missing": 7, "user id malformed": 2}
+    assert summary.rejected == {"user missing": 7, "user id longer than 256 characters": 1, "user id malformed": 1}
 
 
 def test_half_a_surrogate_pair_does_not_stop_the_rest(tmp_path: Path) -> None:
@@ -359,3 +361,32 @@ def test_features_and_sentence_choice_exclude_each_other(tmp_path: Path) -> None
 def test_too_few_rows_for_three_splits(tmp_path: Path) -> None:
     refuse(amazon_with(tmp_path, good=2), "amazon", "leave the .* split empty; give more rows")
     assert prepare(amazon_with(tmp_path, good=3), tmp_path / "out", "amazon").kept == 3
+
+
+def test_what_is_kept_can_be_asked_for_and_what_cannot_is_rejected(tmp_path: Path) -> None:
+    """An id of 220 characters was once trained and then refused by the service."""
+    lines = ["user,item,rating,text,features"]
+    lines += [f"u{n},i{n % 7},4,a fine text,wifi" for n in range(60)]
+    kept_user, kept_feature = "u" * 220, "f" * 64
+    lines += [
+        f"{kept_user},i1,4,a fine text,{kept_feature}",
+        f"{'u' * 257},i1,4,a fine text,wifi",
+        f"u1,{'i' * 257},4,a fine text,wifi",
+        f"u2,i2,4,a fine text,wifi;{'f' * 65}",
+    ]
+    (tmp_path / "long.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    columns = {name: name for name in ("user", "item", "rating", "text", "features")}
+    summary = prepare(tmp_path / "long.csv", tmp_path / "out", "table", columns=columns)
+    assert summary.rejected == {
+        "user id longer than 256 characters": 1,
+        "item id longer than 256 characters": 1,
+        "feature longer than 64 characters": 1,
+    }
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in rejected] == [62, 63, 64]
+    catalog = open_dataset(tmp_path / "out").catalog
+    for index in range(catalog.n_users):
+        ExplainRequest(user=catalog.user_id(index), item=catalog.item_id(0), features=[kept_feature])
+    assert catalog.user_index(kept_user) is not None
+    with pytest.raises(ValidationError):
+        ExplainRequest(user="u" * 257, item="i")
