@@ -187,8 +187,8 @@ class Training:
             if state["identity"].get(name) != here:
                 raise InputError(
                     f"{path}: the checkpoint has {name} {state['identity'].get(name)}, this run has {here}, so its"
-                    " steps would hold other rows, or its states would not fit; resume with the same value, or start without"
-                    " --resume"
+                    " steps would hold other rows, or its states would not fit; resume with the same value, or start"
+                    " without --resume"
                 )
         self._engine.load(folder)
         self._clusters = load_file(folder / CLUSTERS_FILE)
