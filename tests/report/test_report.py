@@ -22,7 +22,7 @@ from gavamoe.errors import InputError
 from gavamoe.evaluation.evaluate import evaluate, write_evaluation
 from gavamoe.evaluation.evaluated_run import read_run
 from gavamoe.experiments.ablate import run_ablation
-from gavamoe.report.charts import Reading, Series, interval_chart, line_chart
+from gavamoe.report.charts import Interval, Series, interval_chart, line_chart
 from gavamoe.report.page import render, write_report
 from gavamoe.report.systems import case_study, open_runs
 
@@ -281,7 +281,7 @@ def test_human_scores_have_a_section(tmp_path: Path, planted: Dataset) -> None:
 
 
 def test_interval_chart_keeps_within_its_frame() -> None:
-    chart = str(interval_chart("t <x>", [Reading("a <b>", 1.0, 0.5, 2.0), Reading("b", 3.0, 3.0, 3.0)], marked=1))
+    chart = str(interval_chart("t <x>", [Interval("a <b>", 1.0, 0.5, 2.0), Interval("b", 3.0, 3.0, 3.0)], marked=1))
     assert "t &lt;x&gt;" in chart
     assert "a &lt;b&gt;" in chart
     places = [float(value) for value in re.findall(r'(?:cx|x1|x2)="([\d.]+)"', chart)]
