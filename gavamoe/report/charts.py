@@ -54,7 +54,7 @@ def line_chart(title: str, series: Sequence[Series], *, x_label: str = "", ticks
 
 
 @dataclass(frozen=True)
-class Reading:
+class Interval:
     """A value with its interval: one line of an interval chart."""
 
     label: str
@@ -67,16 +67,16 @@ class Reading:
     """Upper end of the interval; equal to `value` where there is none."""
 
 
-def interval_chart(title: str, readings: Sequence[Reading], *, marked: int = 0) -> Markup:
-    """A dot and its interval for each reading, from top to bottom, on one scale; the one at `marked` stands out.
+def interval_chart(title: str, intervals: Sequence[Interval], *, marked: int = 0) -> Markup:
+    """A dot and its interval for each value, from top to bottom, on one scale; the one at `marked` stands out.
 
-    Returns an empty string without readings.
+    Returns an empty string if there are none.
     """
-    if not readings:
+    if not intervals:
         return Markup("")
-    marks = _marks(*_bounds([bound for one in readings for bound in (one.low, one.high)]))
+    marks = _marks(*_bounds([bound for one in intervals for bound in (one.low, one.high)]))
     scale = _Scale(marks[0], marks[-1], 0.0, 1.0, left=ROW_LABELS)
-    height = ROW_HEIGHT * len(readings) + 24
+    height = ROW_HEIGHT * len(intervals) + 24
     parts = [
         Markup(
             '<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="4" y2="{1}"/><text x="{0:.1f}" y="{2}" '
@@ -84,7 +84,7 @@ def interval_chart(title: str, readings: Sequence[Reading], *, marked: int = 0) 
         ).format(scale.x(mark), height - 20, height - 6, _mark(mark))
         for mark in marks[:: 1 + (len(marks) > 5)]
     ]
-    for row, one in enumerate(readings):
+    for row, one in enumerate(intervals):
         y = ROW_HEIGHT * (row + 0.5) + 4
         parts.append(
             Markup(

@@ -24,7 +24,7 @@ from gavamoe.evaluation.comparison import (
     table,
 )
 from gavamoe.evaluation.evaluated_run import RunData, distinct_names, read_run
-from gavamoe.report.charts import Reading, interval_chart
+from gavamoe.report.charts import Interval, interval_chart
 
 CHARTS = ("bleu_4", "bertscore_f", "rouge_l", "validation_loss", "rmse", "style_of_group", "route_gap")
 _CATALOG = Path("stage2") / "catalog" / "users.parquet"
@@ -65,16 +65,16 @@ def comparison_section(comparison: Comparison) -> dict[str, Any]:
 
 def _chart(score: Score, systems: dict[str, list[Outcome]]) -> Markup:
     """The interval chart of a score, with a line for each system."""
-    readings: list[Reading] = []
+    intervals: list[Interval] = []
     marked = 0
     for name, outcomes in systems.items():
         one = means(outcomes, score.name)
         if one is None:
             continue
         low, high = interval_of(outcomes, score.name, one)
-        marked = len(readings) if name == REFERENCE else marked
-        readings.append(Reading(outcomes[0].label, one.mean, low, high))
-    return interval_chart(f"{score.label} {score.arrow}", readings, marked=marked)
+        marked = len(intervals) if name == REFERENCE else marked
+        intervals.append(Interval(outcomes[0].label, one.mean, low, high))
+    return interval_chart(f"{score.label} {score.arrow}", intervals, marked=marked)
 
 
 def case_study(runs: Sequence[RunData], folders: Sequence[Path]) -> list[dict[str, Any]]:

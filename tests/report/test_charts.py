@@ -3,7 +3,7 @@
 import math
 import re
 
-from gavamoe.report.charts import Reading, Series, interval_chart, line_chart
+from gavamoe.report.charts import Interval, Series, interval_chart, line_chart
 
 
 def test_chart_breaks_at_missing_values_and_names_groups() -> None:
@@ -33,7 +33,7 @@ def test_chart_scales_points_into_its_frame() -> None:
 
 
 def test_interval_chart_keeps_within_its_frame() -> None:
-    chart = str(interval_chart("t <x>", [Reading("a <b>", 1.0, 0.5, 2.0), Reading("b", 3.0, 3.0, 3.0)], marked=1))
+    chart = str(interval_chart("t <x>", [Interval("a <b>", 1.0, 0.5, 2.0), Interval("b", 3.0, 3.0, 3.0)], marked=1))
     assert "t &lt;x&gt;" in chart
     assert "a &lt;b&gt;" in chart
     places = [float(value) for value in re.findall(r'(?:cx|x1|x2)="([\d.]+)"', chart)]
