@@ -47,13 +47,15 @@ def route(
 def _clusters(run: "Run", *, as_json: bool) -> None:
     from gavamoe.cli.output.explanation import print_clusters
     from gavamoe.data.dataset import open_dataset
+    from gavamoe.report.latent_map import plot_latents
     from gavamoe.stage1.artifact import load_stage1
-    from gavamoe.stage1.clusters import describe_clusters, plot_latents
-    from gavamoe.stage1.routes import ROUTES_FILE
+    from gavamoe.stage1.clusters import describe_clusters
+    from gavamoe.stage1.routes import ROUTES_FILE, TrainingPairs
 
     model, _ = load_stage1(run.stage1)
     dataset = open_dataset(run.dataset)
-    clusters = describe_clusters(dataset, run.stage1 / ROUTES_FILE)
+    pairs = TrainingPairs.read(run.stage1 / ROUTES_FILE, dataset.catalog.known_users)
+    clusters = describe_clusters(pairs, dataset.catalog, implicit=dataset.implicit)
     plot_latents(model, dataset, run.latent_map, seed=run.config.seed)
     print_clusters(clusters, run.latent_map, as_json=as_json)
 

@@ -82,6 +82,13 @@ class Catalog:
         title: str | None = self._items["title"][index].as_py()
         return title
 
+    def item_features(self) -> pa.ListArray:
+        """The usual features of every item, by index: list<string> (n_items,)."""
+        column = self._items["features"].combine_chunks()
+        if isinstance(column, pa.ChunkedArray):
+            column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+        return column
+
     def usual_features(self, user: int | None, item: int | None, k: int) -> tuple[str, ...]:
         """At most `k` features for a pair whose features are not given.
 

@@ -15,8 +15,12 @@ from gavamoe.artifacts.manifest import Manifest, read_manifest
 from gavamoe.artifacts.run import METRICS_FILE, RunFolder
 from gavamoe.config.files import load_config
 from gavamoe.config.schema import RunConfig
+from gavamoe.data.catalog import Catalog
 from gavamoe.errors import InputError
 from gavamoe.evaluation.evaluate import GENERATIONS_FILE, SCHEMA_VERSION
+from gavamoe.generation.artifact import CATALOG_FOLDER
+from gavamoe.stage1.clusters import describe_clusters
+from gavamoe.stage1.routes import ROUTES_FILE, TrainingPairs
 
 MAX_PICTURE_BYTES = 8 * 2**20
 
@@ -37,6 +41,8 @@ class RunData:
     logs: dict[str, list[dict[str, Any]]]
     """Lines of logs/stage1.jsonl and logs/stage2.jsonl, where they are."""
 
+    cluster_features: dict[int, list[str]]
+    """Features that set each cluster of the training pairs apart; empty for systems without stage 1."""
     latent_map: str | None
     """clusters.png, as `gavamoe route` leaves it in the run folder, in base 64."""
 
@@ -81,6 +87,7 @@ def read_run(run: Path) -> RunData:
         metrics=metrics,
         generations=pq.read_table(folder.evaluation / GENERATIONS_FILE),
         stages=stages,
+        cluster_features=_cluster_features(folder),
         latent_map=_read_picture(folder.latent_map),
         logs={stage: read_log(folder.log(stage)) for stage in ("stage1", "stage2")},
     )
@@ -95,6 +102,15 @@ def distinct_names(runs: Sequence[RunData]) -> list[RunData]:
         for place, name in enumerate(longer)
     ]
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def _cluster_features(folder: RunFolder) -> dict[int, list[str]]:
+    routes, catalog_folder = folder.stage1 / ROUTES_FILE, folder.stage2 / CATALOG_FOLDER
+    if not (routes.is_file() and catalog_folder.is_dir()):
+        return {}
+    catalog = Catalog.load(catalog_folder)
+    described = describe_clusters(TrainingPairs.read(routes, catalog.known_users), catalog, implicit=True)
+    return {cluster.cluster: [trait.name for trait in cluster.features] for cluster in described}
 
 
 def _read_picture(path: Path) -> str | None:

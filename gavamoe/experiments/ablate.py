@@ -25,11 +25,11 @@ from gavamoe.experiments.baselines import peter_train
 from gavamoe.experiments.baselines.retrieval import Copier
 from gavamoe.experiments.variants import SYSTEMS, System, find_systems
 from gavamoe.pipeline import train_run
+from gavamoe.report.latent_map import plot_latents
 from gavamoe.runtime.progress import NoProgress, Progress
 from gavamoe.runtime.ray_train import Line, ray_session
 from gavamoe.stage1.artifact import load_stage1
 from gavamoe.stage1.cache import STAGE1_CACHE, cached_stage1, stage1_key
-from gavamoe.stage1.clusters import plot_latents
 
 
 @dataclass(frozen=True)

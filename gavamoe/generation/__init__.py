@@ -1,7 +1,8 @@
-"""From a pair to its prompt to its text: one decoding engine.
+"""From a pair to its prompt to its text: one decoding engine behind explain, evaluate and serve.
 
-    request          what is asked for, by index
+    request          what is asked for, and the same with all that it leaves out
     prompts          what the model reads, as token ids
+    artifact         what it reads of a stage-2 folder
     generator        explanations from a trained model
     decoding_engine  continuous batching over rows of any cluster
     engine_thread    the engine's thread behind an asyncio loop
@@ -9,5 +10,5 @@
     sampling         the next token of each row
     detokenize       a growing text in pieces
 
-Shape letters: B rows, T tokens, L read length of the cache, N experts, V vocabulary, K clusters.
+Shape letters: B rows, T tokens, L read length of the cache, X experts, V vocabulary, K clusters.
 """

@@ -8,7 +8,7 @@ Why not transformers' continuous batching: it was tried (5.23). It packs all row
 model a fixed set of arguments, so a cluster id per request cannot reach the router (every request fails there), and its
 sampling has one generator for all rows.
 
-Shape letters: B rows, T tokens, L read length of the cache, N experts, V vocabulary.
+Shape letters: B rows, T tokens, L read length of the cache, X experts, V vocabulary.
 """
 
 import time
@@ -53,7 +53,7 @@ class Row:
     """Written so far, the end of text included."""
     done: bool = False
     expert_use: Tensor | None = None
-    """(layers, N): how many of the row's tokens took each expert."""
+    """(layers, X): how many of the row's tokens took each expert."""
     arrived: float = field(default_factory=time.monotonic)
     started: float = 0.0
     first_token: float = 0.0
@@ -229,7 +229,7 @@ class Engine:
         for at, row in enumerate(rows):
             if not row.trace:
                 continue
-            taken = [logits_BTN[at, : lengths[at]].topk(top_k, dim=-1).indices for logits_BTN in router_logits]
+            taken = [logits_BTX[at, : lengths[at]].topk(top_k, dim=-1).indices for logits_BTX in router_logits]
             experts = router_logits[0].shape[-1]
             counts = torch.stack([torch.bincount(indices.flatten(), minlength=experts) for indices in taken])
             row.expert_use = counts if row.expert_use is None else row.expert_use + counts

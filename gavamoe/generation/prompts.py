@@ -1,7 +1,7 @@
 """Prompts: what the language model reads, as token ids, and the answer it is trained to write.
 
 Purpose: turn (user, item, rating, features, title) into token ids, and explanations into labels.
-Inputs: a Hugging Face fast tokenizer, the model's slot ids (`user_token`, `item_token`), `PromptConfig`.
+Inputs: a Hugging Face fast tokenizer, the model's slot ids, `PromptConfig`.
 Outputs: lists of token ids.
 
 One template serves every model, scratch or pretrained; parts in brackets appear where they are known:
@@ -16,7 +16,7 @@ prompt loses title tokens first, then features from the last one on; slots and a
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ from gavamoe.config.schema import PromptConfig
 from gavamoe.data.ratings import SENTIMENTS, RatingScale
 from gavamoe.errors import InputError
 from gavamoe.model.base_model import encode_texts
+from gavamoe.model.slots import SlotIds
 
 _INSTRUCTION = "Explain the recommendation.\nUser:"
 _ITEM = "\nItem:"
@@ -90,14 +91,13 @@ class PromptBuilder:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        user_token: Callable[[int], int],
-        item_token: Callable[[int], int],
+        slots: SlotIds,
         config: PromptConfig,
         scale: RatingScale | None,
     ) -> None:
         """`scale` None: the data have no ratings, and prompts no sentiment word."""
         self.tokenizer, self.config, self.scale = tokenizer, config, scale
-        self.user_token, self.item_token = user_token, item_token
+        self.slots = slots
         self.end = _end_token(tokenizer)
         constants = dict(zip(_CONSTANTS, encode_texts(tokenizer, _CONSTANTS), strict=True))
         self._constants = {text: tuple(ids) for text, ids in constants.items()}
@@ -120,8 +120,8 @@ class PromptBuilder:
         words = self._encode_unique(word for words in kept for word in words) if self.config.features else {}
         return [
             self._assemble(
-                self.user_token(int(columns.users[row])),
-                self.item_token(int(columns.items[row])),
+                self.slots.user_token(int(columns.users[row])),
+                self.slots.item_token(int(columns.items[row])),
                 titles.get(columns.titles[row] or "", ()),
                 self._sentiment(columns.ratings[row]),
                 [words[word] for word in kept[row] if words.get(word)],

@@ -1,6 +1,24 @@
-"""A request for an explanation, by index."""
+"""A request for an explanation, and the same with everything filled in that it leaves out.
 
+`explain`, `evaluate` and the service fill requests in by this one code: stage 1 routes the pair and predicts its
+rating in one pass. A rating that is not given is that prediction, moved to the nearest rating of the scale; features
+that are not given are the item's usual ones.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gavamoe.data.catalog import Catalog
+from gavamoe.errors import InputError
+from gavamoe.generation.artifact import CATALOG_FOLDER, read_prompt_spec
+from gavamoe.generation.prompts import PromptSpec
+from gavamoe.stage1.artifact import load_vae_gmm
+from gavamoe.stage1.route_overrides import RouteControl
+from gavamoe.stage1.routes import Routes, route_pairs
+from gavamoe.stage1.vae_gmm import VaeGmm
 
 
 @dataclass(frozen=True)
@@ -13,3 +31,98 @@ class ExplanationRequest:
     """None: stage 1's prediction takes its place."""
     features: tuple[str, ...] | None = None
     """None: the item's usual features take their place; empty: none are named."""
+
+
+@dataclass(frozen=True)
+class FilledRequest:
+    """A request with all that its prompt needs and all that an answer says about it, but for the text."""
+
+    request: ExplanationRequest
+    cluster: int
+    responsibilities: tuple[float, ...]
+    """(K,) of Eq. 8."""
+    predicted_rating: float
+    """Stage 1's expectation, off the scale's grid; the probability of interaction for implicit data."""
+    rating: float | None
+    """The rating whose sentiment the prompt says; None for implicit data."""
+    features: tuple[str, ...]
+    """The features that the prompt names, as far as they fit."""
+    title: str | None
+    user_known: bool
+    """Whether the user has training rows."""
+    item_known: bool
+
+
+class RequestFiller:
+    """Stage 1's part of every explanation."""
+
+    def __init__(
+        self,
+        vae_gmm: VaeGmm,
+        catalog: Catalog,
+        spec: PromptSpec,
+        device: str = "cpu",
+        control: RouteControl | None = None,
+    ) -> None:
+        """`control` routes in stage 1's place."""
+        self.vae_gmm = vae_gmm.to(device).eval()
+        self.catalog, self.spec, self.device, self.control = catalog, spec, device, control
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> "RequestFiller":
+        """Read stage 1, catalog and prompt description of a stage-2 artifact; the language model is not read.
+
+        Raises:
+            InputError: a part is missing or damaged.
+        """
+        folder = Path(folder)
+        spec, catalog = read_prompt_spec(folder), Catalog.load(folder / CATALOG_FOLDER)
+        return cls(load_vae_gmm(folder), catalog, spec, device, RouteControl.load(folder))
+
+    def routes(self, users: np.ndarray, items: np.ndarray) -> Routes:
+        """Clusters, responsibilities and predicted ratings of pairs by index: int64 (N,) each."""
+        routes = route_pairs(self.vae_gmm, users, items, device=self.device)
+        return routes if self.control is None else self.control.apply(routes, users, items)
+
+    def fill(self, requests: Sequence[ExplanationRequest]) -> list[FilledRequest]:
+        """The requests, in order, with all that they leave out.
+
+        Raises:
+            InputError: a rating off the scale, or one for a model of data without ratings.
+        """
+        users = np.array([request.user for request in requests], dtype=np.int64)
+        items = np.array([request.item for request in requests], dtype=np.int64)
+        routes = self.routes(users, items)
+        return [self._filled(request, routes, row) for row, request in enumerate(requests)]
+
+    def _filled(self, request: ExplanationRequest, routes: Routes, row: int) -> FilledRequest:
+        predicted = float(routes.rating[row])
+        return FilledRequest(
+            request=request,
+            cluster=int(routes.cluster[row]),
+            responsibilities=tuple(map(float, routes.responsibilities[row])),
+            predicted_rating=predicted,
+            rating=self._rating(request.rating, predicted),
+            features=self._features(request),
+            title=self.catalog.item_title(request.item),
+            user_known=0 <= request.user < self.catalog.known_users,
+            item_known=0 <= request.item < self.catalog.known_items,
+        )
+
+    def _rating(self, given: float | None, predicted: float) -> float | None:
+        """The rating whose sentiment a prompt says: as given, else stage 1's; None for data without ratings."""
+        scale = self.spec.scale
+        if given is None:
+            return None if scale is None else scale.nearest(predicted)
+        if scale is None:
+            raise InputError(f"rating {given:g}: this model's dataset has no ratings; leave it out")
+        scale.check(given)
+        return given
+
+    def _features(self, request: ExplanationRequest) -> tuple[str, ...]:
+        """As given, else the item's usual ones; none where prompts name no features."""
+        if not self.spec.prompt.features:
+            return ()
+        if request.features is not None:
+            return request.features[: self.spec.prompt.max_features]
+        return self.catalog.usual_features(request.user, request.item, self.spec.usual_features)

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from gavamoe.model.decoders import GavamoeConfig, build_decoder
 from gavamoe.model.router import check_cluster_ids, load_balance_loss, router_z_loss
+from gavamoe.model.slots import SlotIds
 
 IGNORED = -100
 """Label of positions that carry no loss, as in PyTorch and transformers."""
@@ -108,13 +109,19 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs |= {"repetition_penalty": 1.0, "logits_processor": LogitsProcessorList([*given, processor])}
         return super().generate(*args, **kwargs)
 
+    @property
+    def slots(self) -> SlotIds:
+        """The token ids of users and items."""
+        config = self.config
+        return SlotIds(vocabulary=config.vocab_size, n_users=config.n_users, n_items=config.n_items)
+
     def user_token(self, index: int) -> int:
         """Token id of a user by index; every index from `n_users` on is the unknown user."""
-        return self.config.vocab_size + min(index, self.config.n_users)
+        return self.slots.user_token(index)
 
     def item_token(self, index: int) -> int:
         """Token id of an item by index; every index from `n_items` on is the unknown item."""
-        return self.config.vocab_size + self.config.n_users + 1 + min(index, self.config.n_items)
+        return self.slots.item_token(index)
 
     def embed(self, input_ids_BT: Tensor) -> Tensor:
         """Embeddings (B, T, D) of text tokens, users and items.
@@ -125,8 +132,8 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             IndexError: an id is negative or above the last item's (on a GPU, the device's own assertion).
         """
-        first_user = self.config.vocab_size
-        first_item = first_user + self.config.n_users + 1
+        slots = self.slots
+        first_user, first_item = slots.vocabulary, slots.first_item
         is_item = input_ids_BT >= first_item
         is_user = (input_ids_BT >= first_user) & ~is_item
         tokens_BTD = self.get_input_embeddings()(input_ids_BT.masked_fill(is_user | is_item, 0))

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 class SlotIds(BaseModel):
     """Token ids of users and items: above the vocabulary, known ones and one for all others, users first.
 
-    The layout of `GavamoeForCausalLM.user_token` and `item_token`, for code that has no model loaded.
+    The layout of a model's slots, for the model itself, for prompts and for id dropout.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -17,10 +17,25 @@ class SlotIds(BaseModel):
     n_items: int
     """Known items."""
 
+    @property
+    def unknown_user(self) -> int:
+        """Token id of the unknown user, the last of the users'."""
+        return self.vocabulary + self.n_users
+
+    @property
+    def unknown_item(self) -> int:
+        """Token id of the unknown item, the last of all."""
+        return self.unknown_user + 1 + self.n_items
+
+    @property
+    def first_item(self) -> int:
+        """Token id of the first item; those of users lie between the vocabulary and this."""
+        return self.unknown_user + 1
+
     def user_token(self, index: int) -> int:
         """Token id of a user by index; every index from `n_users` on is the unknown user."""
         return self.vocabulary + min(index, self.n_users)
 
     def item_token(self, index: int) -> int:
         """Token id of an item by index; every index from `n_items` on is the unknown item."""
-        return self.vocabulary + self.n_users + 1 + min(index, self.n_items)
+        return self.first_item + min(index, self.n_items)

@@ -5,7 +5,6 @@ and results of human evaluations, never the dataset. The page
 holds its own style and its charts as SVG; it loads nothing and runs no script. All text is escaped.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from gavamoe.report.systems import case_study, comparison_section, open_runs
 SAMPLES = 6
 LONGEST_TEXT = 600
 """Characters of a text that the page shows."""
-CLUSTER_FEATURES = 5
 
 _TEMPLATE = Path(__file__).with_name("report_template.html.jinja")
 _GROUP_METRICS = ("bleu_4", "rouge_l", "bertscore_f", "usr", "fmr", "rmse")
@@ -253,26 +251,17 @@ def _sparsity_chart(runs: Sequence[RunData]) -> Markup:
 
 
 def _clusters(run: RunData) -> list[dict[str, Any]]:
-    """Each cluster's share, mean rating, features that stand out in its references, and scores."""
+    """Each cluster's share, mean rating and scores of the evaluated rows, and the features that set it apart."""
     cluster = run.generations["cluster"].to_numpy()
     rating = run.generations["rating"].to_numpy(zero_copy_only=False)
-    features = run.generations["features"].to_pylist()
-    everywhere = Counter(feature for row in features for feature in set(row))
     rows = _groups(run, "clusters")
     for row in rows:
         inside = np.flatnonzero(cluster == int(row["name"]))
         known = rating[inside][~np.isnan(rating[inside].astype(float))]
         row["share"] = 100 * len(inside) / len(cluster)
         row["rating"] = float(known.mean()) if known.size else None
-        row["features"] = _standing_out([features[i] for i in inside], everywhere, len(cluster))
+        row["features"] = run.cluster_features.get(int(row["name"]), [])
     return rows
-
-
-def _standing_out(inside: Sequence[Sequence[str]], everywhere: Counter[str], total: int) -> list[str]:
-    """Features whose share of the cluster's rows exceeds their share of all rows the most."""
-    here = Counter(feature for row in inside for feature in set(row))
-    gain = {name: here[name] / len(inside) - everywhere[name] / total for name in here}
-    return [name for name in sorted(gain, key=lambda name: (-gain[name], name)) if gain[name] > 0][:CLUSTER_FEATURES]
 
 
 def _curves(run: RunData) -> list[dict[str, Any]]:

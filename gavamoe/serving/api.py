@@ -94,9 +94,9 @@ class Service:
                 schema.RankedItem(
                     rank=rank,
                     item=pair.pair.item,
-                    title=pair.title,
-                    predicted_rating=pair.predicted_rating,
-                    cluster=pair.cluster,
+                    title=pair.filled.title,
+                    predicted_rating=pair.filled.predicted_rating,
+                    cluster=pair.filled.cluster,
                     explanation=answer,
                 )
                 for rank, (pair, answer) in enumerate(zip(routed, answers, strict=True), 1)
@@ -203,9 +203,9 @@ def explanation(written: Written, route_s: float, total_s: float) -> schema.Expl
     return schema.Explanation(
         **_route(routed),
         text=written.text,
-        rating=routed.rating,
+        rating=routed.filled.rating,
         rating_given=routed.pair.rating is not None,
-        features=list(routed.features),
+        features=list(routed.filled.features),
         features_given=routed.pair.features is not None,
         new_tokens=written.new_tokens,
         finish_reason=written.finish_reason,
@@ -228,12 +228,12 @@ def _route(routed: RoutedPair) -> dict[str, Any]:
     return {
         "user": routed.pair.user,
         "item": routed.pair.item,
-        "item_title": routed.title,
-        "user_known": routed.user_known,
-        "item_known": routed.item_known,
-        "cluster": routed.cluster,
-        "responsibilities": list(routed.responsibilities),
-        "predicted_rating": routed.predicted_rating,
+        "item_title": routed.filled.title,
+        "user_known": routed.filled.user_known,
+        "item_known": routed.filled.item_known,
+        "cluster": routed.filled.cluster,
+        "responsibilities": list(routed.filled.responsibilities),
+        "predicted_rating": routed.filled.predicted_rating,
         "model_version": routed.model_version,
     }
 

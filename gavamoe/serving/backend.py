@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 from gavamoe.generation.decoding_engine import EngineFull
-from gavamoe.serving.routing import Pair, Ranking, RoutedPair, Router
+from gavamoe.serving.routing import Pair, Ranking, RoutedPair, RoutingService
 from gavamoe.serving.schema import CatalogResponse, ServerInfo
 from gavamoe.serving.settings import ServeArgs
-from gavamoe.serving.writing import Piece, TextRequest, Writer, Written
+from gavamoe.serving.writing import Piece, TextRequest, WritingService, Written
 
 
 class Overloaded(Exception):
@@ -55,14 +55,14 @@ class Backend(Protocol):
 class LocalBackend:
     """Both stages in this process."""
 
-    def __init__(self, router: Router, writer: Writer) -> None:
+    def __init__(self, router: RoutingService, writer: WritingService) -> None:
         self._router, self.writer = router, writer
 
     @classmethod
     def load(cls, args: ServeArgs) -> "LocalBackend":
-        """Read the artifact; see `Writer.load` for errors."""
+        """Read the artifact; see `WritingService.load` for errors."""
         folder: Path = args.artifact
-        return cls(Router.load(folder), Writer.load(folder, args.generator, args.limits.max_new_tokens))
+        return cls(RoutingService.load(folder), WritingService.load(folder, args.generator, args.limits.max_new_tokens))
 
     async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
         return self._router.route(pairs)

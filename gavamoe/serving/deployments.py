@@ -20,13 +20,13 @@ from gavamoe.generation.decoding_engine import EngineFull
 from gavamoe.serving import schema
 from gavamoe.serving.api import create_api
 from gavamoe.serving.backend import Interrupted, Overloaded, Unavailable
-from gavamoe.serving.routing import Pair, Ranking, RoutedPair, Router
+from gavamoe.serving.routing import Pair, Ranking, RoutedPair, RoutingService
 from gavamoe.serving.settings import GeneratorSettings, Scaling, ServeArgs
-from gavamoe.serving.writing import Piece, TextRequest, Writer, WriterInfo, Written
+from gavamoe.serving.writing import Piece, TextRequest, WriterInfo, WritingService, Written
 
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 _RETRY_PAUSE_S = 0.05
-_TOGETHER = 64
+_BATCHED = 64
 """Requests whose pairs are routed by one call, at most."""
 
 
@@ -34,7 +34,7 @@ class ClusterRouter:
     """Stage 1: routes, ranks, and the catalog."""
 
     def __init__(self, artifact: str) -> None:
-        self._router = Router.load(Path(artifact))
+        self._router = RoutingService.load(Path(artifact))
 
     async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
         """Route the pairs of one request."""
@@ -57,7 +57,7 @@ class Generator:
     """Stage 2: an engine that writes the texts of many requests at once."""
 
     def __init__(self, artifact: str, settings: GeneratorSettings, max_new_tokens: int) -> None:
-        self._writer = Writer.load(Path(artifact), settings, max_new_tokens)
+        self._writer = WritingService.load(Path(artifact), settings, max_new_tokens)
         self._active = Gauge("gavamoe_engine_rows", "Texts being written by a generator replica.")
         self._waiting = Gauge("gavamoe_engine_waiting", "Texts that wait for a slot of a generator replica.")
 
@@ -124,7 +124,7 @@ class Metrics:
         self._answers.inc(tags={"route": route, "user_known": str(answer.user_known).lower()})
 
 
-class Together:
+class RouteBatcher:
     """Sends the pairs of all requests that came while a call was under way as one call: a call costs as much as many
     pairs. A request that comes alone is sent at once."""
 
@@ -144,7 +144,7 @@ class Together:
 
     async def _send(self) -> None:
         while self._waiting:
-            requests, self._waiting = self._waiting[:_TOGETHER], self._waiting[_TOGETHER:]
+            requests, self._waiting = self._waiting[:_BATCHED], self._waiting[_BATCHED:]
             if not await self._answer(requests) and len(requests) > 1:
                 for request in requests:  # one of them is wrong: the others must not suffer
                     await self._answer([request])
@@ -171,10 +171,10 @@ class RayBackend:
     def __init__(self, router: DeploymentHandle, generator: DeploymentHandle, retries: int) -> None:
         self._router, self._generator, self._retries = router, generator, retries
         self._streaming = generator.options(stream=True)
-        self._together = Together(lambda pairs: self._call(self._router.route, pairs))
+        self._batcher = RouteBatcher(lambda pairs: self._call(self._router.route, pairs))
 
     async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
-        return await self._together.route(pairs)
+        return await self._batcher.route(pairs)
 
     async def rank(self, user: str, k: int, candidates: Sequence[str] | None, exclude_seen: bool) -> Ranking:
         return await self._call(self._router.rank, user, k, candidates, exclude_seen)

@@ -18,7 +18,7 @@ import yaml
 
 from gavamoe.errors import InputError, RunError, one_line, validated
 from gavamoe.runtime.ray_train import free_port
-from gavamoe.serving.routing import Router
+from gavamoe.serving.routing import RoutingService
 from gavamoe.serving.security import ApiKeys
 from gavamoe.serving.settings import ServeArgs
 from gavamoe.serving.writing import generation_defaults
@@ -47,7 +47,7 @@ def read_args(run: Path, settings: Path | None, changes: dict[str, Any]) -> Serv
 def check_args(args: ServeArgs) -> None:
     """Refuse here what would only fail in the replicas, where Ray Serve tries again and again."""
     generation_defaults(args.artifact)
-    Router.load(args.artifact)
+    RoutingService.load(args.artifact)
     ApiKeys.read(args)
 
 

@@ -11,17 +11,14 @@ from typing import Literal
 
 import torch
 
-from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.config.schema import GenerationConfig
 from gavamoe.errors import InputError
-from gavamoe.generation.decoding_engine import Engine, Row, Timings
-from gavamoe.generation.detokenize import TextStream, clean_text
+from gavamoe.generation.artifact import generation_settings
+from gavamoe.generation.decoding_engine import Row, Timings
+from gavamoe.generation.detokenize import TextStream
 from gavamoe.generation.engine_thread import EngineThread
-from gavamoe.generation.generator import ExplanationGenerator
-from gavamoe.generation.prompts import PromptColumns
-from gavamoe.generation.sampling import Sampling
-from gavamoe.model.base_model import special_ids
-from gavamoe.serving.routing import RoutedPair, Router
+from gavamoe.generation.generator import ExplanationGenerator, sampling_of
+from gavamoe.serving.routing import RoutedPair, RoutingService
 from gavamoe.serving.settings import GeneratorSettings
 
 
@@ -51,11 +48,11 @@ class Written:
 
 @dataclass(frozen=True)
 class Piece:
-    """What a text has grown by."""
+    """A chunk of a text that is streamed."""
 
     text: str
     tokens: int
-    """Written so far."""
+    """Tokens of the text written so far."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ class WriterInfo:
     """The default."""
 
 
-class Writer:
+class WritingService:
     """Loads the language model and writes; call it on one asyncio loop."""
 
     def __init__(
@@ -77,23 +74,19 @@ class Writer:
     ) -> None:
         """`max_new_tokens` is the largest that a request may ask for."""
         self._explainer, self._settings = explainer, settings
-        self._router = Router(explainer.vae_gmm, explainer.catalog, explainer.spec, folder, explainer.device)
+        self._router = RoutingService(explainer.filler, folder)
         self.defaults = generation_defaults(folder)
-        builder = explainer.builder
-        engine = Engine(
-            explainer.model,
-            builder.end,
-            sorted(special_ids(explainer.tokenizer) - {builder.end}),
+        engine = explainer.engine(
             slots=settings.slots,
             capacity=explainer.spec.prompt.max_tokens + max(max_new_tokens, self.defaults.max_new_tokens),
             max_waiting=settings.max_waiting,
             prefill_rows=settings.prefill_rows,
         )
         self.engine = EngineThread(engine)
-        self._end = builder.end
+        self._end = explainer.builder.end
 
     @classmethod
-    def load(cls, folder: Path, settings: GeneratorSettings, max_new_tokens: int) -> "Writer":
+    def load(cls, folder: Path, settings: GeneratorSettings, max_new_tokens: int) -> "WritingService":
         """Read a stage-2 artifact and start its engine.
 
         Raises:
@@ -153,27 +146,17 @@ class Writer:
         return self._router.route([routed.pair])[0]
 
     def _row(self, routed: RoutedPair, request: TextRequest) -> Row:
-        [prompt] = self._explainer.builder.prompts(
-            PromptColumns([routed.user_index], [routed.item_index], [routed.rating], [routed.features], [routed.title])
-        )
-        defaults = self.defaults
-        sampling = Sampling(
-            max_new_tokens=request.max_new_tokens or defaults.max_new_tokens,
-            temperature=defaults.temperature if request.temperature is None else request.temperature,
-            top_p=defaults.top_p if request.top_p is None else request.top_p,
-            seed=request.seed,
-            no_repeat_ngram=defaults.no_repeat_ngram,
-            repetition_penalty=defaults.repetition_penalty,
-            min_new_tokens=defaults.min_new_tokens,
-        )
-        return Row(
-            prompt, routed.cluster, sampling, trace=request.trace and self._explainer.model.config.experts_enabled
-        )
+        [prompt] = self._explainer.prompts([routed.filled])
+        asked = {"max_new_tokens": request.max_new_tokens, "temperature": request.temperature, "top_p": request.top_p}
+        changes = {name: value for name, value in asked.items() if value is not None}
+        sampling = sampling_of(self.defaults.model_copy(update=changes), request.seed)
+        trace = request.trace and self._explainer.model.config.experts_enabled
+        return Row(prompt, routed.filled.cluster, sampling, trace=trace)
 
     def _written(self, routed: RoutedPair, row: Row) -> Written:
         return Written(
             routed=routed,
-            text=clean_text(self._explainer.tokenizer, row.tokens),
+            text=self._explainer.text(row.tokens),
             new_tokens=len(row.tokens),
             finish_reason="end" if row.tokens[-1] == self._end else "length",
             timings=row.timings,
@@ -182,8 +165,12 @@ class Writer:
 
 
 def generation_defaults(folder: Path) -> GenerationConfig:
-    """The generation settings that the artifact's run was configured with."""
-    defaults = GenerationConfig.model_validate(read_manifest(folder, "stage2", verify=False).config["generation"])
+    """The generation settings that the artifact's run was configured with.
+
+    Raises:
+        InputError: they ask for beam search.
+    """
+    defaults = generation_settings(folder)
     if defaults.beams > 1:
         raise InputError(
             f"{folder}: configured with generation.beams={defaults.beams}; a service writes token by token, without"

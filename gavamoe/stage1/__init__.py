@@ -10,7 +10,7 @@
     sparse_adam      Adam that touches only the rows of a batch
     routes           pair -> cluster and responsibilities
     route_overrides  random and planted routes, as experiments
-    clusters         what each cluster is; the latent map
+    clusters         what each cluster is
     artifact         its model on disk
     cache            one training shared between runs that agree in all that stage 1 reads
 

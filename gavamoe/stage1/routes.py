@@ -5,6 +5,7 @@ per pair: split, user, item, cluster, responsibilities, predicted_rating, in eac
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -144,7 +145,7 @@ def _routes(table: pa.Table) -> Routes:
     )
 
 
-class TrainingRoutes(NamedTuple):
+class RouteTotals(NamedTuple):
     """The routes of all training pairs, summed up."""
 
     pairs_K: np.ndarray
@@ -153,7 +154,7 @@ class TrainingRoutes(NamedTuple):
     """Mean responsibilities of each known user's training pairs: float64 (known users, K)."""
 
 
-def training_routes(dataset: Dataset, path: Path) -> TrainingRoutes:
+def training_routes(dataset: Dataset, path: Path) -> RouteTotals:
     """Sum up a routes file, of which one batch is in memory at a time.
 
     Raises:
@@ -172,12 +173,66 @@ def training_routes(dataset: Dataset, path: Path) -> TrainingRoutes:
         routed += len(user)
     if routed != dataset.size("train"):
         raise InputError(f"{path}: routes {routed} training pairs, the dataset has {dataset.size('train')}")
-    return TrainingRoutes(pairs_K, sum_UK / np.maximum(count_U1, 1))
+    return RouteTotals(pairs_K, sum_UK / np.maximum(count_U1, 1))
 
 
 def user_responsibilities(dataset: Dataset, path: Path) -> np.ndarray:
     """Mean responsibilities of each known user's training pairs: (known users, K)."""
     return training_routes(dataset, path).user_means_UK
+
+
+@dataclass(frozen=True)
+class TrainingPairs:
+    """Where stage 1 sent the training pairs, ordered by user."""
+
+    user: np.ndarray
+    """int32 (N,)."""
+    item: np.ndarray
+    """int32 (N,)."""
+    cluster: np.ndarray
+    """int16 (N,)."""
+    rating: np.ndarray
+    """Predicted ratings: float32 (N,)."""
+    user_means_UK: np.ndarray
+    """Mean responsibilities of each known user's pairs: float64 (known users, K)."""
+
+    @classmethod
+    def read(cls, path: Path, known_users: int) -> "TrainingPairs":
+        """Read the training part of a routes file.
+
+        Raises:
+            InputError: no such file, not a routes file, or one that routes other users.
+        """
+        _check(path)
+        table = pq.read_table(path, filters=[("split", "==", "train")]).sort_by([("user", "ascending")])
+        user, routes = table["user"].to_numpy(), _routes(table)
+        if len(user) and user.max() >= known_users:
+            raise InputError(
+                f"{path}: routes user {user.max()}, of {known_users} known ones; they don't belong together"
+            )
+        means_UK = mean_by_user(user, routes.responsibilities, known_users) if len(user) else np.zeros((known_users, 0))
+        return cls(user, table["item"].to_numpy(), routes.cluster, routes.rating, means_UK)
+
+    @property
+    def clusters(self) -> int:
+        """K."""
+        return int(self.user_means_UK.shape[1])
+
+    def counts_K(self) -> np.ndarray:
+        """Pairs of each cluster: int64 (K,)."""
+        return np.bincount(self.cluster, minlength=self.clusters)
+
+    def items_of_clusters(self, n_items: int, *, weighted: bool = False) -> np.ndarray:
+        """Pairs of each cluster and item, or the sums of their predicted ratings if `weighted`: float64 (K, I)."""
+        flat = self.cluster.astype(np.int64) * n_items + self.item
+        weights = self.rating.astype(np.float64) if weighted else None
+        counts = np.bincount(flat, weights=weights, minlength=self.clusters * n_items)
+        return counts.reshape(self.clusters, n_items).astype(np.float64)
+
+    def items_of_user(self, user: int) -> np.ndarray:
+        """Items of a user's pairs."""
+        low, high = np.searchsorted(self.user, [user, user + 1])
+        return self.item[low:high]
 
 
 def mean_by_user(user: np.ndarray, values: np.ndarray, n_users: int) -> np.ndarray:

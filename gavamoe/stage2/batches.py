@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gavamoe.model.explainer import IGNORED
+from gavamoe.model.slots import SlotIds
 from gavamoe.stage1.pair_stream import Epoch, Pairs, PairSource
 
 WINDOW_STEPS = 32
@@ -104,22 +105,15 @@ class IdDropout:
 
     share: float
     """Share of the rows whose user, and share of the rows whose item, is replaced."""
-    vocabulary: int
-    """Number of text tokens; the layout of slot ids is that of `GavamoeForCausalLM.user_token` and `item_token`."""
-    n_users: int
-    """Known users."""
-    n_items: int
-    """Known items."""
+    slots: SlotIds
 
     def apply(self, input_ids_BT: Tensor, random: np.random.Generator) -> Tensor:
         """The same ids with the user, the item or both replaced in a random share of the rows: int64 (B, T)."""
         hidden_B2 = torch.from_numpy(random.random((len(input_ids_BT), 2)) < self.share)
-        unknown_user = self.vocabulary + self.n_users
-        unknown_item = unknown_user + 1 + self.n_items
-        is_user = (input_ids_BT >= self.vocabulary) & (input_ids_BT <= unknown_user)
-        is_item = input_ids_BT > unknown_user
-        ids_BT = input_ids_BT.masked_fill(is_user & hidden_B2[:, :1], unknown_user)
-        return ids_BT.masked_fill(is_item & hidden_B2[:, 1:], unknown_item)
+        is_item = input_ids_BT >= self.slots.first_item
+        is_user = (input_ids_BT >= self.slots.vocabulary) & ~is_item
+        ids_BT = input_ids_BT.masked_fill(is_user & hidden_B2[:, :1], self.slots.unknown_user)
+        return ids_BT.masked_fill(is_item & hidden_B2[:, 1:], self.slots.unknown_item)
 
 
 class BatchPlan:

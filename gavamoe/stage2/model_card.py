@@ -13,7 +13,7 @@ from gavamoe.artifacts.files import write_folder, write_json
 from gavamoe.artifacts.manifest import write_manifest
 from gavamoe.config.files import dump_config
 from gavamoe.config.schema import RunConfig
-from gavamoe.generation.generator import CATALOG_FOLDER, PROMPT_FILE
+from gavamoe.generation.artifact import CATALOG_FOLDER, PROMPT_FILE
 from gavamoe.model.lora import merged_state
 from gavamoe.stage1.artifact import save_vae_gmm
 from gavamoe.stage1.routes import ROUTES_FILE, write_routes

@@ -93,7 +93,7 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path, *, empty_weights: bo
         scale=rating_scale(data),
         usual_features=usual_features(data, config.stage2.prompt.max_features),
     )
-    builder = PromptBuilder(tokenizer, explainer.user_token, explainer.item_token, spec.prompt, spec.scale)
+    builder = PromptBuilder(tokenizer, explainer.slots, spec.prompt, spec.scale)
     chosen = {"train": rows_with_text(data, "train"), "valid": validation_rows(config, data)}
     arrays = {split: data.arrays(split) for split in chosen}
     routed = {split: (arrays[split].user[rows], arrays[split].item[rows]) for split, rows in chosen.items()}

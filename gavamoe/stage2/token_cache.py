@@ -119,7 +119,7 @@ def read_cache(data: Dataset, builder: PromptBuilder, rows: np.ndarray) -> TextR
 
 def cache_folder(data: Dataset, builder: PromptBuilder) -> Path:
     """Folder of the cache for the rows of this dataset, tokenized by this builder."""
-    tokenizer = builder.tokenizer
+    tokenizer, slots = builder.tokenizer, builder.slots
     decides = {
         "version": VERSION,
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
@@ -127,7 +127,7 @@ def cache_folder(data: Dataset, builder: PromptBuilder) -> Path:
         "prompt": builder.config.model_dump(mode="json"),
         "template": template_texts(),
         "scale": builder.scale.model_dump(mode="json") if builder.scale else None,
-        "slots": [token(index) for token in (builder.user_token, builder.item_token) for index in (0, _BEYOND)],
+        "slots": [token(index) for token in (slots.user_token, slots.item_token) for index in (0, _BEYOND)],
         "dataset": data.fingerprint,
     }
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

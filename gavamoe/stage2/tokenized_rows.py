@@ -31,7 +31,7 @@ def prompt_builder(config: RunConfig, data: Dataset) -> PromptBuilder:
     tokenizer = load_tokenizer(stage2.base_model, stage2.scratch, tokenizer_texts(data))
     vocabulary = len(tokenizer) if stage2.base_model == "scratch" else base_shape(stage2).vocab_size
     slots = SlotIds(vocabulary=vocabulary, n_users=data.catalog.known_users, n_items=data.catalog.known_items)
-    return PromptBuilder(tokenizer, slots.user_token, slots.item_token, stage2.prompt, rating_scale(data))
+    return PromptBuilder(tokenizer, slots, stage2.prompt, rating_scale(data))
 
 
 def rating_scale(data: Dataset) -> RatingScale | None:

@@ -112,10 +112,7 @@ class Training:
         self._pairs_per_batch = -(-stage2.elbo_batch_size // stage2.gradient_accumulation)
         pairs_per_step = self._pairs_per_batch * stage2.gradient_accumulation * context.world_size
         self._pairs = PairBatches(setup.pairs, pairs_per_step) if stage2.alpha > 0 else None
-        model = setup.model.explainer
-        self._id_dropout = IdDropout(
-            config.stage1.unknown_id_rate, model.config.vocab_size, model.config.n_users, model.config.n_items
-        )
+        self._id_dropout = IdDropout(config.stage1.unknown_id_rate, setup.model.explainer.slots)
         planned = stage2.epochs * self._plan.steps_per_epoch
         self.steps = min(planned, stage2.max_steps) if stage2.max_steps else planned
         self._clusters = dict(setup.clusters)

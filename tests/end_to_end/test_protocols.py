@@ -6,13 +6,11 @@ by whatever way, shows as a marker in a prompt or as a prompt that changes with 
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from helpers.runs import evaluation_config, make_run
 from helpers.tiny import tiny
 from helpers.writers import FakeExplainer, parrot
@@ -22,6 +20,7 @@ from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.data.writer import DatasetWriter, Rows
 from gavamoe.evaluation.evaluate import evaluate, evaluate_run
 from gavamoe.evaluation.rows import requests_of, select_rows
+from gavamoe.generation.decoding_engine import Engine, Row
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.train import train_stage1
@@ -101,7 +100,7 @@ def test_other_explanations_leave_prompts_as_they_are(
     explainer = ExplanationGenerator.load(run / "stage2")
     one, two = (explainer.prepare(requests_of(select_rows(data, "test", 0, 0), protocol)) for data in (marked, other))
     assert one.prompts == two.prompts
-    assert (one.routes.cluster == two.routes.cluster).all()
+    assert (one.clusters == two.clusters).all()
 
 
 @pytest.mark.parametrize("protocol", ["given", "predicted"])
@@ -111,13 +110,15 @@ def test_what_the_model_is_asked_to_continue_is_the_prompt_alone(
     explainer = ExplanationGenerator.load(run / "stage2")
     seen: list[list[int]] = []
 
-    def generate(ids_BT: torch.Tensor, *, attention_mask: torch.Tensor, **settings: Any) -> torch.Tensor:
-        seen.extend(row[mask.bool()].tolist() for row, mask in zip(ids_BT, attention_mask, strict=True))
-        return torch.cat([ids_BT, torch.full((len(ids_BT), 1), explainer.builder.end)], dim=1)
+    submit = Engine.submit
 
-    monkeypatch.setattr(explainer.model, "generate", generate)
+    def spy(engine: Engine, row: Row) -> None:
+        seen.append(list(row.prompt))
+        submit(engine, row)
+
+    monkeypatch.setattr(Engine, "submit", spy)
     requests = requests_of(select_rows(marked, "test", 0, 0), protocol)
-    explainer.explain(requests, GenerationConfig())
+    explainer.explain(requests, GenerationConfig(max_new_tokens=1))
     assert sorted(seen) == sorted(explainer.prepare(requests).prompts)
     assert not [ids for ids in seen if WORD in readable(explainer, ids).lower()]
 

@@ -1,6 +1,7 @@
 """Gates: losses equal the model's own, counts equal the routers' own, planted gates are told apart."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from helpers.tiny import tiny
 
 from gavamoe.data.dataset import open_dataset
 from gavamoe.evaluation.faithfulness.gates import measure_gates
-from gavamoe.generation.generator import ExplanationGenerator
+from gavamoe.generation.generator import ExplanationGenerator, Prepared
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.router import MultiGateRouter
 from gavamoe.runtime.context import LocalContext
@@ -53,10 +54,10 @@ def spread(explainer: ExplanationGenerator, monkeypatch: pytest.MonkeyPatch) -> 
     """Rows go to the gates in turn, whatever stage 1 says: every gate has some."""
     prepare = explainer.prepare
 
-    def prepared(requests: list[ExplanationRequest]):  # type: ignore[no-untyped-def]
-        found = prepare(requests)
-        found.routes.cluster[:] = np.arange(len(requests)) % 3
-        return found
+    def prepared(requests: list[ExplanationRequest]) -> Prepared:
+        given = prepare(requests)
+        spread_out = [replace(filled, cluster=n % 3) for n, filled in enumerate(given.requests)]
+        return Prepared(spread_out, given.prompts)
 
     monkeypatch.setattr(explainer, "prepare", prepared)
 
@@ -77,7 +78,7 @@ def test_losses_equal_the_models_own(
         Ragged.pack(prepared.prompts), Ragged.pack(explainer.builder.answers([rows[1][n] for n in spoken]))
     )
     for row in (0, 7, 18):
-        batch = texts.collate(np.array([row]), prepared.routes.cluster, explainer.builder.end)
+        batch = texts.collate(np.array([row]), prepared.clusters, explainer.builder.end)
         for gate in range(3):
             batch["cluster_ids"] = torch.tensor([gate])
             with torch.no_grad():

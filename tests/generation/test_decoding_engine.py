@@ -51,11 +51,22 @@ def clusters(prompts: list[list[int]]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def reference(explainer: ExplanationGenerator, prompts: list[list[int]], clusters: list[int]) -> list[str]:
-    """The texts that `ExplanationGenerator.explain` writes for these prompts."""
-    options = GenerationConfig(max_new_tokens=NEW, batch_size=7)
-    written = explainer._write(prompts, np.array(clusters), options, 0, None)
-    texts = [one.text for one in written]
+    """The texts that transformers' `generate` writes for these prompts, in batches."""
+    texts = generated(explainer, prompts, clusters, GenerationConfig(max_new_tokens=NEW, batch_size=7))
     assert len(set(texts)) > 15
+    return texts
+
+
+def generated(
+    explainer: ExplanationGenerator, prompts: list[list[int]], clusters: list[int], settings: GenerationConfig
+) -> list[str]:
+    """What `generate` writes, which shares nothing with the engine but the model."""
+    options = explainer._beam_options(settings)
+    texts: list[str] = []
+    for start in range(0, len(prompts), settings.batch_size):
+        rows = slice(start, start + settings.batch_size)
+        tokens = explainer._beam_batch(prompts[rows], np.array(clusters[rows]), options)
+        texts += [explainer.text(row) for row in tokens]
     return texts
 
 
@@ -75,7 +86,7 @@ def texts_of(explainer: ExplanationGenerator, rows: list[Row]) -> list[str]:
     return [clean_text(explainer.tokenizer, row.tokens) for row in rows]
 
 
-def test_greedy_equals_explain(
+def test_greedy_equals_generate(
     explainer: ExplanationGenerator, prompts: list[list[int]], clusters: list[int], reference: list[str]
 ) -> None:
     rows = [Row(prompt, cluster, Sampling(NEW)) for prompt, cluster in zip(prompts, clusters, strict=True)]
@@ -160,7 +171,7 @@ def test_forbidden_tokens_and_repeated_ngrams_are_not_written() -> None:
 
 
 @pytest.mark.parametrize("control", [{"no_repeat_ngram": 2}, {"repetition_penalty": 8.0}, {"min_new_tokens": NEW}])
-def test_length_and_repetition_controls_equal_explain(
+def test_length_and_repetition_controls_equal_generate(
     control: dict[str, Any],
     explainer: ExplanationGenerator,
     prompts: list[list[int]],
@@ -168,7 +179,7 @@ def test_length_and_repetition_controls_equal_explain(
     reference: list[str],
 ) -> None:
     options = GenerationConfig(max_new_tokens=NEW, batch_size=5, **control)
-    wanted = [one.text for one in explainer._write(prompts, np.array(clusters), options, 0, None)]
+    wanted = generated(explainer, prompts, clusters, options)
     rows = [Row(prompts[n], clusters[n], Sampling(NEW, **control)) for n in range(len(prompts))]
     run(make_engine(explainer), rows)
     assert texts_of(explainer, rows) == wanted

@@ -15,6 +15,7 @@ from gavamoe.config.schema import GenerationConfig
 from gavamoe.data.dataset import open_dataset
 from gavamoe.data.prepare import prepare
 from gavamoe.errors import InputError
+from gavamoe.generation.decoding_engine import Engine, Row
 from gavamoe.generation.generator import Explanation, ExplanationGenerator
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.base_model import special_ids
@@ -100,6 +101,17 @@ def test_a_stream_gives_the_first_piece_before_the_text_is_whole(explainer: Expl
     assert len(passes) > read + 2
 
 
+def test_sampled_texts_are_the_same_whichever_way_they_are_asked_for(
+    explainer: ExplanationGenerator, requests: list[ExplanationRequest]
+) -> None:
+    settings = GREEDY.model_copy(update={"temperature": 1.0, "top_p": 0.9})
+    whole = explainer.explain(requests, settings, seed=5)
+    pieces = explainer.stream(requests, settings.model_copy(update={"batch_size": 3}), seed=5)
+    assert {piece.row: piece.explanation for piece in pieces if piece.explanation} == dict(enumerate(whole))
+    alone = [explainer.explain([request], settings, seed=5 + row)[0].text for row, request in enumerate(requests[:6])]
+    assert alone == [explanation.text for explanation in whole[:6]]
+
+
 def test_streamed_sampling_is_seeded_row_by_row(
     explainer: ExplanationGenerator, requests: list[ExplanationRequest]
 ) -> None:
@@ -134,7 +146,7 @@ def test_given_values_are_used_as_they_are(explainer: ExplanationGenerator) -> N
 
 def test_missing_values_are_predicted(explainer: ExplanationGenerator) -> None:
     [found] = explainer.explain([ExplanationRequest(1, 2)], GREEDY)
-    routes = route_pairs(explainer.vae_gmm, np.array([1]), np.array([2]))
+    routes = route_pairs(explainer.filler.vae_gmm, np.array([1]), np.array([2]))
     assert found.predicted_rating == routes.rating[0]
     assert (found.rating, found.rating_given) == (round(found.predicted_rating), False)
     assert found.features == explainer.catalog.usual_features(1, 2, 2)  # as many as training rows have
@@ -145,27 +157,30 @@ def test_missing_values_are_predicted(explainer: ExplanationGenerator) -> None:
     assert (found.user_known, found.item_known) == (True, True)
 
 
+def submitted_rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
+    """The rows that engines are given from now on."""
+    rows: list[Row] = []
+    submit = Engine.submit
+
+    def spy(engine: Engine, row: Row) -> None:
+        rows.append(row)
+        submit(engine, row)
+
+    monkeypatch.setattr(Engine, "submit", spy)
+    return rows
+
+
 def test_what_is_given_reaches_the_model(explainer: ExplanationGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
-    generate = explainer.model.generate
-
-    def spy(ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        seen.append({"ids": ids.tolist(), "clusters": kwargs["cluster_ids"].tolist()})
-        return generate(ids, **kwargs)
-
-    monkeypatch.setattr(explainer.model, "generate", spy)
+    seen = submitted_rows(monkeypatch)
     pairs = [ExplanationRequest(3, 5, 1.0, ("ghosts",)), ExplanationRequest(7, 9, 5.0, ("clues", "alibi"))]
     found = explainer.explain(pairs, GREEDY)
     model = explainer.model
-    [batch] = seen
-    by_slots = {
-        tuple(token for token in ids if token >= model.config.vocab_size): n for n, ids in enumerate(batch["ids"])
-    }
+    by_slots = {tuple(token for token in row.prompt if token >= model.config.vocab_size): row for row in seen}
     for request, explanation, word in zip(pairs, found, ("negative", "positive"), strict=True):
         row = by_slots[model.user_token(request.user), model.item_token(request.item)]
-        assert batch["clusters"][row] == explanation.cluster
-        ids = batch["ids"][row]
-        text = explainer.tokenizer.decode([t for t in ids if t < model.config.vocab_size], skip_special_tokens=True)
+        assert row.cluster == explanation.cluster
+        prompt = [token for token in row.prompt if token < model.config.vocab_size]
+        text = explainer.tokenizer.decode(prompt, skip_special_tokens=True)
         assert f"Rating: {word}\nFeatures: {', '.join(request.features or ())}\n" in text
 
 
@@ -196,25 +211,18 @@ def test_sampling_is_seeded(explainer: ExplanationGenerator, requests: list[Expl
 def test_special_tokens_are_never_written(
     explainer: ExplanationGenerator, requests: list[ExplanationRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written: list[list[int]] = []
-    generate = explainer.model.generate
-
-    def spy(ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        output = generate(ids, **kwargs)
-        written.extend(output[:, ids.shape[1] :].tolist())
-        return output
-
-    monkeypatch.setattr(explainer.model, "generate", spy)
+    rows = submitted_rows(monkeypatch)
     wild = GREEDY.model_copy(update={"temperature": 100.0, "max_new_tokens": 100})  # nearly uniform over the tokens
     explanations = explainer.explain(requests, wild, seed=0)
     end = explainer.tokenizer.eos_token_id
     forbidden = special_ids(explainer.tokenizer) - {end}
-    for row in written:
-        own = row[: row.index(end)] if end in row else row
-        assert not forbidden & set(own)
-    assert any(end in row for row in written)
+    written = [row.tokens for row in rows]
+    assert len(written) == len(requests)
+    for tokens in written:
+        assert not forbidden & set(tokens)
+    assert any(end in tokens for tokens in written)
     assert all("<|" not in explanation.text for explanation in explanations)
-    assert max(max(row) for row in written) < explainer.model.config.vocab_size
+    assert max(max(tokens) for tokens in written) < explainer.model.config.vocab_size
 
 
 def test_beams_and_repetition_controls(explainer: ExplanationGenerator, requests: list[ExplanationRequest]) -> None:
@@ -233,7 +241,9 @@ def test_empty_texts_are_kept(
     explainer: ExplanationGenerator, requests: list[ExplanationRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     end = explainer.tokenizer.eos_token_id
-    monkeypatch.setattr(explainer.model, "generate", lambda ids, **_: torch.nn.functional.pad(ids, (0, 3), value=end))
+    monkeypatch.setattr(
+        "gavamoe.generation.decoding_engine.choose_tokens", lambda _logits, choices, _forbidden: [end] * len(choices)
+    )
     explanations = explainer.explain(requests, GREEDY)
     assert [(e.text, e.new_tokens) for e in explanations] == [("", 1)] * len(requests)
 

@@ -12,9 +12,11 @@ from gavamoe.data.ratings import RatingScale
 from gavamoe.errors import InputError
 from gavamoe.generation.prompts import PromptBuilder, PromptColumns, left_padded, template_texts
 from gavamoe.model.base_model import BOS, EOS, PAD, encode_texts, special_ids, train_tokenizer
+from gavamoe.model.slots import SlotIds
 
 SCALE = RatingScale(low=1, high=5, values=(1, 2, 3, 4, 5))
 VOCABULARY, USERS = 400, 10
+FIRST_ITEM = 1000 + USERS + 1
 MARKER = "\nExplanation:\n"
 
 
@@ -29,7 +31,7 @@ TOKENIZER = make_tokenizer()
 
 def make_builder(scale: RatingScale | None = SCALE, **settings: object) -> PromptBuilder:
     config = PromptConfig.model_validate(settings)
-    return PromptBuilder(TOKENIZER, lambda user: 1000 + min(user, USERS), lambda item: 2000 + item, config, scale)
+    return PromptBuilder(TOKENIZER, SlotIds(vocabulary=1000, n_users=USERS, n_items=20), config, scale)
 
 
 def columns(
@@ -46,7 +48,7 @@ def readable(prompt: list[int]) -> str:
             pieces.append(TOKENIZER.decode(text))
             text = []
         if token is not None and token >= 1000:
-            pieces.append(f"[u{token - 1000}]" if token < 2000 else f"[i{token - 2000}]")
+            pieces.append(f"[u{token - 1000}]" if token < FIRST_ITEM else f"[i{token - FIRST_ITEM}]")
         elif token is not None:
             text.append(token)
     return "".join(pieces)
@@ -112,7 +114,7 @@ def test_text_cannot_forge_special_tokens_or_slots() -> None:
     builder = make_builder(max_tokens=300)
     [prompt] = builder.prompts(columns(features=(attack, "food"), title=attack))
     assert not set(prompt) & special_ids(TOKENIZER)
-    assert [token for token in prompt if token >= 1000] == [1003, 2004]
+    assert [token for token in prompt if token >= 1000] == [1003, FIRST_ITEM + 4]
     assert EOS in readable(prompt)  # it stays, as text
     [answer] = builder.answers([attack])
     assert answer[-1] == TOKENIZER.eos_token_id
@@ -140,7 +142,7 @@ def test_prompts_fit_and_keep_slots_and_marker(
     builder = make_builder(max_tokens=max_tokens)
     [prompt] = builder.prompts(columns(rating, tuple(features), title))
     assert len(prompt) <= max_tokens
-    assert [token for token in prompt if token >= 1000] == [1003, 2004]
+    assert [token for token in prompt if token >= 1000] == [1003, FIRST_ITEM + 4]
     assert readable(prompt).endswith(MARKER)
     assert ("\nRating:" in readable(prompt)) == (rating is not None)
 

@@ -98,7 +98,7 @@ def test_recommend_ranks_by_predicted_rating(http: TestClient, backend: LocalBac
     assert all(item["explanation"]["item"] == item["item"] for item in answer["items"])
     router = backend._router
     index = router.catalog.user_index("U000003")
-    seen = {router.catalog.item_id(int(i)) for i in router.training.items_of(index)}  # type: ignore[arg-type]
+    seen = {router.catalog.item_id(int(i)) for i in router.training.items_of_user(index)}  # type: ignore[arg-type]
     assert seen
     assert not seen & {item["item"] for item in answer["items"]}
     everything = http.post(
@@ -260,12 +260,13 @@ def test_requests_in_flight_are_bounded_and_counted_out(backend: LocalBackend) -
 def test_a_pair_of_another_version_is_routed_anew(backend: LocalBackend) -> None:
     async def ask() -> tuple[Written, Written]:
         [routed] = await backend.route([Pair("U000001", "I000001")])
-        stale = dataclasses.replace(routed, model_version="old", cluster=(routed.cluster + 1) % 3, user_index=5)
+        wrong = dataclasses.replace(routed.filled, cluster=(routed.filled.cluster + 1) % 3)
+        stale = dataclasses.replace(routed, model_version="old", filled=wrong)
         return await backend.write(routed, TextRequest()), await backend.write(stale, TextRequest())
 
     fresh, rerouted = asyncio.run(ask())
     assert rerouted.text == fresh.text
-    assert rerouted.routed.cluster == fresh.routed.cluster
+    assert rerouted.routed.filled == fresh.routed.filled
 
 
 def test_the_reference_names_every_path_and_field(http: TestClient) -> None:

@@ -95,7 +95,7 @@ def test_the_way_through_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_requests_that_come_during_a_call_share_the_next_one() -> None:
-    from gavamoe.serving.deployments import Together
+    from gavamoe.serving.deployments import RouteBatcher
 
     calls: list[list[str]] = []
 
@@ -107,7 +107,7 @@ def test_requests_that_come_during_a_call_share_the_next_one() -> None:
         return [f"route of {pair.user}" for pair in pairs]
 
     async def ask() -> list[Any]:
-        together = Together(call)
+        together = RouteBatcher(call)
         first = asyncio.create_task(together.route([Pair("a", "i")]))
         await asyncio.sleep(0.005)
         others = [together.route([Pair("b", "i"), Pair("c", "i")]), together.route([Pair("d", "i", 9)])]

@@ -11,10 +11,12 @@ from helpers.tiny import tiny_stage1
 
 from gavamoe.data.dataset import SPLITS, Dataset, open_dataset
 from gavamoe.errors import InputError
+from gavamoe.report.latent_map import plot_latents
 from gavamoe.stage1.artifact import load_vae_gmm, save_vae_gmm
-from gavamoe.stage1.clusters import describe_clusters, plot_latents
+from gavamoe.stage1.clusters import describe_clusters
 from gavamoe.stage1.routes import (
     Routes,
+    TrainingPairs,
     mean_by_user,
     read_routes,
     route_pairs,
@@ -163,31 +165,48 @@ def test_ari_of_perfect_random_and_constant_clusters() -> None:
 
 
 def test_clusters_add_up_and_lead_with_what_sets_them_apart(dataset: Dataset, routes_file: Path) -> None:
-    clusters = describe_clusters(dataset, routes_file)
-    routes, rating = read_routes(routes_file, "train"), dataset.arrays("train").rating
+    pairs = TrainingPairs.read(routes_file, dataset.catalog.known_users)
+    clusters = describe_clusters(pairs, dataset.catalog, implicit=False)
+    routes = read_routes(routes_file, "train")
     assert sum(one.pairs for one in clusters) == dataset.size("train")
     assert sum(one.users for one in clusters) == dataset.catalog.known_users
     assert sum(one.share for one in clusters) == pytest.approx(1)
     for one in clusters:
-        assert one.mean_rating == pytest.approx(float(rating[routes.cluster == one.cluster].mean()))
+        expected = routes.rating[routes.cluster == one.cluster].mean()
+        assert one.mean_predicted_rating == pytest.approx(float(expected), rel=1e-6)
         lifts = [feature.value for feature in one.features]
         assert lifts == sorted(lifts, reverse=True)
         assert all(value > 1 for value in lifts)
         assert all(feature.value < 0 for feature in one.disliked)
         assert len(one.row()) == 1 + len(one.labels())
         assert len(one.typical_users) == min(5, one.users)
+    assert not any(one.liked or one.disliked for one in describe_clusters(pairs, dataset.catalog, implicit=True))
 
 
-def test_a_planted_feature_is_found(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clusters cut by whether a pair has one given feature: that feature leads its cluster's list."""
-    features = dataset.table("train", ["features"])["features"].to_pylist()
-    word = features[0][0]
-    has = np.array([word in row for row in features])
-    made = Routes(has.astype(np.int16), np.eye(2, dtype=np.float32)[has.astype(int)], np.zeros(len(has), np.float32))
-    monkeypatch.setattr("gavamoe.stage1.clusters.read_routes", lambda *_args, **_kwargs: made)
-    without, within = describe_clusters(dataset, tmp_path / "unused")
-    assert within.features[0].name == word
+def test_a_planted_feature_is_found(dataset: Dataset) -> None:
+    """Clusters cut by whether the item has one given feature: that feature leads its cluster's list."""
+    features, arrays = dataset.catalog.item_features().to_pylist(), dataset.arrays("train")
+    word = features[arrays.item[0]][0]
+    has = np.array([word in features[item] for item in arrays.item])
+    ratings = np.where(has, 5.0, 2.0).astype(np.float32)
+    order = np.argsort(arrays.user, kind="stable")
+    means = mean_by_user(arrays.user, np.eye(2)[has.astype(int)], dataset.catalog.known_users)
+    made = TrainingPairs(arrays.user[order], arrays.item[order], has[order].astype(np.int16), ratings[order], means)
+    without, within = describe_clusters(made, dataset.catalog, implicit=False)
+    leaders = [one.name for one in within.features if one.value == within.features[0].value]
+    assert word in leaders, "or another feature of exactly the same items"
     assert word not in [one.name for one in without.features]
+    assert (without.mean_predicted_rating, within.mean_predicted_rating) == (2.0, 5.0)
+    # By hand: the smoothed lift of the word in its cluster.
+    assert within.features[0].value == pytest.approx((has.sum() + 10) / (has.sum() * has.mean() + 10))
+
+
+def test_pairs_of_a_user_are_found(dataset: Dataset, routes_file: Path) -> None:
+    pairs, arrays = TrainingPairs.read(routes_file, dataset.catalog.known_users), dataset.arrays("train")
+    for user in (0, 7, dataset.catalog.known_users - 1):
+        assert sorted(pairs.items_of_user(user)) == sorted(arrays.item[arrays.user == user])
+    with pytest.raises(InputError, match="don't belong together"):
+        TrainingPairs.read(routes_file, 3)
 
 
 def test_latent_map_is_a_picture_and_repeats(dataset: Dataset, model: VaeGmm, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from gavamoe.data.dataset import open_dataset
 from gavamoe.model.explainer import IGNORED
+from gavamoe.model.slots import SlotIds
 from gavamoe.stage1.pair_stream import PairSource
 from gavamoe.stage2.batches import BatchPlan, IdDropout, PairBatches, Ragged, TextRows
 
@@ -90,7 +91,7 @@ def test_few_rows_are_repeated() -> None:
 
 def test_hidden_slots_become_the_unknown_ones() -> None:
     ids = torch.tensor([[5, 103, 9, 118, 1]] * 2000)  # vocabulary 100, users 100..110, items 111..131
-    hiding = IdDropout(share=0.25, vocabulary=100, n_users=10, n_items=20)
+    hiding = IdDropout(0.25, SlotIds(vocabulary=100, n_users=10, n_items=20))
     hidden = hiding.apply(ids, np.random.default_rng(0))
     assert (hidden[:, [0, 2, 4]] == ids[:, [0, 2, 4]]).all()
     for column, unknown in ((1, 110), (3, 131)):
@@ -98,7 +99,9 @@ def test_hidden_slots_become_the_unknown_ones() -> None:
         assert set(hidden[changed, column].tolist()) == {unknown}
         assert 0.2 < changed.float().mean() < 0.3
     assert (hidden[:, 1] == 110).logical_xor(hidden[:, 3] == 131).any()
-    assert torch.equal(IdDropout(0.0, 100, 10, 20).apply(ids, np.random.default_rng(0)), ids)
+    assert torch.equal(
+        IdDropout(0.0, SlotIds(vocabulary=100, n_users=10, n_items=20)).apply(ids, np.random.default_rng(0)), ids
+    )
 
 
 def test_pairs_of_a_step_do_not_depend_on_the_steps_before(tiny_dataset: Path) -> None:

@@ -91,7 +91,7 @@ def measure_gates(
     answers = explainer.builder.answers([references[row] for row in rows])
     texts = TextRows(Ragged.pack(prepared.prompts), Ragged.pack(answers))
     gates, experts = routers[0].weight.shape[:2]
-    cluster_N = prepared.routes.cluster.astype(np.int64) if gates > 1 else np.zeros(len(rows), np.int64)
+    cluster_N = prepared.clusters if gates > 1 else np.zeros(len(rows), np.int64)
     loss_NK = np.zeros((len(rows), gates))
     used_LKE = np.zeros((len(routers), gates, experts))
     shared_KK, tokens = np.zeros((gates, gates)), 0
