@@ -80,6 +80,7 @@ class Engine:
         capacity: int = 256,
         max_waiting: int = 64,
         prefill_rows: int = 8,
+        join_rows: int = 1,
     ) -> None:
         """
         Args:
@@ -89,11 +90,13 @@ class Engine:
             capacity: longest prompt and text together, in tokens.
             max_waiting: rows that may wait for a slot.
             prefill_rows: new rows a step, at most: bounds how long the others wait for their next token.
+            join_rows: slots that must be free before new rows join those being written. A prefill costs a pass of its
+                own, so where nobody waits for a text, many together are cheaper.
         """
         self.model, self.end = model.eval(), end
         self.device = str(model.device)
         self.forbidden = torch.tensor(sorted(forbidden), dtype=torch.long, device=self.device)
-        self.max_waiting, self.prefill_rows = max_waiting, prefill_rows
+        self.max_waiting, self.prefill_rows, self.join_rows = max_waiting, prefill_rows, join_rows
         self.capacity = min(capacity, model.config.text_config.max_position_embeddings)
         self.cache = SlotCache(model.config.text_config, slots, self.capacity, model.dtype, self.device)
         self.waiting: deque[Row] = deque()
@@ -157,6 +160,8 @@ class Engine:
     def _admit(self) -> list[Row]:
         """Give waiting rows the free slots, which follow those in use."""
         free = self.cache.slots - len(self.active)
+        if self.active and free < min(self.join_rows, len(self.waiting)):
+            return []
         rows = [self.waiting.popleft() for _ in range(min(free, self.prefill_rows, len(self.waiting)))]
         self.active += rows
         self._choices += [Choice(row.sampling, list(row.prompt), self.end) for row in rows]

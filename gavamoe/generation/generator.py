@@ -29,6 +29,9 @@ from gavamoe.model.base_model import special_ids
 from gavamoe.model.build import load_explainer
 from gavamoe.model.explainer import GavamoeForCausalLM
 
+JOIN_PARTS = 4
+"""New texts are begun when one in so many slots is free."""
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -157,7 +160,7 @@ class ExplanationGenerator:
         )
         return self.builder.prompts(columns)
 
-    def engine(self, *, slots: int, capacity: int, max_waiting: int, prefill_rows: int) -> Engine:
+    def engine(self, *, slots: int, capacity: int, max_waiting: int, prefill_rows: int, join_rows: int = 1) -> Engine:
         """A decoding engine over this model, which writes no special token but the end; see `Engine`."""
         end = self.builder.end
         forbidden = sorted(special_ids(self.tokenizer) - {end})
@@ -169,6 +172,7 @@ class ExplanationGenerator:
             capacity=capacity,
             max_waiting=max_waiting,
             prefill_rows=prefill_rows,
+            join_rows=join_rows,
         )
 
     def text(self, tokens: list[int]) -> str:
@@ -216,6 +220,7 @@ class ExplanationGenerator:
             capacity=max(map(len, prepared.prompts)) + generation.max_new_tokens,
             max_waiting=len(rows),
             prefill_rows=slots,
+            join_rows=max(slots // JOIN_PARTS, 1),
         )
         for row in sorted(rows, key=lambda row: len(row.prompt)):
             engine.submit(row)

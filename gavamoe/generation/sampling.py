@@ -53,13 +53,13 @@ class Choice:
 
     def banned(self) -> list[int]:
         """Tokens that can't come next: the end, where it is too early, and what would repeat an n-gram."""
-        early = len(self.written) < self.sampling.min_new_tokens
+        early = len(self.tokens) - self.prompt_length < self.sampling.min_new_tokens
         return self._repeated() + ([self.end] if early else [])
 
     def penalise(self, scores_V: Tensor) -> None:
         """Apply the repetition penalty, as transformers does, in place."""
-        penalty, written = self.sampling.repetition_penalty, self.written
-        if penalty != 1.0 and written:
+        penalty = self.sampling.repetition_penalty
+        if penalty != 1.0 and (written := self.written):
             index = torch.tensor(sorted(set(written)), device=scores_V.device)
             scores = scores_V[index]
             scores_V[index] = torch.where(scores < 0, scores * penalty, scores / penalty)

@@ -332,3 +332,21 @@ def test_a_stuck_step_is_noticed(
         return await pending
 
     assert asyncio.run(ask())
+
+
+def test_rows_join_together_where_told_to(
+    explainer: ExplanationGenerator, prompts: list[list[int]], clusters: list[int], reference: list[str]
+) -> None:
+    engine = make_engine(explainer, slots=6, prefill_rows=6, join_rows=4)
+    rows = [Row(prompt, cluster, Sampling(NEW)) for prompt, cluster in zip(prompts, clusters, strict=True)]
+    for row in rows:
+        engine.submit(row)
+    joined, waiting = [], len(rows)
+    while engine.busy:
+        engine.step()
+        if len(engine.waiting) < waiting:
+            joined.append(waiting - len(engine.waiting))
+            waiting = len(engine.waiting)
+    assert joined[0] == 6
+    assert min(joined[:-1]) >= 4, "only the last rows may be fewer"
+    assert texts_of(explainer, rows) == reference
