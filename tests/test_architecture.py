@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 """Room (a package or a module at the top) -> the rooms it may import from, beside itself."""
 
-FORMER = {"explainer"}
+FORMER = {"explainer", "generate", "prompts"}
 """Aliases of former homes, kept for one release; nothing here imports them."""
 
 KNOW_RAY = {"runtime", "tune.ray_tune", "serving.deployments", "serving.launch"}

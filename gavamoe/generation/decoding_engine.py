@@ -61,7 +61,7 @@ class Row:
 
     @property
     def timings(self) -> Timings:
-        """Of a row that is done."""
+        """Seconds of a row that is done, by what they were spent on."""
         return Timings(
             self.started - self.arrived, self.first_token - self.started, max(self.finished - self.first_token, 0.0)
         )

@@ -16,7 +16,7 @@ from gavamoe.generation.decoding_engine import Engine, Row
 _log = logging.getLogger(__name__)
 _IDLE_POLL_S = 0.5
 _LOST = -1
-"""In place of a count: the row is gone."""
+"""Stands for a count where the row was lost."""
 
 
 class Ticket:

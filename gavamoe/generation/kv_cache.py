@@ -23,7 +23,7 @@ class SlotCache:
         head_size = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
         self.slots, self.capacity = slots, capacity
         shape = (text_config.num_hidden_layers, slots, heads, capacity, head_size)
-        # Zeros, not empty: a masked weight of 0 times an uninitialised NaN would be NaN.
+        # Zeros, not empty: a masked weight of 0 times an uninitialized NaN would be NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 

@@ -10,7 +10,7 @@ One template serves every model, scratch or pretrained; parts in brackets appear
     User: [slot] Item: [slot] [Title: ...] [Rating: positive|neutral|negative] [Features: a, b]
     Explanation:
 
-Each piece is tokenised on its own and special tokens are never parsed in it, so no text of a user can
+Each piece is tokenized on its own and special tokens are never parsed in it, so no text of a user can
 forge a slot, end the prompt or start an answer; slots are single ids above the vocabulary. Too long a
 prompt loses title tokens first, then features from the last one on; slots and answer marker stay.
 """
@@ -41,7 +41,7 @@ _CONSTANTS = (_INSTRUCTION, _ITEM, _TITLE, _RATING, _FEATURES, _COMMA, _ANSWER)
 
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), " ")
 _CHARACTERS_PER_TOKEN = 16
-"""Text beyond this many characters per allowed token is not even tokenised: a bound on work, not on meaning."""
+"""Text beyond this many characters per allowed token is not even tokenized: a bound on work, not on meaning."""
 
 
 class PromptSpec(BaseModel):
@@ -141,7 +141,7 @@ class PromptBuilder:
         return self._sentiments[self.scale.sentiment(rating)]
 
     def _encode_unique(self, texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Ids of " text" for each distinct text: titles and features repeat, tokenising each once is what is fast."""
+        """Ids of " text" for each distinct text: titles and features repeat, so each is tokenized once."""
         distinct = list(dict.fromkeys(texts))
         lines = [plain_line(text, self.config.max_tokens * _CHARACTERS_PER_TOKEN) for text in distinct]
         encoded = encode_texts(self.tokenizer, [f" {line}" if line else "" for line in lines])

@@ -56,7 +56,7 @@ class Choice:
         early = len(self.tokens) - self.prompt_length < self.sampling.min_new_tokens
         return self._repeated() + ([self.end] if early else [])
 
-    def penalise(self, scores_V: Tensor) -> None:
+    def penalize(self, scores_V: Tensor) -> None:
         """Apply the repetition penalty, as transformers does, in place."""
         penalty = self.sampling.repetition_penalty
         if penalty != 1.0 and (written := self.written):
@@ -84,7 +84,7 @@ def choose_tokens(logits_BV: Tensor, choices: Sequence[Choice], forbidden: Tenso
         scores_BV = scores_BV.clone()
     scores_BV[:, forbidden] = -torch.inf
     for row, choice in enumerate(choices):
-        choice.penalise(scores_BV[row])
+        choice.penalize(scores_BV[row])
         banned = [token for token in choice.banned() if token < scores_BV.shape[1]]
         if banned:
             scores_BV[row, banned] = -torch.inf
@@ -105,5 +105,5 @@ def _draw(scores_V: Tensor, choice: Choice) -> int:
     kept = int(torch.searchsorted(total_V, min(choice.sampling.top_p, 1.0) - 1e-12)) + 1
     kept = min(kept, len(sorted_V))
     target = choice.draws.random() * float(total_V[kept - 1])
-    place = int(torch.searchsorted(total_V[:kept], target, right=True))
-    return int(order_V[min(place, kept - 1)])
+    drawn = int(torch.searchsorted(total_V[:kept], target, right=True))
+    return int(order_V[min(drawn, kept - 1)])

@@ -139,8 +139,8 @@ class RouteBatcher:
         self._waiting.append((pairs, future))
         if self._sender is None:
             self._sender = asyncio.create_task(self._send())
-        found: list[RoutedPair] = await future
-        return found
+        routed: list[RoutedPair] = await future
+        return routed
 
     async def _send(self) -> None:
         while self._waiting:
@@ -159,9 +159,9 @@ class RouteBatcher:
                 requests[0][1].set_exception(error)
             return False
         for pairs, future in requests:
-            part, routed = routed[: len(pairs)], routed[len(pairs) :]
+            answered, routed = routed[: len(pairs)], routed[len(pairs) :]
             if not future.done():  # its client may have gone
-                future.set_result(part)
+                future.set_result(answered)
         return True
 
 

@@ -59,10 +59,10 @@ def install(app: FastAPI, limit_s: float, retry_after_s: int) -> None:
         assert isinstance(error, RequestValidationError)
         problems = error.errors()
         first = problems[0]
-        place = ".".join(str(part) for part in first["loc"][1:]) or None
+        field = ".".join(str(part) for part in first["loc"][1:]) or None
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
         status, code = (400, "invalid_json") if first["type"] == "json_invalid" else (422, "invalid_request")
-        body = detail(code, f"{first['msg']}{more}"[:300], _request_id(request), _plain(place))
+        body = detail(code, f"{first['msg']}{more}"[:300], _request_id(request), _plain(field))
         return JSONResponse(body.model_dump(), status)
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
@@ -82,6 +82,6 @@ def _request_id(request: Request) -> str | None:
     return getattr(request.state, "request_id", None)
 
 
-def _plain(place: str | None) -> str | None:
+def _plain(field: str | None) -> str | None:
     """A field's name without what UTF-8 can't say: an unknown field is named by the client."""
-    return None if place is None else place.encode("utf-8", "replace").decode()[:100]
+    return None if field is None else field.encode("utf-8", "replace").decode()[:100]

@@ -97,7 +97,7 @@ class RoutingService:
         requests = [ExplanationRequest(user(pair.user), item(pair.item), pair.rating, pair.features) for pair in pairs]
         filled = self._filler.fill(requests)
         seconds = time.perf_counter() - started
-        return [RoutedPair(pair, own, self.version, seconds) for pair, own in zip(pairs, filled, strict=True)]
+        return [RoutedPair(pair, each, self.version, seconds) for pair, each in zip(pairs, filled, strict=True)]
 
     def rank(self, user: str, k: int, candidates: Sequence[str] | None, *, exclude_seen: bool) -> Ranking:
         """The `k` items with the highest predicted rating; of two equal ones, that with the lower index."""
@@ -105,9 +105,9 @@ class RoutingService:
         if candidates is None:
             items, unknown = np.arange(self.catalog.known_items), []
         else:
-            found = {raw: self.catalog.item_index(raw) for raw in candidates}
-            unknown = [raw for raw, at in found.items() if at is None or at >= self.catalog.known_items]
-            items = np.array(sorted(at for raw, at in found.items() if raw not in unknown and at is not None), int)
+            index_of = {raw: self.catalog.item_index(raw) for raw in candidates}
+            unknown = [raw for raw, at in index_of.items() if at is None or at >= self.catalog.known_items]
+            items = np.array(sorted(at for raw, at in index_of.items() if raw not in unknown and at is not None), int)
         if exclude_seen:
             items = np.setdiff1d(items, self.training.items_of_user(index))
         ratings = self._filler.routes(np.full(len(items), index), items).rating

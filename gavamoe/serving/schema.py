@@ -33,7 +33,7 @@ class _Model(BaseModel):
 
 
 class PairRequest(_Model):
-    """A user and an item, by the dataset's own ids. Ids that training never saw are served too, and said so."""
+    """A user and an item, by the dataset's own ids. Ids that training never saw are served and reported as such."""
 
     user: RawId
     item: RawId
@@ -112,7 +112,7 @@ class TimingsMs(_Model):
     prefill: float
     decode: float
     total: float
-    """As the server saw it, its own hops included."""
+    """From arrival to answer in the server, calls between its replicas included."""
 
 
 class Explanation(RouteResponse):
@@ -120,7 +120,7 @@ class Explanation(RouteResponse):
 
     text: str
     rating: float | None
-    """What the prompt said; null where the data have no ratings."""
+    """The rating whose sentiment the prompt named; null where the data have no ratings."""
     rating_given: bool
     features: list[str]
     features_given: bool
@@ -181,10 +181,10 @@ class ClusterInfo(_Model):
 
     cluster: int
     share: float
-    """Of all training pairs."""
+    """Share of all training pairs that go to it."""
     mean_predicted_rating: float | None
     features: list[str]
-    """Those of its items that are more frequent in it than elsewhere, most telling first."""
+    """Usual features of its items, by lift: how much more frequent they are in it than overall."""
 
 
 class ServerInfo(_Model):

@@ -44,7 +44,7 @@ class ApiKeys:
         """From the arguments, their file and the environment.
 
         Raises:
-            InputError: the file is missing or has a line that is no hash; a file without any key would lock
+            InputError: the file is missing or has a line that is not a hash; a file without any key would lock
                 everyone out or, worse, let everyone in.
         """
         hashes = list(args.api_key_hashes)

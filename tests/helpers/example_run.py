@@ -6,9 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
-from helpers.stage2_runs import TINY
+from helpers.tiny import tiny_yaml
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -26,7 +24,7 @@ def example(name: str) -> Callable[[list[str]], None]:
 
 def write_config(path: Path) -> Path:
     """Tests' tiny config as a file, in which stage 2 takes 20 steps."""
-    path.write_text(yaml.safe_dump(TINY | {"stage2": TINY["stage2"] | {"max_steps": 20}}))
+    path.write_text(tiny_yaml("stage2.max_steps=20"))
     return path
 
 

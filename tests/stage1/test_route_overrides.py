@@ -14,7 +14,7 @@ from gavamoe.errors import InputError
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.runtime.context import LocalContext
-from gavamoe.serving.routing import Router
+from gavamoe.serving.routing import RoutingService
 from gavamoe.stage1.route_overrides import CONTROL_FILE, RouteControl
 from gavamoe.stage1.routes import Routes
 from gavamoe.stage1.train import train_stage1
@@ -95,4 +95,4 @@ def test_a_control_trains_writes_and_is_not_served(planted: Dataset, tmp_path: P
     user, item = np.array(pairs).T
     assert [explanation.cluster for explanation in written] == rule.cluster(user, item).tolist()
     with pytest.raises(InputError, match="its routes are a control"):
-        Router.load(out)
+        RoutingService.load(out)
