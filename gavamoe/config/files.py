@@ -32,6 +32,7 @@ def parse_config(values: Any, source: str, overrides: Sequence[str] = ()) -> Run
         values = {}
     if not isinstance(values, dict):
         raise InputError(f"{source}: expected fields and values, found {type(values).__name__}")
+    values = _in_todays_places(values, source)
     for override in overrides:
         values = _apply_override(values, override)
     try:
@@ -90,11 +91,24 @@ def _read_yaml(path: Path) -> Any:
         raise InputError(f"{path}: not valid YAML ({one_line(error)})") from error
 
 
+def _in_todays_places(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """A config written before `baselines` existed has the section `peter` at its top."""
+    if "peter" not in values:
+        return values
+    baselines = values.get("baselines") or {}
+    if not isinstance(baselines, dict) or "peter" in baselines:
+        raise InputError(f"{source}: has peter and baselines; peter has moved to baselines.peter, name it there alone")
+    rest = {name: value for name, value in values.items() if name != "peter"}
+    return rest | {"baselines": {**baselines, "peter": values["peter"]}}
+
+
 def _apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
         raise InputError(f"--set {override}: expected FIELD=VALUE, such as stage1.clusters=4")
+    if keys[0] == "peter":
+        raise InputError(f"--set {override}: this section has moved; the field is baselines.{name.strip()}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

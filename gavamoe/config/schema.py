@@ -359,6 +359,13 @@ class PeterConfig(_Model):
         return self
 
 
+class BaselinesConfig(_Model):
+    """Settings of the rival systems that `gavamoe ablate` trains."""
+
+    peter: PeterConfig = PeterConfig()
+    """PETER, a small Transformer on the two ids."""
+
+
 class RuntimeConfig(_Model):
     """Where and how training runs. None of it changes what is computed, but for float rounding."""
 
@@ -404,8 +411,8 @@ class RunConfig(_Model):
     """Decoding of texts."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Measures of `gavamoe evaluate`, and the rows that are evaluated."""
-    peter: PeterConfig = PeterConfig()
-    """The baseline PETER."""
+    baselines: BaselinesConfig = BaselinesConfig()
+    """Rival systems of `gavamoe ablate`, a section each."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Workers, engine, tracking."""
 

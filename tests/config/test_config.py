@@ -171,3 +171,14 @@ def test_a_field_that_nothing_reads_from_its_section_is_found(code: str, unread:
     """`alpha` is read from another section, from something unknown and in validators; none of that counts."""
     declared = [inspect.getsource(part) for part in (LoraPart, ModelPart, Whole)]
     assert unread_fields(Whole, [*declared, code]) == unread
+
+
+def test_the_former_place_of_peter_is_read_but_not_written() -> None:
+    config = parse_config({"peter": {"layers": 3}}, "old.yaml")
+    assert config.baselines.peter.layers == 3
+    assert "peter:" not in dump_config(config).splitlines()
+    assert parse_config({"peter": {"layers": 3}, "baselines": {}}, "old.yaml") == config
+    with pytest.raises(InputError, match=r"old\.yaml: has peter and baselines; peter has moved to baselines\.peter"):
+        parse_config({"peter": {}, "baselines": {"peter": {}}}, "old.yaml")
+    with pytest.raises(InputError, match=r"--set peter\.layers=3: .* the field is baselines\.peter\.layers"):
+        parse_config({}, "new.yaml", ["peter.layers=3"])

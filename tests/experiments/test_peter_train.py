@@ -18,8 +18,8 @@ from gavamoe.generation.request import ExplanationRequest
 
 def small(*overrides: str) -> RunConfig:
     return tiny(
-        "peter.embedding_size=16", "peter.feed_forward=32", "generation.max_new_tokens=8", "evaluation.rows=12",
-        "stage2.max_steps=12", *overrides,
+        "baselines.peter.embedding_size=16", "baselines.peter.feed_forward=32", "generation.max_new_tokens=8",
+        "evaluation.rows=12", "stage2.max_steps=12", *overrides,
     )  # fmt: skip
 
 
@@ -32,14 +32,14 @@ def trained(planted: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_training_lowers_the_loss_and_is_reproducible(planted: Dataset, trained: Path, tmp_path: Path) -> None:
     train_peter(small(), planted, tmp_path / "again", features=True)
-    for name in ("peter.safetensors", "peter.json"):
+    for name in ("peter.safetensors", "baselines.peter.json"):
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
     metrics = json.loads((trained / "metrics.json").read_text())
     losses = [point["loss"] for point in metrics["validation_losses"]]
     assert losses[-1] < losses[0] < math.log(400)
     assert metrics["kept_step"] == 12
     longer = train_peter(
-        small("stage2.max_steps=60", "peter.learning_rate=1e-2"), planted, tmp_path / "longer", features=True
+        small("stage2.max_steps=60", "baselines.peter.learning_rate=1e-2"), planted, tmp_path / "longer", features=True
     )
     assert longer["validation_loss"] < 0.8 * metrics["validation_loss"]
 
@@ -89,5 +89,5 @@ def test_it_takes_part_in_a_comparison(planted: Dataset, tmp_path: Path) -> None
     made = (tmp_path / "peter" / "seed-0" / "peter" / "artifact.json").read_text()
     run_ablation(small(), planted.path, tmp_path, only=names, seeds=2)
     assert (tmp_path / "peter" / "seed-0" / "peter" / "artifact.json").read_text() == made
-    changed = run_ablation(small("peter.layers=1"), planted.path, tmp_path, only=names[:1], seeds=1)
+    changed = run_ablation(small("baselines.peter.layers=1"), planted.path, tmp_path, only=names[:1], seeds=1)
     assert changed.outcomes[0].scores["parameters"] != found.outcomes[0].scores["parameters"]
