@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gavamoe.artifacts.files import read_json, sha256, versions, write_json
+from gavamoe.artifacts.checksums import FileEntry, file_entries, find_damage
+from gavamoe.artifacts.files import read_json, versions, write_json
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError, one_line, validated
 
@@ -23,14 +24,6 @@ FORMAT_VERSION = 1
 MANIFEST = "artifact.json"
 
 Kind = Literal["stage1", "stage2", "peter", "evaluation"]
-
-
-class FileEntry(BaseModel):
-    """A file of an artifact."""
-
-    model_config = ConfigDict(extra="forbid")
-    bytes: int
-    sha256: str
 
 
 class Manifest(BaseModel):
@@ -58,11 +51,6 @@ def write_manifest(
     folder: Path, kind: Kind, config: RunConfig, inputs: dict[str, str], details: dict[str, Any] | None = None
 ) -> Manifest:
     """Describe the finished content of `folder` in its `artifact.json`; the last file to be written."""
-    entries = {
-        path.relative_to(folder).as_posix(): FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
     manifest = Manifest(
         kind=kind,
         format_version=FORMAT_VERSION,
@@ -71,7 +59,7 @@ def write_manifest(
         versions=versions(),
         inputs=inputs,
         details=details or {},
-        files=entries,
+        files=file_entries(folder),
     )
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     return manifest
@@ -104,10 +92,9 @@ def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
     for problem, names in (("missing", set(manifest.files) - found), ("unexpected", found - set(manifest.files))):
         if names:
             raise InputError(f"{folder}: {problem} file {min(names)}; the artifact is not whole")
-    for name, entry in manifest.files.items():
-        path = folder / name
-        if path.stat().st_size != entry.bytes or (verify and sha256(path) != entry.sha256):
-            raise InputError(f"{path}: content differs from what {MANIFEST} records; the artifact is damaged")
+    damage = find_damage(folder, manifest.files, hashes=verify)
+    if damage is not None:
+        raise InputError(f"{folder}: damaged: {damage} since {MANIFEST} was written")
 
 
 def save_weights(path: Path, module: torch.nn.Module) -> None:

@@ -16,14 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gavamoe.artifacts.files import MAX_JSON_BYTES, sha256, write_folder, write_json
+from gavamoe.artifacts.checksums import FileEntry, file_entries, find_damage, leaves_folder
+from gavamoe.artifacts.files import MAX_JSON_BYTES, write_folder, write_json
 from gavamoe.errors import InputError, RunError, first_problem, one_line
 
 Result = TypeVar("Result")
@@ -41,21 +42,13 @@ _FIRST_PAUSE = 0.2
 """Seconds before the second attempt; four times as long before each one more."""
 
 
-class Entry(BaseModel):
-    """A file of a stored folder."""
-
-    model_config = ConfigDict(extra="forbid")
-    bytes: int
-    sha256: str
-
-
 class Index(BaseModel):
     """Content of `_folder.json`."""
 
     model_config = ConfigDict(extra="forbid")
     version: str
-    """Of the content: a digest of names and hashes, and the name of the prefix with the files."""
-    files: dict[str, Entry]
+    """A digest of the names and hashes of the content, and the name of the prefix with the files."""
+    files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True)
@@ -154,11 +147,7 @@ def push(folder: Path, uri: str) -> None:
     Raises:
         RunError: the storage can't be written; what was there before is intact.
     """
-    files = {
-        path.relative_to(folder).as_posix(): Entry(bytes=path.stat().st_size, sha256=sha256(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = file_entries(folder)
     listing = json.dumps({name: entry.sha256 for name, entry in files.items()})
     index = Index(version=hashlib.sha256(listing.encode()).hexdigest()[:16], files=files)
     store = _Store(uri)
@@ -269,7 +258,7 @@ class _Store:
         except ValidationError as error:
             raise RunError(f"{self.uri}/{INDEX}: not an index ({first_problem(error)}); store it anew") from error
         for name in index.files:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            if leaves_folder(name):
                 raise RunError(f"{self.uri}/{INDEX}: names the file {name!r}, outside of its folder")
         return index
 
@@ -369,11 +358,12 @@ def _fetch(store: _Store, target: Path) -> None:
             return
         try:
             with write_folder(target, replace=True) as aside:
-                for name, entry in index.files.items():
+                for name in index.files:
                     (aside / name).parent.mkdir(parents=True, exist_ok=True)
                     store.get_file(f"{index.version}/{name}", aside / name)
-                    if (aside / name).stat().st_size != entry.bytes or sha256(aside / name) != entry.sha256:
-                        raise RunError(f"{store.uri}: {name} differs from what {INDEX} records; store the folder anew")
+                damage = find_damage(aside, index.files)
+                if damage is not None:
+                    raise RunError(f"{store.uri}: {damage} since {INDEX} was written; store the folder anew")
             mark.write_text(index.version)
             return
         except (InputError, RunError):

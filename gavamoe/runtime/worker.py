@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from gavamoe.artifacts import remote
-from gavamoe.artifacts.files import read_json, sha256, write_json
+from gavamoe.artifacts.checksums import FileEntry, file_entries, find_damage
+from gavamoe.artifacts.files import read_json, write_json
 from gavamoe.config.schema import RuntimeConfig
-from gavamoe.errors import InputError, RunError, Stopped
+from gavamoe.errors import InputError, RunError, Stopped, validated
 from gavamoe.runtime.context import Metrics
 from gavamoe.runtime.tracking import Line
 
@@ -238,7 +241,7 @@ def _newest_whole_checkpoint(rank: int) -> tuple[Any, list[str]]:
     if rank == 0:
         for index in reversed(range(len(reported))):
             with reported[index].checkpoint.as_directory() as folder:
-                problem = find_damage(Path(folder))
+                problem = checkpoint_damage(Path(folder))
             if problem is None:
                 chosen = index
                 break
@@ -252,33 +255,35 @@ def _newest_whole_checkpoint(rank: int) -> tuple[Any, list[str]]:
     return None, damaged
 
 
+class _Checksums(BaseModel):
+    """Content of the checksum file that each rank writes into a checkpoint."""
+
+    workers: int
+    """Number of ranks, each of which has such a file."""
+    files: dict[str, FileEntry]
+
+
 def write_checksums(folder: Path, rank: int, workers: int) -> None:
     """Note size and SHA-256 of this rank's files, which are all that `folder` holds."""
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    write_json(folder / _checksums(rank), {"workers": workers, "files": files})
+    checksums = _Checksums(workers=workers, files=file_entries(folder))
+    write_json(folder / _checksums_file(rank), checksums.model_dump())
 
 
-def find_damage(folder: Path) -> str | None:
+def checkpoint_damage(folder: Path) -> str | None:
     """The first damage of a checkpoint's files; None if all ranks' files are as they were written."""
+    rank, workers = 0, 1
     try:
-        workers = read_json(folder / _checksums(0))["workers"]
-        for rank in range(workers):
-            for name, entry in read_json(folder / _checksums(rank))["files"].items():
-                path = folder / name
-                if not path.is_file():
-                    return f"{name} is missing"
-                if path.stat().st_size != entry["bytes"]:
-                    return f"{name} has {path.stat().st_size} of {entry['bytes']} bytes"
-                if sha256(path) != entry["sha256"]:
-                    return f"the content of {name} has changed"
-    except (InputError, KeyError, TypeError, AttributeError) as error:
+        while rank < workers:
+            path = folder / _checksums_file(rank)
+            checksums = validated(_Checksums, read_json(path), path, "a list of checksums")
+            damage = find_damage(folder, checksums.files)
+            if damage is not None:
+                return damage
+            rank, workers = rank + 1, checksums.workers
+    except InputError as error:
         return f"its checksums can't be read ({error})"
     return None
 
 
-def _checksums(rank: int) -> str:
+def _checksums_file(rank: int) -> str:
     return f"checksums-{rank}.json"

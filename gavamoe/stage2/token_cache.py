@@ -25,19 +25,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
-from gavamoe.artifacts.files import read_json, sha256, write_json
+from gavamoe.artifacts.checksums import FileEntry, file_entries, find_damage
+from gavamoe.artifacts.files import read_json, write_json
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset, open_dataset
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, validated
 from gavamoe.generation.prompts import PromptBuilder, template_texts
 from gavamoe.runtime.context import Context
 from gavamoe.stage2.batches import Ragged, TextRows
 from gavamoe.stage2.tokenized_rows import encode_rows, prompt_builder, rows_with_text
 
 FOLDER = "tokens"
-VERSION = 1
-"""Version of the cache's content; raise it when the same settings come to give other ids."""
+VERSION = 2
+"""Version of the cache's content; raise it when the same settings come to give other ids, or other files."""
 KEPT = 8
 """Caches of a dataset that are kept, those used last."""
 PART_ROWS = 50_000
@@ -50,6 +52,15 @@ _BEYOND = 2**40
 """An index that no user or item has: its slot is the unknown one."""
 _MANIFEST = "tokens.json"
 _SCHEMA = pa.schema([("row", pa.int64()), ("prompt", pa.list_(pa.int32())), ("answer", pa.list_(pa.int32()))])
+
+
+class _Manifest(BaseModel):
+    """Content of `tokens.json`."""
+
+    version: int
+    rows: int
+    files: dict[str, FileEntry]
+
 
 RunJobs = Callable[[Callable[..., Any], list[dict[str, Any]]], list[Any]]
 """Calls a function with each job's arguments, side by side or not; returns the results in order."""
@@ -82,8 +93,8 @@ def fill_cache(config: RunConfig, dataset: Path, run_jobs: RunJobs) -> Path | No
             for start, file in zip(starts, files, strict=True)
         ]
         run_jobs(encode_part, jobs)
-        hashes = {file.name: sha256(file) for file in files}
-        write_json(aside / _MANIFEST, {"version": VERSION, "rows": len(rows), "files": hashes})
+        manifest = _Manifest(version=VERSION, rows=len(rows), files=file_entries(aside))
+        write_json(aside / _MANIFEST, manifest.model_dump())
         _publish(aside, folder, len(rows))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -148,16 +159,14 @@ def _check(folder: Path, rows: int) -> Sequence[str]:
     Raises:
         InputError, OSError: something is missing, damaged, or of another version.
     """
-    manifest = read_json(folder / _MANIFEST)
-    if not isinstance(manifest, dict) or (manifest.get("version"), manifest.get("rows")) != (VERSION, rows):
-        raise InputError(f"{folder / _MANIFEST}: belongs to another version or to other rows")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
-        raise InputError(f"{folder / _MANIFEST}: damaged")
-    for name, recorded in files.items():
-        if sha256(folder / name) != recorded:
-            raise InputError(f"{folder / name}: damaged")
-    return sorted(files)
+    path = folder / _MANIFEST
+    manifest = validated(_Manifest, read_json(path), path, "the list of a token cache")
+    if (manifest.version, manifest.rows) != (VERSION, rows):
+        raise InputError(f"{path}: belongs to another version or to other rows")
+    damage = find_damage(folder, manifest.files)
+    if damage is not None:
+        raise InputError(f"{folder}: {damage}")
+    return sorted(manifest.files)
 
 
 def _publish(aside: Path, folder: Path, rows: int) -> None:

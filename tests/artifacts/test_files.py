@@ -91,7 +91,10 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "a.txt").write_text("jello"), "content differs"),
+        (
+            lambda folder: (folder / "a.txt").write_text("jello"),
+            "content of a.txt has changed since artifact.json",
+        ),
         (lambda folder: (folder / "a.txt").unlink(), "missing file a.txt"),
         (lambda folder: (folder / "b.txt").write_text("x"), "unexpected file b.txt"),
         (lambda folder: (folder / MANIFEST).unlink(), "no stage1 artifact here"),

@@ -92,7 +92,7 @@ def test_damage_is_told_and_nothing_of_it_stays(uri: str, tmp_path: Path) -> Non
     index = store.index()
     assert index is not None
     store.put_bytes(b"x" * 5_000_000, f"{index.version}/big")
-    with pytest.raises(RunError, match=r"big differs from what _folder.json records"):
+    with pytest.raises(RunError, match=r"the content of big has changed since _folder.json was written"):
         remote.checkout(uri)
     assert not (remote._staging(uri) / "big").exists()
     store.put_bytes(b"{", "_folder.json")
