@@ -116,13 +116,6 @@ class Truth:
     sentiment_words: dict[str, list[str]]
     """positive, neutral, negative: disjoint word lists that the explanations draw on."""
 
-    @staticmethod
-    def sentiment_of(rating: float) -> str:
-        """The sentiment that a rating of 1..5 stands for."""
-        if rating > 3.5:
-            return "positive"
-        return "negative" if rating < 2.5 else "neutral"
-
 
 class Dataset:
     """A dataset folder opened for reading. Made by `open_dataset`."""

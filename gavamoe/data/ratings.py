@@ -48,3 +48,7 @@ class RatingScale(BaseModel):
         """Raise InputError unless `rating` lies within the scale."""
         if not (math.isfinite(rating) and self.low <= rating <= self.high):
             raise InputError(f"rating {rating:g}: outside this dataset's scale, {self.low:g} to {self.high:g}")
+
+
+PLANTED_SCALE = RatingScale(low=1, high=5, values=(1, 2, 3, 4, 5))
+"""The scale of synthetic reviews."""

@@ -7,6 +7,7 @@
     reference_scores  constant text, mean and bias ratings
     planted_truth     how much of a planted truth was recovered
     comparison        systems side by side: means, differences, Figure 3
+    metrics_file      metrics.json: its version, and the reading of older ones
     evaluated_run     an evaluated run, read back
 
 Shape letters: N evaluated rows, M columns of statistics that add up over rows.

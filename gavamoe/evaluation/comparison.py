@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict
 from gavamoe.artifacts.files import read_json, write_file, write_json
 from gavamoe.artifacts.run import METRICS_FILE, RunFolder
 from gavamoe.errors import validated
-from gavamoe.evaluation.faithfulness.measure import BEYOND
+from gavamoe.evaluation.faithfulness.measure import FAITHFULNESS
 from gavamoe.evaluation.metrics.registry import METRICS
+from gavamoe.evaluation.metrics_file import read_metrics, renamed
 
 COMPARISON_FILE, SCORES_FILE, TABLE_FILE, FIGURE_FILE = "comparison.json", "scores.csv", "table.md", "figure3.png"
 REFERENCE = "full"
@@ -40,8 +41,8 @@ EXTRA = (
 )
 TABLE = (
     "bleu_4", "rouge_l", "peter_bleu_4", "bertscore_f", "distinct_2", "usr", "fmr", "rmse", "validation_loss",
-    "sentiment_agreement", "style_of_group", "item_mix_ups", "copied", "changes_with_user", "route_gap", "route_best",
-    "parameters",
+    "sentiment_agreement", "style_of_group", "item_hallucination", "memorized", "changes_with_user", "wrong_gate_gap",
+    "route_best", "parameters",
 )  # fmt: skip
 """Scores of the table, as far as they were measured; scores.csv has all."""
 SHORT = ("bleu_4", "rouge_l", "fmr", "rmse", "validation_loss")
@@ -102,7 +103,7 @@ class Mean(NamedTuple):
 
 def read_outcome(name: str, label: str, what: str, seed: int, folder: Path) -> Outcome:
     """The numbers of an evaluated run folder R/SYSTEM/seed-S."""
-    metrics = read_json(RunFolder(folder).evaluation / METRICS_FILE)
+    metrics = read_metrics(RunFolder(folder).evaluation / METRICS_FILE)
     scores: dict[str, float | None] = dict(metrics["metrics"])
     trained = [path for kind in ("stage2", "peter") if (path := folder / kind / METRICS_FILE).is_file()]
     for path in trained:
@@ -110,7 +111,7 @@ def read_outcome(name: str, label: str, what: str, seed: int, folder: Path) -> O
         scores |= {key: model[key] for key in ("validation_loss", "parameters")}
     scores["user_ari"] = (metrics["planted"] or {}).get("user_ari")
     intervals = dict(metrics["intervals"])
-    for key, found in metrics["beyond"]["scores"].items() if metrics["beyond"] else ():
+    for key, found in metrics["faithfulness"]["scores"].items() if metrics["faithfulness"] else ():
         scores[key] = found["value"] if found else None
         if found and found["interval"]:
             intervals[key] = found["interval"]
@@ -134,7 +135,12 @@ def read_comparison(folder: Path) -> Comparison:
         InputError: it is not there, or not whole.
     """
     path = Path(folder) / COMPARISON_FILE
-    return validated(Comparison, read_json(path), path, "a comparison of systems")
+    comparison = validated(Comparison, read_json(path), path, "a comparison of systems")
+    outcomes = [
+        outcome.model_copy(update={"scores": renamed(outcome.scores), "intervals": renamed(outcome.intervals)})
+        for outcome in comparison.outcomes
+    ]
+    return comparison.model_copy(update={"outcomes": outcomes})
 
 
 def write_comparison(folder: Path, comparison: Comparison) -> None:
@@ -203,7 +209,7 @@ def difference(outcomes: Sequence[Outcome], reference: Sequence[Outcome], score:
 def shown_scores(comparison: Comparison, names: Sequence[str]) -> list[Score]:
     """Those of `names` that some outcome has."""
     extra = {score.name: score for score in EXTRA}
-    measured = {**METRICS, **BEYOND}
+    measured = {**METRICS, **FAITHFULNESS}
     return [
         extra.get(name) or Score(name, measured[name].label, measured[name].arrow, measured[name].definition)
         for name in names

@@ -25,9 +25,10 @@ from gavamoe.config.schema import GenerationConfig, RunConfig
 from gavamoe.data.dataset import Dataset, dataset_of_run
 from gavamoe.errors import InputError
 from gavamoe.evaluation.faithfulness.features import feature_set
-from gavamoe.evaluation.faithfulness.measure import Gates, Written, measure_beyond
+from gavamoe.evaluation.faithfulness.measure import Gates, Written, measure_faithfulness
 from gavamoe.evaluation.metrics.bertscore import BertScore, bert_score
 from gavamoe.evaluation.metrics.text_scores import RowStatistics, aggregate, count, measure
+from gavamoe.evaluation.metrics_file import SCHEMA_VERSION
 from gavamoe.evaluation.planted_truth import recovered
 from gavamoe.evaluation.reference_scores import most_frequent_text, rating_baselines
 from gavamoe.evaluation.rows import (
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from gavamoe.generation.generator import Explanation
     from gavamoe.generation.request import ExplanationRequest
 
-SCHEMA_VERSION = 2
 GENERATIONS_FILE = "generations.parquet"
 PREDICTED_FILE = "generations_predicted.parquet"
 """Texts of the second protocol, where both were evaluated."""
@@ -171,7 +171,9 @@ def evaluate(
                 ratings=chosen.pairs.rating,
                 seed=config.seed,
             ),
-            "beyond": _beyond(explainer, dataset, chosen, said, gates, config) if options.probe_rows else None,
+            "faithfulness": _faithfulness(explainer, dataset, chosen, said, gates, config)
+            if options.probe_rows
+            else None,
         }
 
     metrics: dict[str, Any] = {
@@ -240,7 +242,7 @@ def _section(
     }
 
 
-def _beyond(
+def _faithfulness(
     explainer: Writer,
     dataset: Dataset,
     chosen: EvaluatedRows,
@@ -249,7 +251,7 @@ def _beyond(
     config: RunConfig,
 ) -> dict[str, Any]:
     written = Written(said.requests, said.explanations, chosen.references, chosen.pairs.rating, chosen.features)
-    return measure_beyond(
+    return measure_faithfulness(
         written,
         dataset,
         write=partial(explainer.explain, generation=config.generation, seed=config.seed),
@@ -322,8 +324,8 @@ def _not_measured(metrics: dict[str, Any]) -> list[dict[str, str]]:
         "RMSE, MAE": "" if counts["rows_with_rating"] else "no evaluated row has a rating",
         "BLEU, ROUGE": "" if counts["empty_references"] < counts["rows"] else "no evaluated row has a text",
         "Recovery of groups, sentiment, noise floor": "" if metrics["planted"] else "only synthetic data has a truth",
-        "Features, sentiment, copies, personalisation, gates": ""
-        if metrics["beyond"]
+        "Features, sentiment, copies, personalization, gates": ""
+        if metrics["faithfulness"]
         else "evaluation.probe_rows is 0",
         "Human evaluation (section 4.5.5)": "people were not asked",
     }

@@ -17,7 +17,8 @@ from gavamoe.config.files import load_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.catalog import Catalog
 from gavamoe.errors import InputError
-from gavamoe.evaluation.evaluate import GENERATIONS_FILE, SCHEMA_VERSION
+from gavamoe.evaluation.evaluate import GENERATIONS_FILE
+from gavamoe.evaluation.metrics_file import read_metrics
 from gavamoe.generation.artifact import CATALOG_FOLDER
 from gavamoe.stage1.clusters import describe_clusters
 from gavamoe.stage1.routes import ROUTES_FILE, TrainingPairs
@@ -68,12 +69,7 @@ def read_run(run: Path) -> RunData:
     folder = RunFolder(run)
     folder.check()
     manifest = read_manifest(folder.evaluation, "evaluation")
-    metrics = read_json(folder.evaluation / METRICS_FILE)
-    if metrics.get("schema_version") != SCHEMA_VERSION:
-        raise InputError(
-            f"{folder.evaluation}: has schema version {metrics.get('schema_version')}, this gavamoe reads"
-            f" {SCHEMA_VERSION}; evaluate it again"
-        )
+    metrics = read_metrics(folder.evaluation / METRICS_FILE)
     stages = {
         stage: read_json(run / stage / METRICS_FILE)
         for stage in ("stage1", "stage2")

@@ -12,21 +12,15 @@ import numpy as np
 
 from gavamoe.data.dataset import Dataset, Truth
 from gavamoe.data.synthetic import grammar
+from gavamoe.evaluation.faithfulness.sentiment import agreement, planted_reader
 from gavamoe.evaluation.metrics.registry import FeatureMatcher
 
 
-def sentiment_agreement(texts: Sequence[str], ratings: np.ndarray, truth: Truth) -> float | None:
-    """Percent of texts whose sentiment words all have the sentiment planted for the row's rating.
-
-    A text without any sentiment word, or with words of two sentiments, disagrees. Rows without a rating don't count.
-    """
-    matchers = {name: FeatureMatcher(listed) for name, listed in truth.sentiment_words.items()}
-    rated = [i for i, rating in enumerate(ratings) if not np.isnan(rating)]
-    agreeing = 0
-    for i in rated:
-        named = {name for name, matcher in matchers.items() if matcher.find(texts[i])}
-        agreeing += named == {truth.sentiment_of(float(ratings[i]))}
-    return 100 * agreeing / len(rated) if rated else None
+def _agreement(texts: Sequence[str], ratings: np.ndarray, truth: Truth) -> float | None:
+    """Percent of texts whose sentiment is that of the row's rating; rows without a rating don't count."""
+    agrees_N = agreement(planted_reader(truth), texts, ratings)
+    rated = agrees_N[~np.isnan(agrees_N)]
+    return 100 * float(rated.mean()) if rated.size else None
 
 
 def style_of(text: str) -> int | None:
@@ -65,8 +59,8 @@ def recovered(
     return {
         "groups": int(truth.groups),
         "seed": truth.seed,
-        "sentiment_agreement": sentiment_agreement(generated, ratings, truth),
-        "sentiment_agreement_of_references": sentiment_agreement(references, ratings, truth),
+        "sentiment_agreement": _agreement(generated, ratings, truth),
+        "sentiment_agreement_of_references": _agreement(references, ratings, truth),
         "user_ari": None if shares is None else user_group_ari(shares, truth.group[: len(shares)], seed),
         "noise_floor_rmse": truth.noise_floor_rmse,
         "oracle_rmse": truth.oracle_rmse,

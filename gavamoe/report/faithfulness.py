@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from gavamoe.evaluation.evaluated_run import RunData
-from gavamoe.evaluation.faithfulness.measure import BEYOND
+from gavamoe.evaluation.faithfulness.measure import FAITHFULNESS
 from gavamoe.evaluation.metrics.registry import METRICS
 
 
-def beyond_section(runs: Sequence[RunData]) -> dict[str, Any] | None:
+def faithfulness_section(runs: Sequence[RunData]) -> dict[str, Any] | None:
     """The faithfulness section: a row for each score, user swaps, gate tables; None where none was measured.
 
     A run evaluated under both protocols has two columns.
@@ -19,7 +19,7 @@ def beyond_section(runs: Sequence[RunData]) -> dict[str, Any] | None:
         return None
     scores = [section["scores"] if section else {} for section in sections]
     rows = []
-    for metric in BEYOND.values():
+    for metric in FAITHFULNESS.values():
         cells = [of_run.get(metric.name) for of_run in scores]
         known = [cell for cell in cells if cell and cell["value"] is not None]
         if known:
@@ -48,8 +48,8 @@ def _columns(run: RunData) -> list[tuple[str, dict[str, Any] | None]]:
     """The columns of a run: name and faithfulness section of each protocol that it was evaluated under."""
     second = run.metrics["predicted"]
     if not second:
-        return [(run.name, run.metrics["beyond"])]
-    return [(f"{run.name}, given", run.metrics["beyond"]), (f"{run.name}, predicted", second["beyond"])]
+        return [(run.name, run.metrics["faithfulness"])]
+    return [(f"{run.name}, given", run.metrics["faithfulness"]), (f"{run.name}, predicted", second["faithfulness"])]
 
 
 def protocol_section(runs: Sequence[RunData]) -> list[dict[str, Any]]:

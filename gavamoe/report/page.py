@@ -20,7 +20,7 @@ from gavamoe.evaluation.evaluated_run import RunData
 from gavamoe.evaluation.human.results import HumanResult, read_result
 from gavamoe.evaluation.metrics.registry import METRICS
 from gavamoe.report.charts import COLORS, Series, line_chart
-from gavamoe.report.faithfulness import beyond_section, protocol_section
+from gavamoe.report.faithfulness import faithfulness_section, protocol_section
 from gavamoe.report.figures import SPARSITY, write_figures
 from gavamoe.report.systems import case_study, comparison_section, open_runs
 
@@ -89,7 +89,7 @@ def render(
         comparisons=comparisons,
         cases=cases,
         human=human,
-        beyond=beyond_section(runs),
+        faithfulness=faithfulness_section(runs),
         protocols=protocol_section(runs),
         headline=_headline(runs[0]),
         settings=_settings(runs),

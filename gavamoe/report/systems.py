@@ -26,7 +26,7 @@ from gavamoe.evaluation.comparison import (
 from gavamoe.evaluation.evaluated_run import RunData, distinct_names, read_run
 from gavamoe.report.charts import Interval, interval_chart
 
-CHARTS = ("bleu_4", "bertscore_f", "rouge_l", "validation_loss", "rmse", "style_of_group", "route_gap")
+CHARTS = ("bleu_4", "bertscore_f", "rouge_l", "validation_loss", "rmse", "style_of_group", "wrong_gate_gap")
 _CATALOG = Path("stage2") / "catalog" / "users.parquet"
 
 

@@ -80,7 +80,7 @@ def test_evaluate_prints_both_protocols_and_what_lies_beyond(
     assert "Beyond n-grams" in shown.err
     assert "Item mix-ups ↓" in shown.err
     assert "Gate overlap" not in shown.err
-    assert json.loads(shown.out)["predicted"]["beyond"]["rows"] == {"texts": 20, "probes": 5}
+    assert json.loads(shown.out)["predicted"]["faithfulness"]["rows"] == {"texts": 20, "probes": 5}
     wrong = gavamoe("evaluate", run, "--style", "meteor")
     assert wrong.code == 2
     assert "evaluation.style: 'meteor'" in wrong.err

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gavamoe.data.dataset import SPLITS, Dataset, Truth, open_dataset
+from gavamoe.data.dataset import SPLITS, Dataset, open_dataset
+from gavamoe.data.ratings import PLANTED_SCALE
 from gavamoe.data.synthetic import grammar
 from gavamoe.data.synthetic.generator import bias_model_rmse, expected_rating, synthesize
 from gavamoe.errors import InputError
@@ -98,7 +99,7 @@ def test_the_text_names_exactly_its_features_and_its_sentiment(default: Dataset)
     for row in default.table("test").to_pylist():
         words = re.findall(r"[a-z]+", row["text"].lower())
         assert Counter(word for word in words if word in FEATURES) == Counter(row["features"])
-        assert {known[word] for word in words if word in known} == {truth.sentiment_of(row["rating"])}
+        assert {known[word] for word in words if word in known} == {PLANTED_SCALE.sentiment(row["rating"])}
 
 
 def test_features_are_the_items_own_and_follow_the_group(default: Dataset) -> None:
@@ -147,7 +148,7 @@ def test_titles_are_unique() -> None:
 
 
 def test_sentiment_of_a_rating() -> None:
-    assert [Truth.sentiment_of(rating) for rating in (1, 2, 3, 4, 5)] == [
+    assert [PLANTED_SCALE.sentiment(rating) for rating in (1, 2, 3, 4, 5)] == [
         "negative",
         "negative",
         "neutral",

@@ -153,7 +153,7 @@ def test_both_protocols_in_one_run(tiny_dataset: Path) -> None:
     metrics = result.metrics
     json.dumps(metrics, allow_nan=False)
     assert metrics["protocol"] == "given"
-    shared = {"counts", "metrics", "intervals", "sparsity", "clusters", "planted", "beyond", "tokens_written"}
+    shared = {"counts", "metrics", "intervals", "sparsity", "clusters", "planted", "faithfulness", "tokens_written"}
     assert shared <= set(metrics["predicted"]) <= set(metrics)
     assert set(result.generations["generated"].to_pylist()) == {"rated"}
     assert result.predicted is not None

@@ -17,8 +17,8 @@ from gavamoe.config.files import parse_config
 from gavamoe.data.dataset import Dataset, PairArrays
 from gavamoe.errors import InputError
 from gavamoe.evaluation.evaluate import evaluate, evaluate_run
+from gavamoe.evaluation.faithfulness.sentiment import agreement, planted_reader
 from gavamoe.evaluation.metrics.bertscore import BertScore
-from gavamoe.evaluation.planted_truth import sentiment_agreement
 from gavamoe.evaluation.reference_scores import bias_model, most_frequent_text
 from gavamoe.evaluation.rows import sparsity_thirds
 from gavamoe.generation.generator import ExplanationGenerator
@@ -121,8 +121,9 @@ def test_conflicting_or_missing_sentiment_words_disagree(planted: Dataset) -> No
     good, bad = truth.sentiment_words["positive"][0], truth.sentiment_words["negative"][0]
     texts = [f"so {good}!", f"{good} but {bad}", "nothing said", f"so {bad}", f"so {good}"]
     ratings = np.array([5.0, 5.0, 5.0, 1.0, np.nan])
-    assert sentiment_agreement(texts, ratings, truth) == pytest.approx(50.0)
-    assert sentiment_agreement(texts[:1], np.array([np.nan]), truth) is None
+    agrees = agreement(planted_reader(truth), texts, ratings)
+    assert agrees[:4].tolist() == [1.0, 0.0, 0.0, 1.0]
+    assert np.isnan(agrees[4])
 
 
 def test_bias_model_equals_the_generators(planted: Dataset) -> None:
@@ -204,7 +205,7 @@ def test_evaluate_run_writes_a_whole_artifact_and_replaces_it(run: Path) -> None
     calls: list[tuple[int, int]] = []
     metrics = evaluate_run(run, rows=7, on_progress=lambda done, total: calls.append((done, total)))
     assert calls == [(7, 7)]
-    assert metrics["beyond"]["gates"] is None
+    assert metrics["faithfulness"]["gates"] is None
     folder = run / "evaluation"
     assert {path.name for path in folder.iterdir()} == {"metrics.json", "generations.parquet", "artifact.json"}
     assert json.loads((folder / "metrics.json").read_text()) == metrics

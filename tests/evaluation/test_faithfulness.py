@@ -14,10 +14,10 @@ from gavamoe.data.dataset import Dataset, Truth
 from gavamoe.data.synthetic import grammar
 from gavamoe.evaluation.evaluate import evaluate
 from gavamoe.evaluation.faithfulness.features import Mentions, feature_set
-from gavamoe.evaluation.faithfulness.measure import BEYOND
+from gavamoe.evaluation.faithfulness.measure import FAITHFULNESS
 from gavamoe.evaluation.faithfulness.memorization import TrainingTexts
-from gavamoe.evaluation.faithfulness.sentiment import agreement, by_sentiment, learnt_reader, planted_reader
-from gavamoe.evaluation.faithfulness.user_swaps import Swaps, changed, towards_user
+from gavamoe.evaluation.faithfulness.sentiment import agreement, by_sentiment, learned_reader, planted_reader
+from gavamoe.evaluation.faithfulness.user_swaps import UserSwaps, changed, user_alignment
 from gavamoe.evaluation.planted_truth import style_of
 from gavamoe.evaluation.significance import balanced_interval
 from gavamoe.generation.request import ExplanationRequest
@@ -33,27 +33,27 @@ def truth(planted: Dataset) -> Truth:
 def scores_of(dataset: Dataset, say: Callable[[ExplanationRequest], str], **options: object) -> dict[str, dict]:
     metrics = evaluate(FakeExplainer(dataset, say), dataset, evaluation_config(probe_rows=40, **options)).metrics
     json.dumps(metrics, allow_nan=False)
-    return metrics["beyond"]["scores"]
+    return metrics["faithfulness"]["scores"]
 
 
 def test_a_writer_who_knows_the_truth_is_perfect(planted: Dataset, truth: Truth) -> None:
     found = scores_of(planted, planted_writer(truth))
-    assert list(found) == list(BEYOND)
+    assert list(found) == list(FAITHFULNESS)
     for name in ("feature_precision", "feature_recall", "sentiment_agreement", "sentiment_balanced"):
         assert found[name]["value"] == pytest.approx(100.0), name
-    for name in ("changes_with_user", "towards_user", "style_of_group"):
+    for name in ("changes_with_user", "user_alignment", "style_of_group"):
         assert found[name]["value"] == 100.0, name
-    assert found["item_mix_ups"]["value"] == 0.0
+    assert found["item_hallucination"]["value"] == 0.0
     assert found["style_of_group"]["references"] == found["sentiment_agreement"]["references"] == 100.0
     assert found["style_of_group"]["chance"] == pytest.approx(100 / 3)
-    assert found["towards_user"]["rows"] == found["changes_with_user"]["rows"] <= 40
-    assert found["route_gap"] is found["gate_overlap"] is None
+    assert found["user_alignment"]["rows"] == found["changes_with_user"]["rows"] <= 40
+    assert found["wrong_gate_gap"] is found["gate_overlap"] is None
 
 
 def test_a_writer_who_ignores_the_user_shows(planted: Dataset, truth: Truth) -> None:
     found = scores_of(planted, planted_writer(truth, group=1))
     assert found["changes_with_user"]["value"] == 0.0
-    assert found["towards_user"]["value"] == 50.0
+    assert found["user_alignment"]["value"] == 50.0
     assert 20 < found["style_of_group"]["value"] < 55  # right for the users of group 1 alone
     assert found["sentiment_agreement"]["value"] == pytest.approx(100.0)
 
@@ -68,8 +68,8 @@ def test_a_writer_with_another_items_features_shows(planted: Dataset, truth: Tru
         return f"What lovely {wrong}!"
 
     found = scores_of(planted, say)
-    assert found["item_mix_ups"]["value"] == 100.0
-    assert found["item_mix_ups"]["references"] == 0.0
+    assert found["item_hallucination"]["value"] == 100.0
+    assert found["item_hallucination"]["references"] == 0.0
     assert found["feature_precision"]["value"] == found["feature_recall"]["value"] == 0.0
     assert found["sentiment_agreement"]["value"] == pytest.approx(found["sentiment_agreement"]["chance"], abs=30)
     assert found["sentiment_balanced"]["value"] == pytest.approx(100 / 3)
@@ -79,12 +79,12 @@ def test_a_writer_with_another_items_features_shows(planted: Dataset, truth: Tru
 def test_a_writer_who_copies_shows(planted: Dataset) -> None:
     sentence = planted.table("train", ["text"])["text"][0].as_py()
     found = scores_of(planted, lambda _: sentence)
-    assert found["copied"]["value"] == found["nearly_copied"]["value"] == 100.0
-    assert 0 < found["copied"]["references"] < 100
+    assert found["memorized"]["value"] == found["near_memorized"]["value"] == 100.0
+    assert 0 < found["memorized"]["references"] < 100
     fresh = scores_of(planted, lambda request: f"nobody wrote {request.user} or {request.item} before")
-    assert fresh["nearly_copied"]["value"] == 0.0
+    assert fresh["near_memorized"]["value"] == 0.0
     silent = scores_of(planted, lambda _: " ")
-    assert silent["copied"]["value"] is None
+    assert silent["memorized"]["value"] is None
     assert silent["feature_recall"]["value"] == 0.0
 
 
@@ -136,14 +136,14 @@ def test_nearest_is_the_nearest_of_all() -> None:
 def test_towards_the_user_by_hand(tmp_path: Path) -> None:
     """Users u and v, five training texts each; v is the one at odd rows."""
     dataset = bare_dataset(tmp_path / "data", ["red apple", "blue sea"] * 4 + ["x", "y"])
-    swaps = Swaps(
+    swaps = UserSwaps(
         users=np.array([0, 0, 0, 1]),
         others=np.array([1, 1, 1, 0]),
         items=np.zeros(4, dtype=np.int64),
         texts=["red thing", "blue thing", "same", "blue"],
         swapped=["blue thing", "red thing", "same", "red"],
     )
-    assert towards_user(swaps, dataset, 0).tolist() == [1.0, 0.0, 0.5, 1.0]
+    assert user_alignment(swaps, dataset, 0).tolist() == [1.0, 0.0, 0.5, 1.0]
     assert changed(swaps).tolist() == [1.0, 1.0, 0.0, 1.0]
 
 
@@ -168,8 +168,8 @@ def test_planted_sentiment_by_hand(truth: Truth) -> None:
     }
 
 
-def test_the_learnt_reader_finds_the_planted_sentiment(planted: Dataset, truth: Truth) -> None:
-    reader = learnt_reader(planted, seed=0)
+def test_the_learned_reader_finds_the_planted_sentiment(planted: Dataset, truth: Truth) -> None:
+    reader = learned_reader(planted, seed=0)
     assert reader is not None
     table = planted.table("test").to_pydict()
     ratings = np.array(table["rating"])
@@ -181,24 +181,26 @@ def test_the_learnt_reader_finds_the_planted_sentiment(planted: Dataset, truth: 
 
 def test_data_without_ratings_texts_or_features(tmp_path: Path) -> None:
     dataset = bare_dataset(tmp_path / "data", ["a b c d e", "b", "a", "a", "b", "c", "d", "e", "f", "a b"])
-    assert learnt_reader(dataset, seed=0) is None
+    assert learned_reader(dataset, seed=0) is None
     found = scores_of(dataset, parrot(dataset))
     assert found["feature_precision"] is found["sentiment_agreement"] is found["style_of_group"] is None
-    assert found["copied"]["value"] == 0.0
+    assert found["memorized"]["value"] == 0.0
     silent = bare_dataset(tmp_path / "silent", [""] * 10)
-    assert scores_of(silent, lambda _: "x")["towards_user"]["value"] is None
+    assert scores_of(silent, lambda _: "x")["user_alignment"]["value"] is None
 
 
 def test_probes_are_bounded_seeded_and_can_be_off(planted: Dataset, truth: Truth) -> None:
     fake = FakeExplainer(planted, planted_writer(truth))
-    one, two = (evaluate(fake, planted, evaluation_config(probe_rows=5, rows=30)).metrics["beyond"] for _ in range(2))
+    one, two = (
+        evaluate(fake, planted, evaluation_config(probe_rows=5, rows=30)).metrics["faithfulness"] for _ in range(2)
+    )
     assert one == two
     assert one["rows"] == {"texts": 30, "probes": 5}
     assert len(fake.asked) <= 5
     assert 0 < len(one["swaps"]) <= 5
     assert {row["text"] != row["swapped"] for row in one["swaps"]} == {True}
     off = evaluate(fake, planted, evaluation_config(rows=30)).metrics
-    assert off["beyond"] is None
+    assert off["faithfulness"] is None
     assert "probe_rows" in next(gap["why"] for gap in off["not_measured"] if "personalisation" in gap["what"])
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from gavamoe.config.schema import GenerationConfig
 from gavamoe.data.dataset import Dataset, Truth
+from gavamoe.data.ratings import PLANTED_SCALE
 from gavamoe.data.synthetic import grammar
 from gavamoe.generation.generator import Explanation
 from gavamoe.generation.request import ExplanationRequest
@@ -57,7 +58,7 @@ def planted_writer(truth: Truth, *, group: int | None = None) -> Callable[[Expla
 
     def say(request: ExplanationRequest) -> str:
         style = grammar.STYLES[int(truth.group[request.user]) if group is None else group]
-        sentiment = truth.sentiment_of(3.0 if request.rating is None else request.rating)
+        sentiment = PLANTED_SCALE.sentiment(3.0 if request.rating is None else request.rating)
         return grammar.sentence(style, sentiment, tuple(request.features or ("clues",))[:2], (0, 0, 0, 0))
 
     return say

@@ -10,12 +10,12 @@ from helpers.writers import FakeExplainer, planted_writer
 
 from gavamoe.data.dataset import Dataset
 from gavamoe.evaluation.evaluate import evaluate, write_evaluation
-from gavamoe.evaluation.faithfulness.gates import GateUse
+from gavamoe.evaluation.faithfulness.gates import GateProbe
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.report.page import write_report
 
 
-def page_of(folder: Path, dataset: Dataset, say, gates: GateUse | None, **options: object) -> tuple[Page, str]:  # type: ignore[no-untyped-def]
+def page_of(folder: Path, dataset: Dataset, say, gates: GateProbe | None, **options: object) -> tuple[Page, str]:  # type: ignore[no-untyped-def]
     """The report of a run whose writer is `say`."""
     settings = evaluation_config(**{"rows": 40} | options)
     result = evaluate(FakeExplainer(dataset, say), dataset, settings, gates=lambda *_: gates)
@@ -41,7 +41,7 @@ def test_both_protocols_gates_and_swaps_are_shown(planted: Dataset, tmp_path: Pa
         "Texts of run, given",
     ):
         assert expected in text
-    assert ("href", "#beyond") in page.attributes
+    assert ("href", "#faithfulness") in page.attributes
     assert text.count("gate 2") == 2  # a table of losses for each protocol
 
 
@@ -70,11 +70,11 @@ def test_runs_without_the_section(planted: Dataset, tmp_path: Path) -> None:
     page, _ = page_of(tmp_path / "run", planted, lambda _: "x", None)
     assert "Beyond n-grams" not in page.text
     assert "Given and predicted" not in page.text
-    assert ("href", "#beyond") not in page.attributes
+    assert ("href", "#faithfulness") not in page.attributes
 
 
 def test_one_gate_has_no_tables_of_gates(planted: Dataset, tmp_path: Path) -> None:
-    one = GateUse(np.ones((2, 1)), np.zeros(2, np.int64), np.ones((2, 1, 4)), np.ones((1, 1)), 2)
+    one = GateProbe(np.ones((2, 1)), np.zeros(2, np.int64), np.ones((2, 1, 4)), np.ones((1, 1)), 2)
     page, _ = page_of(tmp_path / "run", planted, lambda _: "x", one, probe_rows=5)
     assert "Entropy of expert use" in page.text
     assert "Nats per token" not in page.text

@@ -219,13 +219,13 @@ def test_what_ngrams_hide_and_both_protocols_are_shown(tmp_path: Path, planted: 
     assert "Given and predicted" in page.text
     assert "Item mix-ups ↓" in page.text
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
-    metrics["beyond"]["gates"] = {"gates": 2, "rows": [10, 0], "loss": [[0.125, 0.5], None]}
-    metrics["beyond"]["swaps"] = [{"item": "i", "user": "u", "text": HOSTILE, "other": "v", "swapped": "b"}]
+    metrics["faithfulness"]["gates"] = {"gates": 2, "rows": [10, 0], "loss": [[0.125, 0.5], None]}
+    metrics["faithfulness"]["swaps"] = [{"item": "i", "user": "u", "text": HOSTILE, "other": "v", "swapped": "b"}]
     data = read_run(run)
     text = Page(render([replace(data, metrics=metrics)])).text
     assert "0 10 0.125 0.500 1 0 – –" in text
     assert f"i for u: “{HOSTILE}” For v: “b”" in text
-    metrics["beyond"], metrics["predicted"] = None, None
+    metrics["faithfulness"], metrics["predicted"] = None, None
     text = Page(render([replace(data, metrics=metrics)])).text
     assert "Beyond n-grams" not in text
     assert "Given and predicted" not in text

@@ -11,7 +11,7 @@ from gavamoe.artifacts.files import read_json
 from gavamoe.artifacts.run import METRICS_FILE, Run, RunFolder
 from gavamoe.cli.terminal import console, print_json, print_table
 from gavamoe.evaluation.evaluate import GENERATIONS_FILE
-from gavamoe.evaluation.faithfulness.measure import BEYOND
+from gavamoe.evaluation.faithfulness.measure import FAITHFULNESS
 from gavamoe.evaluation.metrics.registry import METRICS, Metric
 
 SAMPLES = 5
@@ -22,7 +22,7 @@ def print_evaluation(metrics: dict[str, Any], run_dir: Path, *, as_json: bool) -
     if as_json:
         print_json(metrics)
     _print_scores(metrics, run_dir)
-    _print_beyond(metrics)
+    _print_faithfulness(metrics)
     console.print(f"report: {RunFolder(run_dir).report}", markup=False, soft_wrap=True)
 
 
@@ -93,15 +93,15 @@ def _print_scores(metrics: dict[str, Any], run_dir: Path) -> None:
     _print_truth(metrics)
 
 
-def _print_beyond(metrics: dict[str, Any]) -> None:
+def _print_faithfulness(metrics: dict[str, Any]) -> None:
     """What n-gram scores hide, with each protocol's own column where both were evaluated."""
-    sections = {metrics["protocol"]: metrics["beyond"]}
+    sections = {metrics["protocol"]: metrics["faithfulness"]}
     if metrics["predicted"]:
-        sections["predicted"] = metrics["predicted"]["beyond"]
+        sections["predicted"] = metrics["predicted"]["faithfulness"]
     if not all(sections.values()):
         return
     rows = []
-    for name, metric in BEYOND.items():
+    for name, metric in FAITHFULNESS.items():
         found = [section["scores"][name] for section in sections.values()]
         if found[0] is not None:
             values = [each["value"] for each in found]

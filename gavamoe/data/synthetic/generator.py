@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gavamoe.artifacts.files import write_folder, write_json
-from gavamoe.data.dataset import ROW_GROUP_ROWS, TRUTH_SCHEMA, Truth
+from gavamoe.data.dataset import ROW_GROUP_ROWS, TRUTH_SCHEMA
+from gavamoe.data.ratings import PLANTED_SCALE
 from gavamoe.data.synthetic import grammar
 from gavamoe.data.writer import DatasetWriter, Rows
 from gavamoe.errors import InputError
@@ -205,7 +206,7 @@ def _explanations(
             group.tolist(), world.genre_I[item].tolist(), chosen, rating_N[span].tolist(), draws.tolist(), strict=True
         ):
             words = tuple(bank[genre][place] for place in places)
-            texts.append(grammar.sentence(grammar.STYLES[g], Truth.sentiment_of(rating), words, tuple(draw)))
+            texts.append(grammar.sentence(grammar.STYLES[g], PLANTED_SCALE.sentiment(rating), words, tuple(draw)))
             features.append(words)
         yield pa.array(texts, pa.string()), pa.array(features, pa.list_(pa.string()))
 

@@ -29,7 +29,7 @@ BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
-class GateUse:
+class GateProbe:
     """Measured on N references; every count is of tokens that are predicted, in all layers."""
 
     loss_NK: np.ndarray
@@ -81,7 +81,7 @@ class GateUse:
 
 def measure_gates(
     explainer: "ExplanationGenerator", requests: "Sequence[ExplanationRequest]", references: Sequence[str]
-) -> GateUse | None:
+) -> GateProbe | None:
     """Read the references through every gate; None for a dense model or without any reference text."""
     rows = [row for row, text in enumerate(references) if text.strip()]
     routers = [module for module in explainer.model.modules() if isinstance(module, MultiGateRouter)]
@@ -112,7 +112,7 @@ def measure_gates(
                 used_LKE[layer, gate] += own_BTE[mine].sum(dim=0).cpu().numpy()
             shared_KK += _shared(chosen_KBTE[:, scored_BT], routers[0].top_k)
             tokens += int(scored_BT.sum())
-    return GateUse(loss_NK, cluster_N, used_LKE, shared_KK / max(tokens, 1), routers[0].top_k)
+    return GateProbe(loss_NK, cluster_N, used_LKE, shared_KK / max(tokens, 1), routers[0].top_k)
 
 
 @torch.inference_mode()

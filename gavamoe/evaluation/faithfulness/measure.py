@@ -1,4 +1,4 @@
-"""What n-gram scores hide: features, sentiment, copies, personalisation, gates. Section "beyond" of metrics.json.
+"""What n-gram scores hide: features, sentiment, copies, personalization, gates. Section "faithfulness" of metrics.json.
 
 Each score is a mean over rows, with a bootstrap interval; beside it stand the same measure on the human references and
 what chance would give, where either exists. Cost is bounded: TEXT_ROWS rows for what reads texts, and
@@ -15,16 +15,17 @@ import numpy as np
 
 from gavamoe.data.dataset import Dataset
 from gavamoe.evaluation.faithfulness.features import Mentions, feature_set
-from gavamoe.evaluation.faithfulness.gates import GateUse
-from gavamoe.evaluation.faithfulness.memorization import NEAR, TrainingTexts, training_texts
+from gavamoe.evaluation.faithfulness.gates import GateProbe
+from gavamoe.evaluation.faithfulness.memorization import MAX_TRAINING_TEXTS, NEAR, TrainingTexts
 from gavamoe.evaluation.faithfulness.sentiment import (
     SentimentReader,
     agreement,
     by_sentiment,
-    learnt_reader,
+    learned_reader,
     planted_reader,
 )
-from gavamoe.evaluation.faithfulness.user_swaps import Swaps, Write, changed, swap_users, towards_user
+from gavamoe.evaluation.faithfulness.training_texts import sampled_texts
+from gavamoe.evaluation.faithfulness.user_swaps import UserSwaps, Write, changed, swap_users, user_alignment
 from gavamoe.evaluation.metrics.registry import Metric, by_name, is_empty
 from gavamoe.evaluation.planted_truth import style_of
 from gavamoe.evaluation.significance import balanced_interval, mean_interval
@@ -36,24 +37,36 @@ if TYPE_CHECKING:
 TEXT_ROWS = 2000
 EXAMPLES = 5
 
-BEYOND = by_name(
+FAITHFULNESS = by_name(
     Metric("feature_precision", "Feature precision", "higher", "%", "features a text names that are the row's own"),
     Metric("feature_recall", "Feature recall", "higher", "%", "the row's features that its text names"),
     Metric("sentiment_agreement", "Sentiment agreement", "higher", "%", "texts with the sentiment of the true rating"),
     Metric("sentiment_balanced", "The same, balanced", "higher", "%", "mean over the sentiments that ratings have"),
-    Metric("item_mix_ups", "Item mix-ups", "lower", "%", "texts that name a feature which only other items have"),
-    Metric("copied", "Copied", "lower", "%", "texts that stand in the training split word for word"),
-    Metric("nearly_copied", "Nearly copied", "lower", "%", f"texts at least {NEAR:.0%} like a training text"),
+    Metric(
+        "item_hallucination",
+        "Item hallucination",
+        "lower",
+        "%",
+        "texts with a feature that only other items have",
+    ),
+    Metric("memorized", "Memorized", "lower", "%", "texts that stand in the training split word for word"),
+    Metric("near_memorized", "Nearly memorized", "lower", "%", f"texts at least {NEAR:.0%} like a training text"),
     Metric("changes_with_user", "Changes with the user", "higher", "%", "texts that change when the user is swapped"),
-    Metric("towards_user", "Towards the user's words", "higher", "%", "swaps with each text nearer to its own user"),
+    Metric("user_alignment", "User alignment", "higher", "%", "swaps with each text nearer to its own user"),
     Metric("style_of_group", "In the group's style", "higher", "%", "texts in the planted style of their user's group"),
-    Metric("route_gap", "Loss of a wrong gate", "higher", "nats", "mean loss through the other gates minus own gate's"),
+    Metric(
+        "wrong_gate_gap",
+        "Loss through a wrong gate",
+        "higher",
+        "nats",
+        "mean loss of the other gates less own gate's",
+    ),
     Metric("route_best", "Own gate is best", "higher", "%", "references that no other gate gives a lower loss"),
     Metric("expert_entropy", "Entropy of expert use", "higher", "share", "of a gate over its experts; 1 is even"),
     Metric("gate_overlap", "Gate overlap", "lower", "share", "same experts chosen by two gates for a token"),
 )
 
-Gates = Callable[["Sequence[ExplanationRequest]", Sequence[str]], GateUse | None]
+Gates = Callable[["Sequence[ExplanationRequest]", Sequence[str]], GateProbe | None]
 
 
 @dataclass(frozen=True)
@@ -94,14 +107,14 @@ class Written:
         )
 
 
-def measure_beyond(
+def measure_faithfulness(
     written: Written, dataset: Dataset, *, write: Write, gates: Gates | None, probe_rows: int, seed: int
 ) -> dict[str, Any]:
-    """The section "beyond": "scores" by name of BEYOND, and the tables that some of them summarise.
+    """The section "faithfulness": "scores" by name of FAITHFULNESS, and the tables that some of them summarize.
 
     Args:
         write: makes texts, as those of `written` were made.
-        gates: `gate_use.measure_gates` of the model; None: the writer has none.
+        gates: `gates.measure_gates` of the model; None: the writer has none.
         probe_rows: rows whose user is swapped, and whose references are read through every gate.
     """
     texts, probed = written.sample(TEXT_ROWS, seed), written.sample(probe_rows, seed)
@@ -109,13 +122,13 @@ def measure_beyond(
     _features(scores, texts, dataset)
     reader = _sentiment(scores, texts, dataset, seed)
     distinct_training = _copies(scores, texts, dataset, seed)
-    swaps = _personalisation(scores, probed, dataset, write, seed)
+    swaps = _personalization(scores, probed, dataset, write, seed)
     use = gates(probed.requests, probed.references) if gates else None
     if use is not None:
         _gates(scores, use)
     return {
         "rows": {"texts": len(texts.requests), "probes": len(probed.requests)},
-        "scores": {name: scores.found.get(name) for name in BEYOND},
+        "scores": {name: scores.found.get(name) for name in FAITHFULNESS},
         "sentiment_reader": reader.description if reader else None,
         "training_texts": distinct_training,
         "swaps": _examples(swaps, dataset),
@@ -140,7 +153,7 @@ class _Scores:
         interval: bool = True,
     ) -> None:
         """`interval`: False where the values are no rows, such as the gates."""
-        scale = 100.0 if BEYOND[name].unit == "%" else 1.0
+        scale = 100.0 if FAITHFULNESS[name].unit == "%" else 1.0
         known = scale * values[~np.isnan(values)]
         human = np.zeros(0) if references is None else scale * references[~np.isnan(references)]
         self.found[name] = {
@@ -172,7 +185,7 @@ def _features(scores: _Scores, written: Written, dataset: Dataset) -> None:
     for name, measured in (("feature_precision", mentions.precision), ("feature_recall", mentions.recall)):
         scores.add(name, measured(written.texts, wanted))
     scores.add(
-        "item_mix_ups",
+        "item_hallucination",
         mentions.mix_ups(written.texts, written.items, written.features),
         references=mentions.mix_ups(written.references, written.items, written.features),
     )
@@ -180,7 +193,7 @@ def _features(scores: _Scores, written: Written, dataset: Dataset) -> None:
 
 def _sentiment(scores: _Scores, written: Written, dataset: Dataset, seed: int) -> SentimentReader | None:
     truth = dataset.truth()
-    reader = planted_reader(truth) if truth else learnt_reader(dataset, seed)
+    reader = planted_reader(truth) if truth else learned_reader(dataset, seed)
     if reader is None or np.isnan(written.ratings).all():
         return None
     ours = agreement(reader, written.texts, written.ratings)
@@ -194,23 +207,24 @@ def _sentiment(scores: _Scores, written: Written, dataset: Dataset, seed: int) -
 
 def _copies(scores: _Scores, written: Written, dataset: Dataset, seed: int) -> int:
     """Adds the scores; returns how many different training texts there are."""
-    training = TrainingTexts(training_texts(dataset, seed))
+    texts, _ = sampled_texts(dataset, MAX_TRAINING_TEXTS, seed, "user")
+    training = TrainingTexts(texts)
     nearest, human = (
         np.array([np.nan if is_empty(text) else training.similarity(text) for text in texts])
         for texts in (written.texts, written.references)
     )
-    for name, least in (("copied", 1.0), ("nearly_copied", NEAR)):
+    for name, least in (("memorized", 1.0), ("near_memorized", NEAR)):
         ours, theirs = (np.where(np.isnan(each), np.nan, each >= least) for each in (nearest, human))
         scores.add(name, ours, references=theirs)
     return len(training)
 
 
-def _personalisation(scores: _Scores, written: Written, dataset: Dataset, write: Write, seed: int) -> Swaps:
+def _personalization(scores: _Scores, written: Written, dataset: Dataset, write: Write, seed: int) -> UserSwaps:
     truth = dataset.truth()
     groups = truth.group if truth else None
     swaps = swap_users(dataset, written.requests, written.explanations, write, groups=groups, seed=seed)
     scores.add("changes_with_user", changed(swaps))
-    scores.add("towards_user", towards_user(swaps, dataset, seed), chance=50.0)
+    scores.add("user_alignment", user_alignment(swaps, dataset, seed), chance=50.0)
     if groups is not None and truth is not None:
         said = [*zip(swaps.texts, swaps.users, strict=True), *zip(swaps.swapped, swaps.others, strict=True)]
         scores.add(
@@ -227,18 +241,18 @@ def _personalisation(scores: _Scores, written: Written, dataset: Dataset, write:
     return swaps
 
 
-def _gates(scores: _Scores, use: GateUse) -> None:
+def _gates(scores: _Scores, use: GateProbe) -> None:
     entropy = use.entropy_K()
     scores.add("expert_entropy", entropy, interval=False)
     gates = len(entropy)
     if gates > 1:
-        scores.add("route_gap", use.own_gap_N(), chance=0.0)
+        scores.add("wrong_gate_gap", use.own_gap_N(), chance=0.0)
         scores.add("route_best", use.own_best_N(), chance=100 / gates)
         pairs = use.shared_KK[np.triu_indices(gates, 1)]
         scores.add("gate_overlap", pairs, chance=use.top_k / use.used_LKE.shape[-1], interval=False)
 
 
-def _examples(swaps: Swaps, dataset: Dataset) -> list[dict[str, Any]]:
+def _examples(swaps: UserSwaps, dataset: Dataset) -> list[dict[str, Any]]:
     """The first few swaps whose texts differ, by raw ids."""
     catalog = dataset.catalog
     rows = np.flatnonzero(changed(swaps))[:EXAMPLES]

@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from gavamoe.data.dataset import Dataset
 from gavamoe.evaluation.metrics.ngrams import longest_common_subsequence
 from gavamoe.evaluation.metrics.registry import words
 
@@ -39,7 +38,7 @@ class TrainingTexts:
         return tuple(words(text)) in self._exact
 
     def similarity(self, text: str) -> float:
-        """Of the nearest training text: 2 x (longest common subsequence) / (words of both), 0 to 1.
+        """Similarity to the nearest training text: 2 x (longest common subsequence) / (words of both), 0 to 1.
 
         Looked for among the few training texts that share most word pairs with it (Dice coefficient), which are nearly
         always the nearest.
@@ -58,19 +57,10 @@ class TrainingTexts:
         return max(_similarity(tokens, self._texts[index]) for index in nearest)
 
 
-def training_texts(dataset: Dataset, seed: int) -> list[str]:
-    """Texts of the training split; MAX_TRAINING_TEXTS of them, drawn by the seed, where there are more."""
-    texts = [text or "" for text in dataset.table("train", ["text"])["text"].to_pylist()]
-    if len(texts) > MAX_TRAINING_TEXTS:
-        chosen = np.random.default_rng(seed).choice(len(texts), MAX_TRAINING_TEXTS, replace=False)
-        texts = [texts[index] for index in np.sort(chosen)]
-    return texts
-
-
 def _similarity(first: Sequence[str], second: Sequence[str]) -> float:
     return 2 * longest_common_subsequence(first, second) / (len(first) + len(second))
 
 
 def _bounded_pairs(tokens: Sequence[str]) -> list[tuple[str, str]]:
-    """Neighbouring words, with the ends marked, so that a text of one word has pairs too."""
+    """Adjacent words, with the ends marked, so that a text of one word has pairs too."""
     return list(pairwise(["", *tokens, ""]))

@@ -1,6 +1,6 @@
 """What sentiment a text has, and whether it agrees with the rating.
 
-On synthetic data a text is read by the planted words. On other data a reader is learnt from the training split:
+On synthetic data a text is read by the planted words. On other data a reader is learned from the training split:
 logistic regression from words to the sentiment of the rating. Its agreement on human references says how far to trust
 it.
 
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from gavamoe.data.dataset import Dataset, Truth
-from gavamoe.data.ratings import RatingScale
+from gavamoe.data.ratings import PLANTED_SCALE, RatingScale
+from gavamoe.evaluation.faithfulness.training_texts import sampled_texts
 from gavamoe.evaluation.metrics.registry import FeatureMatcher, word_grams, words
 
-LEARNT_FROM = 20_000
-"""Training texts that a reader is learnt from, at most."""
+LEARNED_FROM = 20_000
+"""Training texts that a reader is learned from, at most."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ def planted_reader(truth: Truth) -> SentimentReader:
         named = [name for name, matcher in matchers.items() if matcher.find(text)]
         return named[0] if len(named) == 1 else None
 
-    return SentimentReader("planted words", lambda texts: list(map(read, texts)), truth.sentiment_of)
+    return SentimentReader("planted words", lambda texts: list(map(read, texts)), PLANTED_SCALE.sentiment)
 
 
-def learnt_reader(dataset: Dataset, seed: int) -> SentimentReader | None:
-    """From at most LEARNT_FROM training texts; None without ratings, texts, or ratings of two sentiments."""
+def learned_reader(dataset: Dataset, seed: int) -> SentimentReader | None:
+    """From at most LEARNED_FROM training texts; None without ratings, texts, or ratings of two sentiments."""
     if dataset.rating_range is None:
         return None
     from sklearn.feature_extraction.text import CountVectorizer
@@ -88,14 +89,6 @@ def by_sentiment(reader: SentimentReader, ratings: np.ndarray) -> dict[str, np.n
 
 
 def _training_texts(dataset: Dataset, scale: RatingScale, seed: int) -> tuple[list[str], list[str]]:
-    table = dataset.table("train", ["text", "rating"])
-    rating = table["rating"].to_numpy(zero_copy_only=False)
-    rated = np.flatnonzero(~np.isnan(rating.astype(np.float64)))
-    if len(rated) > LEARNT_FROM:
-        rated = np.sort(np.random.default_rng(seed).choice(rated, LEARNT_FROM, replace=False))
-    pairs = [
-        (text, scale.sentiment(float(rating[row])))
-        for row, text in zip(rated, table["text"].take(rated).to_pylist(), strict=True)
-        if text and words(text)
-    ]
+    texts, ratings = sampled_texts(dataset, LEARNED_FROM, seed, "rating", rated=True)
+    pairs = [(text, scale.sentiment(float(rating))) for text, rating in zip(texts, ratings, strict=True) if words(text)]
     return [text for text, _ in pairs], [sentiment for _, sentiment in pairs]

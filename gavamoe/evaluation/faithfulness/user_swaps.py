@@ -13,19 +13,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gavamoe.data.dataset import Dataset
+from gavamoe.evaluation.faithfulness.training_texts import sampled_texts
 from gavamoe.evaluation.metrics.registry import word_grams, words
 
 if TYPE_CHECKING:
     from gavamoe.generation.generator import Explanation
     from gavamoe.generation.request import ExplanationRequest
 
-MAX_TRAINING_TEXTS = 100_000
+
+MAX_ALIGNED_TEXTS = 100_000
+"""Training texts that users' words are taken from, at most."""
 
 Write = Callable[["list[ExplanationRequest]"], "list[Explanation]"]
 
 
 @dataclass(frozen=True)
-class Swaps:
+class UserSwaps:
     """N texts and what was written for another user in their place."""
 
     users: np.ndarray
@@ -43,7 +46,7 @@ def swap_users(
     *,
     groups: np.ndarray | None = None,
     seed: int = 0,
-) -> Swaps:
+) -> UserSwaps:
     """Write each request of a known user anew for another known user.
 
     Args:
@@ -64,7 +67,7 @@ def swap_users(
         )
         for row, other in zip(rows, others, strict=True)
     ]
-    return Swaps(
+    return UserSwaps(
         users=users,
         others=others,
         items=np.array([request.item for request in asked], dtype=np.int64),
@@ -73,20 +76,20 @@ def swap_users(
     )
 
 
-def changed(swaps: Swaps) -> np.ndarray:
+def changed(swaps: UserSwaps) -> np.ndarray:
     """Whether another user gets other words: (N,) 1 or 0."""
     pairs = zip(swaps.texts, swaps.swapped, strict=True)
     return np.array([float(words(text) != words(other)) for text, other in pairs])
 
 
-def towards_user(swaps: Swaps, dataset: Dataset, seed: int) -> np.ndarray:
+def user_alignment(swaps: UserSwaps, dataset: Dataset, seed: int) -> np.ndarray:
     """Whether both texts are nearer to their own user's training texts than to the other's: (N,) 1, 0, or .5 for a tie.
 
     With s the cosine of a text and the mean of a user's training texts (TF-IDF of words and word pairs), t and t' the
     texts for users u and v: s(t, u) + s(t', v) against s(t, v) + s(t', u). Item and features are the same in both texts
     and cancel.
     """
-    texts, authors = _training_texts(dataset, seed)
+    texts, authors = sampled_texts(dataset, MAX_ALIGNED_TEXTS, seed, "user")
     if not swaps.texts or not any(map(words, texts)):
         return np.full(len(swaps.texts), np.nan)
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -118,11 +121,3 @@ def _profiles(training: Any, authors: np.ndarray, users: np.ndarray) -> np.ndarr
 
     probed = np.isin(authors, users)
     return normalize(np.equal.outer(users, authors[probed]).astype(np.float64) @ training[probed])
-
-
-def _training_texts(dataset: Dataset, seed: int) -> tuple[list[str], np.ndarray]:
-    table = dataset.table("train", ["user", "text"])
-    chosen = np.arange(table.num_rows)
-    if len(chosen) > MAX_TRAINING_TEXTS:
-        chosen = np.sort(np.random.default_rng(seed).choice(len(chosen), MAX_TRAINING_TEXTS, replace=False))
-    return [text or "" for text in table["text"].take(chosen).to_pylist()], table["user"].to_numpy()[chosen]

@@ -109,7 +109,7 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFC", text).casefold())
 
 
-class Census:
+class DocumentFrequencies:
     """How many texts each thing occurs in; a thing is an n-gram of words split at white space, or a whole text."""
 
     def __init__(self, texts: Iterable[str], things: Callable[[Sequence[str]], Sequence[Hashable]]) -> None:
@@ -161,7 +161,7 @@ def distinct(texts: Iterable[str], order: int, fixed: int = FIXED_TEXTS) -> tupl
         of all texts, and what is expected of `fixed` of them (expected different n-grams over expected n-grams); 0
         without any n-gram; the first is None without texts, the second with fewer than `fixed`.
     """
-    census = Census(texts, lambda words: ngrams(words, order))
+    census = DocumentFrequencies(texts, lambda words: ngrams(words, order))
     whole = _percent(census.different, census.total) if census.rows else None
     if census.rows < fixed:
         return whole, None
@@ -180,7 +180,7 @@ def unique_sentence_ratio(texts: Iterable[str], fixed: int = FIXED_TEXTS) -> tup
     Returns:
         of all texts, and what is expected of `fixed` of them, as `distinct` does.
     """
-    census = Census(texts, lambda words: [tuple(words)] if words else [])
+    census = DocumentFrequencies(texts, lambda words: [tuple(words)] if words else [])
     whole = _percent(census.different, census.rows) if census.rows else None
     return whole, _percent(census.different_in(fixed), fixed) if census.rows >= fixed else None
 
