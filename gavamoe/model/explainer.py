@@ -61,6 +61,7 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         self.item_embedding = nn.Embedding(config.n_items + 1, config.slot_size)
         self.user_projection = nn.Linear(config.slot_size, text.hidden_size, bias=False)
         self.item_projection = nn.Linear(config.slot_size, text.hidden_size, bias=False)
+        self.slots = SlotIds(config.vocab_size, config.n_users, config.n_items)
         table = "embed_tokens" if text.model_type == "llama" else "wte"
         self._tied_weights_keys = {"lm_head.weight": f"model.{table}.weight"}
         self.post_init()
@@ -108,12 +109,6 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
             given = kwargs.get("logits_processor") or []
             kwargs |= {"repetition_penalty": 1.0, "logits_processor": LogitsProcessorList([*given, processor])}
         return super().generate(*args, **kwargs)
-
-    @property
-    def slots(self) -> SlotIds:
-        """The token ids of users and items."""
-        config = self.config
-        return SlotIds(vocabulary=config.vocab_size, n_users=config.n_users, n_items=config.n_items)
 
     def user_token(self, index: int) -> int:
         """Token id of a user by index; every index from `n_users` on is the unknown user."""

@@ -1,15 +1,15 @@
 """Token ids of users and items: the one layout, for the model, the prompts and id dropout."""
 
-from pydantic import BaseModel, ConfigDict
+from dataclasses import dataclass
 
 
-class SlotIds(BaseModel):
+@dataclass(frozen=True)
+class SlotIds:
     """Token ids of users and items: above the vocabulary, known ones and one for all others, users first.
 
     The layout of a model's slots, for the model itself, for prompts and for id dropout.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     vocabulary: int
     """Number of text tokens, whose ids come first."""
     n_users: int

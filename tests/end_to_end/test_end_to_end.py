@@ -79,5 +79,5 @@ def test_stage1_of_another_dataset_is_refused(
         "train", moved / "config.yaml", "--dataset", other, "--run-dir", tmp_path / "mixed", "--stage", "2"
     )
     assert result.code == 2
-    assert "another dataset" in result.err
+    assert "a dataset other than" in result.err
     assert not (tmp_path / "mixed" / "stage2").exists()

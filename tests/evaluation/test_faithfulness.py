@@ -201,7 +201,7 @@ def test_probes_are_bounded_seeded_and_can_be_off(planted: Dataset, truth: Truth
     assert {row["text"] != row["swapped"] for row in one["swaps"]} == {True}
     off = evaluate(fake, planted, evaluation_config(rows=30)).metrics
     assert off["faithfulness"] is None
-    assert "probe_rows" in next(gap["why"] for gap in off["not_measured"] if "personalisation" in gap["what"])
+    assert "probe_rows" in next(gap["why"] for gap in off["not_measured"] if "personalization" in gap["what"])
 
 
 def test_balanced_interval_draws_within_groups() -> None:

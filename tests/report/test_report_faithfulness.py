@@ -34,7 +34,7 @@ def test_both_protocols_gates_and_swaps_are_shown(planted: Dataset, tmp_path: Pa
         "Beyond n-grams",
         "run, given",
         "run, predicted",
-        "Item mix-ups ↓",
+        "Item hallucination ↓",
         "40 texts, 5 rows that the model read again",
         "Nats per token",
         "The same request for another user",

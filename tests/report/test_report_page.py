@@ -143,7 +143,7 @@ def test_an_evaluation_of_another_version_is_named(tmp_path: Path, planted: Data
     write_json(run / "evaluation" / "metrics.json", metrics | {"schema_version": 1})
     (run / "evaluation" / "artifact.json").unlink()
     write_manifest(run / "evaluation", "evaluation", RunConfig(), {})
-    with pytest.raises(InputError, match=r"has schema version 1, this gavamoe reads \d; evaluate it again"):
+    with pytest.raises(InputError, match=r"has schema version 1, this gavamoe reads 2 to \d; evaluate the run again"):
         write_report([run], tmp_path / "report.html")
 
 
@@ -217,7 +217,7 @@ def test_what_ngrams_hide_and_both_protocols_are_shown(tmp_path: Path, planted: 
     run = make_run(tmp_path / "run", planted, settings=both)
     page = read(write_report([run], tmp_path / "report.html"))
     assert "Given and predicted" in page.text
-    assert "Item mix-ups ↓" in page.text
+    assert "Item hallucination ↓" in page.text
     metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
     metrics["faithfulness"]["gates"] = {"gates": 2, "rows": [10, 0], "loss": [[0.125, 0.5], None]}
     metrics["faithfulness"]["swaps"] = [{"item": "i", "user": "u", "text": HOSTILE, "other": "v", "swapped": "b"}]
