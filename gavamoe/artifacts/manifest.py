@@ -4,8 +4,6 @@ A folder's `artifact.json` says what made it (config, seed, versions, fingerprin
 lists its files with size and SHA-256, so that a folder with a missing, added or changed file is refused.
 """
 
-import hashlib
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gavamoe.artifacts.files import read_json, sha256, versions, write_json
+from gavamoe.artifacts.checksums import FileEntry, find_damage, fingerprint, list_files
+from gavamoe.artifacts.files import read_json, versions, write_json
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError, one_line, validated
 
@@ -23,14 +22,6 @@ FORMAT_VERSION = 1
 MANIFEST = "artifact.json"
 
 Kind = Literal["stage1", "stage2", "peter", "evaluation"]
-
-
-class FileEntry(BaseModel):
-    """A file of an artifact."""
-
-    model_config = ConfigDict(extra="forbid")
-    bytes: int
-    sha256: str
 
 
 class Manifest(BaseModel):
@@ -50,19 +41,13 @@ class Manifest(BaseModel):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the names and hashes of the files."""
-        listing = json.dumps({name: entry.sha256 for name, entry in sorted(self.files.items())})
-        return hashlib.sha256(listing.encode()).hexdigest()
+        return fingerprint(dict(sorted(self.files.items())))
 
 
 def write_manifest(
     folder: Path, kind: Kind, config: RunConfig, inputs: dict[str, str], details: dict[str, Any] | None = None
 ) -> Manifest:
     """Describe the finished content of `folder` in its `artifact.json`; the last file to be written."""
-    entries = {
-        path.relative_to(folder).as_posix(): FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
     manifest = Manifest(
         kind=kind,
         format_version=FORMAT_VERSION,
@@ -71,7 +56,7 @@ def write_manifest(
         versions=versions(),
         inputs=inputs,
         details=details or {},
-        files=entries,
+        files=list_files(folder),
     )
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     return manifest
@@ -100,14 +85,13 @@ def read_manifest(folder: Path, kind: Kind, *, verify: bool = True) -> Manifest:
 
 
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
-    for problem, names in (("missing", set(manifest.files) - found), ("unexpected", found - set(manifest.files))):
-        if names:
-            raise InputError(f"{folder}: {problem} file {min(names)}; the artifact is not whole")
-    for name, entry in manifest.files.items():
-        path = folder / name
-        if path.stat().st_size != entry.bytes or (verify and sha256(path) != entry.sha256):
-            raise InputError(f"{path}: content differs from what {MANIFEST} records; the artifact is damaged")
+    damage = find_damage(folder, manifest.files, unlisted={MANIFEST}, hashes=verify)
+    if damage is None:
+        return
+    if damage.kind == "content":
+        path = folder / damage.name
+        raise InputError(f"{path}: content differs from what {MANIFEST} records; the artifact is damaged")
+    raise InputError(f"{folder}: {damage.kind} file {damage.name}; the artifact has changed since it was written")
 
 
 def save_weights(path: Path, module: torch.nn.Module) -> None:

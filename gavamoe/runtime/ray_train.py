@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gavamoe.artifacts import remote
+from gavamoe.artifacts import object_store, remote
 from gavamoe.artifacts.run import RunFolder
 from gavamoe.config.schema import RunConfig, RuntimeConfig
 from gavamoe.errors import InputError, RunError
@@ -211,7 +211,7 @@ class _Checkpoints:
         self._uri = None if place is None else f"{place.uri}/checkpoints/{name}"
         self.filesystem, self.path = None, str(self._local.parent)
         if place is not None:
-            self.filesystem, self.path = remote.filesystem(f"{place.uri}/checkpoints")
+            self.filesystem, self.path = object_store.filesystem(f"{place.uri}/checkpoints")
 
     def exist(self) -> bool:
         """Whether there are any that count."""

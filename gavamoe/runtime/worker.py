@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from gavamoe.artifacts import remote
-from gavamoe.artifacts.files import read_json, sha256, write_json
+from gavamoe.artifacts.checksums import FileEntry, find_damage, list_files
+from gavamoe.artifacts.files import read_json, write_json
 from gavamoe.config.schema import RuntimeConfig
-from gavamoe.errors import InputError, RunError, Stopped
+from gavamoe.errors import InputError, RunError, Stopped, validated
 from gavamoe.runtime.context import Metrics
 from gavamoe.runtime.tracking import Line
 
@@ -36,6 +39,16 @@ _SECONDS_TO_AGREE = 5.0
 GAUGES = {"step": "train_step", "loss": "train_loss", "tokens_per_second": "train_tokens_per_second",
            "pairs_per_second": "train_pairs_per_second"}  # fmt: skip
 """Field of a log line -> Ray metric, which Prometheus shows as ray_gavamoe_NAME."""
+
+
+class RankChecksums(BaseModel):
+    """Content of `checksums-RANK.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+    workers: int
+    """Number of ranks that wrote the checkpoint."""
+    files: dict[str, FileEntry]
+    """The files that this rank wrote."""
 
 
 class WorkerLog:
@@ -238,7 +251,7 @@ def _newest_whole_checkpoint(rank: int) -> tuple[Any, list[str]]:
     if rank == 0:
         for index in reversed(range(len(reported))):
             with reported[index].checkpoint.as_directory() as folder:
-                problem = find_damage(Path(folder))
+                problem = checkpoint_problem(Path(folder))
             if problem is None:
                 chosen = index
                 break
@@ -254,31 +267,25 @@ def _newest_whole_checkpoint(rank: int) -> tuple[Any, list[str]]:
 
 def write_checksums(folder: Path, rank: int, workers: int) -> None:
     """Note size and SHA-256 of this rank's files, which are all that `folder` holds."""
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    write_json(folder / _checksums(rank), {"workers": workers, "files": files})
+    checksums = RankChecksums(workers=workers, files=list_files(folder))
+    write_json(folder / _checksums_file(rank), checksums.model_dump(mode="json"))
 
 
-def find_damage(folder: Path) -> str | None:
-    """The first damage of a checkpoint's files; None if all ranks' files are as they were written."""
+def checkpoint_problem(folder: Path) -> str | None:
+    """The first damage of a checkpoint's files, in words; None if all ranks' files are as they were written."""
     try:
-        workers = read_json(folder / _checksums(0))["workers"]
-        for rank in range(workers):
-            for name, entry in read_json(folder / _checksums(rank))["files"].items():
-                path = folder / name
-                if not path.is_file():
-                    return f"{name} is missing"
-                if path.stat().st_size != entry["bytes"]:
-                    return f"{name} has {path.stat().st_size} of {entry['bytes']} bytes"
-                if sha256(path) != entry["sha256"]:
-                    return f"the content of {name} has changed"
-    except (InputError, KeyError, TypeError, AttributeError) as error:
+        ranks = range(_read_checksums(folder, 0).workers)
+        files = {name: entry for rank in ranks for name, entry in _read_checksums(folder, rank).files.items()}
+    except InputError as error:
         return f"its checksums can't be read ({error})"
-    return None
+    damage = find_damage(folder, files)
+    return None if damage is None else damage.text
 
 
-def _checksums(rank: int) -> str:
+def _read_checksums(folder: Path, rank: int) -> RankChecksums:
+    path = folder / _checksums_file(rank)
+    return validated(RankChecksums, read_json(path), path, "the checksums of a rank's files")
+
+
+def _checksums_file(rank: int) -> str:
     return f"checksums-{rank}.json"

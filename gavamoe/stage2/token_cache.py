@@ -25,11 +25,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
-from gavamoe.artifacts.files import read_json, sha256, write_json
+from gavamoe.artifacts.checksums import FileEntry, find_damage, list_files
+from gavamoe.artifacts.files import read_json, write_json
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset, open_dataset
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, validated
 from gavamoe.generation.prompts import PromptBuilder, template_texts
 from gavamoe.runtime.context import Context
 from gavamoe.stage2.batches import Ragged, TextRows
@@ -53,6 +55,15 @@ _SCHEMA = pa.schema([("row", pa.int64()), ("prompt", pa.list_(pa.int32())), ("an
 
 RunJobs = Callable[[Callable[..., Any], list[dict[str, Any]]], list[Any]]
 """Calls a function with each job's arguments, side by side or not; returns the results in order."""
+
+
+class _Manifest(BaseModel):
+    """Content of `tokens.json`."""
+
+    version: int
+    rows: int
+    files: dict[str, str]
+    """SHA-256 of each part, by its name."""
 
 
 def fill_cache(config: RunConfig, dataset: Path, run_jobs: RunJobs) -> Path | None:
@@ -82,8 +93,8 @@ def fill_cache(config: RunConfig, dataset: Path, run_jobs: RunJobs) -> Path | No
             for start, file in zip(starts, files, strict=True)
         ]
         run_jobs(encode_part, jobs)
-        hashes = {file.name: sha256(file) for file in files}
-        write_json(aside / _MANIFEST, {"version": VERSION, "rows": len(rows), "files": hashes})
+        hashes = {name: entry.sha256 for name, entry in list_files(aside).items()}
+        write_json(aside / _MANIFEST, _Manifest(version=VERSION, rows=len(rows), files=hashes).model_dump(mode="json"))
         _publish(aside, folder, len(rows))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -148,16 +159,14 @@ def _check(folder: Path, rows: int) -> Sequence[str]:
     Raises:
         InputError, OSError: something is missing, damaged, or of another version.
     """
-    manifest = read_json(folder / _MANIFEST)
-    if not isinstance(manifest, dict) or (manifest.get("version"), manifest.get("rows")) != (VERSION, rows):
-        raise InputError(f"{folder / _MANIFEST}: belongs to another version or to other rows")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
-        raise InputError(f"{folder / _MANIFEST}: damaged")
-    for name, recorded in files.items():
-        if sha256(folder / name) != recorded:
-            raise InputError(f"{folder / name}: damaged")
-    return sorted(files)
+    path = folder / _MANIFEST
+    manifest = validated(_Manifest, read_json(path), path, "the list of a token cache")
+    if (manifest.version, manifest.rows) != (VERSION, rows):
+        raise InputError(f"{path}: belongs to another version or to other rows")
+    damage = find_damage(folder, {name: FileEntry(sha256=recorded) for name, recorded in manifest.files.items()})
+    if damage is not None:
+        raise InputError(f"{folder}: damaged ({damage.text})")
+    return sorted(manifest.files)
 
 
 def _publish(aside: Path, folder: Path, rows: int) -> None:

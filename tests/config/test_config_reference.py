@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from gavamoe.config.problems import field_paths
+from gavamoe.config.files import field_paths
 
 from gavamoe.config.reference import reference
 from gavamoe.config.schema import RunConfig

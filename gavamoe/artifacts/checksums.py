@@ -1,0 +1,75 @@
+"""Lists of files with size and SHA-256, and the first way in which a folder differs from its list.
+
+Artifacts, checkpoints, folders on object storage and the token cache keep such lists, each in a JSON file of its own.
+"""
+
+import hashlib
+import json
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from gavamoe.artifacts.files import sha256
+
+
+class FileEntry(BaseModel):
+    """What a list says of a file."""
+
+    model_config = ConfigDict(extra="forbid")
+    bytes: int | None = None
+    """Size of the file; None: not recorded (the token cache)."""
+    sha256: str
+    """Hex SHA-256 of its content."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A difference between a file and what its list says."""
+
+    kind: Literal["missing", "unexpected", "content"]
+    name: str
+    """Path of the file, relative to the folder."""
+    text: str
+    """The difference in words, with the file's name."""
+
+
+def list_files(folder: Path) -> dict[str, FileEntry]:
+    """An entry for every file below `folder`, by its relative path."""
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def fingerprint(files: Mapping[str, FileEntry]) -> str:
+    """SHA-256 over the names and hashes of files, in the order given."""
+    listing = json.dumps({name: entry.sha256 for name, entry in files.items()})
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def find_damage(
+    folder: Path, files: Mapping[str, FileEntry], *, unlisted: Container[str] | None = None, hashes: bool = True
+) -> Damage | None:
+    """The first difference between a folder and its list; None if there is none.
+
+    Args:
+        unlisted: files that may lie there without being listed; None: any may.
+        hashes: compare contents, not only sizes.
+    """
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if missing := files.keys() - present:
+        return Damage("missing", min(missing), f"{min(missing)} is missing")
+    strangers = [] if unlisted is None else [name for name in present - files.keys() if name not in unlisted]
+    if strangers:
+        return Damage("unexpected", min(strangers), f"{min(strangers)} is not listed")
+    for name, entry in files.items():
+        size = (folder / name).stat().st_size
+        if entry.bytes is not None and size != entry.bytes:
+            return Damage("content", name, f"{name} has {size} of {entry.bytes} bytes")
+        if hashes and sha256(folder / name) != entry.sha256:
+            return Damage("content", name, f"the content of {name} has changed")
+    return None
