@@ -14,6 +14,8 @@ from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError, did_you_mean, first_problem, one_line
 
 MAX_CONFIG_BYTES = 2**20
+FORMER_SECTIONS = {"peter": ("baselines", "peter")}
+"""Sections that have moved: the name at the top level of earlier configs -> parent and name today."""
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -32,12 +34,30 @@ def parse_config(values: Any, source: str, overrides: Sequence[str] = ()) -> Run
         values = {}
     if not isinstance(values, dict):
         raise InputError(f"{source}: expected fields and values, found {type(values).__name__}")
+    values = translate_former(values, source)
     for override in overrides:
         values = _apply_override(values, override)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{source}: {_problem(error, RunConfig)}") from error
+
+
+def translate_former(values: dict[str, Any], source: object) -> dict[str, Any]:
+    """The same config with sections that have moved at their new places, as files of earlier versions need it.
+
+    Raises:
+        InputError: a section stands at its former place and at the new one.
+    """
+    for name, (parent, child) in FORMER_SECTIONS.items():
+        if name not in values:
+            continue
+        section = values.get(parent) or {}
+        if not isinstance(section, dict) or child in section:
+            raise InputError(f"{source}: {name} has moved to {parent}.{child}, which is given too; keep that one")
+        rest = {key: value for key, value in values.items() if key != name}
+        values = rest | {parent: section | {child: values[name]}}
+    return values
 
 
 def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -95,6 +115,9 @@ def _apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
     keys = name.strip().split(".")
     if not equals or not all(keys):
         raise InputError(f"--set {override}: expected FIELD=VALUE, such as stage1.clusters=4")
+    if keys[0] in FORMER_SECTIONS:
+        moved = ".".join([*FORMER_SECTIONS[keys[0]], *keys[1:]])
+        raise InputError(f"--set {override}: {name.strip()} has moved to {moved}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

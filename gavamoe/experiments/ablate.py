@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gavamoe.artifacts.files import write_folder
-from gavamoe.artifacts.manifest import MANIFEST, read_manifest
+from gavamoe.artifacts.manifest import MANIFEST, Manifest, read_manifest
 from gavamoe.artifacts.run import RunFolder, claim_run
-from gavamoe.config.files import override_config
+from gavamoe.config.files import override_config, translate_former
 from gavamoe.config.schema import RunConfig, Stage1Config
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
@@ -137,7 +138,7 @@ def _evaluated(job: Job, dataset: Dataset) -> bool:
     if kind is None:
         return same
     if kind == "peter":
-        same = same and manifest.config.get("peter") == now["peter"]
+        same = same and _peter_settings(manifest) == now["baselines"]["peter"]
     return same and manifest.inputs.get(kind) == read_manifest(job.folder / kind, kind, verify=False).fingerprint
 
 
@@ -165,12 +166,17 @@ def _run(job: Job, dataset: Dataset, cache: Path, progress: Progress) -> None:
 
 def _peter(job: Job, dataset: Dataset, progress: Progress) -> Writer:
     folder = job.folder / "peter"
-    trained = (folder / MANIFEST).is_file() and read_manifest(folder, "peter", verify=False).config.get("peter")
-    if trained != job.config.peter.model_dump(mode="json"):
+    trained = _peter_settings(read_manifest(folder, "peter", verify=False)) if (folder / MANIFEST).is_file() else None
+    if trained != job.config.baselines.peter.model_dump(mode="json"):
         progress.step("train PETER")
         features = job.system.peter == "features"
         peter_train.train_peter(job.config, dataset, folder, features=features, on_progress=progress.count)
     return peter_train.PeterWriter.load(folder, dataset, job.config.stage2.prompt)
+
+
+def _peter_settings(manifest: Manifest) -> Any:
+    """The settings of PETER under which an artifact was made, by this version or an earlier one."""
+    return translate_former(manifest.config, MANIFEST).get("baselines", {}).get("peter")
 
 
 def _share_stage1(job: Job, dataset: Dataset, cache: Path, progress: Progress) -> None:

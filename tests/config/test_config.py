@@ -64,6 +64,7 @@ def test_gates_follow_clusters() -> None:
         ("stage2.offload_parameters=true", r"stage2\.offload_parameters: needs zero_stage 3, not 1"),
         ("runtime.engine=tensorflow", r"runtime\.engine: 'tensorflow': .*'deepspeed' or 'torch'"),
         ("stage2=3", r"stage2: 3: .*valid dictionary"),
+        ("peter.layers=3", r"--set peter\.layers=3: peter\.layers has moved to baselines\.peter\.layers"),
         ("seed", r"--set seed: expected FIELD=VALUE"),
         ("seed=[", r"--set seed=\[: .*not a YAML value"),
     ],
@@ -96,6 +97,17 @@ def test_hostile_yaml_is_one_line(text: str, tmp_path: Path) -> None:
 def test_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(InputError, match="nosuch: no such config file, nor one of the presets gpt2, paper"):
         load_config("nosuch")
+
+
+def test_configs_of_earlier_versions_have_peter_at_the_top() -> None:
+    former = parse_config({"seed": 1, "peter": {"layers": 3}}, "x", ["baselines.peter.heads=4"])
+    assert (former.baselines.peter.layers, former.baselines.peter.heads) == (3, 4)
+    assert former == parse_config({"seed": 1, "baselines": {"peter": {"layers": 3, "heads": 4}}}, "x")
+    both = {"peter": {"layers": 3}, "baselines": {"peter": {"layers": 3}}}
+    with pytest.raises(InputError, match=r"x: peter has moved to baselines\.peter, which is given too"):
+        parse_config(both, "x")
+    with pytest.raises(InputError, match=r"x: baselines\.peter\.layers: 0: "):
+        parse_config({"peter": {"layers": 0}}, "x")
 
 
 def test_field_paths_cover_nested_fields() -> None:

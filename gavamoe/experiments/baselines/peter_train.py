@@ -69,7 +69,7 @@ def train_peter(
     rated = splits["train"].pairs.rating
     places = IDS + prefix.longest + max(stage2.prompt.max_explanation_tokens, config.generation.max_new_tokens)
     spec = PeterSpec(
-        size=config.peter,
+        size=config.baselines.peter,
         vocabulary=len(tokenizer),
         n_users=data.catalog.known_users,
         n_items=data.catalog.known_items,
@@ -236,20 +236,20 @@ def _train(
     planned = stage2.epochs * plan.steps_per_epoch
     steps = min(planned, stage2.max_steps) if stage2.max_steps else planned
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.peter.learning_rate, weight_decay=stage2.weight_decay, fused=True
+        model.parameters(), lr=config.baselines.peter.learning_rate, weight_decay=stage2.weight_decay, fused=True
     )
     losses: dict[int, float] = {}
     best: tuple[float, int, dict[str, Tensor]] | None = None
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = config.peter.learning_rate * rate_at(step, steps, stage2)
+            group["lr"] = config.baselines.peter.learning_rate * rate_at(step, steps, stage2)
         rows = plan.rows(step).reshape(-1)
         random = np.random.default_rng([config.seed, step])
         hidden = random.random((2, len(rows))) < config.stage1.unknown_id_rate
         model.train()
         loss = model.losses(train.batch(rows, model.spec, end, hidden), end)["loss"]
         if not torch.isfinite(loss):
-            raise RunError(f"PETER: the loss is {float(loss)} at step {step + 1}; lower peter.learning_rate")
+            raise RunError(f"PETER: the loss is {float(loss)} at step {step + 1}; lower baselines.peter.learning_rate")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), stage2.clip_norm)
