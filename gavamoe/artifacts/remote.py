@@ -23,28 +23,30 @@ from gavamoe.errors import InputError, RunError
 
 ORIGIN = "origin.json"
 NOT_COMMITTED = ("checkpoints",)
-"""Parts of a run that others write to the storage themselves: Ray Train."""
+"""Folders of a run that Ray Train writes to the storage itself."""
 _UNIT_MARKS = ("meta.json", "artifact.json")
-"""A folder with one of these is a dataset or an artifact: one unit. Others, such as runs, go part by part."""
+"""A folder with one of these is a dataset or an artifact, and is stored as a unit; a run is stored entry by entry."""
 _HERE = "here"
 
 
 @dataclass(frozen=True)
-class Place:
-    """A staged path, told to another machine: a part of what is stored at a URI ("" for the whole)."""
+class StoredPath:
+    """What a staged path stands for, as another machine needs it: a path below the URI of a dataset or a run."""
 
     base: str
-    part: str
+    """The URI of the dataset or run."""
+    relative: str
+    """The path below it; empty for all of it."""
 
     @property
     def uri(self) -> str:
-        return f"{self.base}/{self.part}" if self.part else self.base
+        return f"{self.base}/{self.relative}" if self.relative else self.base
 
 
 def is_uri(text: str) -> bool:
     """Whether it names something on a filesystem of pyarrow rather than a local path."""
-    scheme, found, rest = text.partition("://")
-    return bool(found and rest and scheme.isalnum())
+    scheme, separator, rest = text.partition("://")
+    return bool(separator and rest and scheme.isalnum())
 
 
 def located(text: str) -> Path:
@@ -66,12 +68,12 @@ def checkout(uri: str) -> Path:
             _fetch(store, staged)
         else:
             for name in store.children():
-                part = store.below(name)
-                if part.index() is not None:
-                    _fetch(part, staged / name)
-                elif name not in NOT_COMMITTED and part.is_file():
+                child = store.below(name)
+                if child.index() is not None:
+                    _fetch(child, staged / name)
+                elif name not in NOT_COMMITTED and child.is_file():
                     staged.mkdir(parents=True, exist_ok=True)
-                    part.get_file("", staged / name)
+                    child.get_file("", staged / name)
     return staged
 
 
@@ -81,9 +83,9 @@ def commit(staged: Path) -> None:
     Raises:
         RunError: the storage can't be written.
     """
-    place = place_of(staged)
-    if place is not None and staged.is_dir():
-        _store(staged, place.uri)
+    stored = stored_path(staged)
+    if stored is not None and staged.is_dir():
+        _store(staged, stored.uri)
 
 
 def copy(source: str, target: str) -> None:
@@ -97,7 +99,7 @@ def copy(source: str, target: str) -> None:
         raise InputError(f"{source}: no such folder")
     if is_uri(target):
         if exists(target):
-            raise InputError(f"{target}: already exists; choose another place or remove it first")
+            raise InputError(f"{target}: already exists; choose another URI or remove it first")
         _store(folder, target)
         return
     with write_folder(Path(target)) as aside:
@@ -106,7 +108,7 @@ def copy(source: str, target: str) -> None:
 
 
 def _store(folder: Path, uri: str) -> None:
-    """Store a dataset or an artifact as a unit, anything else part by part."""
+    """Store a dataset or an artifact as a unit, anything else entry by entry."""
     if any((folder / name).is_file() for name in _UNIT_MARKS):
         push(folder, uri)
         return
@@ -136,41 +138,42 @@ def push(folder: Path, uri: str) -> None:
     store.put_bytes(index.model_dump_json(indent=1).encode(), INDEX)
     if before is not None:
         store.delete(before.version)
-    if place_of(folder) is not None:
+    if stored_path(folder) is not None:
         _mark_of(folder).write_text(index.version)
 
 
-def place_of(path: Path) -> Place | None:
-    """The stored place that a staged path stands for; None for an ordinary path."""
+def stored_path(path: Path) -> StoredPath | None:
+    """The stored path that a staged one stands for; None for an ordinary path."""
     path = Path(path).absolute()
     for folder in (path, *path.parents):
         mark = folder.parent / ORIGIN
         if folder.name == _HERE and mark.is_file():
             relative = path.relative_to(folder).as_posix()
-            return Place(json.loads(mark.read_text(encoding="utf-8"))["uri"], "" if relative == "." else relative)
+            base = json.loads(mark.read_text(encoding="utf-8"))["uri"]
+            return StoredPath(base, "" if relative == "." else relative)
     return None
 
 
 def with_uris(text: str) -> str:
-    """A message with the URIs that its staging folders stand for, which is what a user knows."""
+    """A message with its staging folders replaced by the URIs that a user knows them by."""
 
     def uri_of(match: re.Match[str]) -> str:
-        place = place_of(Path(match[0]))
-        return match[0] if place is None else place.uri
+        stored = stored_path(Path(match[0]))
+        return match[0] if stored is None else stored.uri
 
     return re.sub(f"{re.escape(str(cache_folder()))}/[0-9a-f]{{20}}/{_HERE}", uri_of, text)
 
 
-def local_path(place: Place) -> Path:
-    """This machine's staging path of a place, fetched if it is stored."""
-    staged = _staging(place.base)
-    if not place.part:
-        return checkout(place.base)
-    store = ObjectStore(place.uri)
+def local_path(stored: StoredPath) -> Path:
+    """This machine's staging path of a stored path, fetched if something is stored there."""
+    staged = _staging(stored.base)
+    if not stored.relative:
+        return checkout(stored.base)
+    store = ObjectStore(stored.uri)
     with _locked(staged):
         if store.index() is not None:
-            _fetch(store, staged / place.part)
-    return staged / place.part
+            _fetch(store, staged / stored.relative)
+    return staged / stored.relative
 
 
 def remove(uri: str) -> None:
@@ -196,7 +199,7 @@ def _fetch(store: ObjectStore, target: Path) -> None:
     for attempt in range(TRANSFER_ATTEMPTS):
         index = store.index()
         if index is None:
-            raise InputError(f"{store.uri}: is no longer there")
+            raise InputError(f"{store.uri}: was removed meanwhile")
         if target.is_dir() and mark.is_file() and mark.read_text() == index.version:
             return
         try:
@@ -221,7 +224,7 @@ def _fetch_version(store: ObjectStore, index: Index, target: Path) -> None:
 
 
 def _mark_of(target: Path) -> Path:
-    """Where the version of a fetched folder is noted: beside it, for the folder's own files are listed."""
+    """Where the version of a fetched folder is noted: beside it, because the folder's files are listed."""
     return target.with_name(f".{target.name}.version")
 
 

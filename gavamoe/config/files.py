@@ -4,8 +4,9 @@ A wrong or unknown field raises `InputError` naming the field, the value, the bo
 """
 
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError, did_you_mean, first_problem, one_line
 
+PACKAGE = Path(str(resources.files("gavamoe")))
+"""The folder of the installed package."""
 MAX_CONFIG_BYTES = 2**20
 FORMER_SECTIONS = {"peter": ("baselines", "peter")}
 """Sections that have moved: the name at the top level of earlier configs -> parent and name today."""
@@ -75,7 +78,7 @@ def find_config(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    presets = presets_folder()
+    presets = shipped("configs")
     named = presets / f"{source}.yaml"
     if path.name == str(source) and named.is_file():
         return named
@@ -83,10 +86,10 @@ def find_config(source: str | Path) -> Path:
     raise InputError(f"{source}: no such config file, nor one of the presets {', '.join(known)}")
 
 
-def presets_folder() -> Path:
-    """`configs/` of the checkout, or its copy inside an installed wheel."""
-    installed = Path(__file__).parent.parent / "_configs"
-    return installed if installed.is_dir() else Path(__file__).parent.parent.parent / "configs"
+def shipped(folder: Literal["configs", "tune_spaces", "jobs"]) -> Path:
+    """A folder that ships with the package: the checkout's, or its copy inside an installed wheel."""
+    installed = PACKAGE / f"_{folder}"
+    return installed if installed.is_dir() else PACKAGE.parent / folder
 
 
 def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -21,7 +21,7 @@ class Stage1Config(Section):
     encoder_heads: PositiveInt = 8
     """Number of attention heads of each encoder layer; must divide `embedding_size`."""
     encoder_feedforward: PositiveInt = 768
-    """Width of the encoder's feed-forward layers. The paper names none, and wider ones found nothing more."""
+    """Width of the encoder's feed-forward layers. The paper gives no value; wider ones gained nothing."""
     decoder_hidden: PositiveInt = 256
     """Width of the hidden layer of the decoder, a 2-layer MLP."""
     dropout: Rate = 0.1

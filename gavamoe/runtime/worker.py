@@ -87,7 +87,7 @@ class WorkerJob:
 
     loop: Callable[..., Any]
     arguments: dict[str, Any]
-    """Keyword arguments of the loop; the driver's staged paths are `remote.Place`s here."""
+    """Keyword arguments of the loop; the driver's staged paths are `remote.StoredPath`s here."""
     placement: RuntimeConfig
     worker_log: Any
     """Handle of the `WorkerLog`."""
@@ -107,15 +107,15 @@ def run_worker(config: dict[str, Any]) -> Any:
     if ray.get(job.worker_log.refusals.remote()):
         return None  # an attempt before this one was refused, by one rank only
     torch.set_num_threads(job.placement.threads_per_worker)
-    places = {name: value for name, value in job.arguments.items() if isinstance(value, remote.Place)}
+    stored_paths = {name: value for name, value in job.arguments.items() if isinstance(value, remote.StoredPath)}
     try:
-        arguments = job.arguments | {name: remote.local_path(place) for name, place in places.items()}
+        arguments = job.arguments | {name: remote.local_path(stored) for name, stored in stored_paths.items()}
         with RayContext(job) as context:
             outcome = job.loop(context=context, **arguments)
         if train.get_context().get_world_rank() == 0:
-            for name, place in places.items():
-                if place.part and arguments[name].is_dir():
-                    remote.push(arguments[name], place.uri)
+            for name, stored in stored_paths.items():
+                if stored.relative and arguments[name].is_dir():
+                    remote.push(arguments[name], stored.uri)
         return outcome
     except (InputError, RunError) as error:
         return _refuse(job, error)

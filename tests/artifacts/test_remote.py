@@ -135,21 +135,21 @@ def test_places_are_known_by_path_and_fetched_elsewhere(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = remote.checkout(uri)
-    assert remote.place_of(tmp_path) is None
+    assert remote.stored_path(tmp_path) is None
     run.mkdir()
     shutil.copytree(make_folder(tmp_path / "a"), run / "stage1")
     (run / "config.yaml").write_text("seed: 1")
     (run / "checkpoints" / "x").mkdir(parents=True)
     remote.commit(run)
-    place = remote.place_of(run / "stage1")
-    assert place == remote.Place(uri, "stage1")
+    stored = remote.stored_path(run / "stage1")
+    assert stored == remote.StoredPath(uri, "stage1")
     assert ObjectStore(uri).children() == ["config.yaml", "stage1"]
 
     monkeypatch.setenv("GAVAMOE_CACHE", str(tmp_path / "other"))
-    assert content(remote.local_path(place)) == content(tmp_path / "a")
-    new = remote.local_path(remote.Place(uri, "stage2"))
+    assert content(remote.local_path(stored)) == content(tmp_path / "a")
+    new = remote.local_path(remote.StoredPath(uri, "stage2"))
     assert not new.exists()
-    assert remote.place_of(new) == remote.Place(uri, "stage2")
+    assert remote.stored_path(new) == remote.StoredPath(uri, "stage2")
     assert sorted(path.name for path in remote.checkout(uri).iterdir() if path.name[0] != ".") == [
         "config.yaml",
         "stage1",

@@ -7,11 +7,11 @@ import pytest
 from helpers.config_reads import unread_fields
 from pydantic import BaseModel, field_validator, model_validator
 
-from gavamoe.config.files import dump_config, field_paths, load_config, parse_config, presets_folder
+from gavamoe.config.files import PACKAGE, dump_config, field_paths, load_config, parse_config, shipped
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError
 
-PRESETS = sorted(path.stem for path in presets_folder().glob("*.yaml"))
+PRESETS = sorted(path.stem for path in shipped("configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -119,8 +119,7 @@ def test_field_paths_cover_nested_fields() -> None:
 
 def test_every_field_is_read_somewhere() -> None:
     """A config field that no code reads would be silently ignored."""
-    package = presets_folder().parent / "gavamoe"
-    assert unread_fields(RunConfig, [path.read_text(encoding="utf-8") for path in package.rglob("*.py")]) == []
+    assert unread_fields(RunConfig, [path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")]) == []
 
 
 class LoraPart(BaseModel):
