@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from helpers.stage2_runs import TINY
+from helpers.tiny import TINY
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
