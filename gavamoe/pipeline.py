@@ -1,7 +1,7 @@
 """The whole job: dataset -> stage 1 -> stage 2 -> evaluation -> report, each a folder of the run.
 
 `train_run` is `gavamoe train`; `quickstart` is the command of that name. A step whose folder is
-already whole is not run again when resuming.
+already complete is not run again when resuming.
 """
 
 import shutil
@@ -82,7 +82,7 @@ def quickstart(run_dir: Path, config: RunConfig, *, data_seed: int = 0, progress
 
 
 def _finished(run: RunFolder, number: str, dataset: Dataset, resume: bool) -> bool:
-    """Whether the stage's folder is there, whole, made from this dataset, and its training came to its end."""
+    """Whether the stage's folder is complete and made from this dataset, and its training came to its end."""
     folder = run.stage1 if number == "1" else run.stage2
     if not folder.exists():
         return False
@@ -99,7 +99,7 @@ def _train_stage(
 ) -> None:
     loop, arguments, title = _stage(number, config, dataset, RunFolder(run.path.absolute()))
     if number == "2":
-        _tokenise(config, dataset, progress)
+        _tokenize(config, dataset, progress)
     progress.step(title)
     out: Path = arguments["out"]
     shutil.rmtree(out, ignore_errors=True)  # of a training that was cut off, see `_finished`
@@ -115,13 +115,13 @@ def _train_stage(
     )
 
 
-def _tokenise(config: RunConfig, dataset: Dataset, progress: Progress) -> None:
-    """Make the token cache of many rows, in Ray tasks, before the workers want it; of few they make their own."""
+def _tokenize(config: RunConfig, dataset: Dataset, progress: Progress) -> None:
+    """Make the token cache of many rows, in Ray tasks, before the workers start; they tokenize few rows themselves."""
     from gavamoe.stage2.token_cache import WORTHWHILE, fill_cache
 
     if dataset.size("train") < WORTHWHILE:
         return
-    progress.step("Tokenise rows")
+    progress.step("Tokenize rows")
     placement = config.runtime.model_copy(update={"gpu": False})
     fill_cache(config, dataset.path, lambda loop, jobs: run_tasks(loop, jobs, placement, progress.count))
 

@@ -1,10 +1,14 @@
-"""Lists of files with their sizes and hashes, and what has become of the files since: the one check for damage.
+"""Lists of files with size and SHA-256, and the first way in which a folder differs from its list.
 
-Artifact folders, folders at URIs, checkpoints and the token cache all keep such lists.
+Artifacts, checkpoints, folders on object storage and the token cache keep such lists, each in a JSON file of its own.
 """
 
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+import hashlib
+import json
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,15 +16,28 @@ from gavamoe.artifacts.files import sha256
 
 
 class FileEntry(BaseModel):
-    """A listed file."""
+    """What a list says of a file."""
 
     model_config = ConfigDict(extra="forbid")
-    bytes: int
+    bytes: int | None = None
+    """Size of the file; None: not recorded (the token cache)."""
     sha256: str
+    """Hex SHA-256 of its content."""
 
 
-def file_entries(folder: Path) -> dict[str, FileEntry]:
-    """The entries of all files below `folder`, by their paths relative to it, in order."""
+@dataclass(frozen=True)
+class Damage:
+    """A difference between a file and what its list says."""
+
+    kind: Literal["missing", "unexpected", "content"]
+    name: str
+    """Path of the file, relative to the folder."""
+    text: str
+    """The difference in words, with the file's name."""
+
+
+def list_files(folder: Path) -> dict[str, FileEntry]:
+    """An entry for every file below `folder`, by its relative path."""
     return {
         path.relative_to(folder).as_posix(): FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(folder.rglob("*"))
@@ -28,26 +45,31 @@ def file_entries(folder: Path) -> dict[str, FileEntry]:
     }
 
 
-def leaves_folder(name: str) -> bool:
-    """Whether a listed path names something outside of its folder."""
-    path = PurePosixPath(name)
-    return path.is_absolute() or ".." in path.parts
+def fingerprint(files: Mapping[str, FileEntry]) -> str:
+    """SHA-256 over the names and hashes of files, in the order given."""
+    listing = json.dumps({name: entry.sha256 for name, entry in files.items()})
+    return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def find_damage(folder: Path, files: Mapping[str, FileEntry], *, hashes: bool = True) -> str | None:
-    """The first listed file that is not as it was written, in words; None if all are.
+def find_damage(
+    folder: Path, files: Mapping[str, FileEntry], *, unlisted: Container[str] | None = None, hashes: bool = True
+) -> Damage | None:
+    """The first difference between a folder and its list; None if there is none.
 
     Args:
-        hashes: False compares sizes alone, which is fast.
+        unlisted: files that may lie there without being listed; None: any may.
+        hashes: compare contents, not only sizes.
     """
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if missing := files.keys() - present:
+        return Damage("missing", min(missing), f"{min(missing)} is missing")
+    strangers = [] if unlisted is None else [name for name in present - files.keys() if name not in unlisted]
+    if strangers:
+        return Damage("unexpected", min(strangers), f"{min(strangers)} is not listed")
     for name, entry in files.items():
-        path = folder / name
-        if leaves_folder(name):
-            return f"{name} lies outside of the folder"
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry.bytes:
-            return f"{name} has {path.stat().st_size} of {entry.bytes} bytes"
-        if hashes and sha256(path) != entry.sha256:
-            return f"the content of {name} has changed"
+        size = (folder / name).stat().st_size
+        if entry.bytes is not None and size != entry.bytes:
+            return Damage("content", name, f"{name} has {size} of {entry.bytes} bytes")
+        if hashes and sha256(folder / name) != entry.sha256:
+            return Damage("content", name, f"the content of {name} has changed")
     return None

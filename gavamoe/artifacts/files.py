@@ -94,13 +94,13 @@ def sha256(path: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that decide a run's numbers."""
-    found = {}
+    installed = {}
     for package in _REPORTED_PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def _aside(path: Path) -> Path:

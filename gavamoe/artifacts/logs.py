@@ -16,14 +16,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     if path.stat().st_size > MAX_LOG_BYTES:
         raise InputError(f"{path}: larger than the {MAX_LOG_BYTES} bytes that is read of a log")
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    found = []
+    entries = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            found.append(json.loads(line))
+            entries.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
             raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
-    return [line for line in found if isinstance(line, dict)]
+    return [line for line in entries if isinstance(line, dict)]

@@ -4,8 +4,6 @@ A folder's `artifact.json` says what made it (config, seed, versions, fingerprin
 lists its files with size and SHA-256, so that a folder with a missing, added or changed file is refused.
 """
 
-import hashlib
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gavamoe.artifacts.checksums import FileEntry, file_entries, find_damage
+from gavamoe.artifacts.checksums import FileEntry, find_damage, fingerprint, list_files
 from gavamoe.artifacts.files import read_json, versions, write_json
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError, one_line, validated
@@ -43,8 +41,7 @@ class Manifest(BaseModel):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the names and hashes of the files."""
-        listing = json.dumps({name: entry.sha256 for name, entry in sorted(self.files.items())})
-        return hashlib.sha256(listing.encode()).hexdigest()
+        return fingerprint(dict(sorted(self.files.items())))
 
 
 def write_manifest(
@@ -59,7 +56,7 @@ def write_manifest(
         versions=versions(),
         inputs=inputs,
         details=details or {},
-        files=file_entries(folder),
+        files=list_files(folder),
     )
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     return manifest
@@ -88,13 +85,13 @@ def read_manifest(folder: Path, kind: Kind, *, verify: bool = True) -> Manifest:
 
 
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {MANIFEST}
-    for problem, names in (("missing", set(manifest.files) - found), ("unexpected", found - set(manifest.files))):
-        if names:
-            raise InputError(f"{folder}: {problem} file {min(names)}; the artifact is not whole")
-    damage = find_damage(folder, manifest.files, hashes=verify)
-    if damage is not None:
-        raise InputError(f"{folder}: damaged: {damage} since {MANIFEST} was written")
+    damage = find_damage(folder, manifest.files, unlisted={MANIFEST}, hashes=verify)
+    if damage is None:
+        return
+    if damage.kind == "content":
+        path = folder / damage.name
+        raise InputError(f"{path}: content differs from what {MANIFEST} records; the artifact is damaged")
+    raise InputError(f"{folder}: {damage.kind} file {damage.name}; the artifact has changed since it was written")
 
 
 def save_weights(path: Path, module: torch.nn.Module) -> None:

@@ -1,9 +1,8 @@
 """Datasets and runs on object storage: any URI that pyarrow knows (`s3://`, `gs://`, `abfs://`, `hdfs://`, `file://`).
 
-Commands work on local folders. A URI is checked out into a folder of this machine's cache and committed afterwards.
-A folder at `URI` is `URI/VERSION/FILES...` and, written last, `URI/_folder.json`, which names the version and lists its
-files with size and SHA-256. Object stores have no rename: this one small object is the switch, so that a reader finds
-the old folder or the new one, whole. Loose files, such as a run's config.yaml, are single objects, which appear whole.
+Commands work on local folders. A URI is checked out into a staging folder in this machine's cache and committed
+afterwards. A stored folder is replaced all at once (see `object_store`); loose files, such as a run's config.yaml, are
+single objects.
 """
 
 import fcntl
@@ -12,61 +11,42 @@ import json
 import os
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-from pyarrow import fs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from gavamoe.artifacts.checksums import find_damage, fingerprint, list_files
+from gavamoe.artifacts.files import write_folder, write_json
+from gavamoe.artifacts.object_store import INDEX, TRANSFER_ATTEMPTS, Index, ObjectStore, pause_after
+from gavamoe.errors import InputError, RunError
 
-from gavamoe.artifacts.checksums import FileEntry, file_entries, find_damage, leaves_folder
-from gavamoe.artifacts.files import MAX_JSON_BYTES, write_folder, write_json
-from gavamoe.errors import InputError, RunError, first_problem, one_line
-
-Result = TypeVar("Result")
-
-INDEX = "_folder.json"
 ORIGIN = "origin.json"
 NOT_COMMITTED = ("checkpoints",)
-"""Parts of a run that others write to the storage themselves: Ray Train."""
+"""Folders of a run that Ray Train writes to the storage itself."""
 _UNIT_MARKS = ("meta.json", "artifact.json")
-"""A folder with one of these is a dataset or an artifact: one unit. Others, such as runs, go part by part."""
+"""A folder with one of these is a dataset or an artifact, and is stored as a unit; a run is stored entry by entry."""
 _HERE = "here"
-_REQUEST_ATTEMPTS = 8
-_TRANSFER_ATTEMPTS = 4
-_FIRST_PAUSE = 0.2
-"""Seconds before the second attempt; four times as long before each one more."""
-
-
-class Index(BaseModel):
-    """Content of `_folder.json`."""
-
-    model_config = ConfigDict(extra="forbid")
-    version: str
-    """A digest of the names and hashes of the content, and the name of the prefix with the files."""
-    files: dict[str, FileEntry]
 
 
 @dataclass(frozen=True)
-class Place:
-    """A staged path, told to another machine: a part of what is stored at a URI ("" for the whole)."""
+class StoredPath:
+    """What a staged path stands for, as another machine needs it: a path below the URI of a dataset or a run."""
 
     base: str
-    part: str
+    """The URI of the dataset or run."""
+    relative: str
+    """The path below it; empty for all of it."""
 
     @property
     def uri(self) -> str:
-        return f"{self.base}/{self.part}" if self.part else self.base
+        return f"{self.base}/{self.relative}" if self.relative else self.base
 
 
 def is_uri(text: str) -> bool:
     """Whether it names something on a filesystem of pyarrow rather than a local path."""
-    scheme, found, rest = text.partition("://")
-    return bool(found and rest and scheme.isalnum())
+    scheme, separator, rest = text.partition("://")
+    return bool(separator and rest and scheme.isalnum())
 
 
 def located(text: str) -> Path:
@@ -82,18 +62,18 @@ def checkout(uri: str) -> Path:
         RunError: what is stored there is damaged.
     """
     staged = _staging(uri)
-    store = _Store(uri)
+    store = ObjectStore(uri)
     with _locked(staged):
         if store.index() is not None:
             _fetch(store, staged)
         else:
             for name in store.children():
-                part = store.below(name)
-                if part.index() is not None:
-                    _fetch(part, staged / name)
-                elif name not in NOT_COMMITTED and part.is_file():
+                child = store.below(name)
+                if child.index() is not None:
+                    _fetch(child, staged / name)
+                elif name not in NOT_COMMITTED and child.is_file():
                     staged.mkdir(parents=True, exist_ok=True)
-                    part.get_file("", staged / name)
+                    child.get_file("", staged / name)
     return staged
 
 
@@ -103,9 +83,9 @@ def commit(staged: Path) -> None:
     Raises:
         RunError: the storage can't be written.
     """
-    place = place_of(staged)
-    if place is not None and staged.is_dir():
-        _store(staged, place.uri)
+    stored = stored_path(staged)
+    if stored is not None and staged.is_dir():
+        _store(staged, stored.uri)
 
 
 def copy(source: str, target: str) -> None:
@@ -119,7 +99,7 @@ def copy(source: str, target: str) -> None:
         raise InputError(f"{source}: no such folder")
     if is_uri(target):
         if exists(target):
-            raise InputError(f"{target}: already exists; choose another place or remove it first")
+            raise InputError(f"{target}: already exists; choose another URI or remove it first")
         _store(folder, target)
         return
     with write_folder(Path(target)) as aside:
@@ -128,7 +108,7 @@ def copy(source: str, target: str) -> None:
 
 
 def _store(folder: Path, uri: str) -> None:
-    """Store a dataset or an artifact as a unit, anything else part by part."""
+    """Store a dataset or an artifact as a unit, anything else entry by entry."""
     if any((folder / name).is_file() for name in _UNIT_MARKS):
         push(folder, uri)
         return
@@ -138,7 +118,7 @@ def _store(folder: Path, uri: str) -> None:
         if path.is_dir():
             push(path, f"{uri}/{path.name}")
         else:
-            _Store(uri).put_file(path, path.name)
+            ObjectStore(uri).put_file(path, path.name)
 
 
 def push(folder: Path, uri: str) -> None:
@@ -147,10 +127,9 @@ def push(folder: Path, uri: str) -> None:
     Raises:
         RunError: the storage can't be written; what was there before is intact.
     """
-    files = file_entries(folder)
-    listing = json.dumps({name: entry.sha256 for name, entry in files.items()})
-    index = Index(version=hashlib.sha256(listing.encode()).hexdigest()[:16], files=files)
-    store = _Store(uri)
+    files = list_files(folder)
+    index = Index(version=fingerprint(files)[:16], files=files)
+    store = ObjectStore(uri)
     before = store.index()
     if before is not None and before.version == index.version:
         return
@@ -159,77 +138,53 @@ def push(folder: Path, uri: str) -> None:
     store.put_bytes(index.model_dump_json(indent=1).encode(), INDEX)
     if before is not None:
         store.delete(before.version)
-    if place_of(folder) is not None:
+    if stored_path(folder) is not None:
         _mark_of(folder).write_text(index.version)
 
 
-def place_of(path: Path) -> Place | None:
-    """The stored place that a staged path stands for; None for an ordinary path."""
+def stored_path(path: Path) -> StoredPath | None:
+    """The stored path that a staged one stands for; None for an ordinary path."""
     path = Path(path).absolute()
     for folder in (path, *path.parents):
         mark = folder.parent / ORIGIN
         if folder.name == _HERE and mark.is_file():
             relative = path.relative_to(folder).as_posix()
-            return Place(json.loads(mark.read_text(encoding="utf-8"))["uri"], "" if relative == "." else relative)
+            base = json.loads(mark.read_text(encoding="utf-8"))["uri"]
+            return StoredPath(base, "" if relative == "." else relative)
     return None
 
 
 def with_uris(text: str) -> str:
-    """A message with the URIs that its staging folders stand for, which is what a user knows."""
+    """A message with its staging folders replaced by the URIs that a user knows them by."""
 
     def uri_of(match: re.Match[str]) -> str:
-        place = place_of(Path(match[0]))
-        return match[0] if place is None else place.uri
+        stored = stored_path(Path(match[0]))
+        return match[0] if stored is None else stored.uri
 
     return re.sub(f"{re.escape(str(cache_folder()))}/[0-9a-f]{{20}}/{_HERE}", uri_of, text)
 
 
-def local_path(place: Place) -> Path:
-    """This machine's staging path of a place, fetched if it is stored."""
-    staged = _staging(place.base)
-    if not place.part:
-        return checkout(place.base)
-    store = _Store(place.uri)
+def local_path(stored: StoredPath) -> Path:
+    """This machine's staging path of a stored path, fetched if something is stored there."""
+    staged = _staging(stored.base)
+    if not stored.relative:
+        return checkout(stored.base)
+    store = ObjectStore(stored.uri)
     with _locked(staged):
         if store.index() is not None:
-            _fetch(store, staged / place.part)
-    return staged / place.part
+            _fetch(store, staged / stored.relative)
+    return staged / stored.relative
 
 
 def remove(uri: str) -> None:
     """Delete a file, or everything below `uri`; nothing happens if there is nothing."""
-    _Store(uri).delete("")
+    ObjectStore(uri).delete("")
 
 
 def exists(uri: str) -> bool:
     """Whether a file is stored at `uri`, or anything below it."""
-    store = _Store(uri)
+    store = ObjectStore(uri)
     return store.is_file() or bool(store.children())
-
-
-def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """pyarrow's filesystem of a URI and the path in it. S3: AWS_ENDPOINT_URL, AWS_REGION and the usual credentials.
-
-    Raises:
-        InputError: an unknown scheme, or wrong settings.
-    """
-    parts = urlsplit(uri)
-    try:
-        if parts.scheme != "s3":
-            found, path = fs.FileSystem.from_uri(uri)
-            return found, path
-        endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        if region is None and not endpoint.netloc:
-            region = fs.resolve_s3_region(parts.netloc)
-        options: dict[str, Any] = {"region": region or "us-east-1"}
-        if endpoint.netloc:
-            options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
-        retries = fs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_ATTEMPTS)
-        store = fs.S3FileSystem(retry_strategy=retries, connect_timeout=5, request_timeout=30, **options)
-        return store, (parts.netloc + parts.path).rstrip("/")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{uri}: can't be reached ({one_line(error)})") from error
 
 
 def cache_folder() -> Path:
@@ -238,143 +193,38 @@ def cache_folder() -> Path:
     return Path(os.environ.get("GAVAMOE_CACHE") or Path(home) / "gavamoe").absolute()
 
 
-class _Store:
-    """What lies below one URI."""
-
-    def __init__(self, uri: str, opened: tuple[fs.FileSystem, str] | None = None) -> None:
-        self.uri = uri.rstrip("/")
-        self._files, self._root = opened or filesystem(self.uri)
-
-    def below(self, name: str) -> "_Store":
-        return _Store(f"{self.uri}/{name}", (self._files, f"{self._root}/{name}"))
-
-    def index(self) -> Index | None:
-        """The folder's index; None if no folder is stored here."""
-        content = self.get_bytes(INDEX)
-        if content is None:
-            return None
-        try:
-            index = Index.model_validate_json(content)
-        except ValidationError as error:
-            raise RunError(f"{self.uri}/{INDEX}: not an index ({first_problem(error)}); store it anew") from error
-        for name in index.files:
-            if leaves_folder(name):
-                raise RunError(f"{self.uri}/{INDEX}: names the file {name!r}, outside of its folder")
-        return index
-
-    def children(self) -> list[str]:
-        """Names directly below."""
-        selector = fs.FileSelector(self._root, allow_not_found=True)
-        return sorted(info.base_name for info in self._call(lambda: self._files.get_file_info(selector)))
-
-    def is_file(self) -> bool:
-        info = self._call(lambda: self._files.get_file_info(self._root))
-        return bool(info.type == fs.FileType.File)
-
-    def get_bytes(self, name: str) -> bytes | None:
-        """A small file's content, None without it."""
-        path = self._path(name)
-
-        def read() -> bytes | None:
-            info = self._files.get_file_info(path)
-            if info.type != fs.FileType.File:
-                return None
-            if info.size > MAX_JSON_BYTES:
-                raise RunError(f"{self.uri}/{name}: {info.size} bytes, more than such a file may have")
-            with self._files.open_input_stream(path) as stream:
-                return bytes(stream.read())
-
-        return self._call(read)
-
-    def get_file(self, name: str, target: Path) -> None:
-        path = self._path(name)
-        aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
-        try:
-            self._call(lambda: fs.copy_files(path, str(aside), self._files, fs.LocalFileSystem(), use_threads=False))
-            os.replace(aside, target)
-        finally:
-            aside.unlink(missing_ok=True)
-
-    def put_file(self, source: Path, name: str) -> None:
-        path = self._path(name)
-        self._make_parent(path)
-        self._call(lambda: fs.copy_files(str(source), path, fs.LocalFileSystem(), self._files, use_threads=False))
-
-    def put_bytes(self, content: bytes, name: str) -> None:
-        """Write a small file whole: a single request on an object store, a rename elsewhere."""
-        path = self._path(name)
-        renames = not isinstance(self._files, fs.S3FileSystem | fs.GcsFileSystem)
-        self._make_parent(path)
-
-        def write() -> None:
-            aside = f"{path}.partial-{os.getpid()}" if renames else path
-            with self._files.open_output_stream(aside) as stream:
-                stream.write(content)
-            if renames:
-                self._files.move(aside, path)
-
-        self._call(write)
-
-    def delete(self, name: str) -> None:
-        path = self._path(name)
-        kind = self._call(lambda: self._files.get_file_info(path)).type
-        if kind == fs.FileType.Directory:
-            self._call(lambda: self._files.delete_dir(path))
-        elif kind == fs.FileType.File:
-            self._call(lambda: self._files.delete_file(path))
-
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}" if name else self._root
-
-    def _make_parent(self, path: str) -> None:
-        if not isinstance(self._files, fs.S3FileSystem | fs.GcsFileSystem):  # these have no folders
-            self._call(lambda: self._files.create_dir(path.rpartition("/")[0], recursive=True))
-
-    def _call(self, request: Callable[[], Result]) -> Result:
-        """Make a request again after a failure that may pass; the SDKs' own retries come before."""
-        for attempt in range(_TRANSFER_ATTEMPTS):
-            try:
-                return request()
-            except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
-                raise InputError(f"{self.uri}: {one_line(error)}") from error
-            except OSError as error:
-                text = one_line(error)
-                if any(word in text for word in ("NO_SUCH_BUCKET", "ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE")):
-                    raise InputError(f"{self.uri}: {text}") from error
-                if attempt + 1 == _TRANSFER_ATTEMPTS:
-                    raise RunError(f"{self.uri}: the storage failed {_TRANSFER_ATTEMPTS} times ({text})") from error
-                time.sleep(_FIRST_PAUSE * 4**attempt)
-        raise AssertionError("unreachable")
-
-
-def _fetch(store: _Store, target: Path) -> None:
+def _fetch(store: ObjectStore, target: Path) -> None:
     """Make `target` the folder stored there, unless it is already; every file's hash is checked."""
     mark = _mark_of(target)
-    for attempt in range(_TRANSFER_ATTEMPTS):
+    for attempt in range(TRANSFER_ATTEMPTS):
         index = store.index()
         if index is None:
-            raise InputError(f"{store.uri}: is no longer there")
+            raise InputError(f"{store.uri}: was removed meanwhile")
         if target.is_dir() and mark.is_file() and mark.read_text() == index.version:
             return
         try:
             with write_folder(target, replace=True) as aside:
-                for name in index.files:
-                    (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                    store.get_file(f"{index.version}/{name}", aside / name)
-                damage = find_damage(aside, index.files)
-                if damage is not None:
-                    raise RunError(f"{store.uri}: {damage} since {INDEX} was written; store the folder anew")
+                _fetch_version(store, index, aside)
             mark.write_text(index.version)
             return
         except (InputError, RunError):
             # Replaced by another writer meanwhile, or a broken transfer: look again.
-            if attempt + 1 == _TRANSFER_ATTEMPTS:
+            if attempt + 1 == TRANSFER_ATTEMPTS:
                 raise
-            time.sleep(_FIRST_PAUSE * 4**attempt)
+            pause_after(attempt)
+
+
+def _fetch_version(store: ObjectStore, index: Index, target: Path) -> None:
+    for name in index.files:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        store.get_file(f"{index.version}/{name}", target / name)
+    damage = find_damage(target, index.files)
+    if damage is not None:
+        raise RunError(f"{store.uri}: {damage.name} differs from what {INDEX} records; store the folder anew")
 
 
 def _mark_of(target: Path) -> Path:
-    """Where the version of a fetched folder is noted: beside it, for the folder's own files are listed."""
+    """Where the version of a fetched folder is noted: beside it, because the folder's files are listed."""
     return target.with_name(f".{target.name}.version")
 
 

@@ -20,12 +20,12 @@ METRICS_FILE = "metrics.json"
 STEPS = ("stage1", "stage2", "evaluation")
 """The steps of a run, in order; each has a folder of its name."""
 _DECIDE_NUMBERS = ("seed", "stage1", "stage2")
-"""Parts of the config that a run is bound to; where it runs and how it is evaluated may change."""
+"""Sections of the config that a run is bound to; where it runs and how it is evaluated may change."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where everything of a run lies; nothing need be there yet."""
+    """Paths of everything in a run folder, whether it is there yet or not."""
 
     path: Path
 
@@ -93,11 +93,12 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class DatasetReference:
-    """Content of dataset.json: what a run was trained on."""
+    """Content of dataset.json: the dataset that a run was trained on."""
 
     path: str
     """An absolute path or a URI."""
     fingerprint: str
+    """Fingerprint of its content when the run was started."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Run(RunFolder):
 
     @property
     def dataset(self) -> Path:
-        """Where the dataset lies; of a URI, its local copy, brought up to date."""
+        """The dataset's folder; for a URI, its local copy, brought up to date."""
         return remote.located(self.reference.path)
 
 
@@ -125,7 +126,7 @@ def open_run(path: Path) -> Run:
 
 
 def read_reference(folder: RunFolder) -> DatasetReference:
-    """What a run's dataset.json says.
+    """Read a run's dataset.json.
 
     Raises:
         InputError: it is missing or damaged.
@@ -137,7 +138,7 @@ def read_reference(folder: RunFolder) -> DatasetReference:
 
 
 def claim_run(run_dir: Path, config: RunConfig, dataset: Path, fingerprint: str, *, continuing: bool) -> RunFolder:
-    """Make `run_dir` this run's, or check that it is.
+    """Start a run in `run_dir`, or check that it holds this one.
 
     Args:
         dataset: the folder of the dataset, which has this fingerprint.
@@ -148,7 +149,7 @@ def claim_run(run_dir: Path, config: RunConfig, dataset: Path, fingerprint: str,
     folder = RunFolder(Path(run_dir))
     if not folder.config_file.is_file():
         folder.path.mkdir(parents=True, exist_ok=True)
-        stored = remote.place_of(dataset)
+        stored = remote.stored_path(dataset)
         path = str(dataset.absolute()) if stored is None else stored.uri
         write_json(folder.dataset_file, {"path": path, "fingerprint": fingerprint})
         folder.write_config(config)

@@ -10,10 +10,10 @@ from gavamoe.errors import InputError
 
 Address = Annotated[
     str | None,
-    typer.Option(help="Of the cluster's dashboard; default RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265."),
+    typer.Option(help="Address of the cluster's dashboard; default RAY_API_SERVER_ADDRESS, or http://127.0.0.1:8265."),
 ]
 ReadOnlyRun = Annotated[Path, typer.Argument(metavar="RUN", parser=input_folder, help="A run folder, or its URI.")]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="As `gavamoe submit` and `jobs list` print it.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as `gavamoe submit` and `jobs list` print it.")]
 
 jobs_app = typer.Typer(help="The jobs that `gavamoe submit` started on a cluster.", no_args_is_help=True)
 
@@ -23,12 +23,13 @@ def submit(
     step: Annotated[str, typer.Argument(help="prepare, stage1, stage2, evaluate, tune, or pipeline (all of it).")],
     address: Address = None,
     env: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="For the job's processes; readable there.")
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A variable for the job; others can read it."),
     ] = None,
-    driver_gpus: Annotated[float, typer.Option(min=0, help="For the script itself: evaluate computes in it.")] = 0,
+    driver_gpus: Annotated[float, typer.Option(min=0, help="GPUs for the script itself: evaluate computes in it.")] = 0,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log until the job ends.")] = True,
 ) -> None:
-    """Run a step on a Ray cluster: its arguments follow as for the command here; the log is followed.
+    """Run a step on a Ray cluster, with the arguments that its command takes here, and follow its log.
 
     Configs and spaces (YAML) go along; datasets and runs do not: name them as the cluster sees them, on a shared
     path or as a URI. Example:
@@ -62,18 +63,18 @@ def submit(
 
 
 def status(run: ReadOnlyRun, json_output: Json = False) -> None:
-    """What ran, when, how far it is, where its logs are, and the command to go on with."""
+    """Show what ran, when, how far it is, where its logs are, and the command to continue with."""
     from dataclasses import asdict
 
     from gavamoe.cli.output.cluster import print_status
     from gavamoe.cli.status import read_status
     from gavamoe.cli.terminal import print_json
 
-    found = read_status(run)
+    run_status = read_status(run)
     if json_output:
-        print_json(asdict(found))
+        print_json(asdict(run_status))
     else:
-        print_status(found)
+        print_status(run_status)
 
 
 def copy(
@@ -90,7 +91,7 @@ def copy(
 
 @jobs_app.command("list")
 def list_jobs(address: Address = None, json_output: Json = False) -> None:
-    """What was submitted, the newest first."""
+    """List the submitted jobs, the newest first."""
     from gavamoe.cli.output.cluster import print_jobs
     from gavamoe.cli.terminal import print_json
     from gavamoe.runtime.jobs import Jobs
@@ -106,9 +107,9 @@ def list_jobs(address: Address = None, json_output: Json = False) -> None:
 def logs(
     job: JobId,
     address: Address = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Follow the log until the job ends.")] = False,
 ) -> None:
-    """What a job has printed."""
+    """Print a job's log."""
     from gavamoe.cli.output.cluster import JobTerminal
     from gavamoe.runtime.jobs import Jobs
 

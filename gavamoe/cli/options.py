@@ -31,13 +31,13 @@ def input_folder(text: str) -> Path:
 
     path = remote.located(text)
     if remote.is_uri(text) and not path.is_dir():
-        hint = "; a folder that was not stored there by gavamoe goes by its path" if text.startswith("file:") else ""
+        hint = "; name a folder that gavamoe did not store by its path" if text.startswith("file:") else ""
         raise InputError(f"{text}: no dataset or run is stored there{hint}")
     return path
 
 
 def work_folder(text: str) -> Path:
-    """What may be there already; what the command leaves is stored at the URI when it ends, whatever way it ends."""
+    """A folder that the command works in; of a URI, its staging folder, which is stored there when the command ends."""
     from gavamoe.artifacts import remote
 
     path = remote.located(text)
@@ -47,7 +47,7 @@ def work_folder(text: str) -> Path:
 
 
 def local_path(text: str) -> Path:
-    """A path that a command writes to by itself, before anything is stored.
+    """A local path, for commands that can't write to URIs.
 
     Raises:
         InputError: it is a URI.
@@ -60,7 +60,7 @@ def local_path(text: str) -> Path:
 
 
 def run_folder(text: str) -> Path:
-    """What must be there, and is stored again: a run that the command adds to."""
+    """An existing run that the command adds to; at a URI, it is stored again when the command ends."""
     input_folder(text)
     return work_folder(text)
 
@@ -102,11 +102,11 @@ OutPath = Annotated[Path, typer.Argument(metavar="OUT", parser=work_folder, help
 
 
 def name_of(dataset: Path) -> str:
-    """What a dataset is called: the last part of its path or URI."""
+    """The name of a dataset: the last component of its path or URI."""
     from gavamoe.artifacts import remote
 
-    place = remote.place_of(dataset)
-    return dataset.resolve().name if place is None else place.uri.rsplit("/", 1)[-1]
+    stored = remote.stored_path(dataset)
+    return dataset.resolve().name if stored is None else stored.uri.rsplit("/", 1)[-1]
 
 
 def pairs_of(option: str, values: list[str] | None) -> dict[str, str] | None:
@@ -125,7 +125,7 @@ def pairs_of(option: str, values: list[str] | None) -> dict[str, str] | None:
 def shares_of(text: str) -> tuple[float, float, float]:
     numbers = _numbers("--split", text, 3, "8:1:1")
     if min(numbers) < 0 or numbers[0] == 0:
-        raise InputError(f"--split {text}: shares are not negative, and that of train is above 0")
+        raise InputError(f"--split {text}: shares may not be negative, and that of train is above 0")
     return numbers[0], numbers[1], numbers[2]
 
 
@@ -152,7 +152,7 @@ def weights_of(text: str) -> tuple[float, float, float]:
 
 def _numbers(option: str, text: str, count: int, example: str) -> list[float]:
     try:
-        numbers = [float(part) for part in text.split(":")]
+        numbers = [float(number) for number in text.split(":")]
     except ValueError:
         numbers = []
     if len(numbers) != count or not all(abs(number) < 1e9 for number in numbers):

@@ -16,15 +16,19 @@ def plan(
     dataset: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", parser=input_folder, help="Or its URI; or give --users, --items and --rows instead."
+            metavar="FOLDER", parser=input_folder, help="Dataset or URI; or give --users, --items and --rows instead."
         ),
     ] = None,
-    users: Annotated[int | None, typer.Option(min=1)] = None,
-    items: Annotated[int | None, typer.Option(min=1)] = None,
+    users: Annotated[int | None, typer.Option(min=1, help="Known users.")] = None,
+    items: Annotated[int | None, typer.Option(min=1, help="Known items.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Reviews in all; four fifths of them train.")] = None,
-    devices: Annotated[int | None, typer.Option(min=1, help="Default: the config's runtime.workers.")] = None,
-    device_memory: Annotated[str, typer.Option(metavar="SIZE", help="Of one device, such as 48GiB.")] = "80GiB",
-    device_tflops: Annotated[float, typer.Option(help="Its peak in bf16; 312: A100, 989: H100, 149: L40.")] = 312.0,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Number of devices; default: the config's runtime.workers.")
+    ] = None,
+    device_memory: Annotated[str, typer.Option(metavar="SIZE", help="Memory of one device, such as 48GiB.")] = "80GiB",
+    device_tflops: Annotated[
+        float, typer.Option(help="Peak of one device in bf16, TFLOP/s; 312: A100, 989: H100, 149: L40.")
+    ] = 312.0,
     utilisation: Annotated[float, typer.Option(help="Share of that peak that the model reaches.")] = 0.4,
     device_bandwidth: Annotated[
         float | None,
@@ -33,14 +37,16 @@ def plan(
     prompt_tokens: Annotated[
         float | None, typer.Option(help="Mean tokens of a prompt; default: the dataset's, or the config's maximum.")
     ] = None,
-    answer_tokens: Annotated[float | None, typer.Option(help="The same of an explanation.")] = None,
+    answer_tokens: Annotated[
+        float | None, typer.Option(help="Mean tokens of an explanation; default likewise.")
+    ] = None,
     base_config: Annotated[
         Path | None, typer.Option(help="config.json of the base model, where the hub is out of reach.")
     ] = None,
     overrides: Set = None,
     json_output: Json = False,
 ) -> None:
-    """What a config costs, before paying: parameters, memory per device, time, traffic. Loads no weights.
+    """Estimate what a config costs: parameters, memory per device, time, traffic. Loads no weights.
 
     For example: gavamoe plan paper --users 9765 --items 6280 --rows 320023 --devices 8 --device-memory 48GiB
     """

@@ -18,7 +18,7 @@ from gavamoe.errors import InputError
 State = Literal["done", "running", "stopped", "damaged", "not started"]
 
 SECONDS_OF_SILENCE = 120.0
-"""A log that was written to since then belongs to a step that runs."""
+"""Seconds after its last line from which on a log no longer counts as that of a running step."""
 _SHOWN = ("loss", "validation_loss", "elbo", "valid_rmse", "rmse", "tokens_per_second", "pairs_per_second")
 
 
@@ -29,7 +29,7 @@ class StepStatus:
     name: str
     state: State
     step: int | None = None
-    """Of the newest log line."""
+    """Step of the newest log line."""
     steps: int | None = None
     numbers: dict[str, float] = field(default_factory=dict)
     """The newest value of each number that tells how training goes, or the finished step's metrics."""
@@ -40,7 +40,7 @@ class StepStatus:
     idle: float | None = None
     """Seconds since the log was last written to."""
     checkpoints: list[str] = field(default_factory=list)
-    """Their names, the newest last; which of them are registered is Ray's to say."""
+    """Names of the checkpoint folders, the newest last; Ray decides which of them are registered."""
     warnings: list[str] = field(default_factory=list)
     problem: str | None = None
 
@@ -54,9 +54,9 @@ class RunStatus:
     dataset_problem: str | None
     steps: list[StepStatus]
     logs: dict[str, str]
-    """What to look at, by name."""
+    """Logs and the commands or files that show them, by name."""
     next: str
-    """The command to go on with, or what to wait for."""
+    """The command to continue with, or what to wait for."""
 
 
 def read_status(run: Path) -> RunStatus:
@@ -67,8 +67,8 @@ def read_status(run: Path) -> RunStatus:
     """
     folder = open_run(run)
     steps = [_step(folder, name) for name in STEPS]
-    place = remote.place_of(folder.path)
-    path = str(folder.path) if place is None else place.uri
+    stored = remote.stored_path(folder.path)
+    path = str(folder.path) if stored is None else stored.uri
     return RunStatus(
         path=path,
         dataset=folder.reference.path,
@@ -80,10 +80,10 @@ def read_status(run: Path) -> RunStatus:
 
 
 def _step(run: RunFolder, name: str) -> StepStatus:
-    found = _from_log(run, name)
+    logged = _from_log(run, name)
     folder = run.path / name
     if not folder.is_dir():
-        return found
+        return logged
     try:
         manifest = read_manifest(folder, name, verify=False)  # type: ignore[arg-type]
         metrics = read_json(folder / METRICS_FILE)
@@ -92,17 +92,17 @@ def _step(run: RunFolder, name: str) -> StepStatus:
     return StepStatus(
         name,
         "done",
-        step=found.step,
-        steps=found.steps,
+        step=logged.step,
+        steps=logged.steps,
         numbers=_result(name, metrics),
         finished=manifest.created,
         seconds=metrics.get("seconds"),
-        warnings=found.warnings,
+        warnings=logged.warnings,
     )
 
 
 def _from_log(run: RunFolder, name: str) -> StepStatus:
-    """What the log tells of a step whose artifact is not there."""
+    """The state of a step without an artifact, from its log."""
     path = run.log(name)
     lines = read_log(path)
     kept = sorted(p.name for p in run.checkpoints(name).glob("checkpoint_[0-9]*"))

@@ -23,8 +23,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 class TerminalProgress:
     """A `gavamoe.runtime.progress.Progress` that draws one bar per step.
 
-    Where standard error is no terminal (CI, a job's log), a step is a line when it begins, one every few seconds, and
-    one when it ends.
+    Where standard error is not a terminal (CI, a job's log), a step prints a line when it begins, one every few
+    seconds, and one when it ends.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class TerminalProgress:
         self._title = ""
         self._note = ""
         self._warned: set[str] = set()
-        self._said = time.monotonic()
+        self._printed_at = time.monotonic()
         """When the last line was printed, where there are no bars."""
 
     def __enter__(self) -> "TerminalProgress":
@@ -62,7 +62,7 @@ class TerminalProgress:
         self._task = self._bars.add_task(title, total=None, note="")
         if self._bars.disable:
             console.print(f"{title} ...", markup=False)
-            self._said = time.monotonic()
+            self._printed_at = time.monotonic()
 
     def line(self, line: dict[str, Any]) -> None:
         if "warning" in line:
@@ -94,9 +94,9 @@ class TerminalProgress:
     def _update(self, done: int, total: int | None) -> None:
         if self._task is not None:
             self._bars.update(self._task, completed=done, total=total, note=self._note)
-        if self._bars.disable and total is not None and time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
+        if self._bars.disable and total is not None and time.monotonic() - self._printed_at > _SECONDS_BETWEEN_LINES:
             console.print(f"[{self._title}] {done}/{total} {self._note}".rstrip(), markup=False, soft_wrap=True)
-            self._said = time.monotonic()
+            self._printed_at = time.monotonic()
 
     def _finish(self) -> None:
         if self._task is None:
@@ -116,8 +116,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     names = max((len(row[0]) for row in cells), default=0)
     for index, column in enumerate(columns):
         # In a narrow terminal numbers fold before names do.
-        whole = index == 0 and names <= WIDEST_NAME
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=whole)
+        unbroken = index == 0 and names <= WIDEST_NAME
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=unbroken)
     for row in cells:
         table.add_row(*[escape(text) for text in row])
     console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)

@@ -4,8 +4,9 @@ A wrong or unknown field raises `InputError` naming the field, the value, the bo
 """
 
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,7 +14,11 @@ from pydantic import BaseModel, ValidationError
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError, did_you_mean, first_problem, one_line
 
+PACKAGE = Path(str(resources.files("gavamoe")))
+"""The folder of the installed package."""
 MAX_CONFIG_BYTES = 2**20
+FORMER_SECTIONS = {"peter": ("baselines", "peter")}
+"""Sections that have moved: the name at the top level of earlier configs -> parent and name today."""
 
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -32,13 +37,30 @@ def parse_config(values: Any, source: str, overrides: Sequence[str] = ()) -> Run
         values = {}
     if not isinstance(values, dict):
         raise InputError(f"{source}: expected fields and values, found {type(values).__name__}")
-    values = _in_todays_places(values, source)
+    values = translate_former(values, source)
     for override in overrides:
         values = _apply_override(values, override)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{source}: {_problem(error, RunConfig)}") from error
+
+
+def translate_former(values: dict[str, Any], source: object) -> dict[str, Any]:
+    """The same config with sections that have moved at their new places, as files of earlier versions need it.
+
+    Raises:
+        InputError: a section stands at its former place and at the new one.
+    """
+    for name, (parent, child) in FORMER_SECTIONS.items():
+        if name not in values:
+            continue
+        section = values.get(parent) or {}
+        if not isinstance(section, dict) or child in section:
+            raise InputError(f"{source}: {name} has moved to {parent}.{child}, which is given too; keep that one")
+        rest = {key: value for key, value in values.items() if key != name}
+        values = rest | {parent: section | {child: values[name]}}
+    return values
 
 
 def override_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -56,7 +78,7 @@ def find_config(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    presets = presets_folder()
+    presets = shipped("configs")
     named = presets / f"{source}.yaml"
     if path.name == str(source) and named.is_file():
         return named
@@ -64,10 +86,10 @@ def find_config(source: str | Path) -> Path:
     raise InputError(f"{source}: no such config file, nor one of the presets {', '.join(known)}")
 
 
-def presets_folder() -> Path:
-    """`configs/` of the checkout, or its copy inside an installed wheel."""
-    installed = Path(__file__).parent.parent / "_configs"
-    return installed if installed.is_dir() else Path(__file__).parent.parent.parent / "configs"
+def shipped(folder: Literal["configs", "tune_spaces", "jobs"]) -> Path:
+    """A folder that ships with the package: the checkout's, or its copy inside an installed wheel."""
+    installed = PACKAGE / f"_{folder}"
+    return installed if installed.is_dir() else PACKAGE.parent / folder
 
 
 def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -91,24 +113,14 @@ def _read_yaml(path: Path) -> Any:
         raise InputError(f"{path}: not valid YAML ({one_line(error)})") from error
 
 
-def _in_todays_places(values: dict[str, Any], source: str) -> dict[str, Any]:
-    """A config written before `baselines` existed has the section `peter` at its top."""
-    if "peter" not in values:
-        return values
-    baselines = values.get("baselines") or {}
-    if not isinstance(baselines, dict) or "peter" in baselines:
-        raise InputError(f"{source}: has peter and baselines; peter has moved to baselines.peter, name it there alone")
-    rest = {name: value for name, value in values.items() if name != "peter"}
-    return rest | {"baselines": {**baselines, "peter": values["peter"]}}
-
-
 def _apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
         raise InputError(f"--set {override}: expected FIELD=VALUE, such as stage1.clusters=4")
-    if keys[0] == "peter":
-        raise InputError(f"--set {override}: this section has moved; the field is baselines.{name.strip()}")
+    if keys[0] in FORMER_SECTIONS:
+        moved = ".".join([*FORMER_SECTIONS[keys[0]], *keys[1:]])
+        raise InputError(f"--set {override}: {name.strip()} has moved to {moved}")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

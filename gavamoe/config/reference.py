@@ -1,4 +1,4 @@
-"""The reference of all settings, docs/config.md, written from the fields and docstrings of `schema`.
+"""The reference of all settings, docs/config.md, written from the fields and docstrings of the sections.
 
 python -m gavamoe.config.reference > docs/config.md      or `make docs`
 """
@@ -14,8 +14,8 @@ from gavamoe.config.schema import RunConfig
 _HEAD = """\
 # Configuration
 
-Every setting of a run: type and bounds, default, meaning. This page is generated from `gavamoe/config/schema.py`:
-change the docstrings there and run `make docs`.
+Every setting of a run: type and bounds, default, meaning. This page is generated from the docstrings in
+`gavamoe/config/`: change them there and run `make docs`.
 
 A config is a YAML file with the fields below, all of them optional; a preset's name stands for a file of `configs/`:
 

@@ -1,8 +1,8 @@
-"""`gavamoe ablate`: the systems of `systems` on one dataset, under one budget, over several seeds.
+"""`gavamoe ablate`: the systems of `variants` on one dataset, under one budget, over several seeds.
 
-Every system and seed is an ordinary run folder, R/SYSTEM/seed-S, trained, evaluated and left whole; what is there is
-not done again. Stage 1 is trained once for all that share its settings and seed. Seeds come one after the other, so
-that an interrupted comparison has the first seeds of all systems rather than all seeds of the first ones.
+Every system and seed is an ordinary run folder, R/SYSTEM/seed-S, trained and evaluated; finished runs are not repeated.
+Stage 1 is trained once for all that share its settings and seed. Seeds come one after the other, so that an interrupted
+comparison has the first seeds of all systems rather than all seeds of the first ones.
 """
 
 import shutil
@@ -16,7 +16,7 @@ from typing import Any
 from gavamoe.artifacts.files import write_folder
 from gavamoe.artifacts.manifest import MANIFEST, Manifest, read_manifest
 from gavamoe.artifacts.run import RunFolder, claim_run
-from gavamoe.config.files import override_config
+from gavamoe.config.files import override_config, translate_former
 from gavamoe.config.schema import RunConfig, Stage1Config
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
@@ -66,9 +66,9 @@ def run_ablation(
     """Train and evaluate what is missing, and compare what is there.
 
     Args:
-        seeds: how many, from `config.seed` on; systems that copy have no seed and run once.
+        seeds: number of seeds, from `config.seed` on; systems that copy have no seed and run once.
         only: names of systems; empty: all of `SYSTEMS` that make sense for the config and the data.
-        minutes: start no further run after these.
+        minutes: no further run starts after this time; None: no limit.
 
     Raises:
         InputError: an unknown system, one named that makes no sense here, or folders of another comparison.
@@ -119,8 +119,8 @@ def _plan(config: RunConfig, dataset: Dataset, out: Path, seeds: int, only: Sequ
     for seed in range(config.seed, config.seed + seeds):
         for system, changes in chosen:
             if system.model or seed == config.seed:
-                own = override_config(config, [*changes, f"seed={seed}"])
-                plan.jobs.append(Job(system, own, out / system.name / f"seed-{seed}"))
+                changed = override_config(config, [*changes, f"seed={seed}"])
+                plan.jobs.append(Job(system, changed, out / system.name / f"seed-{seed}"))
     return plan
 
 
@@ -175,8 +175,8 @@ def _peter(job: Job, dataset: Dataset, progress: Progress) -> Writer:
 
 
 def _peter_settings(manifest: Manifest) -> Any:
-    """The settings of PETER that an artifact was made with; those of older ones stand at the config's top."""
-    return (manifest.config.get("baselines") or manifest.config).get("peter")
+    """The settings of PETER under which an artifact was made, by this version or an earlier one."""
+    return translate_former(manifest.config, MANIFEST).get("baselines", {}).get("peter")
 
 
 def _share_stage1(job: Job, dataset: Dataset, cache: Path, progress: Progress) -> None:

@@ -26,10 +26,11 @@ class System:
     """One line of the comparison."""
 
     name: str
-    """Of its folder."""
+    """Name of the system and of its folder."""
     label: str
+    """Name in tables and figures."""
     what: str
-    """What it is, for people."""
+    """Description in a few words."""
     changes: Changes | None = None
     """Overrides of the config; raises InputError, with the reason, where the system makes no sense."""
     source: Source | None = None
@@ -58,8 +59,8 @@ def _fixed(*overrides: str) -> Changes:
 def _must_differ(config: RunConfig, override: str) -> None:
     field, _, value = override.partition("=")
     node: Any = config
-    for part in field.split("."):
-        node = getattr(node, part)
+    for name in field.split("."):
+        node = getattr(node, name)
     if node == yaml.safe_load(value):
         raise InputError(f"the config itself has {override}")
 

@@ -10,11 +10,12 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from gavamoe.artifacts.files import read_json
+from gavamoe.config.files import PACKAGE
 from gavamoe.config.schema import Stage2Config
 from gavamoe.errors import InputError, one_line
 from gavamoe.model.base_model import SUPPORTED, locate_base, scratch_config
 
-SHAPES = Path(__file__).parent / "shapes"
+SHAPES = PACKAGE / "model" / "shapes"
 
 
 def base_shape(stage2: Stage2Config, config_file: Path | None = None) -> PreTrainedConfig:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from gavamoe.config.files import MAX_CONFIG_BYTES, presets_folder
+from gavamoe.config.files import MAX_CONFIG_BYTES, PACKAGE, shipped
 from gavamoe.errors import InputError, RunError, one_line
 from gavamoe.runtime.progress import PROGRESS_LINE
 
@@ -28,7 +28,6 @@ DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 FORWARDED = ("DS_ACCELERATOR", "HF_HUB_OFFLINE", "HF_HOME", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
 """Environment variables of this shell that a job gets, where they are set. Keys and passwords are not among them."""
 
-_PACKAGE = Path(__file__).parent.parent
 _INPUTS = "inputs"
 _RECONNECTS = 5
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -229,11 +228,11 @@ def staged_code(arguments: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
     """
     with tempfile.TemporaryDirectory(prefix="gavamoe-job-") as name:
         folder = Path(name)
-        shutil.copytree(_PACKAGE, folder / "gavamoe", ignore=shutil.ignore_patterns("__pycache__", "_jobs"))
-        shutil.copytree(_jobs_folder(), folder / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
-        if presets_folder().parent != _PACKAGE:  # a checkout; an installed package holds them itself
-            for beside in ("configs", "tune_spaces"):
-                shutil.copytree(_PACKAGE.parent / beside, folder / beside)
+        shutil.copytree(PACKAGE, folder / "gavamoe", ignore=shutil.ignore_patterns("__pycache__", "_jobs"))
+        shutil.copytree(shipped("jobs"), folder / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
+        if shipped("configs").parent != PACKAGE:  # a checkout; an installed package holds them itself
+            shutil.copytree(shipped("configs"), folder / "configs")
+            shutil.copytree(shipped("tune_spaces"), folder / "tune_spaces")
         yield folder, [_staged_argument(argument, folder / _INPUTS) for argument in arguments]
 
 
@@ -255,12 +254,6 @@ def job_environment(extra: dict[str, str]) -> dict[str, str]:
     """Environment variables of the job's processes."""
     forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     return {"PYTHONUNBUFFERED": "1"} | forwarded | extra
-
-
-def _jobs_folder() -> Path:
-    """`jobs/` of the checkout, or its copy inside an installed wheel."""
-    installed = _PACKAGE / "_jobs"
-    return installed if installed.is_dir() else _PACKAGE.parent / "jobs"
 
 
 def _job(details: Any) -> Job:

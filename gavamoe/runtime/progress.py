@@ -1,4 +1,4 @@
-"""Progress of long jobs: the protocols, and the line that replaces a progress bar where there is no terminal."""
+"""Progress of long jobs: the protocols, and the line printed instead of a bar where there is no terminal."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 from gavamoe.runtime.tracking import Line
 
 PROGRESS_LINE = r"\[(?P<title>.+)\] (?P<done>\d+)/(?P<total>\d+) ?(?P<note>.*)"
-"""Pattern of the progress lines printed where there is no terminal; `gavamoe submit` draws them as bars."""
+"""Pattern of the progress lines printed where standard error is not a terminal; `gavamoe submit` draws them as bars."""
 
 OnProgress = Callable[[int, int], None]
 """Called with rows done and rows in all."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gavamoe.artifacts import remote
+from gavamoe.artifacts import object_store, remote
 from gavamoe.artifacts.run import RunFolder
 from gavamoe.config.schema import RunConfig, RuntimeConfig
 from gavamoe.errors import InputError, RunError
@@ -172,7 +172,7 @@ def run_training(
     ):
         outcome = _fit(trainer, worker_log, name)
     checkpoints.remove()
-    if remote.place_of(folder) is not None:
+    if remote.stored_path(folder) is not None:
         remote.commit(folder)
         remote.checkout(str(checkpoints.base))
     return outcome
@@ -205,13 +205,13 @@ class _Checkpoints:
     """The checkpoints that Ray Train keeps of a step: below the run folder, or below its URI."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        place = remote.place_of(folder)
-        self.base = folder if place is None else place.uri
+        stored = remote.stored_path(folder)
+        self.base = folder if stored is None else stored.uri
         self._local = RunFolder(folder).checkpoints(name)
-        self._uri = None if place is None else f"{place.uri}/checkpoints/{name}"
+        self._uri = None if stored is None else f"{stored.uri}/checkpoints/{name}"
         self.filesystem, self.path = None, str(self._local.parent)
-        if place is not None:
-            self.filesystem, self.path = remote.filesystem(f"{place.uri}/checkpoints")
+        if stored is not None:
+            self.filesystem, self.path = object_store.filesystem(f"{stored.uri}/checkpoints")
 
     def exist(self) -> bool:
         """Whether there are any that count."""
@@ -235,7 +235,7 @@ def was_cut_off(folder: Path, name: str) -> bool:
 
 def _portable(value: Any) -> Any:
     """A staged path as a place that other machines can fetch; anything else as it is."""
-    return (remote.place_of(value) or value) if isinstance(value, Path) else value
+    return (remote.stored_path(value) or value) if isinstance(value, Path) else value
 
 
 def _on_this_node() -> Any:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from gavamoe.artifacts import remote
-from gavamoe.artifacts.checksums import FileEntry, file_entries, find_damage
+from gavamoe.artifacts.checksums import FileEntry, find_damage, list_files
 from gavamoe.artifacts.files import read_json, write_json
 from gavamoe.config.schema import RuntimeConfig
 from gavamoe.errors import InputError, RunError, Stopped, validated
@@ -39,6 +39,16 @@ _SECONDS_TO_AGREE = 5.0
 GAUGES = {"step": "train_step", "loss": "train_loss", "tokens_per_second": "train_tokens_per_second",
            "pairs_per_second": "train_pairs_per_second"}  # fmt: skip
 """Field of a log line -> Ray metric, which Prometheus shows as ray_gavamoe_NAME."""
+
+
+class RankChecksums(BaseModel):
+    """Content of `checksums-RANK.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+    workers: int
+    """Number of ranks that wrote the checkpoint."""
+    files: dict[str, FileEntry]
+    """The files that this rank wrote."""
 
 
 class WorkerLog:
@@ -77,7 +87,7 @@ class WorkerJob:
 
     loop: Callable[..., Any]
     arguments: dict[str, Any]
-    """Keyword arguments of the loop; the driver's staged paths are `remote.Place`s here."""
+    """Keyword arguments of the loop; the driver's staged paths are `remote.StoredPath`s here."""
     placement: RuntimeConfig
     worker_log: Any
     """Handle of the `WorkerLog`."""
@@ -97,15 +107,15 @@ def run_worker(config: dict[str, Any]) -> Any:
     if ray.get(job.worker_log.refusals.remote()):
         return None  # an attempt before this one was refused, by one rank only
     torch.set_num_threads(job.placement.threads_per_worker)
-    places = {name: value for name, value in job.arguments.items() if isinstance(value, remote.Place)}
+    stored_paths = {name: value for name, value in job.arguments.items() if isinstance(value, remote.StoredPath)}
     try:
-        arguments = job.arguments | {name: remote.local_path(place) for name, place in places.items()}
+        arguments = job.arguments | {name: remote.local_path(stored) for name, stored in stored_paths.items()}
         with RayContext(job) as context:
             outcome = job.loop(context=context, **arguments)
         if train.get_context().get_world_rank() == 0:
-            for name, place in places.items():
-                if place.part and arguments[name].is_dir():
-                    remote.push(arguments[name], place.uri)
+            for name, stored in stored_paths.items():
+                if stored.relative and arguments[name].is_dir():
+                    remote.push(arguments[name], stored.uri)
         return outcome
     except (InputError, RunError) as error:
         return _refuse(job, error)
@@ -241,7 +251,7 @@ def _newest_whole_checkpoint(rank: int) -> tuple[Any, list[str]]:
     if rank == 0:
         for index in reversed(range(len(reported))):
             with reported[index].checkpoint.as_directory() as folder:
-                problem = checkpoint_damage(Path(folder))
+                problem = checkpoint_problem(Path(folder))
             if problem is None:
                 chosen = index
                 break
@@ -255,34 +265,26 @@ def _newest_whole_checkpoint(rank: int) -> tuple[Any, list[str]]:
     return None, damaged
 
 
-class _Checksums(BaseModel):
-    """Content of the checksum file that each rank writes into a checkpoint."""
-
-    workers: int
-    """Number of ranks, each of which has such a file."""
-    files: dict[str, FileEntry]
-
-
 def write_checksums(folder: Path, rank: int, workers: int) -> None:
     """Note size and SHA-256 of this rank's files, which are all that `folder` holds."""
-    checksums = _Checksums(workers=workers, files=file_entries(folder))
-    write_json(folder / _checksums_file(rank), checksums.model_dump())
+    checksums = RankChecksums(workers=workers, files=list_files(folder))
+    write_json(folder / _checksums_file(rank), checksums.model_dump(mode="json"))
 
 
-def checkpoint_damage(folder: Path) -> str | None:
-    """The first damage of a checkpoint's files; None if all ranks' files are as they were written."""
-    rank, workers = 0, 1
+def checkpoint_problem(folder: Path) -> str | None:
+    """The first damage of a checkpoint's files, in words; None if all ranks' files are as they were written."""
     try:
-        while rank < workers:
-            path = folder / _checksums_file(rank)
-            checksums = validated(_Checksums, read_json(path), path, "a list of checksums")
-            damage = find_damage(folder, checksums.files)
-            if damage is not None:
-                return damage
-            rank, workers = rank + 1, checksums.workers
+        ranks = range(_read_checksums(folder, 0).workers)
+        files = {name: entry for rank in ranks for name, entry in _read_checksums(folder, rank).files.items()}
     except InputError as error:
         return f"its checksums can't be read ({error})"
-    return None
+    damage = find_damage(folder, files)
+    return None if damage is None else damage.text
+
+
+def _read_checksums(folder: Path, rank: int) -> RankChecksums:
+    path = folder / _checksums_file(rank)
+    return validated(RankChecksums, read_json(path), path, "the checksums of a rank's files")
 
 
 def _checksums_file(rank: int) -> str:

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
-from gavamoe.artifacts.checksums import FileEntry, file_entries, find_damage
+from gavamoe.artifacts.checksums import FileEntry, find_damage, list_files
 from gavamoe.artifacts.files import read_json, write_json
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset, open_dataset
@@ -38,8 +38,8 @@ from gavamoe.stage2.batches import Ragged, TextRows
 from gavamoe.stage2.tokenized_rows import encode_rows, prompt_builder, rows_with_text
 
 FOLDER = "tokens"
-VERSION = 2
-"""Version of the cache's content; raise it when the same settings come to give other ids, or other files."""
+VERSION = 1
+"""Version of the cache's content; raise it when the same settings come to give other ids."""
 KEPT = 8
 """Caches of a dataset that are kept, those used last."""
 PART_ROWS = 50_000
@@ -53,17 +53,17 @@ _BEYOND = 2**40
 _MANIFEST = "tokens.json"
 _SCHEMA = pa.schema([("row", pa.int64()), ("prompt", pa.list_(pa.int32())), ("answer", pa.list_(pa.int32()))])
 
+RunJobs = Callable[[Callable[..., Any], list[dict[str, Any]]], list[Any]]
+"""Calls a function with each job's arguments, side by side or not; returns the results in order."""
+
 
 class _Manifest(BaseModel):
     """Content of `tokens.json`."""
 
     version: int
     rows: int
-    files: dict[str, FileEntry]
-
-
-RunJobs = Callable[[Callable[..., Any], list[dict[str, Any]]], list[Any]]
-"""Calls a function with each job's arguments, side by side or not; returns the results in order."""
+    files: dict[str, str]
+    """SHA-256 of each part, by its name."""
 
 
 def fill_cache(config: RunConfig, dataset: Path, run_jobs: RunJobs) -> Path | None:
@@ -93,8 +93,8 @@ def fill_cache(config: RunConfig, dataset: Path, run_jobs: RunJobs) -> Path | No
             for start, file in zip(starts, files, strict=True)
         ]
         run_jobs(encode_part, jobs)
-        manifest = _Manifest(version=VERSION, rows=len(rows), files=file_entries(aside))
-        write_json(aside / _MANIFEST, manifest.model_dump())
+        hashes = {name: entry.sha256 for name, entry in list_files(aside).items()}
+        write_json(aside / _MANIFEST, _Manifest(version=VERSION, rows=len(rows), files=hashes).model_dump(mode="json"))
         _publish(aside, folder, len(rows))
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -163,9 +163,9 @@ def _check(folder: Path, rows: int) -> Sequence[str]:
     manifest = validated(_Manifest, read_json(path), path, "the list of a token cache")
     if (manifest.version, manifest.rows) != (VERSION, rows):
         raise InputError(f"{path}: belongs to another version or to other rows")
-    damage = find_damage(folder, manifest.files)
+    damage = find_damage(folder, {name: FileEntry(sha256=recorded) for name, recorded in manifest.files.items()})
     if damage is not None:
-        raise InputError(f"{folder}: {damage}")
+        raise InputError(f"{folder}: damaged ({damage.text})")
     return sorted(manifest.files)
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from gavamoe.artifacts.files import read_json, sha256, write_folder, write_json
 from gavamoe.artifacts.run import first_difference
-from gavamoe.config.files import parse_config
+from gavamoe.config.files import translate_former
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import DATA_FILES, ROWS_SCHEMA, Dataset, fingerprint, open_dataset
 from gavamoe.errors import InputError
@@ -90,9 +90,11 @@ def _check(folder: Path, space: Space, config: RunConfig, dataset: Dataset, seed
     before, now = read_json(path), _identity(space, config, dataset, seeds)
     if not isinstance(before, dict):
         raise InputError(f"{path}: damaged; use another --run-dir")
-    before = before | {"config": _described(parse_config(before.get("config"), str(path)))}  # by today's fields
     for key, name in (("dataset", "dataset"), ("space", "space"), ("config", "config"), ("seeds", "--seeds")):
-        difference = first_difference(before.get(key), now[key], name)
+        recorded = before.get(key)
+        if key == "config" and isinstance(recorded, dict):
+            recorded = translate_former(recorded, path)
+        difference = first_difference(recorded, now[key], name)
         if difference is not None:
             field, old, new = difference
             raise InputError(
@@ -115,13 +117,9 @@ def _identity(space: Space, config: RunConfig, dataset: Dataset, seeds: int) -> 
     return {
         "dataset": {"fingerprint": dataset.fingerprint},
         "space": described,
-        "config": _described(config),
+        "config": config.model_dump(mode="json", exclude={"runtime"}),
         "seeds": seeds,
     }
-
-
-def _described(config: RunConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude={"runtime"})
 
 
 def _trials(folder: Path) -> int:

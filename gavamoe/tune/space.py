@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Protocol
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from gavamoe.config.files import shipped
 from gavamoe.errors import InputError, first_problem, one_line
 from gavamoe.tune.metrics import Measure, find_measure
 
@@ -269,17 +270,12 @@ def find_space(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
-    shipped = spaces_folder() / f"{source}.yaml"
-    if path.name == str(source) and shipped.is_file():
-        return shipped
-    known = sorted(file.stem for file in spaces_folder().glob("*.yaml"))
+    spaces = shipped("tune_spaces")
+    named = spaces / f"{source}.yaml"
+    if path.name == str(source) and named.is_file():
+        return named
+    known = sorted(file.stem for file in spaces.glob("*.yaml"))
     raise InputError(f"{source}: no such space file, nor one of the shipped spaces {', '.join(known)}")
-
-
-def spaces_folder() -> Path:
-    """`tune_spaces/` of the checkout, or its copy inside an installed wheel."""
-    installed = Path(__file__).parent.parent / "_tune_spaces"
-    return installed if installed.is_dir() else Path(__file__).parent.parent.parent / "tune_spaces"
 
 
 def load_space(source: str | Path) -> Space:

@@ -93,7 +93,7 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
     [
         (
             lambda folder: (folder / "a.txt").write_text("jello"),
-            "content of a.txt has changed since artifact.json",
+            "content differs",
         ),
         (lambda folder: (folder / "a.txt").unlink(), "missing file a.txt"),
         (lambda folder: (folder / "b.txt").write_text("x"), "unexpected file b.txt"),

@@ -10,7 +10,8 @@ import pytest
 from helpers.cli import Runner
 from helpers.flaky_s3 import BUCKET, KEYS, FlakyProxy, s3_server
 
-from gavamoe.artifacts import remote
+from gavamoe.artifacts import object_store, remote
+from gavamoe.artifacts.object_store import ObjectStore
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError, RunError
 
@@ -25,7 +26,7 @@ def server() -> Iterator[str]:
 def client(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**KEYS, "AWS_ENDPOINT_URL": server, "GAVAMOE_CACHE": str(tmp_path / "cache")}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(object_store, "_FIRST_PAUSE", 0.0)
 
 
 @pytest.fixture(params=["s3", "file"])
@@ -57,7 +58,7 @@ def test_a_folder_comes_back_as_it_was(uri: str, tmp_path: Path) -> None:
 
 
 def test_a_replacement_is_one_switch_and_the_old_files_go(uri: str, tmp_path: Path) -> None:
-    store = remote._Store(uri)
+    store = ObjectStore(uri)
     remote.push(make_folder(tmp_path / "a"), uri)
     before = store.index()
     remote.push(make_folder(tmp_path / "b", "other"), uri)
@@ -70,7 +71,7 @@ def test_a_replacement_is_one_switch_and_the_old_files_go(uri: str, tmp_path: Pa
 
 def test_an_upload_that_breaks_leaves_what_was_there(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remote.push(make_folder(tmp_path / "a"), uri)
-    real = remote.fs.copy_files
+    real = object_store.fs.copy_files
 
     def broken(source: str, *rest: object, **options: object) -> None:
         if source.endswith("empty"):
@@ -78,7 +79,7 @@ def test_an_upload_that_breaks_leaves_what_was_there(uri: str, tmp_path: Path, m
         real(source, *rest, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote.fs, "copy_files", broken)
+        patch.setattr(object_store.fs, "copy_files", broken)
         with pytest.raises(RunError, match=r"the storage failed 4 times \(the line is cut\)"):
             remote.push(make_folder(tmp_path / "b", "other"), uri)
     assert content(remote.checkout(uri)) == content(tmp_path / "a")
@@ -88,11 +89,11 @@ def test_an_upload_that_breaks_leaves_what_was_there(uri: str, tmp_path: Path, m
 
 def test_damage_is_told_and_nothing_of_it_stays(uri: str, tmp_path: Path) -> None:
     remote.push(make_folder(tmp_path / "a"), uri)
-    store = remote._Store(uri)
+    store = ObjectStore(uri)
     index = store.index()
     assert index is not None
     store.put_bytes(b"x" * 5_000_000, f"{index.version}/big")
-    with pytest.raises(RunError, match=r"the content of big has changed since _folder.json was written"):
+    with pytest.raises(RunError, match=r"big differs from what _folder.json records"):
         remote.checkout(uri)
     assert not (remote._staging(uri) / "big").exists()
     store.put_bytes(b"{", "_folder.json")
@@ -116,7 +117,7 @@ def test_a_flaky_server_costs_retries_only(server: str, tmp_path: Path, monkeypa
 
 
 def test_a_dead_server_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(remote, "_REQUEST_ATTEMPTS", 1)
+    monkeypatch.setattr(object_store, "_REQUEST_ATTEMPTS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(RunError, match=r"s3://bucket/x: the storage failed 4 times"):
         remote.checkout("s3://bucket/x")
@@ -134,21 +135,21 @@ def test_places_are_known_by_path_and_fetched_elsewhere(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = remote.checkout(uri)
-    assert remote.place_of(tmp_path) is None
+    assert remote.stored_path(tmp_path) is None
     run.mkdir()
     shutil.copytree(make_folder(tmp_path / "a"), run / "stage1")
     (run / "config.yaml").write_text("seed: 1")
     (run / "checkpoints" / "x").mkdir(parents=True)
     remote.commit(run)
-    place = remote.place_of(run / "stage1")
-    assert place == remote.Place(uri, "stage1")
-    assert remote._Store(uri).children() == ["config.yaml", "stage1"]
+    stored = remote.stored_path(run / "stage1")
+    assert stored == remote.StoredPath(uri, "stage1")
+    assert ObjectStore(uri).children() == ["config.yaml", "stage1"]
 
     monkeypatch.setenv("GAVAMOE_CACHE", str(tmp_path / "other"))
-    assert content(remote.local_path(place)) == content(tmp_path / "a")
-    new = remote.local_path(remote.Place(uri, "stage2"))
+    assert content(remote.local_path(stored)) == content(tmp_path / "a")
+    new = remote.local_path(remote.StoredPath(uri, "stage2"))
     assert not new.exists()
-    assert remote.place_of(new) == remote.Place(uri, "stage2")
+    assert remote.stored_path(new) == remote.StoredPath(uri, "stage2")
     assert sorted(path.name for path in remote.checkout(uri).iterdir() if path.name[0] != ".") == [
         "config.yaml",
         "stage1",

@@ -7,11 +7,11 @@ import pytest
 from helpers.config_reads import unread_fields
 from pydantic import BaseModel, field_validator, model_validator
 
-from gavamoe.config.files import dump_config, field_paths, load_config, parse_config, presets_folder
+from gavamoe.config.files import PACKAGE, dump_config, field_paths, load_config, parse_config, shipped
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError
 
-PRESETS = sorted(path.stem for path in presets_folder().glob("*.yaml"))
+PRESETS = sorted(path.stem for path in shipped("configs").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -64,6 +64,7 @@ def test_gates_follow_clusters() -> None:
         ("stage2.offload_parameters=true", r"stage2\.offload_parameters: needs zero_stage 3, not 1"),
         ("runtime.engine=tensorflow", r"runtime\.engine: 'tensorflow': .*'deepspeed' or 'torch'"),
         ("stage2=3", r"stage2: 3: .*valid dictionary"),
+        ("peter.layers=3", r"--set peter\.layers=3: peter\.layers has moved to baselines\.peter\.layers"),
         ("seed", r"--set seed: expected FIELD=VALUE"),
         ("seed=[", r"--set seed=\[: .*not a YAML value"),
     ],
@@ -98,6 +99,17 @@ def test_unknown_preset_names_the_known_ones() -> None:
         load_config("nosuch")
 
 
+def test_configs_of_earlier_versions_have_peter_at_the_top() -> None:
+    former = parse_config({"seed": 1, "peter": {"layers": 3}}, "x", ["baselines.peter.heads=4"])
+    assert (former.baselines.peter.layers, former.baselines.peter.heads) == (3, 4)
+    assert former == parse_config({"seed": 1, "baselines": {"peter": {"layers": 3, "heads": 4}}}, "x")
+    both = {"peter": {"layers": 3}, "baselines": {"peter": {"layers": 3}}}
+    with pytest.raises(InputError, match=r"x: peter has moved to baselines\.peter, which is given too"):
+        parse_config(both, "x")
+    with pytest.raises(InputError, match=r"x: baselines\.peter\.layers: 0: "):
+        parse_config({"peter": {"layers": 0}}, "x")
+
+
 def test_field_paths_cover_nested_fields() -> None:
     paths = field_paths(RunConfig)
     assert "stage2.experts.top_k" in paths
@@ -107,8 +119,7 @@ def test_field_paths_cover_nested_fields() -> None:
 
 def test_every_field_is_read_somewhere() -> None:
     """A config field that no code reads would be silently ignored."""
-    package = presets_folder().parent / "gavamoe"
-    assert unread_fields(RunConfig, [path.read_text(encoding="utf-8") for path in package.rglob("*.py")]) == []
+    assert unread_fields(RunConfig, [path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")]) == []
 
 
 class LoraPart(BaseModel):
@@ -178,7 +189,7 @@ def test_the_former_place_of_peter_is_read_but_not_written() -> None:
     assert config.baselines.peter.layers == 3
     assert "peter:" not in dump_config(config).splitlines()
     assert parse_config({"peter": {"layers": 3}, "baselines": {}}, "old.yaml") == config
-    with pytest.raises(InputError, match=r"old\.yaml: has peter and baselines; peter has moved to baselines\.peter"):
+    with pytest.raises(InputError, match=r"old\.yaml: peter has moved to baselines\.peter, which is given too"):
         parse_config({"peter": {}, "baselines": {"peter": {}}}, "old.yaml")
     with pytest.raises(InputError, match=r"--set peter\.layers=3: .* the field is baselines\.peter\.layers"):
         parse_config({}, "new.yaml", ["peter.layers=3"])

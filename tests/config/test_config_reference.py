@@ -46,6 +46,11 @@ def test_types_bounds_and_defaults(field: str, cells: str) -> None:
     assert re.search(rf"^\| `{field}` \| {re.escape(cells)} \| ", reference(), flags=re.MULTILINE)
 
 
+def test_every_setting_says_what_it_means() -> None:
+    rows = [line for line in reference().splitlines() if line.startswith("| `")]
+    assert [row for row in rows if len(row.rsplit("|", 2)[1].split()) < 3] == []
+
+
 def test_rows_have_four_cells_whatever_the_docstring_says() -> None:
     rows = [line for line in reference().splitlines() if line.startswith("| `")]
     assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {6}

@@ -18,6 +18,7 @@ from helpers.ray_head import ROOT
 from helpers.tiny import tiny_yaml
 
 from gavamoe.artifacts import remote
+from gavamoe.artifacts.object_store import ObjectStore
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +68,7 @@ def test_a_run_at_a_uri_survives_its_driver(environment: dict[str, str], tmp_pat
     train = ("train", config, "--dataset", data, "--run-dir", run, "--resume")
     driver = gavamoe(environment, *train)
     end = time.monotonic() + 300
-    checkpoints = remote._Store(f"{run}/checkpoints/stage2")
+    checkpoints = ObjectStore(f"{run}/checkpoints/stage2")
     while not [name for name in checkpoints.children() if name.startswith("checkpoint_20")] and time.monotonic() < end:
         time.sleep(0.1)
     assert driver.poll() is None, driver.communicate()[1]
@@ -77,7 +78,7 @@ def test_a_run_at_a_uri_survives_its_driver(environment: dict[str, str], tmp_pat
     elsewhere = environment | {"GAVAMOE_CACHE": str(tmp_path / "cache-another-client")}
     scores: dict[str, Any] = json.loads(finish(gavamoe(elsewhere, *train, "--evaluate", "--json")))
     assert scores["rows"] > 0
-    stored = set(remote._Store(run).children()) - {"checkpoints"}
+    stored = set(ObjectStore(run).children()) - {"checkpoints"}
     assert stored == {"config.yaml", "dataset.json", "evaluation", "logs", "report.html", "stage1", "stage2"}
     assert not remote.exists(f"{run}/checkpoints/stage2")
     assert json.loads((remote.checkout(run) / "dataset.json").read_text())["path"] == data

@@ -86,8 +86,16 @@ def test_it_takes_part_in_a_comparison(planted: Dataset, tmp_path: Path) -> None
         ("peter", 0), ("peter-plus", 0), ("peter", 1), ("peter-plus", 1),
     ]  # fmt: skip
     assert all(o.scores["validation_loss"] and o.scores["rmse"] for o in found.outcomes if o.trained)
-    made = (tmp_path / "peter" / "seed-0" / "peter" / "artifact.json").read_text()
+    artifact = tmp_path / "peter" / "seed-0" / "peter" / "artifact.json"
+    made = artifact.read_text()
     run_ablation(small(), planted.path, tmp_path, only=names, seeds=2)
-    assert (tmp_path / "peter" / "seed-0" / "peter" / "artifact.json").read_text() == made
+    assert artifact.read_text() == made
+    for path in (artifact, artifact.parent.parent / "evaluation" / "artifact.json"):  # as earlier versions wrote it
+        manifest = json.loads(path.read_text())
+        manifest["config"]["peter"] = manifest["config"].pop("baselines")["peter"]
+        path.write_text(json.dumps(manifest))
+    made = artifact.read_text()
+    run_ablation(small(), planted.path, tmp_path, only=names, seeds=2)
+    assert artifact.read_text() == made, "trained under the same settings, which stood at the top level then"
     changed = run_ablation(small("baselines.peter.layers=1"), planted.path, tmp_path, only=names[:1], seeds=1)
     assert changed.outcomes[0].scores["parameters"] != found.outcomes[0].scores["parameters"]

@@ -17,7 +17,7 @@ from gavamoe.runtime.worker import (
     RayContext,
     WorkerJob,
     WorkerLog,
-    checkpoint_damage,
+    checkpoint_problem,
     run_worker,
     storage_problem,
     write_checksums,
@@ -198,13 +198,13 @@ def test_damage_of_any_ranks_file_is_found(tmp_path: Path) -> None:
         for path in part.rglob("*"):
             if path.is_file():
                 (whole / path.relative_to(part)).write_bytes(path.read_bytes())
-    assert checkpoint_damage(whole) is None
+    assert checkpoint_problem(whole) is None
     (whole / "engine" / "rank1").write_bytes(b"x" * 99 + b"y")
-    assert checkpoint_damage(whole) == "the content of engine/rank1 has changed"
+    assert checkpoint_problem(whole) == "the content of engine/rank1 has changed"
     (whole / "engine" / "rank1").write_bytes(b"x" * 99)
-    assert checkpoint_damage(whole) == "engine/rank1 has 99 of 100 bytes"
+    assert checkpoint_problem(whole) == "engine/rank1 has 99 of 100 bytes"
     (whole / "checksums-1.json").unlink()
-    assert "its checksums can't be read" in str(checkpoint_damage(whole))
+    assert "its checksums can't be read" in str(checkpoint_problem(whole))
 
 
 def test_full_disks_are_told_from_other_errors() -> None:

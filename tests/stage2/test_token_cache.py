@@ -70,7 +70,7 @@ def test_a_second_run_makes_nothing(dataset: Path) -> None:
     fill_cache(config(), dataset, in_order)
 
     def never(loop: Callable[..., Any], jobs: list[dict[str, Any]]) -> list[Any]:
-        raise AssertionError("tokenised twice")
+        raise AssertionError("tokenized twice")
 
     assert fill_cache(config(), dataset, never) is not None
 

@@ -7,13 +7,13 @@ import optuna
 import pytest
 import yaml
 
-from gavamoe.config.files import parse_config
+from gavamoe.config.files import parse_config, shipped
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.tune.checks import check_space, config_values, trial_config
 from gavamoe.tune.metrics import MEASURES, curve_value, find_measure, stage1_values, stage2_values
-from gavamoe.tune.space import Space, load_space, parse_space, spaces_folder
+from gavamoe.tune.space import Space, load_space, parse_space
 
 K = {"type": "int", "low": 2, "high": 5}
 EXPERTS: dict[str, Any] = {
@@ -37,8 +37,8 @@ def check(candidate: Space, dataset: Path, config: RunConfig | None = None) -> N
 
 
 def test_shipped_spaces_are_those_of_the_documentation() -> None:
-    shipped = {path.stem for path in spaces_folder().glob("*.yaml")}
-    assert shipped == {"gates", "gates_beta", "stage1", "experts", "joint", "quality_cost"}
+    names = {path.stem for path in shipped("tune_spaces").glob("*.yaml")}
+    assert names == {"gates", "gates_beta", "stage1", "experts", "joint", "quality_cost"}
 
 
 @pytest.mark.parametrize("name", ["gates", "gates_beta", "stage1", "experts", "joint", "quality_cost"])

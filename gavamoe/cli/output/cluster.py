@@ -43,20 +43,20 @@ class JobTerminal:
 
 
 def print_jobs(jobs: Iterable[Job]) -> None:
-    """A table of jobs, with whole ids however narrow the terminal."""
+    """A table of jobs, with unbroken ids however narrow the terminal."""
     jobs = list(jobs)
     if not jobs:
         console.print("no jobs; `gavamoe submit` starts one", markup=False)
         return
     table = Table(
         *[Column(name, no_wrap=True) for name in ("job", "status", "started", "minutes")],
-        Column("what it does, or said at its end", overflow="fold"),
+        Column("command, or last message", overflow="fold"),
     )
     for job in jobs:
         started = time.strftime("%m-%d %H:%M", time.localtime(job.started)) if job.started else "-"
         minutes = f"{((job.ended or time.time()) - job.started) / 60:.1f}" if job.started else "-"
-        said = job.message.strip().splitlines()[0] if job.ended and job.message.strip() else ""
-        about = said or job.entrypoint.removeprefix("python jobs/")
+        message = job.message.strip().splitlines()[0] if job.ended and job.message.strip() else ""
+        about = message or job.entrypoint.removeprefix("python jobs/")
         table.add_row(*[escape(text) for text in (job.id, job.status.lower(), started, minutes, about)])
     console.print(table)
 
@@ -77,8 +77,8 @@ def print_status(status: RunStatus) -> None:
             console.print(f"[yellow]{step.name}:[/] {escape(text)}", soft_wrap=True)
         if step.checkpoints and step.state != "done":
             console.print(f"{step.name}: checkpoints {', '.join(step.checkpoints)}", markup=False, soft_wrap=True)
-    for name, place in status.logs.items():
-        console.print(f"{name}: {place}", markup=False, soft_wrap=True)
+    for name, location in status.logs.items():
+        console.print(f"{name}: {location}", markup=False, soft_wrap=True)
     console.print(f"next: {status.next}", markup=False, soft_wrap=True)
 
 

@@ -22,7 +22,7 @@ def print_plan(plan: dict[str, Any], *, as_json: bool) -> None:
 
 def _print_parameters(plan: dict[str, Any]) -> None:
     parameters = plan["parameters"]
-    rows = [(name, part["total"], part["trained"], part["active"]) for name, part in parameters["parts"].items()]
+    rows = [(name, each["total"], each["trained"], each["active"]) for name, each in parameters["parts"].items()]
     for title, key in (("explainer", "explainer"), ("with stage 1", "all")):
         rows.append((title, *(parameters[key][column] for column in ("total", "trained", "active"))))
     print_table(f"Parameters, {plan['base_model']}", ["part", "total", "trained", "active per token"], rows)
@@ -32,13 +32,13 @@ def _print_memory(plan: dict[str, Any]) -> None:
     """A row a scheme with checkpointing as configured, short enough for a terminal of 80 columns."""
     hardware = plan["hardware"]
     checkpointing = any(row["checkpointed"]["own"] for row in plan["memory"])
-    found = [(_short(row["scheme"]), row["checkpointed" if checkpointing else "plain"]) for row in plan["memory"]]
-    most = max(memory["device"] for _, memory in found)
+    schemes = [(_short(row["scheme"]), row["checkpointed" if checkpointing else "plain"]) for row in plan["memory"]]
+    most = max(memory["device"] for _, memory in schemes)
     unit, name = next((unit for unit in _UNITS if most >= unit[0]), _UNITS[-1])
-    parts = ("weights", "gradients", "optimizer", "buffers", "activations")
+    uses = ("weights", "gradients", "optimizer", "buffers", "activations")
     rows = []
-    for scheme, memory in found:
-        *kept, device, host = (f"{memory[part] / unit:.4g}" for part in (*parts, "device", "host"))
+    for scheme, memory in schemes:
+        *kept, device, host = (f"{memory[use] / unit:.4g}" for use in (*uses, "device", "host"))
         rows.append((scheme, *kept, f"{device} {_mark(memory)}", host))
     ways = "with" if checkpointing else "without"
     print_table(
@@ -100,21 +100,21 @@ def _print_traffic(plan: dict[str, Any]) -> None:
 
 
 def _print_stage1(plan: dict[str, Any]) -> None:
-    found = plan["stage1"]
-    memory = found["memory"]
+    stage1 = plan["stage1"]
+    memory = stage1["memory"]
     rows: list[tuple[str, object]] = [
-        ("parameters", found["parameters"]["all"]),
-        ("of these in user and item tables", found["parameters"]["tables"]),
+        ("parameters", stage1["parameters"]["all"]),
+        ("of these in user and item tables", stage1["parameters"]["tables"]),
         *((name, size(memory[name])) for name in ("weights", "gradients", "optimizer", "best", "activations")),
-        ("device", f"{size(memory['device'])} {'+' if found['fits'] else '-'}"),
+        ("device", f"{size(memory['device'])} {'+' if stage1['fits'] else '-'}"),
         ("host, for pairs", size(memory["host"])),
-        ("epochs, pretraining included", found["epochs"]),
-        ("FLOPs per epoch", f"{found['flops_per_epoch']:.3g}"),
-        ("sent by one device per step", size(found["traffic_per_step"])),
-        *_times(found["seconds"], "all epochs"),
+        ("epochs, pretraining included", stage1["epochs"]),
+        ("FLOPs per epoch", f"{stage1['flops_per_epoch']:.3g}"),
+        ("sent by one device per step", size(stage1["traffic_per_step"])),
+        *_times(stage1["seconds"], "all epochs"),
     ]
     print_table("Stage 1: every device holds all of it", ["", "value"], rows)
-    if not found["fits"]:
+    if not stage1["fits"]:
         console.print("stage 1's tables do not fit on one device: see docs/plan.md, 10^8 users", markup=False)
 
 

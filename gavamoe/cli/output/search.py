@@ -26,7 +26,7 @@ ROWS_SHOWN = 14
 class SearchTerminal:
     """A `tune.SearchProgress`: one live table while trials run, then the bars of the final training.
 
-    Where standard error is no terminal (CI, a log file), each trial is a line when it ends.
+    Where standard error is not a terminal (CI, a log file), each trial is a line when it ends.
     """
 
     def __init__(self) -> None:

@@ -1,11 +1,11 @@
 """PETER's model, a baseline: Li, Zhang and Chen, "Personalized Transformer for Explainable Recommendation", ACL 2021.
 
 A small Transformer from scratch reads [user, item, features, <s>, explanation]. Positions see what is to their left;
-user and item also see each other (the paper's masking). From the item's place it predicts the explanation's words
+user and item also see each other (the paper's masking). From the item's position it predicts the explanation's words
 without their order (context prediction), from the user's the rating, from <s> on the explanation. PETER+ is the one
 with features.
 
-Shapes: B rows, T tokens after the two ids, S = T + 2 places, D embedding size, V vocabulary.
+Shapes: B rows, T tokens after the two ids, S = T + 2 positions, D embedding size, V vocabulary.
 """
 
 import math
@@ -20,7 +20,7 @@ from gavamoe.config.schema import PeterConfig
 from gavamoe.model.explainer import IGNORED
 
 IDS = 2
-"""Places of user and item, the first two."""
+"""Positions of user and item, the first two."""
 _INITIAL = 0.1
 """Embeddings and output weights start uniform between minus this and this."""
 
@@ -29,19 +29,21 @@ Past = tuple[Tensor, Tensor]
 
 
 class PeterSpec(BaseModel):
-    """What rebuilds the model."""
+    """Everything from which the model is built, apart from its weights."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     size: PeterConfig
     vocabulary: int
     n_users: int
-    """Known ones; one more row stands for all others, and is trained by hiding ids."""
+    """Number of known users; one more row stands for all others, and is trained by hiding ids."""
     n_items: int
+    """Number of known items, with one more row likewise."""
     places: int
-    """S at most."""
+    """Largest number of positions, S."""
     mean_rating: float
+    """Mean of the training ratings, with which predictions start."""
     features: bool
-    """PETER+."""
+    """Whether the model reads features: PETER+."""
 
 
 class Peter(nn.Module):
@@ -71,7 +73,7 @@ class Peter(nn.Module):
     def forward(
         self, users_B: Tensor, items_B: Tensor, tokens_BT: Tensor, past: list[Past] | None = None
     ) -> tuple[Tensor, list[Past]]:
-        """States of the last layer, and what a next call can go on from.
+        """States of the last layer, and the keys and values that a next call continues from.
 
         Args:
             past: of a call with the same rows; then `tokens_BT` are the next tokens, and the ids are not read again.
@@ -95,7 +97,7 @@ class Peter(nn.Module):
         return x_BSD, kept
 
     def predict_rating(self, states_BSD: Tensor) -> Tensor:
-        """(B,), from the user's place; neither rounded nor clipped."""
+        """Ratings (B,) from the user's position; neither rounded nor clipped."""
         rating_B: Tensor = self.rating(states_BSD[:, 0]).squeeze(-1)
         return rating_B
 
@@ -105,11 +107,11 @@ class Peter(nn.Module):
         Args:
             batch: users, items (B,); ratings (B,), NaN for none; tokens (B, T), padded on the right; labels (B, T), the
                 same tokens where they are the explanation's, -100 elsewhere.
-            end: the token that ends a text, which is no word of its context.
+            end: the token that ends a text, which does not count as a word of its context.
         """
         states_BSD, _ = self(batch["users"], batch["items"], batch["tokens"])
         labels_BT = batch["labels"]
-        # The place before a token predicts it: `tokens` begin after the two ids.
+        # The position before a token predicts it: `tokens` begin after the two ids.
         next_BT = states_BSD[:, IDS - 1 : -1]
         spoken_BT = labels_BT != IGNORED
         explanation = F.cross_entropy(self.output(next_BT[spoken_BT]), labels_BT[spoken_BT])
@@ -131,7 +133,7 @@ class Peter(nn.Module):
         """Greedy texts of B rows whose prefixes (features and <s>) are equally long, and the predicted ratings.
 
         Args:
-            longest: tokens written at most; fewer where the model has no more places.
+            longest: tokens written at most; fewer where the model has no more positions.
             banned: tokens that are never written.
 
         Returns:
@@ -156,7 +158,7 @@ class Peter(nn.Module):
 
 
 class _Layer(nn.Module):
-    """Self-attention and feed-forward of the first Transformer: normalised after each sum, ReLU."""
+    """Self-attention and feed-forward of the original Transformer: normalized after each sum, ReLU."""
 
     def __init__(self, size: PeterConfig) -> None:
         super().__init__()
@@ -184,17 +186,17 @@ class _Layer(nn.Module):
 
 
 def _mask(places: int) -> Tensor:
-    """What each place sees, bool (S, S): everything to its left, itself, and user and item each other."""
+    """What each position sees, bool (S, S): everything to its left, itself, and user and item each other."""
     mask = torch.ones(places, places, dtype=torch.bool).tril()
     mask[:IDS, :IDS] = True
     return mask
 
 
 def _sinusoids(places: int, width: int) -> Tensor:
-    """The first Transformer's place encoding (S, D)."""
-    place = torch.arange(places, dtype=torch.float32)[:, None]
+    """The original Transformer's positional encoding (S, D)."""
+    position = torch.arange(places, dtype=torch.float32)[:, None]
     rate = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10_000.0) / width))
     table = torch.zeros(places, width)
-    table[:, 0::2] = torch.sin(place * rate)
-    table[:, 1::2] = torch.cos(place * rate)
+    table[:, 0::2] = torch.sin(position * rate)
+    table[:, 1::2] = torch.cos(position * rate)
     return table

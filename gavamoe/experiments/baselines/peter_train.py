@@ -43,7 +43,7 @@ from gavamoe.stage2.tokenized_rows import (
 
 _SPEC_FILE, _WEIGHTS_FILE, _TOKENIZER, _METRICS_FILE = "peter.json", "peter.safetensors", "tokenizer", "metrics.json"
 _CHARACTERS = 1024
-"""Of a row's features that are read at most."""
+"""Characters of a row's features that are read, at most."""
 
 
 def train_peter(
@@ -67,13 +67,13 @@ def train_peter(
         for split, chosen in rows.items()
     }
     rated = splits["train"].pairs.rating
-    places = IDS + prefix.longest + max(stage2.prompt.max_explanation_tokens, config.generation.max_new_tokens)
+    positions = IDS + prefix.longest + max(stage2.prompt.max_explanation_tokens, config.generation.max_new_tokens)
     spec = PeterSpec(
         size=config.baselines.peter,
         vocabulary=len(tokenizer),
         n_users=data.catalog.known_users,
         n_items=data.catalog.known_items,
-        places=places,
+        places=positions,
         mean_rating=0.0 if np.isnan(rated).all() else float(np.nanmean(rated)),
         features=features,
     )
@@ -97,7 +97,7 @@ def train_peter(
 
 
 class PeterWriter:
-    """A `ExplanationGenerator` to whoever evaluates it; it writes greedily."""
+    """A writer of texts for `evaluate`, with the interface of `ExplanationGenerator`; it writes greedily."""
 
     def __init__(self, model: Peter, tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, data: Dataset) -> None:
         self.model, self.tokenizer, self.catalog = model.eval(), tokenizer, data.catalog
@@ -128,7 +128,7 @@ class PeterWriter:
         seed: int = 0,
         on_progress: OnProgress | None = None,
     ) -> list[Explanation]:
-        """One text per request, in their order; of `generation` the batch size and the length count."""
+        """One text per request, in their order; only the batch size and the length of `generation` are used."""
         del seed
         spec = self.model.spec
         features = [self._features(request) for request in requests]
@@ -137,7 +137,7 @@ class PeterWriter:
         items = np.array([min(request.item, spec.n_items) for request in requests], dtype=np.int64)
         end = self._prefix.end
         banned = sorted(special_ids(self.tokenizer) - {end})
-        found: dict[int, Explanation] = {}
+        explanations: dict[int, Explanation] = {}
         for batch in _equally_long(prefixes, generation.batch_size):
             texts, ratings = self.model.write(
                 torch.from_numpy(users[batch]),
@@ -148,10 +148,10 @@ class PeterWriter:
                 banned,
             )
             for row, tokens, predicted in zip(batch, texts, ratings, strict=True):
-                found[row] = self._explanation(requests[row], features[row], tokens, predicted)
+                explanations[row] = self._explanation(requests[row], features[row], tokens, predicted)
             if on_progress:
-                on_progress(len(found), len(requests))
-        return [found[row] for row in range(len(requests))]
+                on_progress(len(explanations), len(requests))
+        return [explanations[row] for row in range(len(requests))]
 
     def _features(self, request: ExplanationRequest) -> tuple[str, ...]:
         if not self.model.spec.features:
@@ -211,7 +211,7 @@ class _Rows:
         return cls(TextRows(Ragged.pack(prefixes), answers), pairs)
 
     def batch(self, rows: np.ndarray, spec: PeterSpec, end: int, hidden: np.ndarray | None = None) -> dict[str, Tensor]:
-        """Tensors of B rows; `hidden`, bool (2, B), puts the unknown user or item in a row's place."""
+        """Tensors of B rows; `hidden`, bool (2, B), hides a row's user or item behind the unknown one."""
         text = self.text.collate(rows, np.zeros(len(self.text), np.int64), pad=end)
         users = np.minimum(self.pairs.user[rows], spec.n_users).astype(np.int64)
         items = np.minimum(self.pairs.item[rows], spec.n_items).astype(np.int64)
@@ -239,32 +239,49 @@ def _train(
         model.parameters(), lr=config.baselines.peter.learning_rate, weight_decay=stage2.weight_decay, fused=True
     )
     losses: dict[int, float] = {}
-    best: tuple[float, int, dict[str, Tensor]] | None = None
+    kept: tuple[int, dict[str, Tensor]] | None = None
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = config.baselines.peter.learning_rate * rate_at(step, steps, stage2)
-        rows = plan.rows(step).reshape(-1)
-        random = np.random.default_rng([config.seed, step])
-        hidden = random.random((2, len(rows))) < config.stage1.unknown_id_rate
-        model.train()
-        loss = model.losses(train.batch(rows, model.spec, end, hidden), end)["loss"]
-        if not torch.isfinite(loss):
-            raise RunError(f"PETER: the loss is {float(loss)} at step {step + 1}; lower baselines.peter.learning_rate")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), stage2.clip_norm)
-        optimizer.step()
+        _take_step(config, model, train, plan.rows(step).reshape(-1), step, end, optimizer)
         done = step + 1
         if len(valid.text) and (done == steps or (stage2.evaluate_every and done % stage2.evaluate_every == 0)):
             losses[done] = _validation_loss(model, valid, end, stage2.batch_size)
-            if stage2.keep == "last" or best is None or losses[done] < best[0]:
-                best = (losses[done], done, {name: value.clone() for name, value in model.state_dict().items()})
+            if stage2.keep == "last" or kept is None or losses[done] < losses[kept[0]]:
+                kept = done, {name: value.clone() for name, value in model.state_dict().items()}
         if on_progress:
             on_progress(done, steps)
-    if best is None:
+    if kept is None:  # nothing to judge by: the last state
         return losses, steps, steps
-    model.load_state_dict(best[2])
-    return losses, best[1], steps
+    model.load_state_dict(kept[1])
+    return losses, kept[0], steps
+
+
+def _take_step(
+    config: RunConfig,
+    model: Peter,
+    train: _Rows,
+    rows: np.ndarray,
+    step: int,
+    end: int,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """One optimizer step on the given rows.
+
+    Raises:
+        RunError: the loss is no longer finite.
+    """
+    # Hidden ids train the row of the unknown user and item, as id dropout does in stage 2.
+    random = np.random.default_rng([config.seed, step])
+    hidden = random.random((2, len(rows))) < config.stage1.unknown_id_rate
+    model.train()
+    loss = model.losses(train.batch(rows, model.spec, end, hidden), end)["loss"]
+    if not torch.isfinite(loss):
+        raise RunError(f"PETER: the loss is {float(loss)} at step {step + 1}; lower baselines.peter.learning_rate")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.stage2.clip_norm)
+    optimizer.step()
 
 
 @torch.inference_mode()

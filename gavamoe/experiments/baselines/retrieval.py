@@ -29,7 +29,7 @@ _SAME = 1e-9
 
 
 class Copier:
-    """A `ExplanationGenerator` to whoever evaluates it."""
+    """A writer of texts for `evaluate`, with the interface of `ExplanationGenerator`."""
 
     def __init__(self, dataset: Dataset, source: Source) -> None:
         self.source, self.catalog = source, dataset.catalog
@@ -118,8 +118,8 @@ class _Grouped:
 
     def __getitem__(self, owner: int) -> np.ndarray:
         low, high = np.searchsorted(self._owners, [owner, owner + 1])
-        found: np.ndarray = self._rows[low:high]
-        return found
+        rows: np.ndarray = self._rows[low:high]
+        return rows
 
 
 class _FeatureIndex:

@@ -1,0 +1,178 @@
+"""Requests to object storage: any filesystem that pyarrow knows, with retries and errors of one line.
+
+A folder at `URI` is `URI/VERSION/FILES...` and, written last, `URI/_folder.json`, which names the version and lists its
+files with size and SHA-256. Object stores have no rename: this one small object is the switch, so that a reader finds
+the old folder or the new one, complete. `remote` stores and fetches such folders.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from pyarrow import fs
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from gavamoe.artifacts.checksums import FileEntry
+from gavamoe.artifacts.files import MAX_JSON_BYTES
+from gavamoe.errors import InputError, RunError, first_problem, one_line
+
+Result = TypeVar("Result")
+
+INDEX = "_folder.json"
+TRANSFER_ATTEMPTS = 4
+"""Attempts at a transfer before it counts as failed."""
+_REQUEST_ATTEMPTS = 8
+"""Attempts at each single request, which the client of S3 makes by itself."""
+_FIRST_PAUSE = 0.2
+"""Seconds before the second attempt at a transfer; four times as long before each one more."""
+
+
+class Index(BaseModel):
+    """Content of `_folder.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: str
+    """Version of the content: a digest of names and hashes, which is also the name of the prefix with the files."""
+    files: dict[str, FileEntry]
+
+
+class ObjectStore:
+    """What lies below one URI."""
+
+    def __init__(self, uri: str, opened: tuple[fs.FileSystem, str] | None = None) -> None:
+        self.uri = uri.rstrip("/")
+        self._files, self._root = opened or filesystem(self.uri)
+
+    def below(self, name: str) -> "ObjectStore":
+        return ObjectStore(f"{self.uri}/{name}", (self._files, f"{self._root}/{name}"))
+
+    def index(self) -> Index | None:
+        """The folder's index; None if no folder is stored here."""
+        content = self.get_bytes(INDEX)
+        if content is None:
+            return None
+        try:
+            index = Index.model_validate_json(content)
+        except ValidationError as error:
+            raise RunError(f"{self.uri}/{INDEX}: not an index ({first_problem(error)}); store it anew") from error
+        for name in index.files:
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise RunError(f"{self.uri}/{INDEX}: names the file {name!r}, outside of its folder")
+        return index
+
+    def children(self) -> list[str]:
+        """Names directly below."""
+        selector = fs.FileSelector(self._root, allow_not_found=True)
+        return sorted(info.base_name for info in self._call(lambda: self._files.get_file_info(selector)))
+
+    def is_file(self) -> bool:
+        info = self._call(lambda: self._files.get_file_info(self._root))
+        return bool(info.type == fs.FileType.File)
+
+    def get_bytes(self, name: str) -> bytes | None:
+        """A small file's content, None without it."""
+        path = self._path(name)
+
+        def read() -> bytes | None:
+            info = self._files.get_file_info(path)
+            if info.type != fs.FileType.File:
+                return None
+            if info.size > MAX_JSON_BYTES:
+                raise RunError(f"{self.uri}/{name}: {info.size} bytes, more than such a file may have")
+            with self._files.open_input_stream(path) as stream:
+                return bytes(stream.read())
+
+        return self._call(read)
+
+    def get_file(self, name: str, target: Path) -> None:
+        path = self._path(name)
+        aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+        try:
+            self._call(lambda: fs.copy_files(path, str(aside), self._files, fs.LocalFileSystem(), use_threads=False))
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def put_file(self, source: Path, name: str) -> None:
+        path = self._path(name)
+        self._make_parent(path)
+        self._call(lambda: fs.copy_files(str(source), path, fs.LocalFileSystem(), self._files, use_threads=False))
+
+    def put_bytes(self, content: bytes, name: str) -> None:
+        """Write a small file whole: a single request on an object store, a rename elsewhere."""
+        path = self._path(name)
+        renames = not isinstance(self._files, fs.S3FileSystem | fs.GcsFileSystem)
+        self._make_parent(path)
+
+        def write() -> None:
+            aside = f"{path}.partial-{os.getpid()}" if renames else path
+            with self._files.open_output_stream(aside) as stream:
+                stream.write(content)
+            if renames:
+                self._files.move(aside, path)
+
+        self._call(write)
+
+    def delete(self, name: str) -> None:
+        path = self._path(name)
+        kind = self._call(lambda: self._files.get_file_info(path)).type
+        if kind == fs.FileType.Directory:
+            self._call(lambda: self._files.delete_dir(path))
+        elif kind == fs.FileType.File:
+            self._call(lambda: self._files.delete_file(path))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def _make_parent(self, path: str) -> None:
+        if not isinstance(self._files, fs.S3FileSystem | fs.GcsFileSystem):  # these have no folders
+            self._call(lambda: self._files.create_dir(path.rpartition("/")[0], recursive=True))
+
+    def _call(self, request: Callable[[], Result]) -> Result:
+        """Make a request again after a failure that may pass; the SDKs' own retries come before."""
+        for attempt in range(TRANSFER_ATTEMPTS):
+            try:
+                return request()
+            except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+                raise InputError(f"{self.uri}: {one_line(error)}") from error
+            except OSError as error:
+                text = one_line(error)
+                if any(word in text for word in ("NO_SUCH_BUCKET", "ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE")):
+                    raise InputError(f"{self.uri}: {text}") from error
+                if attempt + 1 == TRANSFER_ATTEMPTS:
+                    raise RunError(f"{self.uri}: the storage failed {TRANSFER_ATTEMPTS} times ({text})") from error
+                pause_after(attempt)
+        raise AssertionError("unreachable")
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """pyarrow's filesystem of a URI and the path in it. S3: AWS_ENDPOINT_URL, AWS_REGION and the usual credentials.
+
+    Raises:
+        InputError: an unknown scheme, or wrong settings.
+    """
+    parts = urlsplit(uri)
+    try:
+        if parts.scheme != "s3":
+            store, path = fs.FileSystem.from_uri(uri)
+            return store, path
+        endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL", ""))
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        if region is None and not endpoint.netloc:
+            region = fs.resolve_s3_region(parts.netloc)
+        options: dict[str, Any] = {"region": region or "us-east-1"}
+        if endpoint.netloc:
+            options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
+        retries = fs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_ATTEMPTS)
+        store = fs.S3FileSystem(retry_strategy=retries, connect_timeout=5, request_timeout=30, **options)
+        return store, (parts.netloc + parts.path).rstrip("/")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{uri}: can't be reached ({one_line(error)})") from error
+
+
+def pause_after(attempt: int) -> None:
+    """Wait before the attempt that follows a failed one, which are counted from 0."""
+    time.sleep(_FIRST_PAUSE * 4**attempt)

@@ -1,0 +1,44 @@
+"""Settings of the baselines that `gavamoe ablate` trains beside the config's own model."""
+
+from typing import Annotated
+
+from pydantic import Field, PositiveInt, model_validator
+
+from gavamoe.config.section import NonNegative, Positive, Rate, Section
+
+
+class PeterConfig(Section):
+    """The baseline PETER (Li, Zhang and Chen, ACL 2021) in `gavamoe ablate`, with its own paper's values but for the
+    optimizer. Steps, batch size, schedule and clipping are stage 2's."""
+
+    embedding_size: Annotated[int, Field(ge=2, multiple_of=2)] = 512
+    """Width of PETER's embeddings and hidden states; a multiple of `heads`."""
+    layers: PositiveInt = 2
+    """Number of PETER's transformer layers."""
+    heads: PositiveInt = 2
+    """Number of attention heads of each of PETER's layers."""
+    feed_forward: PositiveInt = 2048
+    """Width of PETER's feed-forward layers."""
+    dropout: Rate = 0.2
+    """Dropout rate in PETER's layers."""
+    explanation_weight: NonNegative = 1.0
+    """Weight of the explanation's loss in PETER's total loss."""
+    context_weight: NonNegative = 1.0
+    """Weight of the loss of context prediction (the explanation's words without their order) in PETER's total loss."""
+    rating_weight: NonNegative = 0.1
+    """Weight of the rating's squared error in PETER's total loss."""
+    learning_rate: Positive = 1e-3
+    """Peak learning rate of AdamW in PETER's training."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "PeterConfig":
+        if self.embedding_size % self.heads:
+            raise ValueError(f"heads: embedding_size {self.embedding_size} is not a multiple of heads {self.heads}")
+        return self
+
+
+class BaselinesConfig(Section):
+    """The trained baselines of `gavamoe ablate`; nothing else reads them."""
+
+    peter: PeterConfig = PeterConfig()
+    """The baseline PETER."""
