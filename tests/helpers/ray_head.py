@@ -24,6 +24,8 @@ def ray_head(folder: Path, cpus: int = 2) -> Iterator[dict[str, str]]:
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONPATH": "",  # the job's code is what is uploaded
+        # A job runs `python`: this environment's, activated or not.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
     # All ports that another Ray on this machine might hold; without the agent's no job is taken.
     port, dashboard, metrics, agent, client = (free_port() for _ in range(5))
