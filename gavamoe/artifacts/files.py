@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gavamoe.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_JSON_BYTES = 64 * 2**20
 _REPORTED_PACKAGES = ("gavamoe", "torch", "transformers", "ray", "deepspeed", "numpy", "pyarrow", "scikit-learn")
@@ -66,6 +69,15 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinity are refused."""
     with write_file(path) as aside:
         aside.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def save_png(figure: "Figure", path: Path) -> None:
+    """Write a matplotlib figure as PNG, whole or not at all, without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    with write_file(path) as aside:
+        figure.savefig(aside, format="png", dpi=130)
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from gavamoe.artifacts.files import read_json, write_file, write_json
+from gavamoe.artifacts.files import read_json, save_png, write_file, write_json
 from gavamoe.artifacts.run import METRICS_FILE, RunFolder
 from gavamoe.errors import validated
 from gavamoe.evaluation.faithfulness.measure import FAITHFULNESS
@@ -267,8 +267,7 @@ def _grid(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def plot(comparison: Comparison, out: Path) -> None:
-    """Figure 3 as PNG: a panel a score, a bar a system, a line its interval (see `reach`), a dot a seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Figure 3 as PNG: a panel a score, a bar a system, a line its interval (see `interval_of`), a dot a seed."""
     from matplotlib.figure import Figure
 
     systems = list(systems_of(comparison).values())[::-1]
@@ -290,6 +289,4 @@ def plot(comparison: Comparison, out: Path) -> None:
         axes.set_title(f"{score.label} {score.arrow}", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(systems)), [outcomes[0].label for outcomes in systems])
-    FigureCanvasAgg(figure)
-    with write_file(out) as aside:
-        figure.savefig(aside, format="png", dpi=130)
+    save_png(figure, out)

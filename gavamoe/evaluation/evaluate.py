@@ -76,8 +76,8 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Answers:
-    """What a writer said under one protocol."""
+class _WrittenTexts:
+    """What a writer written under one protocol."""
 
     requests: "list[ExplanationRequest]"
     explanations: "list[Explanation]"
@@ -154,24 +154,24 @@ def evaluate(
     options = config.evaluation
     chosen = select_rows(dataset, split, options.rows, config.seed)
     protocols = ("given", "predicted") if options.protocol == "both" else (options.protocol,)
-    answers = {protocol: _answers(explainer, chosen, protocol, config, on_progress) for protocol in protocols}
+    texts = {protocol: _write_texts(explainer, chosen, protocol, config, on_progress) for protocol in protocols}
     constant = most_frequent_text(dataset)
-    measured, bert = _measure(dataset, chosen, answers, constant, config)
+    measured, bert = _measure(dataset, chosen, texts, constant, config)
     train = dataset.arrays("train")
     training_rows = np.bincount(train.user, minlength=dataset.catalog.n_users)[chosen.pairs.user]
 
     def section(protocol: str) -> dict[str, Any]:
-        rows, said = measured[protocol], answers[protocol]
-        return _section(rows, measured["constant"], said, chosen, training_rows, config) | {
+        rows, written = measured[protocol], texts[protocol]
+        return _section(rows, measured["constant"], written, chosen, training_rows, config) | {
             "planted": recovered(
                 dataset,
                 routes,
-                generated=said.texts,
+                generated=written.texts,
                 references=chosen.references,
                 ratings=chosen.pairs.rating,
                 seed=config.seed,
             ),
-            "faithfulness": _faithfulness(explainer, dataset, chosen, said, gates, config)
+            "faithfulness": _faithfulness(explainer, dataset, chosen, written, gates, config)
             if options.probe_rows
             else None,
         }
@@ -195,7 +195,7 @@ def evaluate(
         },
     }
     metrics["not_measured"] = _not_measured(metrics)
-    tables = [generations_table(dataset, split, chosen, answers[protocol].explanations) for protocol in protocols]
+    tables = [generations_table(dataset, split, chosen, texts[protocol].explanations) for protocol in protocols]
     return Evaluation(metrics, *tables)
 
 
@@ -209,25 +209,25 @@ def write_evaluation(out: Path, result: Evaluation, config: RunConfig, inputs: d
         write_manifest(folder, "evaluation", config, inputs, {"split": result.metrics["split"]})
 
 
-def _answers(
+def _write_texts(
     explainer: Writer, rows: EvaluatedRows, protocol: str, config: RunConfig, on_progress: OnProgress | None
-) -> _Answers:
+) -> _WrittenTexts:
     requests = requests_of(rows, protocol)
     started = time.perf_counter()
     explanations = explainer.explain(requests, config.generation, seed=config.seed, on_progress=on_progress)
-    return _Answers(requests, explanations, time.perf_counter() - started)
+    return _WrittenTexts(requests, explanations, time.perf_counter() - started)
 
 
 def _section(
     rows: RowStatistics,
     constant: RowStatistics,
-    said: _Answers,
+    written: _WrittenTexts,
     chosen: EvaluatedRows,
     training_rows: np.ndarray,
     config: RunConfig,
 ) -> dict[str, Any]:
     """The scores of one protocol's texts, of all rows and by group."""
-    clusters = np.array([explanation.cluster for explanation in said.explanations])
+    clusters = np.array([explanation.cluster for explanation in written.explanations])
     return {
         **_scored(rows),
         "intervals": intervals(rows, seed=config.seed),
@@ -237,8 +237,8 @@ def _section(
         },
         "clusters": {str(k): _scored(rows, np.flatnonzero(clusters == k)) for k in np.unique(clusters)},
         "not_better_than_constant": not_better(rows, constant, seed=config.seed),
-        "seconds_writing": round(said.seconds, 3),
-        "tokens_written": int(sum(explanation.new_tokens for explanation in said.explanations)),
+        "seconds_writing": round(written.seconds, 3),
+        "tokens_written": int(sum(explanation.new_tokens for explanation in written.explanations)),
     }
 
 
@@ -246,13 +246,13 @@ def _faithfulness(
     explainer: Writer,
     dataset: Dataset,
     chosen: EvaluatedRows,
-    said: _Answers,
+    written: _WrittenTexts,
     gates: Gates | None,
     config: RunConfig,
 ) -> dict[str, Any]:
-    written = Written(said.requests, said.explanations, chosen.references, chosen.pairs.rating, chosen.features)
+    rows = Written(written.requests, written.explanations, chosen.references, chosen.pairs.rating, chosen.features)
     return measure_faithfulness(
-        written,
+        rows,
         dataset,
         write=partial(explainer.explain, generation=config.generation, seed=config.seed),
         gates=gates,
@@ -262,20 +262,20 @@ def _faithfulness(
 
 
 def _measure(
-    dataset: Dataset, rows: EvaluatedRows, answers: dict[str, _Answers], constant: str, config: RunConfig
+    dataset: Dataset, rows: EvaluatedRows, by_protocol: dict[str, _WrittenTexts], constant: str, config: RunConfig
 ) -> tuple[dict[str, RowStatistics], BertScore | None]:
     """Statistics of each protocol's texts and of the constant text on the same rows, and what BERTScore ran on."""
-    texts = {protocol: said.texts for protocol, said in answers.items()}
+    texts = {protocol: written.texts for protocol, written in by_protocol.items()}
     texts["constant"] = [constant] * len(rows.references)
     errors = {
-        protocol: _floats(explanation.predicted_rating for explanation in said.explanations) - rows.pairs.rating
-        for protocol, said in answers.items()
+        protocol: _floats(explanation.predicted_rating for explanation in written.explanations) - rows.pairs.rating
+        for protocol, written in by_protocol.items()
     }
     bert = _bert_scores(texts, rows.references, config)
     known = feature_set(dataset)
     measured = {
         name: measure(
-            said,
+            system_texts,
             rows.references,
             style=config.evaluation.style,
             features=rows.features,
@@ -283,7 +283,7 @@ def _measure(
             rating_error=errors.get(name),
             bertscore=bert.get(name),
         )
-        for name, said in texts.items()
+        for name, system_texts in texts.items()
     }
     return measured, bert.get("constant")
 
@@ -294,7 +294,7 @@ def _bert_scores(texts: dict[str, list[str]], references: list[str], config: Run
     if not options.bertscore_model:
         return {}
     together = bert_score(
-        [text for said in texts.values() for text in said],
+        [text for system_texts in texts.values() for text in system_texts],
         references * len(texts),
         options.bertscore_model,
         options.bertscore_layer,

@@ -64,7 +64,7 @@ def read_run(run: Path) -> RunData:
     """Read what a run folder has for a report.
 
     Raises:
-        InputError: it is no run folder, or its evaluation is missing, damaged or of another format.
+        InputError: it is not a run folder, or its evaluation is missing, damaged or of another format.
     """
     folder = RunFolder(run)
     folder.check()

@@ -45,7 +45,7 @@ class Reading:
     prediction: str | None = None
     reference: str | None = None
     features: str | None = None
-    """Of either table, lists or words split at commas; the scores then have FMR, FCR and DIV."""
+    """Column of feature words in either table, as lists or split at commas; the scores then have FMR, FCR and DIV."""
 
 
 def score_files(

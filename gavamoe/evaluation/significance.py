@@ -74,7 +74,7 @@ def compare(
 
     Returns:
         "difference" (rows minus other), its 95 % paired bootstrap "interval", and the two-sided "p" of approximate
-        randomisation: how often a difference as large comes about when each row's two texts are swapped by a coin
+        randomization: how often a difference as large comes about when each row's two texts are swapped by a coin
         (Noreen 1989; Riezler and Maxwell 2005), (1 + as large) / (1 + R).
     """
     _check_paired(rows, other)

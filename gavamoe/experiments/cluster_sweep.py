@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from gavamoe.artifacts.files import write_file, write_json
+from gavamoe.artifacts.files import save_png, write_json
 from gavamoe.artifacts.run import Run
 from gavamoe.config.files import override_config
 from gavamoe.config.schema import RunConfig
@@ -181,7 +181,6 @@ def recommend(rows: Sequence[SweepRow], min_share: float) -> tuple[int, str]:
 
 def plot_sweep(sweep: Sweep, out: Path) -> None:
     """Write a PNG: validation ELBO, reconstruction and RMSE, stability, and the smallest cluster's share, over K."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     counts = [row.clusters for row in sweep.rows]
@@ -201,9 +200,7 @@ def plot_sweep(sweep: Sweep, out: Path) -> None:
         axes.axvline(sweep.recommended, color="0.6", linestyle="--", label=f"recommended: {sweep.recommended}")
         axes.set(title=title, xlabel="clusters", xticks=counts)
         axes.legend(fontsize="small")
-    FigureCanvasAgg(figure)
-    with write_file(out) as aside:
-        figure.savefig(aside, format="png", dpi=130)
+    save_png(figure, out)
 
 
 def _variant(config: RunConfig, clusters: int, seed: int) -> RunConfig:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gavamoe.artifacts.files import write_file
+from gavamoe.artifacts.files import save_png, write_file
 from gavamoe.evaluation.evaluated_run import RunData
 from gavamoe.evaluation.metrics.registry import METRICS
 
@@ -73,7 +73,6 @@ def _case_lines(cases: Sequence[dict[str, Any]]) -> Iterable[Sequence[Any]]:
 
 def _plot_sparsity(runs: Sequence[RunData], out: Path) -> None:
     """Figure 4: a panel a score, a line a run, over ds1, ds2, ds3 and zero-shot users."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = [name for name in FIGURE4 if any(run.score(name) is not None for run in runs)]
@@ -89,14 +88,11 @@ def _plot_sparsity(runs: Sequence[RunData], out: Path) -> None:
         axes.set(title=f"{METRICS[name].label} {METRICS[name].arrow}", ylim=(0, None))
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(fontsize="x-small")
-    FigureCanvasAgg(figure)
-    with write_file(out) as aside:
-        figure.savefig(aside, format="png", dpi=130)
+    save_png(figure, out)
 
 
 def _plot_maps(maps: Sequence[tuple[str, str]], out: Path) -> None:
     """Figure 5: the runs' latent maps side by side."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
@@ -105,9 +101,7 @@ def _plot_maps(maps: Sequence[tuple[str, str]], out: Path) -> None:
         axes.imshow(imread(io.BytesIO(base64.b64decode(picture)), format="png"))
         axes.set_title(name)
         axes.set_axis_off()
-    FigureCanvasAgg(figure)
-    with write_file(out) as aside:
-        figure.savefig(aside, format="png", dpi=130)
+    save_png(figure, out)
 
 
 def _write_csv(path: Path, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gavamoe.artifacts.files import write_file
+from gavamoe.artifacts.files import save_png
 from gavamoe.data.dataset import Dataset
 from gavamoe.stage1.routes import route_pairs
 from gavamoe.stage1.vae_gmm import VaeGmm
@@ -18,7 +18,6 @@ _PCA_DIMENSIONS = 30
 def plot_latents(model: VaeGmm, dataset: Dataset, out: Path, seed: int = 0, sample: int = MAP_PAIRS) -> None:
     """Write a PNG: the latents of a seeded sample of the training pairs, by t-SNE, colored by cluster."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     pairs = dataset.arrays("train")
@@ -43,9 +42,7 @@ def plot_latents(model: VaeGmm, dataset: Dataset, out: Path, seed: int = 0, samp
         )
     axes.set(title=f"Latents of {len(rows):,} training pairs (t-SNE)", xticks=[], yticks=[])
     axes.legend(markerscale=3, loc="best", fontsize="small")
-    FigureCanvasAgg(figure)
-    with write_file(out) as aside:
-        figure.savefig(aside, format="png", dpi=130)
+    save_png(figure, out)
 
 
 def _embed(latents_NL: np.ndarray, seed: int) -> np.ndarray:

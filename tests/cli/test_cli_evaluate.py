@@ -39,7 +39,7 @@ def test_score_names_the_family_and_compares(gavamoe: Runner, texts: tuple[Path,
     assert "100.00" in lines[1]
     assert "0.001" in lines[1]  # p of 1,000 swaps, none of them as large
     assert " BLEU-1 " not in shown.err.replace("PETER BLEU-1", "")
-    assert "approximate randomisation" in shown.err
+    assert "approximate randomization" in shown.err
 
 
 def test_score_for_machines(gavamoe: Runner, texts: tuple[Path, Path]) -> None:

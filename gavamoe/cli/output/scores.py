@@ -55,7 +55,7 @@ def _print_differences(result: dict[str, Any]) -> None:
             rows.append((_label(METRICS[name]), ours, other["metrics"][name], *cells))
     title = f"{result['predictions']} against {other['predictions']}"
     print_table(title, ["metric", "first", "second", "difference", "95 % interval", "p"], rows)
-    console.print("p: approximate randomisation over rows, two-sided; it knows nothing of training seeds", markup=False)
+    console.print("p: approximate randomization over rows, two-sided; it knows nothing of training seeds", markup=False)
 
 
 def _label(metric: Metric) -> str:

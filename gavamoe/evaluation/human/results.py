@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from gavamoe.artifacts.files import read_json, write_file, write_json
+from gavamoe.artifacts.files import read_json, save_png, write_json
 from gavamoe.errors import InputError, validated
 from gavamoe.evaluation.human.study import CRITERIA, SCALE, WEIGHTS, Key, read_key
 from gavamoe.evaluation.score_files import read_columns
@@ -86,7 +86,7 @@ def import_study(
         raise InputError(f"two sheets are named {max(names, key=names.count)}; a file's name is its rater's")
     known = read_key(key)
     scores_VTC = np.stack([_with_human_score(read_sheet(Path(sheet), known), weights) for sheet in sheets])
-    result = summarise(known, names, scores_VTC, weights, seed)
+    result = summarize(known, names, scores_VTC, weights, seed)
     base = Path(key).name.removesuffix(".json").removesuffix(".key")
     out = Path(key).with_name(f"{base}.result.json")
     write_json(out, result.model_dump(mode="json"))
@@ -146,7 +146,7 @@ def _with_human_score(scores_TC: np.ndarray, weights: Sequence[float]) -> np.nda
     return np.column_stack([scores_TC, scores_TC @ np.array(weights)])
 
 
-def summarise(
+def summarize(
     key: Key, raters: Sequence[str], scores_VTC: np.ndarray, weights: tuple[float, float, float], seed: int
 ) -> HumanResult:
     """Means over raters, then over rows; intervals by resampling rows, the same ones for every system."""
@@ -230,7 +230,6 @@ def _estimate(values_R: np.ndarray, drawn: np.ndarray) -> Estimate:
 
 def plot(result: HumanResult, out: Path) -> None:
     """Table 4 as PNG: a group a score, a bar a system, with its interval."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.6), layout="constrained")
@@ -246,6 +245,4 @@ def plot(result: HumanResult, out: Path) -> None:
     axes.set_xticklabels([name.replace("_", " ") for name in NAMES])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize="small")
-    FigureCanvasAgg(figure)
-    with write_file(out) as aside:
-        figure.savefig(aside, format="png", dpi=130)
+    save_png(figure, out)

@@ -1,7 +1,7 @@
 """What a human evaluation asks (section 4.6, appendix B): criteria, scale, the weights of Eq. 14, and the key.
 
 `human_export` hands raters blind texts, `human_import` reads what they made of them; the key, which says what wrote
-which text, is all that the two share and is no business of a rater.
+which text, is all that the two share and is not a rater's business.
 """
 
 from pathlib import Path
@@ -78,7 +78,7 @@ class KeyText(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     id: str
     row: int
-    """Of the split."""
+    """Row number in the split."""
     systems: tuple[str, ...]
     """More than one where they wrote the same."""
 

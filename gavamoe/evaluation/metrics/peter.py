@@ -2,7 +2,7 @@
 
 Written from their definitions: one corpus BLEU, smoothed (GaVaMoE) or not (the others), as in Google's NMT code, and a
 ROUGE on sets of n-grams. Texts are split at white space as they come: that line's data are
-lower-cased and tokenised beforehand, so give tokenised text to compare with its tables.
+lower-cased and tokenized beforehand, so give tokenized text to compare with its tables.
 """
 
 from collections.abc import Sequence

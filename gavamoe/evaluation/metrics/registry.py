@@ -147,7 +147,7 @@ def _choose(of: int, taken: int) -> float:
 
 
 def word_grams(text: str) -> list[str]:
-    """`words`, and pairs of neighbours: what readers of texts look at ("not good" is no praise)."""
+    """`words`, and pairs of adjacent words: what readers of texts look at ("not good" is not praise)."""
     single = words(text)
     return [*single, *(" ".join(pair) for pair in ngrams(single, 2))]
 
