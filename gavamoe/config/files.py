@@ -28,7 +28,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         InputError: one line naming file, field, value, bound and the nearest known name.
     """
     path = find_config(source)
-    return parse_config(_read_yaml(path), str(path), overrides)
+    return parse_config(read_yaml(path), str(path), overrides)
 
 
 def parse_config(values: Any, source: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -75,15 +75,23 @@ def dump_config(config: RunConfig) -> str:
 
 def find_config(source: str | Path) -> Path:
     """Path of a config file, or of a preset shipped with the package ("quickstart", "paper", ...)."""
+    return find_file(source, "configs", "config file, nor one of the presets")
+
+
+def find_file(source: str | Path, folder: Literal["configs", "tune_spaces"], what: str) -> Path:
+    """Path of a YAML file, or of one that ships in `folder`, by its name.
+
+    Raises:
+        InputError: there is neither; `no such WHAT NAMES`.
+    """
     path = Path(source)
     if path.is_file():
         return path
-    presets = shipped("configs")
-    named = presets / f"{source}.yaml"
+    named = shipped(folder) / f"{source}.yaml"
     if path.name == str(source) and named.is_file():
         return named
-    known = sorted(file.stem for file in presets.glob("*.yaml"))
-    raise InputError(f"{source}: no such config file, nor one of the presets {', '.join(known)}")
+    known = sorted(file.stem for file in shipped(folder).glob("*.yaml"))
+    raise InputError(f"{source}: no such {what} {', '.join(known)}")
 
 
 def shipped(folder: Literal["configs", "tune_spaces", "jobs"]) -> Path:
@@ -104,12 +112,17 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     return paths
 
 
-def _read_yaml(path: Path) -> Any:
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise InputError(f"{path}: larger than the {MAX_CONFIG_BYTES} bytes a config may have")
+def read_yaml(path: Path) -> Any:
+    """The values of a YAML file that a user wrote.
+
+    Raises:
+        InputError: it can't be read, is too large, or is not YAML.
+    """
     try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise InputError(f"{path}: larger than the {MAX_CONFIG_BYTES} bytes such a file may have")
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not valid YAML ({one_line(error)})") from error
 
 

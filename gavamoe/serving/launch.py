@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from gavamoe.errors import InputError, RunError, one_line, validated
+from gavamoe.config.files import read_yaml
+from gavamoe.errors import InputError, RunError, validated
 from gavamoe.runtime.ray_train import free_port
 from gavamoe.serving.routing import RoutingService
 from gavamoe.serving.security import ApiKeys
@@ -34,7 +33,7 @@ def read_args(run: Path, settings: Path | None, changes: dict[str, Any]) -> Serv
     Raises:
         InputError: a wrong field or value, or a run that can't be served.
     """
-    values: Any = {} if settings is None else _read_yaml(settings)
+    values: Any = {} if settings is None else (read_yaml(settings) or {})
     if not isinstance(values, dict):
         raise InputError(f"{settings}: expected the arguments of the app builder, such as limits and generator")
     for name, change in changes.items():
@@ -199,10 +198,3 @@ def _check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise InputError(f"--host {host} --port {port}: can't listen there ({error.strerror})") from error
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not readable as YAML ({one_line(error, 200)})") from error

@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gavamoe.config.files import shipped
-from gavamoe.errors import InputError, first_problem, one_line
+from gavamoe.config.files import find_file, read_yaml
+from gavamoe.errors import InputError, first_problem
 from gavamoe.tune.metrics import Measure, find_measure
 
-MAX_SPACE_BYTES = 2**20
 MAX_POINTS = 10_000
 
 Scalar = bool | int | float | str
@@ -267,15 +265,7 @@ class Suggester(Protocol):
 
 def find_space(source: str | Path) -> Path:
     """Path of a space file, or of a space shipped with the package ("gates", "joint", ...)."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    spaces = shipped("tune_spaces")
-    named = spaces / f"{source}.yaml"
-    if path.name == str(source) and named.is_file():
-        return named
-    known = sorted(file.stem for file in spaces.glob("*.yaml"))
-    raise InputError(f"{source}: no such space file, nor one of the shipped spaces {', '.join(known)}")
+    return find_file(source, "tune_spaces", "space file, nor one of the shipped spaces")
 
 
 def load_space(source: str | Path) -> Space:
@@ -285,13 +275,7 @@ def load_space(source: str | Path) -> Space:
         InputError: one line naming file, field, value and what is allowed.
     """
     path = find_space(source)
-    if path.stat().st_size > MAX_SPACE_BYTES:
-        raise InputError(f"{path}: larger than the {MAX_SPACE_BYTES} bytes a space may have")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not valid YAML ({one_line(error)})") from error
-    return parse_space(values, str(path))
+    return parse_space(read_yaml(path), str(path))
 
 
 def parse_space(values: Any, source: str) -> Space:
