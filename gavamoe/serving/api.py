@@ -350,6 +350,7 @@ def _health(backend: Backend) -> APIRouter:
 def _pages(app: FastAPI) -> APIRouter:
     router = APIRouter(include_in_schema=False)
     page = files("gavamoe.serving").joinpath("page.html").read_text(encoding="utf-8")
+    page = page.replace("MAX-ID-CHARS", str(bounds.MAX_ID_CHARS))  # the inputs take what a request may have
     reference: list[str] = []
 
     @router.get("/")

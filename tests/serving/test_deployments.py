@@ -307,4 +307,4 @@ def test_wrong_arguments_are_refused_before_anything_starts(service: Service, tm
     assert "artifact.json is missing" in refused(tmp_path)
     settings = tmp_path / "serve.yaml"
     settings.write_text("generator: {slot: 3}")
-    assert "generator.slot: Extra inputs are not permitted" in refused(tiny_artifact(), "--settings", settings)
+    assert "generator.slot: unknown field" in refused(tiny_artifact(), "--settings", settings)

@@ -12,6 +12,7 @@ import pytest
 from helpers.browser import CHROMIUM, Page, chromium
 from helpers.serve_run import Site
 
+from gavamoe.data.bounds import MAX_ID_CHARS
 from gavamoe.serving.settings import hash_key
 
 pytestmark = pytest.mark.slow
@@ -122,10 +123,11 @@ def test_suggestions_are_found(site: Site) -> None:
 @needs_browser
 def test_states_of_error(site: Site, tmp_path: Path) -> None:
     async def visit(page: Page) -> None:
-        await page.open(f"{site.url}/?user=U000001&item={'x' * 201}")
+        await page.open(f"{site.url}/?user=U000001&item={'x' * 257}")
         await page.until(IDLE)
-        assert "at most 200 characters" in await page.run("document.querySelector('[role=alert]').textContent")
+        assert "at most 256 characters" in await page.run("document.querySelector('[role=alert]').textContent")
         await page.open(site.url)
+        assert await page.run("document.getElementById('user').maxLength") == MAX_ID_CHARS
         await page.run("window.fetch = () => Promise.reject(new TypeError('gone'))")
         await page.run("document.getElementById('user').value = 'U1'; document.getElementById('item').value = 'I1'")
         await page.run("document.getElementById('go').click()")
