@@ -9,5 +9,5 @@
     comparison        systems side by side: means, differences, Figure 3
     evaluated_run     an evaluated run, read back
 
-Shape letters: N evaluated rows, M columns of statistics that add up over rows.
+Shape letters: N evaluated rows, U users, I items, M columns of statistics that add up over rows, R resamples.
 """
