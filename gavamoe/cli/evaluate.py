@@ -19,7 +19,7 @@ def evaluate(
     ] = None,
     style: ScoreStyle = None,
     probe_rows: Annotated[
-        int | None, typer.Option(min=0, help="Rows to swap users and gates on; 0: nothing beyond n-grams.")
+        int | None, typer.Option(min=0, help="Rows to swap users and gates on; 0: faithfulness is not measured.")
     ] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="At most this many rows, chosen by the seed.")] = None,
     bertscore_model: Annotated[str | None, typer.Option(help="Hub id or folder; default: not measured.")] = None,
@@ -88,7 +88,7 @@ def ablate(
     run_dir: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", parser=local_path, help="Of the comparison; default runs/ablate-CONFIG-DATASET."
+            metavar="FOLDER", parser=local_path, help="Folder of the comparison; default runs/ablate-CONFIG-DATASET."
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Trainings of each system.")] = 3,

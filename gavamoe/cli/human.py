@@ -48,8 +48,10 @@ def export_sheets(
 def import_sheets(
     key: Annotated[Path, typer.Argument(help="The key file that export wrote.")],
     sheets: Annotated[list[Path], typer.Argument(metavar="SHEET...", help="The raters' CSV files.")],
-    weights: Annotated[str, typer.Option(help="Of personalization, quality, satisfaction (Eq. 14).")] = "0.4:0.3:0.3",
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    weights: Annotated[
+        str, typer.Option(help="Weights of personalization, quality, satisfaction (Eq. 14).")
+    ] = "0.4:0.3:0.3",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     json_output: Json = False,
 ) -> None:
     """Check the sheets, and print scores with intervals, the Human-Score and the raters' agreement."""

@@ -10,5 +10,5 @@
     metrics_file      metrics.json: its version, and the reading of older ones
     evaluated_run     an evaluated run, read back
 
-Shape letters: N evaluated rows, M columns of statistics that add up over rows.
+Shape letters: N evaluated rows, U users, I items, M columns of statistics that add up over rows, R resamples.
 """

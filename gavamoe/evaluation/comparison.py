@@ -159,10 +159,10 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
 
 def systems_of(comparison: Comparison) -> dict[str, list[Outcome]]:
     """Outcomes by system, in the comparison's order."""
-    found: dict[str, list[Outcome]] = {}
+    by_system: dict[str, list[Outcome]] = {}
     for outcome in comparison.outcomes:
-        found.setdefault(outcome.system, []).append(outcome)
-    return found
+        by_system.setdefault(outcome.system, []).append(outcome)
+    return by_system
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -222,8 +222,8 @@ def table(comparison: Comparison, names: Sequence[str] = TABLE) -> tuple[list[st
     scores = shown_scores(comparison, names)
     rows = []
     for outcomes in systems_of(comparison).values():
-        found = [means(outcomes, score.name) for score in scores]
-        cells = ["-" if one is None else one.text() for one in found]
+        averages = [means(outcomes, score.name) for score in scores]
+        cells = ["-" if one is None else one.text() for one in averages]
         rows.append([outcomes[0].label, str(len(outcomes)), *cells])
     return ["system", "seeds", *(f"{score.label} {score.arrow}".strip() for score in scores)], rows
 
@@ -276,16 +276,16 @@ def plot(comparison: Comparison, out: Path) -> None:
     figure = Figure(figsize=(3.2 + 2.6 * len(scores), height), layout="constrained")
     panels = np.atleast_1d(figure.subplots(1, len(scores), sharey=True))
     for axes, score in zip(panels, scores, strict=True):
-        found = [means(outcomes, score.name) for outcomes in systems]
-        for place, (outcomes, one) in enumerate(zip(systems, found, strict=True)):
+        averages = [means(outcomes, score.name) for outcomes in systems]
+        for position, (outcomes, one) in enumerate(zip(systems, averages, strict=True)):
             if one is None:
                 continue
             low, high = interval_of(outcomes, score.name, one)
             full = outcomes[0].system == REFERENCE
-            axes.barh(place, one.mean, color="#0b62c4" if full else "#9fb3c8")
-            axes.plot([low, high], [place, place], color="#5b6675", linewidth=1.5)
+            axes.barh(position, one.mean, color="#0b62c4" if full else "#9fb3c8")
+            axes.plot([low, high], [position, position], color="#5b6675", linewidth=1.5)
             dots = [outcome.scores[score.name] for outcome in outcomes]
-            axes.plot(dots, [place] * len(dots), ".", color="#1c2430", markersize=4)
+            axes.plot(dots, [position] * len(dots), ".", color="#1c2430", markersize=4)
         axes.set_title(f"{score.label} {score.arrow}", fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(systems)), [outcomes[0].label for outcomes in systems])

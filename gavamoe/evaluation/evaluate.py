@@ -2,8 +2,6 @@
 
 Reads a run's stage1/ and stage2/ and its dataset; writes evaluation/ with metrics.json, artifact.json and a Parquet
 file of texts for each protocol. Text is made by `ExplanationGenerator`, as in serving.
-
-Shapes: N evaluated rows.
 """
 
 import time
@@ -149,7 +147,7 @@ def evaluate(
         on_progress: called with rows written and rows in all.
 
     Raises:
-        InputError: the split is unknown or has no rows, or BERTScore's model is not to be had.
+        InputError: the split is unknown or has no rows, or BERTScore's model is not available.
     """
     options = config.evaluation
     chosen = select_rows(dataset, split, options.rows, config.seed)

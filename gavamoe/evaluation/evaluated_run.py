@@ -94,8 +94,8 @@ def distinct_names(runs: Sequence[RunData]) -> list[RunData]:
     once = [run.name for run in runs]
     longer = [run.long_name if once.count(run.name) > 1 else run.name for run in runs]
     names = [
-        f"{name} ({longer[: place + 1].count(name)})" if longer.count(name) > 1 else name
-        for place, name in enumerate(longer)
+        f"{name} ({longer[: index + 1].count(name)})" if longer.count(name) > 1 else name
+        for index, name in enumerate(longer)
     ]
     return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 

@@ -1,7 +1,4 @@
-"""What only synthetic data can tell: how much of the planted truth a run found.
-
-Shapes: N rows, U users.
-"""
+"""What only synthetic data can tell: how much of the planted truth a run found."""
 
 import functools
 from collections.abc import Sequence

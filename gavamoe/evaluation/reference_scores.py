@@ -1,7 +1,4 @@
-"""Baselines that need no training to speak of, so that a score means something.
-
-Shapes: N rows, U users, I items.
-"""
+"""Baselines that need no training to speak of, so that a score means something."""
 
 from collections import Counter
 from typing import Any
@@ -11,7 +8,7 @@ import numpy as np
 from gavamoe.data.dataset import Dataset, PairArrays
 from gavamoe.evaluation.metrics.registry import mae, rmse
 
-BIAS_REGULARISATION = 5.0
+BIAS_REGULARIZATION = 5.0
 BIAS_SWEEPS = 20
 
 
@@ -53,6 +50,6 @@ def rating_baselines(train: PairArrays, pairs: PairArrays, dataset: Dataset) -> 
 
 
 def _ridge_means(group: np.ndarray, value: np.ndarray, size: int) -> np.ndarray:
-    """Mean of `value` in each group, shrunk towards 0 as if BIAS_REGULARISATION zeros had been seen."""
+    """Mean of `value` in each group, shrunk towards 0 as if BIAS_REGULARIZATION zeros had been seen."""
     totals = np.bincount(group, weights=value, minlength=size)
-    return totals / (np.bincount(group, minlength=size) + BIAS_REGULARISATION)
+    return totals / (np.bincount(group, minlength=size) + BIAS_REGULARIZATION)

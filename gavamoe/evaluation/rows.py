@@ -1,7 +1,4 @@
-"""The rows that an evaluation looks at: which ones, what is asked for them, and how they are written down.
-
-Shapes: N evaluated rows.
-"""
+"""The rows that an evaluation looks at: which ones, what is asked for them, and how they are written down."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -32,9 +32,9 @@ class _Pairs:
     """One system's texts and what they are scored against, row by row."""
 
     path: Path
-    said: list[str]
+    candidates: list[str]
     source: Path
-    meant: list[str]
+    references: list[str]
     features: list[list[str]] | None
 
 
@@ -85,7 +85,12 @@ def score_files(
     bert = _bert_scores(pairs, bertscore_model, bertscore_layer, seed)
     measured = [
         measure(
-            each.said, each.meant, style=style, features=pairs[0].features, bertscore=scored, on_progress=on_progress
+            each.candidates,
+            each.references,
+            style=style,
+            features=pairs[0].features,
+            bertscore=scored,
+            on_progress=on_progress,
         )
         for each, scored in zip(pairs, bert, strict=True)
     ]
@@ -114,42 +119,47 @@ def _bert_scores(pairs: Sequence[_Pairs], model: str, layer: int, seed: int) -> 
     """One call for all systems: bert-score encodes a text that occurs twice only once."""
     if not model:
         return [None] * len(pairs)
-    size = len(pairs[0].said)
-    said, meant = ([text for each in pairs for text in getattr(each, name)] for name in ("said", "meant"))
-    together = bert_score(said, meant, model, layer, seed=seed)
-    return [together.rows(slice(start, start + size)) for start in range(0, len(said), size)]
+    size = len(pairs[0].candidates)
+    candidates = [text for each in pairs for text in each.candidates]
+    references = [text for each in pairs for text in each.references]
+    together = bert_score(candidates, references, model, layer, seed=seed)
+    return [together.rows(slice(start, start + size)) for start in range(0, len(candidates), size)]
 
 
 def _read_pairs(path: Path, references: Path | None, reading: Reading) -> _Pairs:
     source = path if references is None else Path(references)
-    said_table = read_columns(path)
-    meant_table = said_table if _same(path, source) else read_columns(source)
-    said = _texts(said_table, _pick(said_table, reading.prediction, PREDICTION_COLUMNS, path), path)
-    meant = _texts(meant_table, _pick(meant_table, reading.reference, REFERENCE_COLUMNS, source), source)
-    if len(said) != len(meant):
+    candidate_table = read_columns(path)
+    reference_table = candidate_table if _same(path, source) else read_columns(source)
+    candidates = _texts(candidate_table, _pick(candidate_table, reading.prediction, PREDICTION_COLUMNS, path), path)
+    targets = _texts(reference_table, _pick(reference_table, reading.reference, REFERENCE_COLUMNS, source), source)
+    if len(candidates) != len(targets):
         raise InputError(
-            f"{path} has {len(said)} rows, {source} has {len(meant)}; they must pair up row by row"
+            f"{path} has {len(candidates)} rows, {source} has {len(targets)}; they must pair up row by row"
             " (in text files every line is a row, empty lines too)"
         )
     features = None
     if reading.features is not None:
-        holder, owner = (said_table, path) if reading.features in said_table else (meant_table, source)
+        holder, owner = (candidate_table, path) if reading.features in candidate_table else (reference_table, source)
         features = _features(holder, _pick(holder, reading.features, (), owner), owner)
-    return _Pairs(path, said, source, meant, features)
+    return _Pairs(path, candidates, source, targets, features)
 
 
 def _read_rival(path: Path, references: Path | None, reading: Reading, first: _Pairs) -> _Pairs:
     """Another system's texts for the rows of `first`; references of its own must be the same ones."""
     table = read_columns(path)
-    own = references is None and any(name in table for name in (reading.reference, *REFERENCE_COLUMNS))
-    said = _texts(table, _pick(table, reading.prediction, PREDICTION_COLUMNS, path), path)
-    meant = _texts(table, _pick(table, reading.reference, REFERENCE_COLUMNS, path), path) if own else first.meant
-    if len(said) != len(first.said):
-        raise InputError(f"{path} has {len(said)} rows, {first.path} has {len(first.said)}; compare the same rows")
-    for row, (one, other) in enumerate(zip(meant, first.meant, strict=True), start=1):
+    has_references = references is None and any(name in table for name in (reading.reference, *REFERENCE_COLUMNS))
+    candidates = _texts(table, _pick(table, reading.prediction, PREDICTION_COLUMNS, path), path)
+    targets = first.references
+    if has_references:
+        targets = _texts(table, _pick(table, reading.reference, REFERENCE_COLUMNS, path), path)
+    if len(candidates) != len(first.candidates):
+        raise InputError(
+            f"{path} has {len(candidates)} rows, {first.path} has {len(first.candidates)}; compare the same rows"
+        )
+    for row, (one, other) in enumerate(zip(targets, first.references, strict=True), start=1):
         if one != other:
             raise InputError(f"{path}, row {row}: another reference than in {first.source}; compare the same rows")
-    return _Pairs(path, said, first.source, first.meant, first.features)
+    return _Pairs(path, candidates, first.source, first.references, first.features)
 
 
 def read_columns(path: Path) -> Columns:
@@ -182,7 +192,7 @@ def _read_text(path: Path) -> Columns:
 def _read_json(path: Path) -> Columns:
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
-        values = _parse(text, f"{path}")
+        values = _parse(text, str(path))
     else:
         lines = enumerate(text.split("\n"), start=1)
         values = [_parse(line, f"{path}, line {number}") for number, line in lines if line.strip()]
@@ -195,11 +205,11 @@ def _read_json(path: Path) -> Columns:
     return {name: [value.get(name) for value in values] for name in names}
 
 
-def _parse(text: str, place: str) -> Any:
+def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{place}: not valid JSON ({error})") from error
+        raise InputError(f"{where}: not valid JSON ({error})") from error
 
 
 def _read_csv(path: Path) -> Columns:

@@ -2,8 +2,6 @@
 
 For scores that are functions of sums over rows: BLEU, ROUGE, BERTScore, sentence Distinct, FMR, RMSE, MAE. Corpus
 Distinct, USR, FCR and DIV count different things in a set of texts: drawing a row twice biases them.
-
-Shapes: N rows, M columns of statistics, R resamples.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -80,21 +78,21 @@ def compare(
     _check_paired(rows, other)
     if not len(rows):
         return {}
-    whole, others = from_sums(rows, rows.sums.sum(axis=0)), from_sums(other, other.sums.sum(axis=0))
+    our_scores, their_scores = from_sums(rows, rows.sums.sum(axis=0)), from_sums(other, other.sums.sum(axis=0))
     ours, theirs = _paired(rows, other, resamples, seed)
     swapped = _swapped(rows, other, resamples, seed)
-    found: dict[str, dict[str, Any]] = {}
+    differences: dict[str, dict[str, Any]] = {}
     for name, values in ours.items():
-        one, two = whole.get(name), others.get(name)
+        one, two = our_scores.get(name), their_scores.get(name)
         if name in theirs and name in swapped and one is not None and two is not None:
             # Sums in another order differ in the last digits: a difference that is equal must count as as large.
             extreme = np.sum(swapped[name] >= abs(one - two) * (1 - 1e-9) - 1e-12)
-            found[name] = {
+            differences[name] = {
                 "difference": one - two,
                 "interval": _interval(values - theirs[name]),
                 "p": float((1 + extreme) / (1 + resamples)),
             }
-    return found
+    return differences
 
 
 def _paired(

@@ -56,7 +56,7 @@ def test_bertscore_names_wrong_models_and_layers(
     with pytest.raises(InputError, match=r"config.json is missing"):
         bert_score(["a"], ["b"], str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="neither a folder here nor to be had from the hub"):
+    with pytest.raises(InputError, match="neither a local folder nor available from the hub"):
         bert_score(["a"], ["b"], "nobody/no-such-encoder")
 
 

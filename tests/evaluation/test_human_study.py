@@ -199,7 +199,7 @@ def test_unrated_texts_are_left_out(study: tuple[Path, Path, Key], tmp_path: Pat
         ([["t0001", "nan", "3", "3"]], r"row 1, personalization: 'nan'"),
         ([["t0001", "5", "", "3"]], r"row 1, quality: nothing, while the row's other scores are there"),
         ([["t0001", "5", "5", "5"], ["x9", "1", "1", "1"]], r"row 2, id: 'x9' is not in the key"),
-        ([["t0001", "5", "5", "5"]] * 2, r"row 2, id: t0001 stands there twice"),
+        ([["t0001", "5", "5", "5"]] * 2, r"row 2, id: t0001 occurs twice"),
         ([["t0001", "", "", ""]], r"ann\.csv: holds no rating"),
         ([["t0001", "5", "5"]], r"ann\.csv, line 2: 3 fields, the header has 4"),
         ([["=cmd|' /C calc'!A0", "5", "5", "5"]], r"row 1, id: .* is not in the key"),

@@ -49,8 +49,8 @@ def _print_differences(result: dict[str, Any]) -> None:
     other = result["against"]
     rows = []
     for name, ours in result["metrics"].items():
-        found = other["differences"].get(name)
-        cells = (found["difference"], _span(found["interval"]), f"{found['p']:.3f}") if found else (None, "", "")
+        gap = other["differences"].get(name)
+        cells = (gap["difference"], _span(gap["interval"]), f"{gap['p']:.3f}") if gap else (None, "", "")
         if ours is not None:
             rows.append((_label(METRICS[name]), ours, other["metrics"][name], *cells))
     title = f"{result['predictions']} against {other['predictions']}"

@@ -8,5 +8,6 @@
     user_swaps    swap the user: what changes?
     gates         swap the gate: is the route right?
 
-Shape letters: N rows, U users, I items, D training texts, K gates, L layers.
+Shape letters: N rows (the probed ones where users or gates are swapped), B rows of a batch, U users, T positions,
+P scored positions, M tokens, V vocabulary, K gates, L layers, E experts, S experts of a token, D hidden size.
 """

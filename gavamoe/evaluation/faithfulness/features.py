@@ -1,8 +1,6 @@
-"""Which features texts name, and whether they are the pair's own: precision, recall, item mix-ups.
+"""Which features texts name, and whether they are the pair's own: precision, recall, item hallucination.
 
 Inputs: texts, and a dataset whose features come from its extractor (docs/data.md) or the synthetic generator.
-
-Shapes: N rows, I items.
 """
 
 from collections.abc import Sequence
@@ -59,12 +57,12 @@ class Mentions:
         """
         values = np.full(len(texts), np.nan)
         for row, (text, item) in enumerate(zip(texts, items.tolist(), strict=True)):
-            own = self._of_item.get(item)
-            if own is not None:
-                values[row] = bool(self._matcher.find(text) - own - self._matcher.ids(features[row]))
+            of_item = self._of_item.get(item)
+            if of_item is not None:
+                values[row] = bool(self._matcher.find(text) - of_item - self._matcher.ids(features[row]))
         return values
 
 
-def _shares(whole: Sequence[frozenset[int]], part: Sequence[frozenset[int]]) -> np.ndarray:
-    """|whole & part| / |whole| of each row."""
-    return np.array([len(a & b) / len(a) if a else np.nan for a, b in zip(whole, part, strict=True)])
+def _shares(features: Sequence[frozenset[int]], others: Sequence[frozenset[int]]) -> np.ndarray:
+    """Share of each row's features that are among the row's others: (N,), NaN for a row without features."""
+    return np.array([len(a & b) / len(a) if a else np.nan for a, b in zip(features, others, strict=True)])

@@ -2,9 +2,6 @@
 
 Inputs: a trained explainer, requests, and the human texts of their rows. Each reference is read once through every
 gate; nothing is written.
-
-Shape letters: B rows of a batch, N rows, T positions, P scored positions, K gates, L layers, E experts, S experts of a
-token, D hidden size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,25 +50,25 @@ class GateProbe:
 
     def own_gap_N(self) -> np.ndarray:
         """Mean loss through the other gates minus that through the row's own: above 0, the route is right."""
-        own = np.take_along_axis(self.loss_NK, self.cluster_N[:, None], axis=1)[:, 0]
-        return (self.loss_NK.sum(axis=1) - own) / (self.loss_NK.shape[1] - 1) - own
+        own_loss_N = np.take_along_axis(self.loss_NK, self.cluster_N[:, None], axis=1)[:, 0]
+        return (self.loss_NK.sum(axis=1) - own_loss_N) / (self.loss_NK.shape[1] - 1) - own_loss_N
 
     def own_best_N(self) -> np.ndarray:
         """Whether no other gate has a lower loss: 1 or 0."""
-        own = np.take_along_axis(self.loss_NK, self.cluster_N[:, None], axis=1)[:, 0]
-        return (own <= self.loss_NK.min(axis=1)).astype(float)
+        own_loss_N = np.take_along_axis(self.loss_NK, self.cluster_N[:, None], axis=1)[:, 0]
+        return (own_loss_N <= self.loss_NK.min(axis=1)).astype(float)
 
     def summary(self) -> dict[str, Any]:
         """JSON-safe tables: rows are clusters (gates that the rows belong to), columns gates they were read through."""
         layers, gates, experts = self.used_LKE.shape
-        own = [self.loss_NK[self.cluster_N == gate] for gate in range(gates)]
+        loss_by_cluster = [self.loss_NK[self.cluster_N == gate] for gate in range(gates)]
         return {
             "gates": gates,
             "layers": layers,
             "experts": experts,
             "top_k": self.top_k,
-            "rows": [len(rows) for rows in own],
-            "loss": [rows.mean(axis=0).tolist() if len(rows) else None for rows in own],
+            "rows": [len(rows) for rows in loss_by_cluster],
+            "loss": [rows.mean(axis=0).tolist() if len(rows) else None for rows in loss_by_cluster],
             "expert_use": [(use / use.sum()).tolist() if use.any() else None for use in self.used_LKE.sum(axis=0)],
             "entropy": [None if np.isnan(value) else float(value) for value in self.entropy_K()],
             "overlap": self.shared_KK.tolist(),
@@ -97,16 +94,16 @@ def measure_gates(
     shared_KK, tokens = np.zeros((gates, gates)), 0
     order = np.argsort(texts.lengths, kind="stable")
     for start in range(0, len(order), BATCH_SIZE):
-        part = order[start : start + BATCH_SIZE]
-        batch = texts.collate(part, cluster_N, explainer.builder.end)
+        batch_rows = order[start : start + BATCH_SIZE]
+        batch = texts.collate(batch_rows, cluster_N, explainer.builder.end)
         for gate in range(gates):
-            loss_NK[part, gate] = _losses(explainer, batch, torch.full((len(part),), gate))
+            loss_NK[batch_rows, gate] = _losses(explainer, batch, torch.full((len(batch_rows),), gate))
         scored_BT = _scored(batch)
         with _recorded(routers) as hidden_LBTD:
             _losses(explainer, batch, batch["cluster_ids"])
         for layer, (router, hidden_BTD) in enumerate(zip(routers, hidden_LBTD, strict=True)):
             chosen_KBTE = _choices(router, hidden_BTD)
-            own_BTE = chosen_KBTE[batch["cluster_ids"].to(chosen_KBTE.device), torch.arange(len(part))]
+            own_BTE = chosen_KBTE[batch["cluster_ids"].to(chosen_KBTE.device), torch.arange(len(batch_rows))]
             for gate in range(gates):
                 mine = scored_BT & (batch["cluster_ids"] == gate)[:, None]
                 used_LKE[layer, gate] += own_BTE[mine].sum(dim=0).cpu().numpy()

@@ -3,8 +3,6 @@
 Each score is a mean over rows, with a bootstrap interval; beside it stand the same measure on the human references and
 what chance would give, where either exists. Cost is bounded: TEXT_ROWS rows for what reads texts, and
 `evaluation.probe_rows` for what runs the model again.
-
-Shapes: N rows.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,7 +1,4 @@
-"""How much of what was written stands in the training split already: exact copies, and near ones.
-
-Shapes: N rows, D training texts.
-"""
+"""How much of what was written stands in the training split already: exact copies, and near ones."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise

@@ -3,8 +3,6 @@
 On synthetic data a text is read by the planted words. On other data a reader is learned from the training split:
 logistic regression from words to the sentiment of the rating. Its agreement on human references says how far to trust
 it.
-
-Shapes: N rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,11 +59,12 @@ def learned_reader(dataset: Dataset, seed: int) -> SentimentReader | None:
         LogisticRegression(class_weight="balanced", max_iter=200),
     ).fit(texts, sentiments)
 
-    def read(found: Sequence[str]) -> list[str | None]:
-        if not found:
+    def read(texts_read: Sequence[str]) -> list[str | None]:
+        if not texts_read:
             return []
         return [
-            label if words(text) else None for text, label in zip(found, model.predict(found).tolist(), strict=True)
+            label if words(text) else None
+            for text, label in zip(texts_read, model.predict(texts_read).tolist(), strict=True)
         ]
 
     return SentimentReader(f"logistic regression on {len(texts):,} training texts", read, scale.sentiment)
@@ -76,8 +75,8 @@ def agreement(reader: SentimentReader, texts: Sequence[str], ratings: np.ndarray
     read = reader.read(texts)
     return np.array(
         [
-            np.nan if np.isnan(rating) else float(found == reader.of_rating(float(rating)))
-            for found, rating in zip(read, ratings, strict=True)
+            np.nan if np.isnan(rating) else float(sentiment == reader.of_rating(float(rating)))
+            for sentiment, rating in zip(read, ratings, strict=True)
         ]
     )
 

@@ -2,8 +2,6 @@
 
 Inputs: the writer, the requests as they were written, and the users' training texts. For each probed row another user
 is drawn; item, rating and features stay those of the prompt, so only the user's slot and route differ.
-
-Shapes: N probed rows, U users.
 """
 
 from collections.abc import Callable, Sequence
@@ -97,10 +95,15 @@ def user_alignment(swaps: UserSwaps, dataset: Dataset, seed: int) -> np.ndarray:
     vectors = TfidfVectorizer(analyzer=word_grams, sublinear_tf=True, max_features=50_000)
     training = vectors.fit_transform(texts)
     own, other = (_profiles(training, authors, users) for users in (swaps.users, swaps.others))
-    said, swapped = vectors.transform(swaps.texts), vectors.transform(swaps.swapped)
+    written, rewritten = vectors.transform(swaps.texts), vectors.transform(swaps.swapped)
     gain = sum(
         sign * np.asarray(text.multiply(profile).sum(axis=1)).ravel()  # both of length 1: their cosine
-        for sign, text, profile in ((1, said, own), (1, swapped, other), (-1, said, other), (-1, swapped, own))
+        for sign, text, profile in (
+            (1, written, own),
+            (1, rewritten, other),
+            (-1, written, other),
+            (-1, rewritten, own),
+        )
     )
     return np.where(np.abs(gain) < 1e-9, 0.5, np.where(gain > 0, 1.0, 0.0))
 

@@ -78,9 +78,11 @@ def export_study(
         (folder / "guide.md").write_text(guide(), encoding="utf-8")
         for rater in range(1, raters + 1):
             order = np.random.default_rng([seed, rater]).permutation(len(questions))
-            own = [questions[place] for place in order]
-            _write_sheet(folder / f"rater-{rater}.csv", own)
-            (folder / f"rater-{rater}.html").write_text(form(own, f"rater-{rater}", _study_id(key)), encoding="utf-8")
+            shuffled = [questions[index] for index in order]
+            _write_sheet(folder / f"rater-{rater}.csv", shuffled)
+            (folder / f"rater-{rater}.html").write_text(
+                form(shuffled, f"rater-{rater}", _study_id(key)), encoding="utf-8"
+            )
     write_json(key_path, key.model_dump(mode="json"))
     return key_path, key
 
@@ -89,10 +91,10 @@ def guide() -> str:
     """Table 6 as Markdown."""
     parts = [
         "# How to rate\n\nEach text says why an item is recommended to a user. Rate it by three criteria from 1 to 5;"
-        " half points are welcome. Texts come in random order, and nobody tells you what wrote them.\n"
+        " half points are welcome. Texts come in random order, and you are not told what wrote them.\n"
     ]
     for criterion in CRITERIA:
-        levels = "\n".join(f"| {5 - place} | {text} |" for place, text in enumerate(criterion.levels))
+        levels = "\n".join(f"| {5 - step} | {text} |" for step, text in enumerate(criterion.levels))
         parts.append(
             f"## {criterion.name} ({criterion.letter})\n\n{criterion.question}\n\n| score | |\n|---|---|\n{levels}\n"
         )
@@ -126,7 +128,7 @@ def _common_rows(data: Sequence[RunData], rows: int, seed: int) -> list[int]:
                 raise InputError(f"{run.name}: evaluated on another {name} than {first.name}; raters compare like rows")
     common = set.intersection(*(set(run.generations["row"].to_pylist()) for run in data))
     if not common:
-        raise InputError("the runs wrote for no common row; evaluate them on the same rows")
+        raise InputError("the runs have no row in common; evaluate them on the same rows")
     order = np.random.default_rng(seed).permutation(sorted(common))
     return [int(row) for row in order[:rows]]
 
@@ -136,18 +138,18 @@ def _questions(
 ) -> tuple[Key, list[Question]]:
     """The key and the questions, in one shuffled order: ids say nothing about rows or systems."""
     by_row = [{row["row"]: row for row in run.generations.to_pylist() if row["row"] in set(chosen)} for run in data]
-    found: list[tuple[int, str, list[str]]] = []
+    to_rate: list[tuple[int, str, list[str]]] = []
     for row in chosen:
-        said: dict[str, list[str]] = {}
+        systems_of_text: dict[str, list[str]] = {}
         for run, rows in zip(data, by_row, strict=True):
-            said.setdefault(" ".join(rows[row]["generated"].split()), []).append(run.name)
+            systems_of_text.setdefault(" ".join(rows[row]["generated"].split()), []).append(run.name)
         if reference:
-            said.setdefault(" ".join(by_row[0][row]["reference"].split()), []).append(REFERENCE)
-        found += [(row, text, systems) for text, systems in said.items()]
-    order = np.random.default_rng([seed, 0]).permutation(len(found))
+            systems_of_text.setdefault(" ".join(by_row[0][row]["reference"].split()), []).append(REFERENCE)
+        to_rate += [(row, text, systems) for text, systems in systems_of_text.items()]
+    order = np.random.default_rng([seed, 0]).permutation(len(to_rate))
     texts, questions = [], []
-    for number, place in enumerate(order, start=1):
-        row, text, systems = found[place]
+    for number, index in enumerate(order, start=1):
+        row, text, systems = to_rate[index]
         texts.append(KeyText(id=f"t{number:04d}", row=row, systems=tuple(systems)))
         questions.append(_question(f"t{number:04d}", by_row[0][row], text, earlier))
     key = Key(

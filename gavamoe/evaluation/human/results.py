@@ -2,8 +2,6 @@
 
 A sheet is a CSV file with the columns id, personalization, quality, satisfaction; others are not read. A text without
 any score was not rated; one with some of them missing is an error, like everything else that is not 1 to 5 in halves.
-
-Shapes: R rows of the split, S systems, C scores (the criteria, then the Human-Score), V raters, T texts.
 """
 
 import math
@@ -113,18 +111,18 @@ def read_sheet(path: Path, key: Key) -> np.ndarray:
     for name in ("id", *NAMES[:-1]):
         if name not in columns:
             raise InputError(f"{path}: no column {name}; it must be separated by commas and keep its first line")
-    place = {text.id: index for index, text in enumerate(key.texts)}
+    position = {text.id: index for index, text in enumerate(key.texts)}
     scores_TC = np.full((len(key.texts), len(CRITERIA)), np.nan)
     seen: set[str] = set()
     for number, name in enumerate(columns["id"], start=1):
-        if name not in place:
+        if name not in position:
             raise InputError(f"{path}, row {number}, id: {name[:40]!r} is not in the key; is it another study's sheet?")
         if name in seen:
-            raise InputError(f"{path}, row {number}, id: {name} stands there twice")
+            raise InputError(f"{path}, row {number}, id: {name} occurs twice")
         seen.add(name)
         given = {criterion: str(columns[criterion][number - 1]).strip() for criterion in NAMES[:-1]}
         if any(given.values()):
-            scores_TC[place[name]] = [_score(text, path, number, field) for field, text in given.items()]
+            scores_TC[position[name]] = [_score(text, path, number, field) for field, text in given.items()]
     if np.isnan(scores_TC).all():
         raise InputError(f"{path}: holds no rating")
     return scores_TC
@@ -151,14 +149,14 @@ def summarize(
 ) -> HumanResult:
     """Means over raters, then over rows; intervals by resampling rows, the same ones for every system."""
     rows = sorted({text.row for text in key.texts})
-    place = {row: index for index, row in enumerate(rows)}
+    position = {row: index for index, row in enumerate(rows)}
     rated_VT = ~np.isnan(scores_VTC[:, :, 0])
     means_TC = _mean(scores_VTC)
     by_system = {name: np.full((len(rows), len(NAMES)), np.nan) for name in key.systems}
     ratings = dict.fromkeys(key.systems, 0)
     for index, text in enumerate(key.texts):
         for name in text.systems:
-            by_system[name][place[text.row]] = means_TC[index]
+            by_system[name][position[text.row]] = means_TC[index]
             ratings[name] += int(rated_VT[:, index].sum())
     drawn = np.random.default_rng(seed).integers(len(rows), size=(RESAMPLES, len(rows)))
     systems = [
@@ -236,9 +234,9 @@ def plot(result: HumanResult, out: Path) -> None:
     axes = figure.add_subplot()
     width = 0.8 / len(result.systems)
     for index, system in enumerate(result.systems):
-        found = [system.scores[name] for name in NAMES]
-        values = [one.value for one in found]
-        reach = [[one.value - one.low for one in found], [one.high - one.value for one in found]]
+        estimates = [system.scores[name] for name in NAMES]
+        values = [one.value for one in estimates]
+        reach = [[one.value - one.low for one in estimates], [one.high - one.value for one in estimates]]
         places = np.arange(len(NAMES)) + (index - (len(result.systems) - 1) / 2) * width
         axes.bar(places, values, width, yerr=reach, capsize=3, label=system.system)
     axes.set(ylim=(1, 5), ylabel="1 to 5", xticks=range(len(NAMES)))

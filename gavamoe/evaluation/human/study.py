@@ -107,5 +107,5 @@ def read_key(path: Path) -> Key:
     if key.format > FORMAT:
         raise InputError(f"{path}: format {key.format} is newer than {FORMAT}, the newest known here; update gavamoe")
     if len({text.id for text in key.texts}) < len(key.texts):
-        raise InputError(f"{path}: an id stands there twice; the key is damaged")
+        raise InputError(f"{path}: an id occurs twice; the key is damaged")
     return key

@@ -72,11 +72,11 @@ def bert_score(
     if not spoken:
         return BertScore(values, model, layer)
     mismatched = mismatched_pairs(references, FLOOR_PAIRS, seed)
-    said = [candidates[i] for i in spoken] + [pair[0] for pair in mismatched]
-    meant = [references[i] for i in spoken] + [pair[1] for pair in mismatched]
+    first_texts = [candidates[i] for i in spoken] + [pair[0] for pair in mismatched]
+    second_texts = [references[i] for i in spoken] + [pair[1] for pair in mismatched]
     try:
         scorer = BERTScorer(model_type=model, num_layers=layer, batch_size=batch_size)
-        parts = scorer.score(said, meant, batch_size=batch_size)
+        parts = scorer.score(first_texts, second_texts, batch_size=batch_size)
     except (OSError, ValueError, AssertionError, OverflowError) as error:
         raise InputError(f"BERTScore model {model}: cannot be used ({one_line(error, 200)})") from error
     scored = np.stack([part.double().numpy() for part in parts], axis=1)
@@ -108,7 +108,7 @@ def _layer(model: str, layer: int) -> int:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise InputError(
-            f"BERTScore model {model}: neither a folder here nor to be had from the hub ({one_line(error, 200)})"
+            f"BERTScore model {model}: neither a local folder nor available from the hub ({one_line(error, 200)})"
         ) from error
     if "t5" in model and "t5" not in config.model_type:
         raise InputError(

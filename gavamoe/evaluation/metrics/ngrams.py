@@ -24,6 +24,6 @@ def longest_common_subsequence(first: Sequence[str], second: Sequence[str]) -> i
     everything = (1 << len(first)) - 1
     row = everything  # a 0 bit marks a position at which the subsequence grew
     for token in second:
-        found = row & places.get(token, 0)
-        row = ((row + found) | (row - found)) & everything
+        matched = row & places.get(token, 0)
+        row = ((row + matched) | (row - matched)) & everything
     return len(first) - row.bit_count()

@@ -13,7 +13,7 @@ from gavamoe.evaluation.metrics.ngrams import longest_common_subsequence, ngrams
 from gavamoe.evaluation.metrics.registry import Scores
 from gavamoe.evaluation.metrics.sacrebleu import BLEU_ORDER, bleu_counts
 
-# As in `sacrebleu_style`: lengths, matches, n-grams; then ROUGE-1, ROUGE-2, ROUGE-L.
+# As in `sacrebleu`: lengths, matches, n-grams; then ROUGE-1, ROUGE-2, ROUGE-L.
 COLUMNS = 2 + 2 * BLEU_ORDER + 3
 _REFERENCE_LENGTH = 1
 _BLEU, _ROUGE = slice(0, 2 + 2 * BLEU_ORDER), slice(COLUMNS - 3, COLUMNS)
@@ -21,9 +21,9 @@ _BLEU, _ROUGE = slice(0, 2 + 2 * BLEU_ORDER), slice(COLUMNS - 3, COLUMNS)
 
 def statistics(candidate: str, reference: str) -> list[float]:
     """A row's COLUMNS values."""
-    said, meant = candidate.split(), reference.split()
-    rouges = [_set_f1(said, meant, 1), _set_f1(said, meant, 2), _subsequence_f(said, meant)]
-    return [*bleu_counts(said, meant), *rouges]
+    pair = candidate.split(), reference.split()
+    rouges = [_set_f1(*pair, 1), _set_f1(*pair, 2), _subsequence_f(*pair)]
+    return [*bleu_counts(*pair), *rouges]
 
 
 def scores(total: np.ndarray, rows: float) -> Scores:
@@ -48,28 +48,28 @@ def corpus_bleu(statistics: np.ndarray, order: int, *, smooth: bool) -> float:
     Smoothed, every precision is (matches + 1) / (n-grams + 1), as in Lin and Och (2004) but for order 1 too; not
     smoothed, an order without a match makes the whole 0.
     """
-    said, meant = statistics[:2]
-    if not said:
+    candidate_length, reference_length = statistics[:2]
+    if not candidate_length:
         return 0.0
-    found = statistics[2 : 2 + order] + smooth
+    matched = statistics[2 : 2 + order] + smooth
     possible = statistics[2 + BLEU_ORDER : 2 + BLEU_ORDER + order] + smooth
-    if not (found * possible).all():
+    if not (matched * possible).all():
         return 0.0
-    brevity = 1.0 if said > meant else float(np.exp(1 - meant / said))
-    return 100 * brevity * float(np.exp(np.mean(np.log(found / possible))))
+    brevity = 1.0 if candidate_length > reference_length else float(np.exp(1 - reference_length / candidate_length))
+    return 100 * brevity * float(np.exp(np.mean(np.log(matched / possible))))
 
 
-def _set_f1(said: Sequence[str], meant: Sequence[str], order: int) -> float:
+def _set_f1(candidate: Sequence[str], reference: Sequence[str], order: int) -> float:
     """F1 of the sets of n-grams: repeated ones count once."""
-    ours, theirs = set(ngrams(said, order)), set(ngrams(meant, order))
+    ours, theirs = set(ngrams(candidate, order)), set(ngrams(reference, order))
     return 2 * len(ours & theirs) / (len(ours) + len(theirs)) if ours and theirs else 0.0
 
 
-def _subsequence_f(said: Sequence[str], meant: Sequence[str]) -> float:
+def _subsequence_f(candidate: Sequence[str], reference: Sequence[str]) -> float:
     """(1 + b^2) R P / (R + b^2 P) of the longest common subsequence with b = P / R, as that line has it: not F1."""
-    common = longest_common_subsequence(meant, said)
+    common = longest_common_subsequence(reference, candidate)
     if not common:
         return 0.0
-    precision, recall = common / len(said), common / len(meant)
+    precision, recall = common / len(candidate), common / len(reference)
     squared = (precision / recall) ** 2
     return (1 + squared) * recall * precision / (recall + squared * precision)

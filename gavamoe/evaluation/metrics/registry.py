@@ -1,7 +1,7 @@
 """The metrics' registry, and those of them that need no library: ratings, diversity of texts, features.
 
 A metric has a name, a direction and a pure computation. `METRICS` is where a name is declared once;
-docs/metrics.md has the definitions at length. BLEU and ROUGE are in `sacrebleu_style` and `peter_style`.
+docs/metrics.md has the definitions at length. BLEU and ROUGE are in `sacrebleu` and `peter`.
 
 Percentages run from 0 to 100. A metric that is undefined for its input is None, never NaN.
 """
@@ -117,10 +117,10 @@ class DocumentFrequencies:
         texts_with: Counter[Hashable] = Counter()
         self.rows = self.total = 0
         for text in texts:
-            found = things(text.split())
+            in_text = things(text.split())
             self.rows += 1
-            self.total += len(found)
-            texts_with.update(set(found))
+            self.total += len(in_text)
+            texts_with.update(set(in_text))
         self._texts_with = np.fromiter(texts_with.values(), dtype=np.int64, count=len(texts_with))
 
     @property
@@ -139,11 +139,11 @@ class DocumentFrequencies:
         return float(np.sum(things * (1 - np.exp(missed))))
 
 
-def _choose(of: int, taken: int) -> float:
-    """Logarithm of the number of ways to take `taken` out of `of`."""
-    if taken > of:
+def _choose(size: int, taken: int) -> float:
+    """Logarithm of the number of ways to take `taken` out of `size`."""
+    if taken > size:
         return -math.inf
-    return math.lgamma(of + 1) - math.lgamma(taken + 1) - math.lgamma(of - taken + 1)
+    return math.lgamma(size + 1) - math.lgamma(taken + 1) - math.lgamma(size - taken + 1)
 
 
 def word_grams(text: str) -> list[str]:
@@ -170,8 +170,8 @@ def distinct(texts: Iterable[str], order: int, fixed: int = FIXED_TEXTS) -> tupl
 
 def distinct_in_text(text: str, order: int) -> float:
     """Different n-grams over all n-grams of one text, 0 to 1; 0 for a text without any."""
-    found = ngrams(text.split(), order)
-    return len(set(found)) / len(found) if found else 0.0
+    grams = ngrams(text.split(), order)
+    return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def unique_sentence_ratio(texts: Iterable[str], fixed: int = FIXED_TEXTS) -> tuple[float | None, float | None]:
@@ -185,8 +185,8 @@ def unique_sentence_ratio(texts: Iterable[str], fixed: int = FIXED_TEXTS) -> tup
     return whole, _percent(census.different_in(fixed), fixed) if census.rows >= fixed else None
 
 
-def _percent(part: float, whole: float) -> float:
-    return 100 * part / whole if whole else 0.0
+def _percent(count: float, total: float) -> float:
+    return 100 * count / total if total else 0.0
 
 
 class FeatureMatcher:
@@ -209,43 +209,43 @@ class FeatureMatcher:
 
     def ids(self, features: Iterable[str]) -> frozenset[int]:
         """Ids of the given features, as far as they belong to the set."""
-        found = (self._ids.get(tuple(words(feature))) for feature in features)
-        return frozenset(index for index in found if index is not None)
+        indices = (self._ids.get(tuple(words(feature))) for feature in features)
+        return frozenset(index for index in indices if index is not None)
 
     def find(self, text: str) -> frozenset[int]:
         """Ids of the features that a text names."""
         tokens = words(text)
-        found = set()
+        named = set()
         for start, token in enumerate(tokens):
             for sequence in self._by_first.get(token, ()):
                 if len(sequence) == 1 or tuple(tokens[start : start + len(sequence)]) == sequence:
-                    found.add(self._ids[sequence])
-        return frozenset(found)
+                    named.add(self._ids[sequence])
+        return frozenset(named)
 
 
-def feature_share(found: frozenset[int], wanted: frozenset[int]) -> float:
-    """Share of the wanted features that were found, 0 to 1; NaN when none was wanted. FMR is its mean."""
-    return len(found & wanted) / len(wanted) if wanted else float("nan")
+def feature_share(named: frozenset[int], wanted: frozenset[int]) -> float:
+    """Share of the wanted features that are named, 0 to 1; NaN when none was wanted. FMR is its mean."""
+    return len(named & wanted) / len(wanted) if wanted else float("nan")
 
 
-def feature_coverage(found: Iterable[frozenset[int]], size: int) -> float | None:
-    """FCR in percent: features found in any text over the `size` of the feature set; None without features."""
+def feature_coverage(named: Iterable[frozenset[int]], size: int) -> float | None:
+    """FCR in percent: features named in any text over the `size` of the feature set; None without features."""
     covered: set[int] = set()
     rows = 0
-    for row in found:
+    for row in named:
         rows += 1
         covered |= row
     return 100 * len(covered) / size if size and rows else None
 
 
-def feature_diversity(found: Sequence[frozenset[int]]) -> float | None:
+def feature_diversity(named: Sequence[frozenset[int]]) -> float | None:
     """DIV: mean number of features that two texts share; None for fewer than two texts.
 
     The sum over pairs of |F_a & F_b| equals the sum over features of n(n-1)/2, n being the texts that name it:
     linear in the texts instead of quadratic.
     """
-    rows = len(found)
+    rows = len(named)
     if rows < 2:
         return None
-    counts = Counter(index for row in found for index in row)
+    counts = Counter(index for row in named for index in row)
     return sum(n * (n - 1) for n in counts.values()) / (rows * (rows - 1))

@@ -1,6 +1,6 @@
 """BLEU and ROUGE as the libraries sacrebleu and rouge-score define them: `--style sacrebleu`, the default.
 
-A row is counted once; corpus scores follow from column sums. Tokenisers, smoothing and the final formula are the
+A row is counted once; corpus scores follow from column sums. Tokenizers, smoothing and the final formula are the
 libraries' own; counting is ours: their calls for one row take twice the time, and gigabytes for very long texts.
 """
 
@@ -61,28 +61,29 @@ def _tokenizers() -> tuple[Callable[[str], list[str]], Callable[[str], list[str]
     return lambda text: tokenizer(text.rstrip()).split(), lambda text: read(text, None)
 
 
-def _rouge(said: list[str], meant: list[str]) -> tuple[float, float, float]:
+def _rouge(candidate: list[str], reference: list[str]) -> tuple[float, float, float]:
     """F1 of single tokens and of the longest common subsequence, and whether there was anything to find."""
-    if not said or not meant:
-        return 0.0, 0.0, float(bool(meant))
-    counts = sum((Counter(said) & Counter(meant)).values())
-    return _f1(counts, said, meant), _f1(longest_common_subsequence(meant, said), said, meant), 1.0
+    if not candidate or not reference:
+        return 0.0, 0.0, float(bool(reference))
+    common = sum((Counter(candidate) & Counter(reference)).values())
+    subsequence = longest_common_subsequence(reference, candidate)
+    return _f1(common, candidate, reference), _f1(subsequence, candidate, reference), 1.0
 
 
-def _f1(common: int, said: list[str], meant: list[str]) -> float:
-    return 2 * common / (len(said) + len(meant))
+def _f1(common: int, candidate: list[str], reference: list[str]) -> float:
+    return 2 * common / (len(candidate) + len(reference))
 
 
 def _bleu(statistics: np.ndarray, order: int) -> float:
     """sacrebleu's corpus BLEU from summed statistics; orders above `order` are not looked at."""
     from sacrebleu.metrics import BLEU
 
-    whole = [int(value) for value in statistics]
+    counts = [int(value) for value in statistics]
     score: float = BLEU.compute_bleu(
-        correct=whole[2 : 2 + order],
-        total=whole[2 + BLEU_ORDER : 2 + BLEU_ORDER + order],
-        sys_len=whole[0],
-        ref_len=whole[1],
+        correct=counts[2 : 2 + order],
+        total=counts[2 + BLEU_ORDER : 2 + BLEU_ORDER + order],
+        sys_len=counts[0],
+        ref_len=counts[1],
         smooth_method="exp",
         max_ngram_order=order,
     ).score

@@ -2,8 +2,6 @@
 
 Every row is measured once (`measure`); the scores of a group of rows follow from sums of the rows' statistics
 (`aggregate`), and so do bootstrap intervals and comparisons of systems (`significance`).
-
-Shapes: N rows, M columns of statistics that add up over rows.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -55,11 +53,11 @@ class RowStatistics:
     candidates: Sequence[str]
     sums: np.ndarray
     """(N, M) float64; scores of a group follow from its column sums."""
-    found: Sequence[frozenset[int]]
+    named: Sequence[frozenset[int]]
     """Features of the feature set that each candidate names."""
     feature_set_size: int
     empty_candidates: np.ndarray
-    """(N,) bool: nothing was said; such rows score 0 and stay in every mean."""
+    """(N,) bool: the text is empty; such rows score 0 and stay in every mean."""
     empty_references: np.ndarray
     """(N,) bool"""
     unseen_references: np.ndarray
@@ -100,11 +98,11 @@ def measure(
         raise InputError(f"style {style}: unknown; known are {', '.join(STYLES)}")
     matcher = FeatureMatcher([*feature_set, *(feature for row in features or () for feature in row)])
     wanted = [matcher.ids(row) for row in features] if features is not None else [frozenset[int]()] * len(candidates)
-    found = [matcher.find(text) for text in candidates] if len(matcher) else [frozenset[int]()] * len(candidates)
+    named = [matcher.find(text) for text in candidates] if len(matcher) else [frozenset[int]()] * len(candidates)
     empty_references = np.array([is_empty(text) for text in references], dtype=bool)
     sums = np.zeros((len(candidates), _COLUMNS))
     _fill_texts(sums, candidates, references, STYLES[style], on_progress)
-    _fill_features(sums, found, wanted)
+    _fill_features(sums, named, wanted)
     _fill_ratings(sums, rating_error)
     if bertscore is not None:
         sums[:, _BERT] = bertscore.values
@@ -112,7 +110,7 @@ def measure(
     return RowStatistics(
         candidates=candidates,
         sums=sums,
-        found=found,
+        named=named,
         feature_set_size=len(matcher),
         empty_candidates=np.array([is_empty(text) for text in candidates], dtype=bool),
         empty_references=empty_references,
@@ -133,14 +131,14 @@ def aggregate(rows: RowStatistics, index: np.ndarray | None = None) -> Scores:
     """All scores of the rows at `index` (all rows if None), by name; None where undefined or not measured."""
     chosen = np.arange(len(rows)) if index is None else np.asarray(index, dtype=np.int64)
     texts = [rows.candidates[i] for i in chosen]
-    found = [rows.found[i] for i in chosen]
+    named = [rows.named[i] for i in chosen]
     scores = dict.fromkeys(METRICS) | from_sums(rows, rows.sums[chosen].sum(axis=0))
     scores["distinct_1"], scores["distinct_1_at_1000"] = distinct(texts, 1)
     scores["distinct_2"], scores["distinct_2_at_1000"] = distinct(texts, 2)
     scores["usr"], scores["usr_at_1000"] = unique_sentence_ratio(texts)
     if rows.feature_set_size:
-        scores["fcr"] = feature_coverage(found, rows.feature_set_size)
-        scores["div"] = feature_diversity(found)
+        scores["fcr"] = feature_coverage(named, rows.feature_set_size)
+        scores["div"] = feature_diversity(named)
     return scores
 
 
@@ -202,8 +200,8 @@ def _fill_texts(
         on_progress(len(candidates), len(candidates))
 
 
-def _fill_features(sums: np.ndarray, found: Sequence[frozenset[int]], wanted: Sequence[frozenset[int]]) -> None:
-    shares = np.array([feature_share(*pair) for pair in zip(found, wanted, strict=True)])
+def _fill_features(sums: np.ndarray, named: Sequence[frozenset[int]], wanted: Sequence[frozenset[int]]) -> None:
+    shares = np.array([feature_share(*pair) for pair in zip(named, wanted, strict=True)])
     sums[:, _FEATURE_SHARE] = np.nan_to_num(shares)
     sums[:, _HAS_FEATURES] = ~np.isnan(shares)
 
