@@ -111,10 +111,10 @@ def read_outcome(name: str, label: str, what: str, seed: int, folder: Path) -> O
         scores |= {key: model[key] for key in ("validation_loss", "parameters")}
     scores["user_ari"] = (metrics["planted"] or {}).get("user_ari")
     intervals = dict(metrics["intervals"])
-    for key, found in metrics["faithfulness"]["scores"].items() if metrics["faithfulness"] else ():
-        scores[key] = found["value"] if found else None
-        if found and found["interval"]:
-            intervals[key] = found["interval"]
+    for key, score in metrics["faithfulness"]["scores"].items() if metrics["faithfulness"] else ():
+        scores[key] = score["value"] if score else None
+        if score and score["interval"]:
+            intervals[key] = score["interval"]
     return Outcome(
         system=name,
         label=label,

@@ -75,7 +75,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _WrittenTexts:
-    """What a writer written under one protocol."""
+    """The texts that a writer wrote under one protocol, what it was asked, and how long it took."""
 
     requests: "list[ExplanationRequest]"
     explanations: "list[Explanation]"

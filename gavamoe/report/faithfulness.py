@@ -1,11 +1,11 @@
-"""Parts of the report about faithfulness (`beyond` in metrics.json) and about the second protocol."""
+"""Parts of the report about faithfulness (`faithfulness` in metrics.json) and about the second protocol."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from gavamoe.evaluation.evaluated_run import RunData
 from gavamoe.evaluation.faithfulness.measure import FAITHFULNESS
-from gavamoe.evaluation.metrics.registry import METRICS
+from gavamoe.evaluation.metrics.registry import METRICS, Metric
 
 
 def faithfulness_section(runs: Sequence[RunData]) -> dict[str, Any] | None:
@@ -14,34 +14,38 @@ def faithfulness_section(runs: Sequence[RunData]) -> dict[str, Any] | None:
     A run evaluated under both protocols has two columns.
     """
     columns = [column for run in runs for column in _columns(run)]
-    sections = [section for _, section in columns]
-    if not any(sections):
+    measured = [(name, section) for name, section in columns if section]
+    if not measured:
         return None
-    scores = [section["scores"] if section else {} for section in sections]
-    rows = []
-    for metric in FAITHFULNESS.values():
-        cells = [of_run.get(metric.name) for of_run in scores]
-        known = [cell for cell in cells if cell and cell["value"] is not None]
-        if known:
-            beside = {(cell["references"], cell["chance"]) for cell in known}
-            # Runs on different rows have humans and chance of their own, which then stand in the cells.
-            shared = len(beside) == 1
-            references, chance = beside.pop() if shared else (None, None)
-            rows.append(
-                {"metric": metric, "cells": cells, "references": references, "chance": chance, "shared": shared}
-            )
-    gates = [(name, one["gates"]) for name, one in columns if one and one["gates"]]
-    swaps: tuple[str, list[Any]] = next(
-        ((name, one["swaps"]) for name, one in columns if one and one["swaps"]), ("", [])
-    )
+    scores = [section["scores"] if section else {} for _, section in columns]
+    rows = [_score_row(metric, scores) for metric in FAITHFULNESS.values()]
+    swaps_of, swaps = _first_swaps(measured)
     return {
         "columns": [name for name, _ in columns],
-        "rows": rows,
-        "sizes": next(section["rows"] for section in sections if section),
-        "swaps_of": swaps[0],
-        "swaps": swaps[1],
-        "gates": [(name, table) for name, table in gates if table["gates"] > 1],
+        "rows": [row for row in rows if row],
+        "sizes": measured[0][1]["rows"],
+        "swaps_of": swaps_of,
+        "swaps": swaps,
+        "gates": [(name, table) for name, section in measured if (table := section["gates"]) and table["gates"] > 1],
     }
+
+
+def _first_swaps(measured: Sequence[tuple[str, dict[str, Any]]]) -> tuple[str, list[Any]]:
+    """The first column that has examples of user swaps, and those; "" and none where no column has any."""
+    return next(((name, section["swaps"]) for name, section in measured if section["swaps"]), ("", []))
+
+
+def _score_row(metric: Metric, scores: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """A score in each column, and what is common to them; None where no column has it."""
+    cells = [of_column.get(metric.name) for of_column in scores]
+    known = [cell for cell in cells if cell and cell["value"] is not None]
+    if not known:
+        return None
+    # Runs on different rows have references and chance of their own, which then stand in the cells.
+    beside = {(cell["references"], cell["chance"]) for cell in known}
+    shared = len(beside) == 1
+    references, chance = beside.pop() if shared else (None, None)
+    return {"metric": metric, "cells": cells, "references": references, "chance": chance, "shared": shared}
 
 
 def _columns(run: RunData) -> list[tuple[str, dict[str, Any] | None]]:

@@ -77,7 +77,7 @@ def test_evaluate_prints_both_protocols_and_what_lies_beyond(
     shown = gavamoe("evaluate", run, "--rows", 20, "--probe-rows", 5, "--protocol", "both", "--json")
     assert shown.code == 0
     assert "rating and features given and predicted" in shown.err
-    assert "Beyond n-grams" in shown.err
+    assert "Faithfulness (intervals" in shown.err
     assert "Item hallucination ↓" in shown.err
     assert "Gate overlap" not in shown.err
     assert json.loads(shown.out)["predicted"]["faithfulness"]["rows"] == {"texts": 20, "probes": 5}

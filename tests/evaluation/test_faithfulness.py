@@ -1,4 +1,4 @@
-"""Beyond n-grams: each measure by hand, and on synthetic data against writers whose faults are known."""
+"""Faithfulness: each measure by hand, and on synthetic data against writers whose faults are known."""
 
 import json
 from collections.abc import Callable
@@ -96,7 +96,7 @@ def test_feature_measures_by_hand(planted: Dataset) -> None:
     assert mentions.recall(texts, wanted) == pytest.approx([0.5, 0.0, np.nan], nan_ok=True)
 
 
-def test_mix_ups_by_hand(planted: Dataset) -> None:
+def test_item_hallucination_by_hand(planted: Dataset) -> None:
     mentions = Mentions(planted, feature_set(planted))
     train = [row for split in ("train", "valid", "test") for row in planted.table(split).to_pylist()]
     item = train[0]["item"]
@@ -106,7 +106,7 @@ def test_mix_ups_by_hand(planted: Dataset) -> None:
     texts = [f"good {mine[0]}", f"good {mine[0]} and {foreign[0]}", f"good {foreign[0]}", f"good {foreign[1]}", "no"]
     items = np.array([item, item, item, planted.catalog.n_items, item])
     rows: list[list[str]] = [[], [], [foreign[0]], [], []]  # the third row's own feature is new, but its own
-    assert mentions.mix_ups(texts, items, rows) == pytest.approx([0, 1, 0, np.nan, 0], nan_ok=True)
+    assert mentions.hallucinated(texts, items, rows) == pytest.approx([0, 1, 0, np.nan, 0], nan_ok=True)
 
 
 def test_copies_by_hand() -> None:
@@ -133,7 +133,7 @@ def test_nearest_is_the_nearest_of_all() -> None:
         assert training.similarity(text) >= 2 * (length - 1) / (2 * length)
 
 
-def test_towards_the_user_by_hand(tmp_path: Path) -> None:
+def test_user_alignment_by_hand(tmp_path: Path) -> None:
     """Users u and v, five training texts each; v is the one at odd rows."""
     dataset = bare_dataset(tmp_path / "data", ["red apple", "blue sea"] * 4 + ["x", "y"])
     swaps = UserSwaps(

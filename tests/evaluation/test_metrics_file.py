@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gavamoe.errors import InputError
+from gavamoe.evaluation.comparison import COMPARISON_FILE, Comparison, Outcome, read_comparison
 from gavamoe.evaluation.metrics_file import SCHEMA_VERSION, read_metrics, renamed
 
 SECTION: dict[str, Any] = {"rows": {"texts": 2, "probes": 1}, "scores": {"copied": {"value": 5.0}, "route_gap": None}}
@@ -45,3 +46,15 @@ def test_stored_comparisons_get_todays_names() -> None:
     assert renamed({"item_mix_ups": 1, "bleu_4": 2, "towards_user": 3, "nearly_copied": 4}) == {
         "item_hallucination": 1, "bleu_4": 2, "user_alignment": 3, "near_memorized": 4,
     }  # fmt: skip
+
+
+def test_a_stored_comparison_is_read_by_todays_names(tmp_path: Path) -> None:
+    outcome = Outcome(
+        system="full", label="full", what="all of it", seed=0, trained=True, folder="full/seed-0", rows=2,
+        scores={"copied": 5.0, "bleu_4": 1.0}, intervals={"copied": [4.0, 6.0]},
+    )  # fmt: skip
+    stored = Comparison(dataset="d", fingerprint="f", config={}, outcomes=[outcome], skipped={}, left=[])
+    (tmp_path / COMPARISON_FILE).write_text(stored.model_dump_json())
+    (read,) = read_comparison(tmp_path).outcomes
+    assert read.scores == {"memorized": 5.0, "bleu_4": 1.0}
+    assert read.intervals == {"memorized": [4.0, 6.0]}

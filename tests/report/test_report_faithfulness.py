@@ -1,4 +1,4 @@
-"""The report's sections on both protocols and beyond n-grams."""
+"""The report's sections on both protocols and on faithfulness."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_both_protocols_gates_and_swaps_are_shown(planted: Dataset, tmp_path: Pa
     text = page.text
     for expected in (
         "Given and predicted",
-        "Beyond n-grams",
+        "Faithfulness",
         "run, given",
         "run, predicted",
         "Item hallucination ↓",
@@ -68,7 +68,7 @@ def test_hostile_texts_stay_text(planted: Dataset, tmp_path: Path) -> None:
 
 def test_runs_without_the_section(planted: Dataset, tmp_path: Path) -> None:
     page, _ = page_of(tmp_path / "run", planted, lambda _: "x", None)
-    assert "Beyond n-grams" not in page.text
+    assert "Faithfulness" not in page.text
     assert "Given and predicted" not in page.text
     assert ("href", "#faithfulness") not in page.attributes
 

@@ -227,5 +227,5 @@ def test_what_ngrams_hide_and_both_protocols_are_shown(tmp_path: Path, planted: 
     assert f"i for u: “{HOSTILE}” For v: “b”" in text
     metrics["faithfulness"], metrics["predicted"] = None, None
     text = Page(render([replace(data, metrics=metrics)])).text
-    assert "Beyond n-grams" not in text
+    assert "Faithfulness" not in text
     assert "Given and predicted" not in text

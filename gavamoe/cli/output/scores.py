@@ -102,11 +102,11 @@ def _print_faithfulness(metrics: dict[str, Any]) -> None:
         return
     rows = []
     for name, metric in FAITHFULNESS.items():
-        found = [section["scores"][name] for section in sections.values()]
-        if found[0] is not None:
-            values = [each["value"] for each in found]
-            rows.append((_label(metric), *values, found[0]["references"], found[0]["chance"], metric.unit))
-    print_table("Beyond n-grams (intervals are in the report)", ["", *sections, "references", "chance", ""], rows)
+        cells = [section["scores"][name] for section in sections.values()]
+        if cells[0] is not None:
+            values = [each["value"] for each in cells]
+            rows.append((_label(metric), *values, cells[0]["references"], cells[0]["chance"], metric.unit))
+    print_table("Faithfulness (intervals are in the report)", ["", *sections, "references", "chance", ""], rows)
 
 
 def _print_truth(metrics: dict[str, Any]) -> None:

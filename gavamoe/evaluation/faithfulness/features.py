@@ -50,7 +50,7 @@ class Mentions:
             self._matcher.ids(row) | self._matcher.find(text) for row, text in zip(features, references, strict=True)
         ]
 
-    def mix_ups(self, texts: Sequence[str], items: np.ndarray, features: Sequence[Sequence[str]]) -> np.ndarray:
+    def hallucinated(self, texts: Sequence[str], items: np.ndarray, features: Sequence[Sequence[str]]) -> np.ndarray:
         """Whether a text names a feature that only other items have: (N,) 1 or 0, NaN for items without a known one.
 
         The row's own features are right as well.

@@ -119,18 +119,18 @@ def measure_faithfulness(
     scores = _Scores(seed)
     _features(scores, texts, dataset)
     reader = _sentiment(scores, texts, dataset, seed)
-    distinct_training = _copies(scores, texts, dataset, seed)
+    distinct_training = _memorization(scores, texts, dataset, seed)
     swaps = _personalization(scores, probed, dataset, write, seed)
-    use = gates(probed.requests, probed.references) if gates else None
-    if use is not None:
-        _gates(scores, use)
+    gate_probe = gates(probed.requests, probed.references) if gates else None
+    if gate_probe is not None:
+        _gates(scores, gate_probe)
     return {
         "rows": {"texts": len(texts.requests), "probes": len(probed.requests)},
-        "scores": {name: scores.found.get(name) for name in FAITHFULNESS},
+        "scores": {name: scores.measured.get(name) for name in FAITHFULNESS},
         "sentiment_reader": reader.description if reader else None,
         "training_texts": distinct_training,
         "swaps": _examples(swaps, dataset),
-        "gates": use.summary() if use else None,
+        "gates": gate_probe.summary() if gate_probe else None,
     }
 
 
@@ -138,7 +138,7 @@ class _Scores:
     """Means over rows as they stand in metrics.json; values that are NaN don't count."""
 
     def __init__(self, seed: int) -> None:
-        self.found: dict[str, dict[str, Any]] = {}
+        self.measured: dict[str, dict[str, Any]] = {}
         self._seed = seed
 
     def add(
@@ -154,7 +154,7 @@ class _Scores:
         scale = 100.0 if FAITHFULNESS[name].unit == "%" else 1.0
         known = scale * values[~np.isnan(values)]
         human = np.zeros(0) if references is None else scale * references[~np.isnan(references)]
-        self.found[name] = {
+        self.measured[name] = {
             "value": float(known.mean()) if known.size else None,
             "interval": mean_interval(known, seed=self._seed) if interval else None,
             "rows": int(known.size),
@@ -165,7 +165,7 @@ class _Scores:
     def add_balanced(self, name: str, values: np.ndarray, references: np.ndarray, groups: Sequence[np.ndarray]) -> None:
         """The mean over groups of rows (row numbers) of the share of ones in each."""
         parts = [100 * values[rows] for rows in groups]
-        self.found[name] = {
+        self.measured[name] = {
             "value": float(np.mean([part.mean() for part in parts])),
             "interval": balanced_interval(parts, seed=self._seed),
             "rows": sum(map(len, parts)),
@@ -184,8 +184,8 @@ def _features(scores: _Scores, written: Written, dataset: Dataset) -> None:
         scores.add(name, measured(written.texts, wanted))
     scores.add(
         "item_hallucination",
-        mentions.mix_ups(written.texts, written.items, written.features),
-        references=mentions.mix_ups(written.references, written.items, written.features),
+        mentions.hallucinated(written.texts, written.items, written.features),
+        references=mentions.hallucinated(written.references, written.items, written.features),
     )
 
 
@@ -203,7 +203,7 @@ def _sentiment(scores: _Scores, written: Written, dataset: Dataset, seed: int) -
     return reader
 
 
-def _copies(scores: _Scores, written: Written, dataset: Dataset, seed: int) -> int:
+def _memorization(scores: _Scores, written: Written, dataset: Dataset, seed: int) -> int:
     """Adds the scores; returns how many different training texts there are."""
     texts, _ = sampled_texts(dataset, MAX_TRAINING_TEXTS, seed, "user")
     training = TrainingTexts(texts)
@@ -224,10 +224,10 @@ def _personalization(scores: _Scores, written: Written, dataset: Dataset, write:
     scores.add("changes_with_user", changed(swaps))
     scores.add("user_alignment", user_alignment(swaps, dataset, seed), chance=50.0)
     if groups is not None and truth is not None:
-        said = [*zip(swaps.texts, swaps.users, strict=True), *zip(swaps.swapped, swaps.others, strict=True)]
+        by_user = [*zip(swaps.texts, swaps.users, strict=True), *zip(swaps.swapped, swaps.others, strict=True)]
         scores.add(
             "style_of_group",
-            np.array([float(style_of(text) == groups[user]) for text, user in said]),
+            np.array([float(style_of(text) == groups[user]) for text, user in by_user]),
             references=np.array(
                 [
                     float(style_of(text) == groups[user])
@@ -239,15 +239,15 @@ def _personalization(scores: _Scores, written: Written, dataset: Dataset, write:
     return swaps
 
 
-def _gates(scores: _Scores, use: GateProbe) -> None:
-    entropy = use.entropy_K()
+def _gates(scores: _Scores, probe: GateProbe) -> None:
+    entropy = probe.entropy_K()
     scores.add("expert_entropy", entropy, interval=False)
     gates = len(entropy)
     if gates > 1:
-        scores.add("wrong_gate_gap", use.own_gap_N(), chance=0.0)
-        scores.add("route_best", use.own_best_N(), chance=100 / gates)
-        pairs = use.shared_KK[np.triu_indices(gates, 1)]
-        scores.add("gate_overlap", pairs, chance=use.top_k / use.used_LKE.shape[-1], interval=False)
+        scores.add("wrong_gate_gap", probe.own_gap_N(), chance=0.0)
+        scores.add("route_best", probe.own_best_N(), chance=100 / gates)
+        pairs = probe.shared_KK[np.triu_indices(gates, 1)]
+        scores.add("gate_overlap", pairs, chance=probe.top_k / probe.used_LKE.shape[-1], interval=False)
 
 
 def _examples(swaps: UserSwaps, dataset: Dataset) -> list[dict[str, Any]]:

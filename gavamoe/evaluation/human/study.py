@@ -1,6 +1,6 @@
 """What a human evaluation asks (section 4.6, appendix B): criteria, scale, the weights of Eq. 14, and the key.
 
-`human_export` hands raters blind texts, `human_import` reads what they made of them; the key, which says what wrote
+`export` hands raters blind texts, `results` reads what they made of them; the key, which says what wrote
 which text, is all that the two share and is not a rater's business.
 """
 

@@ -161,11 +161,11 @@ def distinct(texts: Iterable[str], order: int, fixed: int = FIXED_TEXTS) -> tupl
         of all texts, and what is expected of `fixed` of them (expected different n-grams over expected n-grams); 0
         without any n-gram; the first is None without texts, the second with fewer than `fixed`.
     """
-    census = DocumentFrequencies(texts, lambda words: ngrams(words, order))
-    whole = _percent(census.different, census.total) if census.rows else None
-    if census.rows < fixed:
-        return whole, None
-    return whole, _percent(census.different_in(fixed), census.total * fixed / census.rows)
+    frequencies = DocumentFrequencies(texts, lambda words: ngrams(words, order))
+    of_all = _percent(frequencies.different, frequencies.total) if frequencies.rows else None
+    if frequencies.rows < fixed:
+        return of_all, None
+    return of_all, _percent(frequencies.different_in(fixed), frequencies.total * fixed / frequencies.rows)
 
 
 def distinct_in_text(text: str, order: int) -> float:
@@ -180,9 +180,9 @@ def unique_sentence_ratio(texts: Iterable[str], fixed: int = FIXED_TEXTS) -> tup
     Returns:
         of all texts, and what is expected of `fixed` of them, as `distinct` does.
     """
-    census = DocumentFrequencies(texts, lambda words: [tuple(words)] if words else [])
-    whole = _percent(census.different, census.rows) if census.rows else None
-    return whole, _percent(census.different_in(fixed), fixed) if census.rows >= fixed else None
+    frequencies = DocumentFrequencies(texts, lambda words: [tuple(words)] if words else [])
+    of_all = _percent(frequencies.different, frequencies.rows) if frequencies.rows else None
+    return of_all, _percent(frequencies.different_in(fixed), fixed) if frequencies.rows >= fixed else None
 
 
 def _percent(count: float, total: float) -> float:
