@@ -34,7 +34,7 @@ def made_up(rows: int) -> tuple[list[str], list[str]]:
 
 def from_file(path: Path, rows: int) -> tuple[list[str], list[str]]:
     """The texts of a table with the columns prediction and reference, repeated up to `rows`."""
-    from gavamoe.evaluation.score_files import read_columns
+    from gavamoe.evaluation.text_tables import read_columns
 
     columns = read_columns(path)
     predictions, references = columns["prediction"], columns["reference"]

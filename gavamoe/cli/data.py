@@ -9,6 +9,7 @@ from gavamoe.cli.options import Json, OutPath, bounds_of, input_folder, pairs_of
 
 if TYPE_CHECKING:
     from gavamoe.data.readers.formats import TextMode
+    from gavamoe.data.readers.sources import Quoting
 
 data_app = typer.Typer(help="Make and look at datasets.", no_args_is_help=True)
 
@@ -20,7 +21,19 @@ def prepare(
     format: Annotated[str, typer.Option("--format", help="amazon, yelp, peter, or table (CSV, JSONL, Parquet).")],
     column: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD=NAME", help="table: the column of user, item, rating, text, features or title."),
+        typer.Option(
+            metavar="FIELD=NAME",
+            help="table: the column of user, item, rating, text, features, title or time; NAME -: leave the field out.",
+        ),
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help="Encoding of a text file, such as utf-16, latin-1, cp1252; default: UTF-8.")
+    ] = None,
+    quoting: Annotated[
+        str, typer.Option(help="CSV, TSV: standard; none: quotes are text; auto: as the whole file is written.")
+    ] = "auto",
+    escape: Annotated[
+        str | None, typer.Option(metavar="CHAR", help=r"CSV, TSV: the escape character, such as \ of MySQL and Spark.")
     ] = None,
     split: Annotated[str, typer.Option(help="Shares of train, valid and test.")] = "8:1:1",
     index_dir: Annotated[
@@ -51,10 +64,13 @@ def prepare(
             split=shares_of(split),
             index_dir=index_dir,
             titles=titles,
-            text_mode=cast("TextMode | None", text_mode),  # checked there, with the other arguments
+            text_mode=cast("TextMode | None", text_mode),
             rating_scale=bounds_of(rating_scale),
             max_rejected_share=max_rejected_share,
             seed=seed,
+            encoding=encoding,
+            quoting=cast("Quoting", quoting),  # checked there, with the other arguments
+            escape=escape,
             progress=progress.rows,
         )
     print_prepared(result, out, as_json=json_output)

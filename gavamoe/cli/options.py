@@ -118,6 +118,8 @@ def pairs_of(option: str, values: list[str] | None) -> dict[str, str] | None:
         name, equals, text = value.partition("=")
         if not (name and equals and text):
             raise InputError(f"{option} {value}: expected FIELD=NAME, such as user=uid")
+        if name in pairs:
+            raise InputError(f"{option} {value}: {name} is given twice, first as {name}={pairs[name]}")
         pairs[name] = text
     return pairs
 

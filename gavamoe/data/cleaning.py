@@ -86,9 +86,10 @@ def sentences(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
 
 
 def clean_id(raw: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array, pa.Array]:
-    """Trimmed ids with three masks: missing (null or blank), longer than MAX_ID_CHARS, with control characters."""
+    """Trimmed ids with three masks: missing (null or blank), longer than MAX_ID_CHARS, with control
+    characters or line separators."""
     trimmed = pc.utf8_trim_whitespace(raw)
     missing = pc.fill_null(pc.equal(trimmed, ""), True)
     long = pc.fill_null(pc.greater(pc.utf8_length(trimmed), MAX_ID_CHARS), False)
-    malformed = pc.fill_null(pc.match_substring_regex(trimmed, r"\p{Cc}"), False)
+    malformed = pc.fill_null(pc.match_substring_regex(trimmed, r"[\p{Cc}\p{Zl}\p{Zp}]"), False)
     return trimmed, missing, long, malformed

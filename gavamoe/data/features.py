@@ -13,7 +13,10 @@ English only, single words, surface forms ("room" and "rooms" are two features).
 Shape letters: R rows (reviews), S sentences, T words, W distinct words of a batch, V features.
 """
 
+import ast
+import json
 import math
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +41,13 @@ SUFFIX_NOUN_SHARES = {"ed": 0.6, "ing": 0.4, "ly": 0.4, "ful": 0.4, "ous": 0.4, 
 COMPOUND_EVIDENCE = 0.5
 """Noun evidence of a word after another content word ("gift card."), where a determiner gives 1."""
 
+MAX_LIST_CHARS = 10_000
+"""Longest string that is read as a list of features."""
+
+_PARTED = re.compile("[,;|]")
+_CLOSING = {"(": ")", "{": "}"}
+_QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
+_NUMPY = re.compile(r"\[\s*(?:(?:'[^']*'|\"[^\"]*\")\s*)*\]")
 _CANDIDATE = r"^\p{L}{3,24}$"
 _STRANGE = r"[^\p{L}\p{M}\p{N}\x00-\x7f]+"
 """Typographic quotes, dashes, emoji: bytes that `_words` would otherwise take for letters."""
@@ -165,16 +175,52 @@ class Vocabulary:
         return pa.ListArray.from_arrays(pa.array(offsets), self._array.take(pa.array(rank[kept])))
 
 
-def given_features(values: pa.Array) -> tuple[pa.Array, pa.Array]:
-    """Clean lists of features that a source gives, as lists or as strings parted by , ; or |.
+def split_features(text: str) -> list[str] | None:
+    """The features that a string names: parted by , ; or |, or a list as Python, JSON or numpy print it.
+
+    Returns:
+        None where the string begins like a list and is none.
+    """
+    text = text.strip()
+    if not (text.startswith("[") or (text[:1] in "({" and text.endswith(_CLOSING.get(text[:1], "\0")))):
+        return _PARTED.split(text)
+    listed = _listed(text)
+    return listed if listed is not None or text.startswith("[") else _PARTED.split(text)
+
+
+def _listed(text: str) -> list[str] | None:
+    if len(text) > MAX_LIST_CHARS:
+        return None
+    for parse in (json.loads, _numpy_list, ast.literal_eval):
+        try:
+            value = parse(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        if isinstance(value, set | frozenset):
+            value = sorted(value, key=str)
+        if isinstance(value, list | tuple) and all(isinstance(word, str | int | float | None) for word in value):
+            return [str(word) for word in value if word is not None]
+    return None
+
+
+def _numpy_list(text: str) -> list[str]:
+    """Strings parted by blanks, which Python would read as one string."""
+    if not _NUMPY.fullmatch(text):
+        raise ValueError(text)
+    return [first or second for first, second in _QUOTED.findall(text)]
+
+
+def given_features(values: pa.Array) -> tuple[pa.Array, pa.Array, pa.Array]:
+    """Clean lists of features that a source gives, as lists or as strings (`split_features`).
 
     Returns:
         list<string> (R,): lower case, single blanks, no control characters, no repetitions, at most MAX_ROW_FEATURES a
-        row; nulls become empty lists. And bool (R,): the rows with a feature longer than MAX_FEATURE_CHARS, which is
-        left out of their list.
+        row; nulls become empty lists. And two bool (R,): the rows with a feature longer than MAX_FEATURE_CHARS, which
+        is left out of their list; the rows whose string begins like a list and is none.
     """
+    broken = pa.array([False] * len(values))
     if not pa.types.is_list(values.type):
-        values = pc.split_pattern_regex(pc.fill_null(values, ""), "[,;|]")
+        values, broken = _split_all(values)
     row_S = pc.list_parent_indices(values).to_numpy()
     flat = pc.list_flatten(values).cast(pa.string())
     flat = pc.utf8_slice_codeunits(pc.utf8_lower(flat), 0, 4 * MAX_FEATURE_CHARS)
@@ -190,7 +236,21 @@ def given_features(values: pa.Array) -> tuple[pa.Array, pa.Array]:
     kept = np.arange(len(row)) - np.searchsorted(row, row) < MAX_ROW_FEATURES
     offsets = np.searchsorted(row[kept], np.arange(len(values) + 1)).astype(np.int32)
     features = pa.ListArray.from_arrays(pa.array(offsets), coded.dictionary.take(pa.array(code[kept])))
-    return features, pa.array(too_long_R)
+    return features, pa.array(too_long_R), broken
+
+
+def _split_all(values: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """`split_features` of strings (R,): list<string> (R,), and bool (R,), true where it finds none."""
+    values = pc.fill_null(values, "")
+    special = pc.match_substring_regex(values, r"^\s*[\[({]")
+    parted = pc.split_pattern_regex(values, _PARTED.pattern)
+    if not pc.any(special).as_py():
+        return parted, special
+    lists, broken = parted.to_pylist(), special.to_pylist()
+    for row in np.flatnonzero(special.to_numpy(zero_copy_only=False)).tolist():
+        found = split_features(values[row].as_py())
+        lists[row], broken[row] = found or [], found is None
+    return pa.array(lists, pa.list_(pa.string())), pa.array(broken)
 
 
 def _is_noun(word: str, evidence: float, occurrences: float) -> bool:

@@ -18,6 +18,7 @@ from gavamoe.data.bounds import MAX_TITLE_CHARS
 from gavamoe.data.cleaning import clean, sentences
 from gavamoe.data.features import Vocabulary
 from gavamoe.data.readers.formats import Format, TextMode, check_columns, get_format, read_titles
+from gavamoe.data.readers.sources import NO_COLUMN, Quoting, SourceOptions, check_encoding
 from gavamoe.data.splits import check_ratio, draw_splits, given_splits, repeated_pairs
 from gavamoe.data.validation import AcceptedRows, RowValidator
 from gavamoe.data.writer import LEFT_OUT, DatasetWriter, Rows
@@ -44,6 +45,8 @@ class PrepareSummary(BaseModel):
     """Number of good rows left out because a later row has the same user and item."""
     in_no_index: int
     """Number of good rows that no index file names."""
+    unknown_times: int
+    """Number of rows whose time is not understood; of repeated pairs they count as the earliest."""
     texts_cut: int
     """Number of texts that were longer than the bound, and shortened."""
     without_feature: int
@@ -60,6 +63,8 @@ class PrepareSummary(BaseModel):
     """Number of items with a title."""
     fingerprint: str
     """Fingerprint of the dataset: SHA-256 over its data files."""
+    notes: list[str]
+    """What the user should know about how the source was read."""
 
 
 def prepare(
@@ -75,19 +80,23 @@ def prepare(
     titles: Path | None = None,
     text_mode: TextMode | None = None,
     rating_scale: tuple[float, float] | None = None,
+    encoding: str | None = None,
+    quoting: Quoting = "auto",
+    escape: str | None = None,
     progress: OnRows | None = None,
 ) -> PrepareSummary:
     """Write the dataset folder `out` from `source`; whole or not at all.
 
     Args:
         format: a name in `readers.formats.FORMATS`.
-        columns: for format table: the source's column of each field whose column has another name.
+        columns: for format table: the source's column of each field whose column has another name; "-": leave it out.
         split: ratio of train, valid and test rows.
         index_dir: folder of index files that give the split instead; repeated pairs are then kept.
-        max_rejected_share: fail when a larger share of rows is rejected.
+        max_rejected_share: fail when a larger share of rows is rejected, or of times is not understood.
         titles: file of item titles (Amazon's meta file, Yelp's business file).
         text_mode: explanation, review or none; None: the format's own.
         rating_scale: lowest and highest rating; None: the format's own.
+        encoding, quoting, escape: of a text source, see `readers.sources.SourceOptions`.
 
     Raises:
         InputError: something about the source, the arguments or `out` is wrong.
@@ -95,16 +104,18 @@ def prepare(
     source, kind = Path(source), get_format(format)
     check_columns(format, columns or {})
     check_ratio(split)
+    options = _source_options(format, columns or {}, encoding, quoting, escape)
     _check_arguments(source, format, kind, text_mode, rating_scale, max_rejected_share, titles)
     mode, scale = text_mode or kind.text_mode, rating_scale or kind.scale
     report = progress or (lambda phase, rows: None)
     with write_folder(Path(out)) as folder:
         with RowValidator(folder, mode, scale, rated=kind.rated) as validator:
-            for batch in kind.read(source, columns or {}):
+            for batch in kind.read(source, options):
                 validator.add(batch)
                 report("read", validator.read)
         accepted = validator.accepted()
         _check_rejections(source, validator, len(accepted.row), max_rejected_share)
+        _check_times(source, format, validator, max_rejected_share)
         _read_title_file(source, kind, titles, validator)
         rows, repeats = _split(validator, accepted, index_dir, split, seed)
         settings = {"source": source.name, "format": format, "text_mode": mode, "seed": seed}
@@ -133,6 +144,32 @@ def _check_arguments(
         raise InputError(f"titles: format {format} has no title file; a table has a title column (--column title=NAME)")
 
 
+def _source_options(
+    format: str, columns: Mapping[str, str], encoding: str | None, quoting: Quoting, escape: str | None
+) -> SourceOptions:
+    if quoting not in get_args(Quoting):
+        raise InputError(f"quoting: unknown value {quoting!r}; known are {', '.join(get_args(Quoting))}")
+    if format != "table" and (quoting != "auto" or escape is not None):
+        raise InputError(f"quoting, escape: only format table has delimited files; format {format} has none")
+    if format == "peter" and encoding is not None:
+        raise InputError("encoding: format peter is a pickle, which has none")
+    return SourceOptions(dict(columns), encoding and check_encoding(encoding), quoting, escape)
+
+
+def _check_times(source: Path, format: str, validator: RowValidator, max_share: float) -> None:
+    """Raise InputError when too many times are not understood: they decide which row of a repeated pair stays."""
+    share = validator.unknown_times / max(validator.times, 1)
+    if share <= max_share or validator.first_unknown_time is None:
+        return
+    row, time = validator.first_unknown_time
+    without = f", or leave the column out with --column time={NO_COLUMN}" if format == "table" else ""
+    raise InputError(
+        f"{source}: {validator.unknown_times} of {validator.times} times are not understood ({share:.1%}, at most"
+        f" {max_share:.0%} are allowed); first: row {row}: {time!r}; write seconds since 1970 or ISO 8601, such as"
+        f" 2020-01-31T09:30:00{without}"
+    )
+
+
 def _check_rejections(source: Path, validator: RowValidator, kept: int, max_share: float) -> None:
     """Raise InputError when too many rows were rejected, or none is left."""
     if validator.read == 0:
@@ -144,6 +181,8 @@ def _check_rejections(source: Path, validator: RowValidator, kept: int, max_shar
     first = validator.first_rejection
     reasons = ", ".join(f"{reason} {count}" for reason, count in validator.rejected.most_common())
     shown = f"; first: row {first.row}, {first.reason}: {first.raw}" if first else ""
+    if validator.rejected.most_common(1)[0][0] == "not valid UTF-8":
+        shown += "; name the file's encoding with --encoding, such as latin-1 or cp1252"
     way_out = "" if not kept else f"; fix the rows or allow more with --max-rejected-share {min(1.0, share + 0.01):.2f}"
     raise InputError(
         f"{source}: {rejected} of {validator.read} rows rejected ({share:.1%}, at most {max_share:.0%} are allowed): "
@@ -203,6 +242,7 @@ def _write(
             "kept": int(kept.sum()),
             "repeated_pairs": repeats,
             "in_no_index": int((~kept).sum()) - repeats,
+            "unknown_times": validator.unknown_times,
             "texts_cut": validator.texts_cut,
             "without_feature": bare,
             "vocabulary": len(vocabulary.features) if vocabulary else 0,
@@ -217,7 +257,19 @@ def _write(
         items=meta.items,
         titles=sum(rows.titles[code] is not None for code in np.unique(rows.item[kept]).tolist()),
         fingerprint=meta.fingerprint,
+        notes=validator.notes + _remarks(validator),
     )
+
+
+def _remarks(validator: RowValidator) -> list[str]:
+    """What the values of the source look like that its user may not have meant."""
+    remarks = []
+    if validator.unknown_times and validator.first_unknown_time:
+        row, time = validator.first_unknown_time
+        remarks.append(f"{validator.unknown_times:,} times are not understood, such as {time!r} (row {row})")
+    if validator.pointed_ids:
+        remarks.append(f"{validator.pointed_ids:,} ids end in .0, as whole numbers do that were saved as fractions")
+    return remarks
 
 
 def _write_texts(

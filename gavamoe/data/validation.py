@@ -22,13 +22,15 @@ from gavamoe.data.bounds import (
 )
 from gavamoe.data.cleaning import clean, clean_id, clean_review, too_long, unmarked
 from gavamoe.data.features import Vocabulary, WordCounts, given_features
-from gavamoe.data.readers.batches import RawBatch, Rejection, parse_numbers
+from gavamoe.data.readers.batches import RawBatch, Rejection, parse_numbers, shorten
 from gavamoe.data.readers.formats import TextMode
+from gavamoe.data.times import parse_times
 from gavamoe.data.writer import StringEncoder
 from gavamoe.errors import InputError
 
 _LONG_ID = {field: f"{field} id longer than {MAX_ID_CHARS} characters" for field in ("user", "item")}
 _LONG_FEATURE = f"feature longer than {MAX_FEATURE_CHARS} characters"
+_NO_LIST = "features begin like a list and are none"
 REASONS = (
     "",
     "user missing",
@@ -42,6 +44,7 @@ REASONS = (
     "rating off scale",
     "text missing",
     _LONG_FEATURE,
+    _NO_LIST,
 )
 """Reasons of a rejection by their code, of which the first that applies is given; 0: the row is accepted."""
 _SPOOL_SCHEMA = pa.schema([("text", pa.string()), ("features", pa.list_(pa.string()))])
@@ -81,6 +84,16 @@ class RowValidator:
         self.rejected: Counter[str] = Counter()
         self.first_rejection: Rejection | None = None
         self.texts_cut = 0
+        self.times = 0
+        """Rows with a time, understood or not."""
+        self.unknown_times = 0
+        """Rows whose time is not understood."""
+        self.first_unknown_time: tuple[int, str] | None = None
+        """Row number and time of the first of these."""
+        self.pointed_ids = 0
+        """Ids such as 12.0, which were whole numbers before a program wrote them as fractions."""
+        self.notes: list[str] = []
+        """What the reader says about the source."""
         self._text_mode: TextMode = text_mode
         self._scale = scale
         self._rated: bool | None = True if rated else None
@@ -110,6 +123,7 @@ class RowValidator:
         self.read += count + len(batch.broken)
         ends = [rejection.row for rejection in batch.broken] + batch.row[-1:].tolist()
         self.last_row = max(self.last_row, *ends, 0)
+        self.notes += batch.notes
         if not count:
             self._reject(batch, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int8))
             return
@@ -119,6 +133,7 @@ class RowValidator:
         rating = self._ratings(batch, reasons)
         text = self._texts(batch, reasons)
         features = self._features(batch, reasons)
+        time = self._times(batch)
         accepted = reasons.code == 0
         self._reject(batch, np.flatnonzero(~accepted), reasons.code[~accepted])
         mask = pa.array(accepted)
@@ -129,7 +144,7 @@ class RowValidator:
                 self.users.encode(user.filter(mask)),
                 items,
                 rating[accepted],
-                _times(batch)[accepted],
+                time[accepted],
             )
         )
         self._keep_titles(batch, items, mask)
@@ -180,6 +195,7 @@ class RowValidator:
         reasons.mark(missing, f"{field} missing")
         reasons.mark(long, _LONG_ID[field])
         reasons.mark(malformed, f"{field} id malformed")
+        self.pointed_ids += pc.sum(pc.match_substring_regex(ids, r"^\d+\.0$")).as_py() or 0
         return ids
 
     def _ratings(self, batch: RawBatch, reasons: "_Reasons") -> np.ndarray:
@@ -215,9 +231,23 @@ class RowValidator:
         """list<string> (R,): the given features; empty lists where the source gives none."""
         if not self._featured:
             return pa.array([[]] * len(batch.row), _SPOOL_SCHEMA.field("features").type)
-        features, long = given_features(batch.columns.get("features", pa.nulls(len(batch.row), pa.string())))
+        features, long, broken = given_features(batch.columns.get("features", pa.nulls(len(batch.row), pa.string())))
         reasons.mark(long, _LONG_FEATURE)
+        reasons.mark(broken, _NO_LIST)
         return features
+
+    def _times(self, batch: RawBatch) -> np.ndarray:
+        """float64 (R,), NaN where there is none or it is not understood; these are counted, not rejected."""
+        if "time" not in batch.columns:
+            return np.full(len(batch.row), np.nan)
+        seconds, unknown = parse_times(batch.columns["time"])
+        count = pc.sum(unknown).as_py() or 0
+        self.times += len(seconds) - seconds.null_count + count
+        if count and self.first_unknown_time is None:
+            at = pc.index(unknown, True).as_py()
+            self.first_unknown_time = int(batch.row[at]), shorten(str(batch.columns["time"][at].as_py()))
+        self.unknown_times += count
+        return pc.fill_null(seconds, float("nan")).to_numpy()
 
     def _reject(self, batch: RawBatch, rows: np.ndarray, codes: np.ndarray) -> None:
         judged = [
@@ -260,9 +290,3 @@ def _blank(values: pa.Array) -> pa.Array:
     if pa.types.is_string(values.type):
         return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True)
     return pc.is_null(values)
-
-
-def _times(batch: RawBatch) -> np.ndarray:
-    if "time" not in batch.columns:
-        return np.full(len(batch.row), np.nan)
-    return pc.fill_null(batch.columns["time"], float("nan")).to_numpy()

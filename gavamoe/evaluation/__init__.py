@@ -3,6 +3,7 @@
     evaluate          write and score a split
     rows              which rows, and what is asked for them
     score_files       `gavamoe score`: any system's texts
+    text_tables       files of texts, read row by row
     significance      intervals; is a difference more than chance?
     reference_scores  constant text, mean and bias ratings
     planted_truth     how much of a planted truth was recovered

@@ -1,30 +1,23 @@
 """Scores of any system's texts, from files: what `gavamoe score` does.
 
-A file is plain text (a line a row), JSON lines or a JSON array, CSV or TSV, or Parquet. Predictions and
-references are two files, or two columns of one.
+Predictions and references are two files, or two columns of one (`evaluation.text_tables`).
 """
 
-import csv
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from gavamoe.errors import InputError, did_you_mean, one_line
+from gavamoe.data.features import split_features
+from gavamoe.data.readers.batches import shorten
+from gavamoe.errors import InputError, did_you_mean
 from gavamoe.evaluation.metrics.bertscore import BertScore, bert_score
 from gavamoe.evaluation.metrics.text_scores import RowStatistics, Style, aggregate, count, measure
 from gavamoe.evaluation.significance import RESAMPLES, compare, intervals
+from gavamoe.evaluation.text_tables import Columns, read_columns
 
 PREDICTION_COLUMNS = ("prediction", "generated")
 REFERENCE_COLUMNS = ("reference", "explanation", "text")
-
-Columns = dict[str, list[Any]]
-
-_LONGEST_FIELD = 2**27
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Reading:
     prediction: str | None = None
     reference: str | None = None
     features: str | None = None
-    """Column of feature words in either table, as lists or split at commas; the scores then have FMR, FCR and DIV."""
+    """Column of feature words in either table, as `data prepare` reads them; the scores then have FMR, FCR and DIV."""
 
 
 def score_files(
@@ -129,9 +122,16 @@ def _bert_scores(pairs: Sequence[_Pairs], model: str, layer: int, seed: int) -> 
 def _read_pairs(path: Path, references: Path | None, reading: Reading) -> _Pairs:
     source = path if references is None else Path(references)
     candidate_table = read_columns(path)
-    reference_table = candidate_table if _same(path, source) else read_columns(source)
-    candidates = _texts(candidate_table, _pick(candidate_table, reading.prediction, PREDICTION_COLUMNS, path), path)
-    targets = _texts(reference_table, _pick(reference_table, reading.reference, REFERENCE_COLUMNS, source), source)
+    same = _same(path, source)
+    if same and len(candidate_table) == 1:
+        raise InputError(f"{path}: one column only; give the references' file as second argument")
+    reference_table = candidate_table if same else read_columns(source)
+    prediction = _pick(candidate_table, reading.prediction, PREDICTION_COLUMNS, path)
+    reference = _pick(reference_table, reading.reference, REFERENCE_COLUMNS, source)
+    if same and prediction == reference:
+        raise InputError(f"{path}: column {prediction} can't be both prediction and reference")
+    candidates = _texts(candidate_table, prediction, path)
+    targets = _texts(reference_table, reference, source)
     if len(candidates) != len(targets):
         raise InputError(
             f"{path} has {len(candidates)} rows, {source} has {len(targets)}; they must pair up row by row"
@@ -160,95 +160,6 @@ def _read_rival(path: Path, references: Path | None, reading: Reading, first: _P
         if one != other:
             raise InputError(f"{path}, row {row}: another reference than in {first.source}; compare the same rows")
     return _Pairs(path, candidates, first.source, first.references, first.features)
-
-
-def read_columns(path: Path) -> Columns:
-    """All columns of a table file, or the lines of a text file as the column "" (it has no name).
-
-    Raises:
-        InputError: the file is missing, empty, or not what its ending says.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty")
-    reader = _READERS.get(path.suffix.lower(), _read_text)
-    try:
-        columns = reader(path)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    if not any(columns.values()):
-        raise InputError(f"{path}: no rows")
-    return columns
-
-
-def _read_text(path: Path) -> Columns:
-    text = path.read_text(encoding="utf-8-sig")
-    # Only line feeds end a row: a text may hold other Unicode line separators.
-    return {"": [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]}
-
-
-def _read_json(path: Path) -> Columns:
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        values = _parse(text, str(path))
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        values = [_parse(line, f"{path}, line {number}") for number, line in lines if line.strip()]
-    if all(isinstance(value, str) for value in values):
-        return {"": values}
-    for number, value in enumerate(values, start=1):
-        if not isinstance(value, dict):
-            raise InputError(f"{path}, row {number}: expected an object with fields, found {type(value).__name__}")
-    names = dict.fromkeys(name for value in values for name in value)
-    return {name: [value.get(name) for value in values] for name in names}
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from error
-
-
-def _read_csv(path: Path) -> Columns:
-    csv.field_size_limit(_LONGEST_FIELD)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        try:
-            header = next(rows)
-            columns: Columns = {name: [] for name in header}
-            if len(columns) < len(header):
-                raise InputError(f"{path}: two columns of one name in {', '.join(header)}")
-            for row in rows:
-                if not row and len(header) > 1:
-                    continue
-                row = row or [""]  # in a file of one column an empty line is an empty text
-                if len(row) != len(header):
-                    raise InputError(f"{path}, line {rows.line_num}: {len(row)} fields, the header has {len(header)}")
-                for name, value in zip(header, row, strict=True):
-                    columns[name].append(value)
-        except csv.Error as error:
-            raise InputError(f"{path}, line {rows.line_num}: not valid CSV ({error})") from error
-    return columns
-
-
-def _read_parquet(path: Path) -> Columns:
-    try:
-        return {str(name): column for name, column in pq.read_table(path).to_pydict().items()}
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({one_line(error)})") from error
-
-
-_READERS: dict[str, Callable[[Path], Columns]] = {
-    ".jsonl": _read_json,
-    ".ndjson": _read_json,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-}
 
 
 def _pick(columns: Columns, wanted: str | None, usual: Sequence[str], path: Path) -> str:
@@ -281,9 +192,9 @@ def _texts(columns: Columns, name: str, path: Path) -> list[str]:
 def _features(columns: Columns, name: str, path: Path) -> list[list[str]]:
     features = []
     for row, value in enumerate(columns[name], start=1):
-        parts = value.split(",") if isinstance(value, str) else value or []
+        parts = split_features(value) if isinstance(value, str) else value or []
         if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-            raise InputError(f"{path}, row {row}, {name}: expected a list of words, found {type(value).__name__}")
+            raise InputError(f"{path}, row {row}, {name}: expected a list of words, found {shorten(value)}")
         features.append(parts)
     return features
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gavamoe.data import features as module
 from gavamoe.data.bounds import MAX_FEATURE_CHARS
 from gavamoe.data.cleaning import clean, clean_id, clean_review, cut, sentences, unmarked
-from gavamoe.data.features import MAX_ROW_FEATURES, Vocabulary, WordCounts, given_features
+from gavamoe.data.features import MAX_ROW_FEATURES, Vocabulary, WordCounts, given_features, split_features
 from gavamoe.data.lexicon import NEVER_FEATURES
 
 
@@ -106,11 +106,41 @@ def test_an_empty_vocabulary_chooses_the_first_real_sentence() -> None:
 
 
 def test_given_features_are_cleaned() -> None:
-    found, too_long = given_features(pa.array(["Room Service, wifi ;WiFi|  ", None, "a\x00b\n c", "x" * 65 + ",ok"]))
+    found, too_long, no_list = given_features(
+        pa.array(["Room Service, wifi ;WiFi|  ", None, "a\x00b\n c", "x" * 65 + ",ok"])
+    )
     assert found.to_pylist() == [["room service", "wifi"], [], ["a b c"], ["ok"]]
     assert too_long.to_pylist() == [False, False, False, True]
+    assert not any(no_list.to_pylist())
     lists = pa.array([["b", "a", "b", None], None, [str(number) for number in range(9)]], pa.list_(pa.string()))
     assert given_features(lists)[0].to_pylist() == [["b", "a"], [], ["0", "1", "2", "3", "4"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "features"),
+    [
+        ("['room', 'swimming pool']", ["room", "swimming pool"]),
+        ('["room", "caf\\u00e9"]', ["room", "café"]),
+        ("['room' 'swimming pool']", ["room", "swimming pool"]),
+        ("['room'\n 'pool, big']", ["room", "pool, big"]),
+        ("('room', 'pool')", ["room", "pool"]),
+        ("{'room', 'pool'}", ["pool", "room"]),
+        ("['don\\'t', \"it's\"]", ["don't", "it's"]),
+        ("[1, None, 2]", ["1", "2"]),
+        ("[]", []),
+        ("room;pool|bar, grill", ["room", "pool", "bar", " grill"]),
+        ("(wifi)", ["(wifi)"]),
+        ("{wifi", ["{wifi"]),
+    ],
+)
+def test_lists_that_programs_print_are_lists(text: str, features: list[str]) -> None:
+    assert split_features(text) == features
+
+
+@pytest.mark.parametrize("text", ["[room", "['a', ['b']]", "[a, b]", "[" * 9_000, "['" + "a" * 10_000 + "']", "[f()]"])
+def test_what_begins_like_a_list_and_is_none_is_known_as_such(text: str) -> None:
+    assert split_features(text) is None
+    assert given_features(pa.array(["a", text]))[2].to_pylist() == [False, True]
 
 
 @settings(max_examples=60, deadline=None)

@@ -194,14 +194,14 @@ def test_unrated_texts_are_left_out(study: tuple[Path, Path, Key], tmp_path: Pat
     ("lines", "message"),
     [
         ([["t0001", "5", "5.2", "3"]], r"ann\.csv, row 1, quality: '5\.2'; expected 1 to 5 in half points"),
-        ([["t0001", "5", "3,5", "3"]], r"row 1, quality: '3,5'"),
+        ([["t0001", "5", "3,4", "3"]], r"row 1, quality: '3,4'"),
         ([["t0001", "0.5", "3", "3"]], r"row 1, personalization: '0\.5'"),
         ([["t0001", "nan", "3", "3"]], r"row 1, personalization: 'nan'"),
         ([["t0001", "5", "", "3"]], r"row 1, quality: nothing, while the row's other scores are there"),
         ([["t0001", "5", "5", "5"], ["x9", "1", "1", "1"]], r"row 2, id: 'x9' is not in the key"),
         ([["t0001", "5", "5", "5"]] * 2, r"row 2, id: t0001 occurs twice"),
         ([["t0001", "", "", ""]], r"ann\.csv: holds no rating"),
-        ([["t0001", "5", "5"]], r"ann\.csv, line 2: 3 fields, the header has 4"),
+        ([["t0001", "5", "5"]], r"ann\.csv, row 1: 3 values instead of 4"),
         ([["=cmd|' /C calc'!A0", "5", "5", "5"]], r"row 1, id: .* is not in the key"),
     ],
 )
@@ -212,15 +212,27 @@ def test_hostile_sheets_are_refused(
         read_sheet(write_sheet(tmp_path / "ann.csv", lines), study[2])
 
 
+def test_sheets_as_spreadsheets_write_them(study: tuple[Path, Path, Key], tmp_path: Path) -> None:
+    """Semicolons and decimal commas of a European Excel, rows of bare delimiters where a line was deleted."""
+    key = study[2]
+    head = "id;personalization;quality;satisfaction"
+    (tmp_path / "ann.csv").write_text(f"\ufeffsep=;\n{head}\nt0001;5;3,5;1\n;;;\nt0003;4;4;4\n", encoding="utf-8")
+    scores_TC = read_sheet(tmp_path / "ann.csv", key)
+    position = {text.id: index for index, text in enumerate(key.texts)}
+    assert scores_TC[position["t0001"]].tolist() == [5, 3.5, 1]
+    assert scores_TC[position["t0003"]].tolist() == [4, 4, 4]
+    assert np.isnan(scores_TC).all(axis=1).sum() == len(key.texts) - 2
+
+
 def test_files_that_are_no_sheets(study: tuple[Path, Path, Key], tmp_path: Path) -> None:
     _, key_file, key = study
     path = tmp_path / "ann.csv"
     for content, message in (
-        (b"id;personalization;quality;satisfaction\nt0001;5;5;5\n", "no column id; it must be separated by commas"),
         (b"id,personalization,quality\nt0001,5,5\n", "no column satisfaction"),
-        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"t0001,5,4,3\nt0002,5,4,3\n", "no column id; the sheet must keep its first line"),
+        (b"\xff\xfe\x00", "no rows"),
         (b"", "the file is empty"),
-        (b'id,personalization,quality,satisfaction\nt0001,"5,5,5\n', "not valid CSV"),
+        (b'id,personalization,quality,satisfaction\nt0001,"5",5,5\nt0002,"5,5,5\n', "row 2: a quote that never closes"),
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):

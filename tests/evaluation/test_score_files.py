@@ -1,5 +1,6 @@
 """Scores from files: every format, bad files, columns, a second system."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 from helpers.texts import CANDIDATES, REFERENCES, scores
 
 from gavamoe.errors import InputError
-from gavamoe.evaluation.score_files import Reading, read_columns, score_files
+from gavamoe.evaluation.score_files import Reading, score_files
+from gavamoe.evaluation.text_tables import read_columns
 
 KNOWN = {"bleu_1": 65.0000, "bleu_4": 37.5412, "rouge_1": 59.7436, "rouge_l": 59.7436}
 
@@ -75,8 +77,8 @@ def test_features_column_gives_fmr(tmp_path: Path) -> None:
         ("a.txt", b"\xff\xfe\x00", "not UTF-8 text"),
         ("a.jsonl", b'{"prediction": "a"}\n{"predic', "line 2: not valid JSON"),
         ("a.jsonl", b'{"prediction": "a"}\n3\n', "row 2: expected an object with fields, found int"),
-        ("a.json", b"[" * 100_000, "not valid JSON"),
-        ("a.csv", b"prediction,reference\na,b,c\n", "line 2: 3 fields, the header has 2"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
+        ("a.csv", b"prediction,reference\na,b,c\n", "row 1: 3 values instead of 2"),
         ("a.csv", b"prediction,prediction\na,b\n", "two columns of one name"),
         ("a.csv", b"prediction,reference\n", "no rows"),
         ("a.parquet", b"PAR1 this is no Parquet", "not a readable Parquet file"),
@@ -132,3 +134,59 @@ def test_a_second_system_of_other_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, other)))
     with pytest.raises(InputError, match=r"other.jsonl, row 4: another reference than in"):
         score_files(path, against=tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "one text\nanother\n"),
+        ("a.csv", "prediction\none text\n"),
+        ("a.jsonl", '{"prediction": "one text"}\n'),
+        ("a.json", '["one text", "another"]'),
+    ],
+)
+def test_a_file_is_never_scored_against_itself(tmp_path: Path, name: str, content: str) -> None:
+    """BLEU 100 came out where the references had been forgotten."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match="one column only; give the references' file as second argument"):
+        score_files(tmp_path / name)
+    (tmp_path / "two.csv").write_text("prediction,reference\na,b\n")
+    with pytest.raises(InputError, match="column prediction can't be both prediction and reference"):
+        score_files(tmp_path / "two.csv", reading=Reading(reference="prediction"))
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_the_delimiter_of_a_table_is_found(tmp_path: Path, delimiter: str) -> None:
+    (tmp_path / "a.csv").write_text(f"prediction{delimiter}reference\nthe room, was nice{delimiter}bad pool\n")
+    assert read_columns(tmp_path / "a.csv") == {"prediction": ["the room, was nice"], "reference": ["bad pool"]}
+    assert score_files(tmp_path / "a.csv", resamples=0)["metrics"]["bleu_1"] < 1
+
+
+def test_a_carriage_return_in_a_text_splits_no_row(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\rstill one\r\ntwo\n")
+    assert read_columns(tmp_path / "a.txt") == {"": ["one\rstill one", "two"]}
+
+
+def test_a_missing_text_is_empty_in_every_format(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text('["a", null, "c"]')
+    (tmp_path / "rows.jsonl").write_text('{"prediction": "a"}\n{"prediction": null}\n{"prediction": "c"}\n')
+    (tmp_path / "rows.csv").write_text("prediction\na\n\nc\n")
+    pq.write_table(pa.table({"prediction": ["a", None, "c"]}), tmp_path / "rows.parquet")
+    (tmp_path / "meant.txt").write_text("a\nb\nc\n")
+    for name in ("list.json", "rows.jsonl", "rows.csv", "rows.parquet"):
+        assert score_files(tmp_path / name, tmp_path / "meant.txt", resamples=0)["counts"]["empty_generations"] == 1
+
+
+def test_compressed_and_utf_16_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "said.txt.gz").write_bytes(gzip.compress(b"the room\n"))
+    (tmp_path / "meant.txt").write_text("the room\n", encoding="utf-16")
+    assert score_files(tmp_path / "said.txt.gz", tmp_path / "meant.txt", resamples=0)["counts"]["rows"] == 1
+
+
+def test_features_of_one_string_are_split_as_in_data_prepare(tmp_path: Path) -> None:
+    rows = "generated,text,words\na room and pool,b,room;pool\na pool and bar,b,\"['pool', 'bar']\"\n"
+    (tmp_path / "rows.csv").write_text(rows)
+    assert score_files(tmp_path / "rows.csv", reading=Reading(features="words"), resamples=0)["metrics"]["fmr"] == 100
+    (tmp_path / "rows.csv").write_text("generated,text,words\na room,b,[room\n")
+    with pytest.raises(InputError, match=r"row 1, words: expected a list of words, found \[room"):
+        score_files(tmp_path / "rows.csv", reading=Reading(features="words"))

@@ -19,9 +19,12 @@ def print_prepared(result: PrepareSummary, out: Path, *, as_json: bool) -> None:
         ("kept", result.kept),
         *[(f"  {split}", count) for split, count in result.rows.items()],
         ("kept rows without a feature", result.without_feature),
+        ("times not understood", result.unknown_times),
         ("texts cut to the longest allowed", result.texts_cut),
     ]
     print_table(f"Dataset {out}", ["", "rows"], [row for row in rows if row[1] or row[0] in ("read", "kept")])
+    for note in result.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     console.print(
         f"{result.users:,} users, {result.items:,} items ({result.titles:,} with a title);"
         f" rejected rows are in {out / 'rejected.jsonl'}",

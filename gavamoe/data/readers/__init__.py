@@ -2,8 +2,10 @@
 
     formats      the table of source formats
     batches      batches of raw records, bounded
-    json_lines   JSON lines and arrays, plain or gzip
-    tables       CSV and Parquet
+    sources      files opened: compressed, packed, in any encoding
+    json_lines   JSON: a line a record, laid out, arrays
+    delimited    CSV and the like, every line accounted for
+    tables       delimited files and Parquet, column by column
     pickles      reviews.pickle without running anything in it
 
 Shape letters: R rows of a batch.

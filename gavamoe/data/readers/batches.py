@@ -4,15 +4,11 @@ A reader turns a source into `RawBatch`es and rejects only rows that can't be re
 `data.validation` decides.
 """
 
-import gzip
-import io
 import math
 import reprlib
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -46,11 +42,13 @@ class RawBatch(NamedTuple):
     """Row numbers in the source, ascending: int64 (R,)."""
     columns: dict[str, pa.Array]
     """Columns by field, each (R,): user, item, text, title string; rating double or string; features list<string> or
-    string; time double. A field that the source lacks is absent, a missing value is null."""
+    string; time double, timestamp or string. A field that the source lacks is absent, a missing value is null."""
     show: Callable[[int], str]
     """Returns one of the R rows as text, shortened."""
     broken: list[Rejection]
     """Rows among these that could not be read."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about how the source was read."""
 
 
 Numbered = tuple[int, int, "dict[str, Any] | Rejection"]
@@ -179,17 +177,14 @@ def as_features(values: list[Any]) -> pa.Array:
     )
 
 
-def as_times(values: pa.Array) -> pa.Array:
-    """double (R,), seconds or whatever the source counts in, from numbers, timestamps, or ISO dates; else null."""
-    if pa.types.is_temporal(values.type):
-        return values.cast(pa.timestamp("us")).cast(pa.int64()).cast(pa.float64())
-    if not pa.types.is_string(values.type):
-        return values.cast(pa.float64())
-    number, _ = parse_numbers(values)
-    for pattern in ("%Y-%m-%d %H:%M:%S", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d"):
-        parsed = pc.strptime(values, format=pattern, unit="s", error_is_null=True)
-        number = pc.coalesce(number, parsed.cast(pa.int64()).cast(pa.float64()))
-    return number
+def as_times(values: list[Any]) -> pa.Array:
+    """double (R,) where all values are numbers or missing, else string (R,) of times, which validation reads."""
+    if all(value is None or type(value) in (int, float) for value in values):
+        try:
+            return pa.array(values, pa.float64())
+        except (OverflowError, pa.ArrowException):
+            pass
+    return as_strings(values)
 
 
 def parse_numbers(values: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -213,7 +208,7 @@ _COLUMNS: dict[str, Callable[[list[Any]], pa.Array]] = {
     "text": as_strings,
     "title": as_strings,
     "features": as_features,
-    "time": lambda values: as_times(as_strings(values)),
+    "time": as_times,
 }
 
 _SHORT = reprlib.Repr()
@@ -226,36 +221,3 @@ def shorten(value: object) -> str:
     text = value if isinstance(value, str) else _SHORT.repr(value)
     cut = text[:MAX_SHOWN_CHARS].encode("utf-8", "replace").decode("utf-8")
     return "".join(char if char.isprintable() else " " for char in cut)
-
-
-def check_file(path: Path) -> None:
-    """Raise InputError unless `path` is a file with something in it."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    if not path.is_file():
-        raise InputError(f"{path}: not a file")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty")
-
-
-@contextmanager
-def open_source(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading, decompressing gzip whatever the file is called.
-
-    Raises:
-        InputError: the file is missing, empty, unreadable, or compressed and damaged (also while it is read).
-    """
-    check_file(path)
-    try:
-        with open(path, "rb") as file:
-            if file.peek(2)[:2] == b"\x1f\x8b":
-                with gzip.open(file) as unpacked:
-                    yield io.BufferedReader(unpacked, 2**20)
-            else:
-                yield file
-    except EOFError as error:
-        raise InputError(f"{path}: the gzip file is cut off before its end; copy or download it again") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: the gzip file is damaged ({error}); copy or download it again") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gavamoe.data.readers.batches import FIELDS, RawBatch, batch_records, open_source
+from gavamoe.data.readers.batches import FIELDS, RawBatch, batch_records
 from gavamoe.data.readers.json_lines import read_objects
 from gavamoe.data.readers.pickles import read_peter
-from gavamoe.data.readers.tables import read_csv, read_parquet
+from gavamoe.data.readers.sources import NO_COLUMN, SourceOptions, content_name, open_source, plain_suffix
+from gavamoe.data.readers.tables import is_parquet_folder, read_csv, read_parquet
 from gavamoe.errors import InputError, did_you_mean
 
 TextMode = Literal["explanation", "review", "none"]
@@ -25,8 +26,8 @@ MAX_TITLE_LINE_BYTES = 4 * 2**20
 class Format(NamedTuple):
     """A format of sources."""
 
-    read: Callable[[Path, Mapping[str, str]], Iterator[RawBatch]]
-    """Reader: takes the source and the user's column names by field, and yields batches."""
+    read: Callable[[Path, SourceOptions], Iterator[RawBatch]]
+    """Reader: takes the source and what the user says about it, and yields batches."""
     scale: tuple[float, float] | None
     """Lowest and highest rating; None: those observed."""
     text_mode: TextMode
@@ -39,9 +40,8 @@ class Format(NamedTuple):
     """Whether every row must have a rating."""
 
 
-def _read_amazon(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
+def _read_amazon(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
     """Amazon reviews of 2014 and 2018 (reviewerID, asin, overall, reviewText) and 2023 (user_id, parent_asin, ...)."""
-    del columns
     fields = {
         "user": ("reviewerID", "user_id"),
         "item": ("parent_asin", "asin"),  # in 2023 titles belong to the parent
@@ -49,12 +49,11 @@ def _read_amazon(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]
         "text": ("reviewText", "text"),
         "time": ("unixReviewTime", "timestamp", "sort_timestamp"),
     }
-    return batch_records(source, read_objects(source), fields)
+    return batch_records(source, read_objects(source, options.encoding), fields)
 
 
-def _read_yelp(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
-    """The review file of Yelp's academic dataset."""
-    del columns
+def _read_yelp(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+    """The review file of Yelp's academic dataset, also inside its archive."""
     fields = {
         "user": ("user_id",),
         "item": ("business_id",),
@@ -62,32 +61,40 @@ def _read_yelp(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
         "text": ("text",),
         "time": ("date",),
     }
-    return batch_records(source, read_objects(source), fields)
+    records = read_objects(source, options.encoding, ("yelp_academic_dataset_review.json", "review.json"))
+    return batch_records(source, records, fields)
 
 
-def _read_peter(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
+def _read_peter(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
     """The reviews.pickle of PETER and PEPLER."""
-    del columns
+    del options
     fields = {field: (field,) for field in ("user", "item", "rating", "text", "features")}
     return batch_records(source, read_peter(source), fields)
 
 
-def _read_table(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
-    """CSV, JSON lines or Parquet, by the file's name."""
-    suffixes = [suffix.lower() for suffix in source.suffixes if suffix.lower() != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
+def _read_table(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+    """Delimited text, JSON or Parquet, by the file's name, or that of the file in an archive."""
+    if is_parquet_folder(source):
+        return read_parquet(source, options)
+    if source.is_dir():
+        raise InputError(f"{source}: a folder without Parquet files; give one file")
+    kind = plain_suffix(content_name(source))
     if kind in (".parquet", ".pq"):
-        return read_parquet(source, columns)
+        return read_parquet(source, options)
     if kind in (".csv", ".tsv", ".txt"):
-        return read_csv(source, columns)
+        return read_csv(source, options)
     if kind in (".json", ".jsonl", ".ndjson"):
-        return _read_json_table(source, columns)
-    raise InputError(f"{source}: a table is .csv .tsv .txt .json .jsonl .ndjson (also .gz) or .parquet, not {kind!r}")
+        return _read_json_table(source, options)
+    raise InputError(
+        f"{source}: a table is .csv .tsv .txt .json .jsonl .ndjson (also compressed) or .parquet, not {kind!r}"
+    )
 
 
-def _read_json_table(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
-    fields = {field: (columns.get(field, field),) for field in FIELDS}
-    return batch_records(source, read_objects(source), fields, named=frozenset(columns))
+def _read_json_table(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+    columns = {field: options.columns.get(field, field) for field in FIELDS}
+    fields = {field: (name,) for field, name in columns.items() if name != NO_COLUMN}
+    named = frozenset(options.columns) & frozenset(fields)
+    return batch_records(source, read_objects(source, options.encoding), fields, named=named)
 
 
 FORMATS: dict[str, Format] = {

@@ -1,33 +1,106 @@
-"""JSON sources: one object a line, or one array of objects, plain or gzip, read a bounded piece at a time."""
+"""JSON sources: an object a line, objects laid out over several lines, an array of them, or an array in an object.
+
+Read a bounded piece at a time, plain or compressed.
+"""
 
 import codecs
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gavamoe.data.readers.batches import MAX_RECORD_BYTES, Numbered, Rejection, open_source, shorten
+from gavamoe.data.readers.batches import MAX_RECORD_BYTES, Numbered, Rejection, shorten
+from gavamoe.data.readers.sources import open_source, read_head
 from gavamoe.errors import InputError
 
 _CHUNK_BYTES = 2**20
-_BOM = b"\xef\xbb\xbf"
+_HEAD_BYTES = 2**16
+_LINES_TRIED = 5
+_BLANKS = " \t\r\n"
+_decode = json.JSONDecoder().raw_decode
 
 
-def read_objects(path: Path) -> Iterator[Numbered]:
+def read_objects(path: Path, encoding: str | None = None, wanted: tuple[str, ...] = ()) -> Iterator[Numbered]:
     """Number and yield the objects of a JSON file; a value that is not an object comes as a `Rejection`.
 
+    Args:
+        encoding: of the text; None: UTF-8, or UTF-16 with a byte-order mark.
+        wanted: names of the files that are taken out of an archive of several.
+
     Raises:
-        InputError: the file is missing, empty, damaged, or an array that is not valid JSON.
+        InputError: the file is missing, empty, damaged, or holds no records.
     """
-    with open_source(path) as file:
-        # Both kinds of open_source, plain and gzip, have peek; their common type BinaryIO does not declare it.
-        if file.peek(len(_BOM))[: len(_BOM)] == _BOM:  # type: ignore[attr-defined]
-            file.read(len(_BOM))
-        head = file.peek(64).lstrip()  # type: ignore[attr-defined]
-        yield from _array(path, file) if head[:1] == b"[" else _lines(file)
+    for number, size, value in read_values(path, encoding, wanted):
+        if isinstance(value, dict | Rejection):
+            yield number, size, value
+        else:
+            yield number, size, Rejection(number, "not a JSON object", shorten(value))
 
 
-def _lines(file: BinaryIO) -> Iterator[Numbered]:
+def read_values(
+    path: Path, encoding: str | None = None, wanted: tuple[str, ...] = ()
+) -> Iterator[tuple[int, int, Any]]:
+    """Like `read_objects`, with values of any kind: number, size in bytes, and the value or a `Rejection`."""
+    head = read_head(path, _HEAD_BYTES, encoding, wanted).decode("utf-8", "replace").lstrip()
+    before = _before_records(path, head)
+    with open_source(path, encoding, wanted) as file:
+        if before is None:
+            yield from _lines(file)
+        elif before:
+            yield from _array(path, _chunks(path, file), before)
+        else:
+            yield from _values(path, _chunks(path, file), "", "object {} of the file")
+
+
+def _before_records(path: Path, head: str) -> str | None:
+    """What stands before the first record where records are not a line each: "[", or `{"reviews": [`, or nothing
+    where objects follow each other; None where a line is a record."""
+    if not head.startswith("{"):
+        return "[" if head.startswith("[") else None
+    try:
+        value, end = _decode(head)
+    except (ValueError, RecursionError):  # cut off by the end of `head`, or not JSON at all
+        lines = head.split("\n")[1:_LINES_TRIED]
+        return None if any(_is_object(line) for line in lines) else _before_array(head)
+    laid_out = "\n" in head[:end]
+    if head[end:].strip():
+        return "" if laid_out else None
+    if len(value) > 1 and all(isinstance(column, dict) and "0" in column for column in value.values()):
+        raise InputError(
+            f"{path}: holds columns, not records; write it with pandas' to_json(FILE, orient='records', lines=True)"
+        )
+    if sum(map(_holds_records, value.values())) == 1:
+        return _before_array(head)
+    return "" if laid_out else None
+
+
+def _holds_records(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _before_array(head: str) -> str | None:
+    """The start of an object up to the first array of objects in it; None where there is none."""
+    at = 1
+    try:
+        while True:
+            _, at = _decode(head, _skip(head, at, _BLANKS + ","))
+            at = _skip(head, at, _BLANKS + ":")
+            if head[at : at + 1] == "[" and head[_skip(head, at + 1, _BLANKS) :][:1] == "{":
+                return head[: at + 1]
+            _, at = _decode(head, at)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, int, Any]]:
     number = 0
     while line := file.readline(MAX_RECORD_BYTES + 1):
         number += 1
@@ -44,44 +117,47 @@ def _lines(file: BinaryIO) -> Iterator[Numbered]:
                 reason = "not valid UTF-8" if isinstance(error, UnicodeDecodeError) else "not valid JSON"
                 yield number, size, Rejection(number, reason, shorten(line[:200].decode("utf-8", "replace")))
             continue
-        yield _numbered(number, size, value)
+        yield number, size, value
 
 
-def _numbered(number: int, size: int, value: Any) -> Numbered:
-    if isinstance(value, dict):
-        return number, size, value
-    return number, size, Rejection(number, "not a JSON object", shorten(value))
+def _array(path: Path, chunks: Iterator[str], before: str) -> Iterator[tuple[int, int, Any]]:
+    """The values of an array that begins after `before`."""
+    buffer = next(chunks).lstrip()
+    while len(buffer) < len(before) and (chunk := next(chunks, "")):
+        buffer += chunk
+    yield from _values(path, chain([buffer[len(before) :]], chunks), "]", "element {} of the JSON array")
 
 
-def _array(path: Path, file: BinaryIO) -> Iterator[Numbered]:
-    decode = json.JSONDecoder().raw_decode
-    chunks = _chunks(path, file)
-    buffer, position, number, more = next(chunks).lstrip()[1:], 0, 0, True
+def _values(path: Path, chunks: Iterator[str], end_mark: str, called: str) -> Iterator[tuple[int, int, Any]]:
+    """Values that follow each other up to `end_mark`, or up to the end of the file where it is empty."""
+    buffer, position, number, more = "", 0, 0, True
     while True:
-        position = _skip(buffer, position)
-        if buffer[position : position + 1] == "]":
+        position = _skip(buffer, position, _BLANKS + ",")
+        if end_mark and buffer[position : position + 1] == end_mark:
+            return
+        if not end_mark and not more and position == len(buffer):
             return
         try:
-            value, end = decode(buffer, position)
+            value, end = _decode(buffer, position)
             complete = end < len(buffer) or not more  # otherwise the buffer may end inside the value
         except RecursionError:
-            raise InputError(f"{path}: element {number + 1} of the array is nested too deeply") from None
+            raise InputError(f"{path}: {called.format(number + 1)} is nested too deeply") from None
         except ValueError:
             complete = False
         if complete:
             number += 1
-            yield _numbered(number, end - position, value)
+            yield number, end - position, value
             position = end
         elif more and len(buffer) - position <= MAX_RECORD_BYTES:
             chunk = next(chunks, "")
             more = bool(chunk)
             buffer, position = buffer[position:] + chunk, 0
         else:
-            raise InputError(f"{path}: element {number + 1} of the JSON array is not valid JSON or is cut off")
+            raise InputError(f"{path}: {called.format(number + 1)} is not valid JSON or is cut off")
 
 
-def _skip(buffer: str, position: int) -> int:
-    while position < len(buffer) and buffer[position] in " \t\r\n,":
+def _skip(buffer: str, position: int, blanks: str) -> int:
+    while position < len(buffer) and buffer[position] in blanks:
         position += 1
     return position
 
@@ -94,4 +170,6 @@ def _chunks(path: Path, file: BinaryIO) -> Iterator[str]:
                 yield text
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: the JSON array is not valid UTF-8 ({error.reason})") from error
+        raise InputError(
+            f"{path}: the JSON is not valid UTF-8 ({error.reason}); name its encoding with --encoding"
+        ) from error

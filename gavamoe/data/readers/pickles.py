@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gavamoe.data.readers.batches import Numbered, Rejection, check_file, shorten
+from gavamoe.data.readers.batches import Numbered, Rejection, shorten
+from gavamoe.data.readers.sources import check_file
 from gavamoe.errors import InputError
 
 MAX_PICKLE_BYTES = 2**30
@@ -19,6 +20,7 @@ _NAMES = frozenset(["GLOBAL", "STACK_GLOBAL", "INST"])
 _FORBIDDEN = _NAMES | frozenset(
     ["OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID", "NEXT_BUFFER"]
 )
+_NO_TEMPLATE = "no template (feature, adjective, sentence, ...)"
 _STORES = frozenset(["PUT", "BINPUT", "LONG_BINPUT"])
 
 
@@ -40,7 +42,8 @@ def read_peter(source: Path) -> Iterator[Numbered]:
             continue
         template = record.get("template")
         if not isinstance(template, (tuple, list)) or len(template) < 3:
-            template = (None, None, None)  # a row without text, which validation rejects as such
+            yield number, 100, Rejection(number, _NO_TEMPLATE, shorten(record))
+            continue
         text, features = template[2], [template[0]]
         size = 100 + (len(text) if isinstance(text, str) else 0)
         plain = {key: record.get(key) for key in ("user", "item", "rating")}

@@ -1,14 +1,13 @@
-"""CSV and Parquet sources, column by column."""
+"""Tables: delimited files and Parquet files or folders, column by column."""
 
-import csv
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
+import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pq
 
 from gavamoe.data.readers.batches import (
@@ -18,104 +17,75 @@ from gavamoe.data.readers.batches import (
     REQUIRED,
     RawBatch,
     Rejection,
-    as_times,
-    check_file,
     missing_column,
-    open_source,
     shorten,
 )
+from gavamoe.data.readers.delimited import DelimitedFile
+from gavamoe.data.readers.sources import NO_COLUMN, SourceOptions, check_file
 from gavamoe.errors import InputError
 
-_CSV_BLOCK_BYTES = 16 * 2**20
-"""Bytes of a block of a CSV file, and so of its longest row."""
-_DELIMITERS = (",", "\t", ";")
-MAX_HEADER_BYTES = 2**20
 
-
-def pick_columns(source: Path, columns: Mapping[str, str], available: list[str]) -> dict[str, str]:
-    """Which column holds which field: the mapped one, else the one named like the field.
+def pick_columns(source: Path, columns: Mapping[str, str], available: Sequence[str]) -> dict[str, str]:
+    """Which column holds which field: the mapped one, else the one named like the field, whatever the case.
 
     Raises:
-        InputError: a mapped column or a required field is not there.
+        InputError: a mapped column or a required field is not there, or two columns have a picked name.
     """
+    counts = Counter(available)
+    by_lower = {name.strip().lower(): name for name in reversed(available)}
     picked = {}
     for field in FIELDS:
         name = columns.get(field, field)
-        if name in available:
+        if name == NO_COLUMN and field not in REQUIRED and name not in counts:
+            continue
+        if name not in counts and field not in columns:
+            name = by_lower.get(field, field)
+        if counts[name] > 1:
+            raise InputError(f"{source}: {counts[name]} columns are named {name!r}; rename all but the {field}'s")
+        if name in counts:
             picked[field] = name
         elif field in columns or field in REQUIRED:
-            raise missing_column(source, field, [name], available)
+            raise missing_column(source, field, [name], list(available))
     return picked
 
 
-def read_csv(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
-    """Read a CSV file with a header (comma, semicolon or tab; gzip or plain; quoted values may hold line ends).
+def read_csv(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+    """Read a delimited file with a header (comma, tab, semicolon or bar; quoted values may hold line ends).
 
     Raises:
-        InputError: the file is missing, empty or damaged, a column is missing, or a row never ends.
+        InputError: the file is missing, empty or damaged, or a column is missing.
     """
-    with open_source(source) as file:
-        header = file.readline(MAX_HEADER_BYTES).decode("utf-8-sig", "replace")
-    delimiter = max(_DELIMITERS, key=header.count)
-    picked = pick_columns(source, columns, next(csv.reader([header], delimiter=delimiter), []))
-    misshapen = _Misshapen()
-    last = None
-    with open_source(source) as file:
-        counted = _QuoteCounter(file)
-        try:
-            for block in _open_csv(counted, delimiter, picked, misshapen):
-                last = block.slice(len(block) - 1) if len(block) else last
-                for start in range(0, len(block), BATCH_ROWS):
-                    batch = block.slice(start, BATCH_ROWS)
-                    rows, broken = misshapen.number(len(batch))
-                    yield _table_batch(source, batch, rows, picked, broken)
-        except pa.ArrowInvalid as error:
-            raise InputError(
-                f"{source}: not a readable CSV file ({shorten(str(error))}); "
-                f"a quote that never closes, or a row over {_CSV_BLOCK_BYTES} bytes?"
-            ) from error
-    if counted.quotes % 2 and last is not None and _holds_line_end(last):
-        raise InputError(f"{source}: the last quote of the file never closes and takes all lines after it as one value")
-    if misshapen.pending:
-        yield RawBatch(np.empty(0, dtype=np.int64), {}, str, misshapen.pending)
+    file = DelimitedFile(source, options)
+    picked = pick_columns(source, options.columns, file.header)
+    position = {field: file.header.index(name) for field, name in picked.items()}
+    note = file.settle_dialect(position.get("rating"))
+    notes = (note,) if note else ()
+    for block in file.blocks(list(position.values())):
+        names = {str(place): file.header[place] for place in position.values()}
+        batch = block.table.rename_columns([names[name] for name in block.table.schema.names])
+        yield _table_batch(source, batch, block.rows, picked, block.broken)._replace(notes=notes)
+        notes = ()
 
 
-def _open_csv(
-    file: "_QuoteCounter", delimiter: str, picked: Mapping[str, str], misshapen: "_Misshapen"
-) -> pa_csv.CSVStreamingReader:
-    return pa_csv.open_csv(
-        file,
-        # one thread, or rows of the wrong shape come without their numbers
-        read_options=pa_csv.ReadOptions(block_size=_CSV_BLOCK_BYTES, use_threads=False),
-        parse_options=pa_csv.ParseOptions(
-            delimiter=delimiter, newlines_in_values=True, invalid_row_handler=misshapen.keep
-        ),
-        convert_options=pa_csv.ConvertOptions(
-            include_columns=list(dict.fromkeys(picked.values())),
-            column_types={name: pa.binary() for name in picked.values()},
-            null_values=[""],
-            strings_can_be_null=True,
-        ),
-    )
-
-
-def _holds_line_end(row: pa.RecordBatch) -> bool:
-    return any(b"\n" in (value or b"") for value in row.to_pylist()[0].values())
-
-
-def read_parquet(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
-    """Read a Parquet file.
+def read_parquet(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+    """Read a Parquet file, or a folder of parts as Spark and Dask write them, in order of their names.
 
     Raises:
-        InputError: the file is missing, empty or damaged, a column is missing or of a type that can't hold its field.
+        InputError: a file is missing, empty or damaged, a column is missing or of a type that can't hold its field.
     """
-    check_file(source)
+    if not source.is_dir():
+        check_file(source)
+    start = 1
     try:
-        with pq.ParquetFile(source) as file:
-            picked = pick_columns(source, columns, file.schema_arrow.names)
-            names = list(dict.fromkeys(picked.values()))
-            start = 1
-            for batch in file.iter_batches(batch_size=_batch_rows(file.metadata), columns=names):
+        parts = pa_dataset.dataset(source, format="parquet", partitioning="hive")
+        fragments = sorted(parts.get_fragments(), key=lambda fragment: fragment.path)
+        if not fragments:
+            raise InputError(f"{source}: the folder holds no Parquet files")
+        picked = pick_columns(source, options.columns, parts.schema.names)
+        names = list(dict.fromkeys(picked.values()))
+        for fragment in fragments:
+            size = _batch_rows(fragment.metadata)
+            for batch in fragment.to_batches(schema=parts.schema, columns=names, batch_size=size, batch_readahead=1):
                 rows = np.arange(start, start + len(batch), dtype=np.int64)
                 start += len(batch)
                 yield _table_batch(source, batch, rows, picked, [])
@@ -123,44 +93,9 @@ def read_parquet(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]
         raise InputError(f"{source}: not a readable Parquet file ({shorten(str(error))})") from error
 
 
-class _QuoteCounter:
-    """A file that counts the quotes read from it: an odd number may mean one that never closes."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.quotes = 0
-
-    @property
-    def closed(self) -> bool:
-        return self._file.closed
-
-    def read(self, size: int = -1) -> bytes:
-        """Read as from a file, and count the quotes."""
-        data = self._file.read(size)
-        self.quotes += data.count(b'"')
-        return data
-
-
-class _Misshapen:
-    """Rows of a CSV file with too few or too many values; the parser leaves them out of its batches."""
-
-    def __init__(self) -> None:
-        self.pending: list[Rejection] = []
-        self._last = 0
-
-    def keep(self, row: pa_csv.InvalidRow) -> str:
-        reason = f"{row.actual_columns} values instead of {row.expected_columns}"
-        self.pending.append(Rejection(row.number - 1, reason, shorten(row.text)))  # the header is row 1 here
-        return "skip"
-
-    def number(self, count: int) -> tuple[np.ndarray, list[Rejection]]:
-        """Row numbers of the next `count` good rows, and the misshapen rows before their end."""
-        bad = [rejection.row for rejection in self.pending]
-        rows = np.setdiff1d(np.arange(self._last + 1, self._last + count + len(bad) + 1), bad)[:count]
-        self._last = int(rows[-1]) if count else self._last
-        broken = [rejection for rejection in self.pending if rejection.row < self._last]
-        self.pending = self.pending[len(broken) :]
-        return rows, broken
+def is_parquet_folder(source: Path) -> bool:
+    """Whether a folder holds Parquet parts, also in folders of partitions."""
+    return source.is_dir() and any(source.rglob("*.parquet"))
 
 
 def _batch_rows(metadata: pq.FileMetaData) -> int:
@@ -172,12 +107,15 @@ def _batch_rows(metadata: pq.FileMetaData) -> int:
 def _table_batch(
     source: Path, batch: pa.RecordBatch, rows: np.ndarray, picked: Mapping[str, str], broken: list[Rejection]
 ) -> RawBatch:
-    decoded = {name: _decoded(batch[name]) for name in set(picked.values())}
+    decoded = {name: _decoded(batch[name]) for name in dict.fromkeys(picked.values())}
     bad = np.zeros(len(batch), dtype=bool)
     for _, invalid in decoded.values():
         bad |= invalid
     if bad.any():
-        broken = broken + [Rejection(int(row), "not valid UTF-8", "") for row in rows[bad]]
+        raw = [batch[name] for name in decoded]
+        broken = broken + [
+            Rejection(int(rows[at]), "not valid UTF-8", _undecoded(raw, at)) for at in np.flatnonzero(bad).tolist()
+        ]
         broken.sort(key=lambda rejection: rejection.row)
         good = pa.array(~bad)
         decoded = {name: (array.filter(good), invalid) for name, (array, invalid) in decoded.items()}
@@ -205,6 +143,14 @@ def _decoded(array: pa.Array) -> tuple[pa.Array, np.ndarray]:
     return array, invalid
 
 
+def _undecoded(columns: list[pa.Array], row: int) -> str:
+    """A row with bytes that are not UTF-8, as far as it can be shown."""
+    cells = [column.slice(row, 1) for column in columns]
+    values = [(cell.cast(pa.binary()) if pa.types.is_string(cell.type) else cell)[0].as_py() for cell in cells]
+    texts = [value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value) for value in values]
+    return shorten(", ".join(texts))
+
+
 def _is_utf8(value: bytes) -> bool:
     try:
         value.decode("utf-8")
@@ -218,18 +164,35 @@ def _as_field(source: Path, name: str, array: pa.Array, field: str) -> pa.Array:
     kind = array.type
     if pa.types.is_null(kind):
         return pa.nulls(len(array), pa.float64() if field in ("rating", "time") else pa.string())
+    if pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list(kind):
+        array = array.cast(pa.list_(kind.value_type))
+    try:
+        return _converted(source, name, array, field)
+    except pa.ArrowException as error:
+        raise _wrong_type(source, name, kind, field) from error
+
+
+def _converted(source: Path, name: str, array: pa.Array, field: str) -> pa.Array:
+    kind = array.type
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    if field == "time" and (is_number or pa.types.is_temporal(kind) or pa.types.is_string(kind)):
-        return as_times(array)
+    if field == "time" and (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
+        return array.cast(pa.timestamp("us"))
+    if field == "time" and is_number:
+        return array.cast(pa.float64())
     if pa.types.is_string(kind):
         return array
     if field == "rating" and is_number:
         return array.cast(pa.float64())
     if field in ("user", "item") and is_number:
         return _number_ids(array)
-    if field == "features" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+    if field == "features" and pa.types.is_list(kind) and not pa.types.is_nested(kind.value_type):
         return _checked_lists(source, name, array.cast(pa.list_(pa.string())))
-    raise InputError(f"{source}: column {name!r} is of type {kind}, which can't be the {field}")
+    raise _wrong_type(source, name, kind, field)
+
+
+def _wrong_type(source: Path, name: str, kind: pa.DataType, field: str) -> InputError:
+    way_out = "" if field in REQUIRED else f"; change it, or leave it out with --column {field}={NO_COLUMN}"
+    return InputError(f"{source}: column {name!r} is of type {kind}, which can't be the {field}{way_out}")
 
 
 def _checked_lists(source: Path, name: str, array: pa.Array) -> pa.Array:

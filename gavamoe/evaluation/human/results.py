@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from gavamoe.artifacts.files import read_json, save_png, write_json
 from gavamoe.errors import InputError, validated
 from gavamoe.evaluation.human.study import CRITERIA, SCALE, WEIGHTS, Key, read_key
-from gavamoe.evaluation.score_files import read_columns
+from gavamoe.evaluation.text_tables import read_columns
 
 MAX_SHEET_BYTES = 32 * 2**20
 RESAMPLES = 2000
@@ -110,11 +110,13 @@ def read_sheet(path: Path, key: Key) -> np.ndarray:
     columns = read_columns(path)
     for name in ("id", *NAMES[:-1]):
         if name not in columns:
-            raise InputError(f"{path}: no column {name}; it must be separated by commas and keep its first line")
+            raise InputError(f"{path}: no column {name}; the sheet must keep its first line")
     position = {text.id: index for index, text in enumerate(key.texts)}
     scores_TC = np.full((len(key.texts), len(CRITERIA)), np.nan)
     seen: set[str] = set()
     for number, name in enumerate(columns["id"], start=1):
+        if not any(column[number - 1].strip() for column in columns.values()):
+            continue  # spreadsheets write rows of commas for what was deleted
         if name not in position:
             raise InputError(f"{path}, row {number}, id: {name[:40]!r} is not in the key; is it another study's sheet?")
         if name in seen:
@@ -130,7 +132,7 @@ def read_sheet(path: Path, key: Key) -> np.ndarray:
 
 def _score(text: str, path: Path, row: int, field: str) -> float:
     try:
-        value = float(text)
+        value = float(text.replace(",", "."))  # decimal commas of European spreadsheets
     except ValueError:
         value = math.nan
     if value not in SCALE:
