@@ -217,7 +217,9 @@ class VaeGmm(nn.Module):
             Dropout(config.dropout),
             nn.Linear(config.decoder_hidden, outputs),
         )
-        self.log_noise = nn.Parameter(torch.zeros(())) if likelihood == "gaussian" else None
+        # with a dimension: DeepSpeed sends parameters viewed as bytes, which torch refuses for a 0-dimensional tensor
+        self.log_noise = nn.Parameter(torch.zeros(1)) if likelihood == "gaussian" else None
+        self.register_load_state_dict_pre_hook(_widen_noise)
         self.prior = MixturePrior(config.clusters, config.latent_size)
         self.register_buffer("rating_scale", torch.tensor(self.rating_values), persistent=False)
 
@@ -313,6 +315,13 @@ class VaeGmm(nn.Module):
         noise_BL = torch.randn(mu_BL.shape, generator=generator, device=mu_BL.device)
         z_BL = self.sample(mu_BL, log_var_BL, noise_BL)
         return self.pair_elbo(mu_BL, log_var_BL, z_BL, rating_B, beta).mean()
+
+
+def _widen_noise(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Read the noise of models written when it had no dimension."""
+    name = f"{prefix}log_noise"
+    if name in state and state[name].ndim == 0:
+        state[name] = state[name].reshape(1)
 
 
 def bounded(value: Tensor, bound: float) -> Tensor:
