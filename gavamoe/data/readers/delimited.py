@@ -9,7 +9,7 @@ How values are quoted is found by reading the whole file once, unless the user s
 
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -114,8 +114,7 @@ class DelimitedFile:
         """
         start = 1
         for records in self._records(self.dialect, blank_rows):
-            misshapen: list[Rejection] = []
-            table = self._parse(records.data, columns, misshapen, records.numbers, blank_rows)
+            table, misshapen = self._parse(records, columns, blank_rows)
             lost = len(records.numbers) - len(table) - len(misshapen)
             if lost:
                 raise InputError(f"{self.source}: {lost} rows after row {start} cannot be told apart; check its quotes")
@@ -131,23 +130,30 @@ class DelimitedFile:
             start += len(records.numbers) + len(records.broken)
 
     def _parse(
-        self,
-        data: bytes,
-        columns: Sequence[int],
-        misshapen: list[Rejection],
-        numbers: np.ndarray,
-        blank_rows: bool,
+        self, records: "_Records", columns: Sequence[int], blank_rows: bool
+    ) -> tuple[pa.RecordBatch, list[Rejection]]:
+        """The values of well-shaped records, and the rows with too few or too many values."""
+        misshapen: list[Rejection] = []
+
+        def keep(row: pa_csv.InvalidRow) -> str:
+            reason = f"{row.actual_columns} values instead of {row.expected_columns}"
+            misshapen.append(Rejection(int(records.numbers[row.number - 1]), reason, shorten(row.text)))
+            return "skip"
+
+        try:
+            return self._parse_bytes(records.data, columns, keep, blank_rows), misshapen
+        except pa.ArrowInvalid:  # a misshapen row that is not UTF-8, which Arrow can't hand on
+            data, misshapen = _well_shaped(records, self.dialect, len(self.header))
+            return self._parse_bytes(data, columns, keep, blank_rows), misshapen
+
+    def _parse_bytes(
+        self, data: bytes, columns: Sequence[int], keep: Callable[[pa_csv.InvalidRow], str], blank_rows: bool
     ) -> pa.RecordBatch:
         names = [str(position) for position in range(len(self.header))]
         wanted = [names[position] for position in dict.fromkeys(columns)]
         empty = pa.record_batch({name: pa.array([], pa.binary()) for name in wanted})
         if not data:
             return empty
-
-        def keep(row: pa_csv.InvalidRow) -> str:
-            reason = f"{row.actual_columns} values instead of {row.expected_columns}"
-            misshapen.append(Rejection(int(numbers[row.number - 1]), reason, shorten(row.text)))
-            return "skip"
 
         dialect = self.dialect
         table = pa_csv.read_csv(
@@ -231,6 +237,30 @@ class _Suspicion(NamedTuple):
         if any(len(values) != self.inner + 1 for values in lines):
             return False
         return self.number is None or all(_is_number(values[self.number]) for values in lines)
+
+
+def _well_shaped(records: "_Records", dialect: Dialect, values: int) -> tuple[bytes, list[Rejection]]:
+    """The records of that many values, and the others."""
+    record = _pattern(dialect)
+    value, _, delimiter = _value_patterns(dialect)
+    ended = re.compile(rb"(?:%b)%b" % (value, delimiter), re.DOTALL)
+    good: list[bytes] = []
+    misshapen: list[Rejection] = []
+    at = 0
+    for number in records.numbers.tolist():
+        match = record.match(records.data, at)
+        while match is not None and match[0] == b"\n" and values > 1:  # a blank line, which is no row
+            match = record.match(records.data, match.end())
+        if match is None:
+            break
+        at = match.end()
+        count = len(ended.findall(match[0])) + 1
+        if count == values:
+            good.append(match[0])
+        else:
+            reason = f"{count} values instead of {values}"
+            misshapen.append(Rejection(number, reason, shorten(match[0][:300].decode("utf-8", "replace"))))
+    return b"".join(good), misshapen
 
 
 def _is_number(value: bytes) -> bool:
