@@ -9,19 +9,20 @@ rejects, finds the features and makes the splits. Prints how many rows were kept
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from gavamoe.data.prepare import prepare
 from gavamoe.data.readers.batches import Numbered, RawBatch, Rejection, batch_records
 from gavamoe.data.readers.formats import FORMATS, Format
+from gavamoe.data.readers.sources import SourceOptions, open_source
 
 NAMES = ("time", "user", "item", "rating", "text")
 
 
-def read_lines(source: Path) -> Iterator[Numbered]:
+def read_lines(source: Path, encoding: str | None) -> Iterator[Numbered]:
     """Number, size in bytes and record of each line; a line of another shape is handed on as a rejection."""
-    with open(source, "rb") as file:
+    with open_source(source, encoding) as file:  # plain or compressed
         for number, line in enumerate(file, start=1):
             text = line.decode("utf-8", "replace").strip()
             values = [value.strip() for value in text.split("|", maxsplit=len(NAMES) - 1)]
@@ -31,10 +32,9 @@ def read_lines(source: Path) -> Iterator[Numbered]:
                 yield number, len(line), Rejection(number, f"not {len(NAMES)} values", text[:300])
 
 
-def read_log(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
-    """The reader: batches of columns. `columns` is what --column says, which only format table takes."""
-    del columns
-    return batch_records(source, read_lines(source), {name: (name,) for name in NAMES})
+def read_log(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+    """The reader: batches of columns. `options` is what the user says about the source, such as --encoding."""
+    return batch_records(source, read_lines(source, options.encoding), {name: (name,) for name in NAMES})
 
 
 FORMATS["log"] = Format(read_log, scale=(1, 5), text_mode="explanation")

@@ -30,6 +30,12 @@ def one_line(error: BaseException, chars: int = SHOWN_CHARS) -> str:
     return text if len(text) <= chars else text[: chars - 1] + "…"
 
 
+def listed(names: Iterable[object], most: int = 30, chars: int = 60) -> str:
+    """Names from a file for a message: printable, each shortened to `chars` characters, at most `most` of them."""
+    shown = ["".join(char if char.isprintable() else " " for char in str(name)[:chars]) for name in names]
+    return ", ".join(shown[:most]) + (f", ... ({len(shown) - most} more)" if len(shown) > most else "")
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The known name that a misspelt one is closest to, whatever the case; None if none is close."""
     by_lower = {each.lower(): each for each in known}

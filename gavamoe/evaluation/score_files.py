@@ -10,7 +10,7 @@ from typing import Any
 
 from gavamoe.data.features import split_features
 from gavamoe.data.readers.batches import shorten
-from gavamoe.errors import InputError, did_you_mean
+from gavamoe.errors import InputError, did_you_mean, listed
 from gavamoe.evaluation.metrics.bertscore import BertScore, bert_score
 from gavamoe.evaluation.metrics.text_scores import RowStatistics, Style, aggregate, count, measure
 from gavamoe.evaluation.significance import RESAMPLES, compare, intervals
@@ -172,9 +172,9 @@ def _pick(columns: Columns, wanted: str | None, usual: Sequence[str], path: Path
                 return name
         if len(columns) == 1:
             return next(iter(columns))
-        raise InputError(f"{path}: no column named {' or '.join(usual)}; name one of {', '.join(columns)}")
+        raise InputError(f"{path}: no column named {' or '.join(usual)}; name one of {listed(columns)}")
     if wanted not in columns:
-        hint = did_you_mean(wanted, columns) or f"; it has {', '.join(columns)}"
+        hint = did_you_mean(wanted, columns) or f"; it has {listed(columns)}"
         raise InputError(f"{path}: no column {wanted}{hint}")
     return wanted
 

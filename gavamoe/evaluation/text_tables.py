@@ -14,7 +14,7 @@ from gavamoe.data.readers.batches import Rejection
 from gavamoe.data.readers.delimited import DelimitedFile
 from gavamoe.data.readers.json_lines import read_values
 from gavamoe.data.readers.sources import SourceOptions, content_name, open_source, plain_suffix
-from gavamoe.errors import InputError, one_line
+from gavamoe.errors import InputError, listed, one_line
 
 Columns = dict[str, list[Any]]
 """Values by column. Plain texts, and JSON strings, are one column named "" (it has no name)."""
@@ -75,7 +75,7 @@ def _read_csv(path: Path) -> Columns:
     file = DelimitedFile(path, SourceOptions())
     names = file.header
     if len(set(names)) < len(names):
-        raise InputError(f"{path}: two columns of one name in {', '.join(names)}")
+        raise InputError(f"{path}: two columns of one name in {listed(names)}")
     file.settle_dialect()
     columns: Columns = {name: [] for name in names}
     # in a file of one column an empty line is an empty text

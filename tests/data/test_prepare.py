@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from gavamoe.data.prepare import prepare
 from gavamoe.data.readers.batches import RawBatch, batch_records
 from gavamoe.data.readers.formats import FORMATS, Format
 from gavamoe.data.readers.json_lines import read_objects
+from gavamoe.data.readers.sources import SourceOptions
 from gavamoe.errors import InputError
 
 
@@ -246,11 +247,11 @@ def test_half_stars_make_a_finer_scale(tmp_path: Path) -> None:
 
 
 def test_a_new_format_is_a_row_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example of docs/data.md."""
+    """The example of docs/extend.md."""
     fields = {"user": ("user_id",), "item": ("book_id",), "rating": ("rating",), "text": ("review_text",)}
 
-    def read(source: Path, columns: Mapping[str, str]) -> Iterator[RawBatch]:
-        return batch_records(source, read_objects(source), fields)
+    def read(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+        return batch_records(source, read_objects(source, options.encoding), fields)
 
     monkeypatch.setitem(FORMATS, "goodreads", Format(read, (0, 5), "review", (("book_id",), "title")))
     records = [{"user_id": n, "book_id": n % 3, "rating": n % 6, "review_text": "The plot is thin."} for n in range(12)]

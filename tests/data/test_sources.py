@@ -87,7 +87,7 @@ def test_yelps_archive_is_read_as_it_is_downloaded(tmp_path: Path) -> None:
 
 def test_an_archive_of_several_files_names_them(tmp_path: Path) -> None:
     (tmp_path / "two.zip").write_bytes(zipped({"a.csv": b"x", "b.csv": b"y"}))
-    refuse(tmp_path / "two.zip", "table", r"holds 2 files \('a\.csv', 'b\.csv'\), one is expected; unpack it")
+    refuse(tmp_path / "two.zip", "table", r"holds 2 files \(a\.csv, b\.csv\), one is expected; unpack it")
     (tmp_path / "none.zip").write_bytes(zipped({}) + b"\0")
     refuse(tmp_path / "none.zip", "table", "holds no file")
 

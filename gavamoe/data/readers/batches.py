@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gavamoe.errors import InputError, nearest
+from gavamoe.errors import InputError, listed, nearest
 
 FIELDS = ("user", "item", "rating", "text", "title", "features", "time")
 REQUIRED = ("user", "item")
@@ -119,13 +119,12 @@ def _values(records: list[dict[str, Any]], keys: list[str]) -> list[Any]:
 
 def missing_column(source: Path, field: str, wanted: Sequence[str], available: Sequence[str]) -> InputError:
     """The error for a source without any column of a field."""
-    known = [str(name)[:60] for name in available[:30]]
     # a name that the user gave may be misspelled; a field's own name is not a guess at a column
-    close = nearest(wanted[0], known) if wanted[0] != field else None
-    hint = f" (nearest: {close})" if close else ""
+    close = nearest(wanted[0], available) if wanted[0] != field else None
+    hint = f" (nearest: {listed([close])})" if close else ""
     return InputError(
         f"{source}: no column {' or '.join(repr(name) for name in wanted)} for the {field}{hint}; "
-        f"it has {', '.join(known) or 'none'}; name one with --column {field}=NAME (format table)"
+        f"it has {listed(available) or 'none'}; name one with --column {field}=NAME (format table)"
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow as pa
 
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, listed
 
 Quoting = Literal["auto", "standard", "none"]
 """How values of delimited files are quoted. standard: as in RFC 4180; none: a quote is a character like any other;
@@ -223,8 +223,7 @@ def _only_member(path: Path, names: list[str], wanted: Sequence[str]) -> str:
             return by_name[name]
     if len(names) == 1:
         return names[0]
-    shown = ", ".join(repr(name[:60]) for name in names[:8]) + (", ..." if len(names) > 8 else "")
-    found = f"holds {len(names)} files ({shown})" if names else "holds no file"
+    found = f"holds {len(names)} files ({listed(names, 8)})" if names else "holds no file"
     raise InputError(f"{path}: the archive {found}, one is expected; unpack it and name the file of reviews")
 
 
