@@ -128,7 +128,7 @@ def profile(models: dict[str, GavamoeForCausalLM], new_tokens: int) -> None:
 
 
 def main() -> None:
-    """Measure and print rates, relative to the dense model's and to the authors' code."""
+    """Measure and print rates, relative to the dense model's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
