@@ -23,7 +23,7 @@ from gavamoe.errors import InputError
 
 DELIMITERS = (",", "\t", ";", "|")
 MAX_HEADER_BYTES = 2**20
-_BLOCK_BYTES = 16 * 2**20
+_BLOCK_BYTES = 4 * 2**20
 _QUOTE, _LINE_FEED = b'"'[0], b"\n"[0]
 _STRAY_RETURN = "\u2028".encode()
 """What a carriage return that ends no line becomes: a line separator, so that the text keeps its break."""
