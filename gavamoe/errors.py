@@ -30,9 +30,19 @@ def one_line(error: BaseException, chars: int = SHOWN_CHARS) -> str:
     return text if len(text) <= chars else text[: chars - 1] + "…"
 
 
+def printable(text: str, *, lines: bool = False) -> str:
+    """Text from a file as a terminal may show it: control and other invisible characters become blanks, so that it can
+    neither send escape sequences nor turn around what stands beside it.
+
+    Args:
+        lines: keep line ends.
+    """
+    return "".join(char if char.isprintable() or (lines and char == "\n") else " " for char in text)
+
+
 def listed(names: Iterable[object], most: int = 30, chars: int = 60) -> str:
     """Names from a file for a message: printable, each shortened to `chars` characters, at most `most` of them."""
-    shown = ["".join(char if char.isprintable() else " " for char in str(name)[:chars]) for name in names]
+    shown = [printable(str(name)[:chars]) for name in names]
     return ", ".join(shown[:most]) + (f", ... ({len(shown) - most} more)" if len(shown) > most else "")
 
 

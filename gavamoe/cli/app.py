@@ -23,7 +23,7 @@ from gavamoe.cli.plan import plan
 from gavamoe.cli.run import explain, route
 from gavamoe.cli.serve import serve
 from gavamoe.cli.train import quickstart, train, tune
-from gavamoe.errors import InputError, RunError
+from gavamoe.errors import InputError, RunError, printable
 
 app = typer.Typer(
     name="gavamoe",
@@ -81,7 +81,7 @@ def main() -> None:
     except (InputError, RunError) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {_with_uris(str(error))}", file=sys.stderr)
+        print(f"error: {printable(_with_uris(str(error)))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print("interrupted; --resume continues a training run", file=sys.stderr)
@@ -89,7 +89,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {printable(str(error))} (--debug shows where)", file=sys.stderr)
         sys.exit(1)
 
 

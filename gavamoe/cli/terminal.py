@@ -13,9 +13,20 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from gavamoe.errors import printable
+
 WIDEST_NAME = 24
 """Characters of a table's first column that are kept on one line."""
-console = Console(stderr=True, highlight=False)
+
+
+class _SafeConsole(Console):
+    """A console on which texts from files can't send escape sequences: only what rich itself adds gets through."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(each, lines=True) if isinstance(each, str) else each for each in objects), **options)
+
+
+console = _SafeConsole(stderr=True, highlight=False)
 
 _SECONDS_BETWEEN_LINES = 5.0
 
@@ -57,6 +68,7 @@ class TerminalProgress:
 
     def step(self, title: str) -> None:
         self._finish()
+        title = printable(title)
         self._title, self._note = title, ""
         self._warned.clear()
         self._task = self._bars.add_task(title, total=None, note="")
@@ -72,7 +84,7 @@ class TerminalProgress:
             for name in ("loss", "validation_loss", "elbo", "rmse")
             if isinstance(line.get(name), int | float)
         ]
-        self._note = ", ".join([str(line.get("phase", "")), *numbers])
+        self._note = ", ".join([printable(str(line.get("phase", ""))), *numbers])
         if isinstance(line.get("step"), int):
             self._update(line["step"], line.get("steps"))
 
@@ -119,9 +131,14 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         unbroken = index == 0 and names <= WIDEST_NAME
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", no_wrap=unbroken)
     for row in cells:
-        table.add_row(*[escape(text) for text in row])
-    console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
+        table.add_row(*[shown(text) for text in row])
+    console.print(f"[bold]{shown(title)}[/]", soft_wrap=True)
     console.print(table)
+
+
+def shown(text: str) -> str:
+    """Text from a file as a cell of a table."""
+    return escape(printable(text))
 
 
 def print_json(value: Any) -> None:

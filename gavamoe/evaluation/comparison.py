@@ -4,7 +4,6 @@ comparison.json holds everything; scores.csv one line a system, seed and score; 
 its picture. All are made again from the run folders at every call.
 """
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from gavamoe.artifacts.csv_files import write_csv
 from gavamoe.artifacts.files import read_json, save_png, write_file, write_json
 from gavamoe.artifacts.run import METRICS_FILE, RunFolder
 from gavamoe.errors import validated
@@ -146,12 +146,12 @@ def read_comparison(folder: Path) -> Comparison:
 def write_comparison(folder: Path, comparison: Comparison) -> None:
     """Write the files named at the top of this file into the existing `folder`."""
     write_json(folder / COMPARISON_FILE, comparison.model_dump(mode="json"))
-    with write_file(folder / SCORES_FILE) as aside, aside.open("w", encoding="utf-8", newline="") as file:
-        lines = csv.writer(file)
-        lines.writerow(("system", "seed", "score", "value"))
-        for outcome in comparison.outcomes:
-            for name, value in outcome.scores.items():
-                lines.writerow((outcome.system, outcome.seed, name, "" if value is None else repr(value)))
+    rows = (
+        (outcome.system, outcome.seed, name, value)
+        for outcome in comparison.outcomes
+        for name, value in outcome.scores.items()
+    )
+    write_csv(folder / SCORES_FILE, ("system", "seed", "score", "value"), rows)
     with write_file(folder / TABLE_FILE) as aside:
         aside.write_text(markdown(comparison), encoding="utf-8")
     plot(comparison, folder / FIGURE_FILE)

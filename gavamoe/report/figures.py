@@ -5,13 +5,13 @@ study, figure5.png the latent maps that `gavamoe route` left in the run folders.
 """
 
 import base64
-import csv
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gavamoe.artifacts.files import save_png, write_file
+from gavamoe.artifacts.csv_files import write_csv
+from gavamoe.artifacts.files import save_png
 from gavamoe.evaluation.evaluated_run import RunData
 from gavamoe.evaluation.metrics.registry import METRICS
 
@@ -30,12 +30,12 @@ def write_figures(runs: Sequence[RunData], cases: Sequence[dict[str, Any]], fold
     """Write all tables and figures that the runs have data for, in place of earlier files of these names."""
     folder.mkdir(parents=True, exist_ok=True)
     datasets = {run.metrics["dataset"]["fingerprint"]: run.metrics["dataset"] for run in runs}
-    _write_csv(folder / "table1.csv", _DATASET, ([data[name] for name in _DATASET] for data in datasets.values()))
-    _write_csv(folder / "table2.csv", ("run", "metric", "value", "low", "high", "rows"), _scores(runs))
-    _write_csv(folder / "figure4.csv", ("run", "group", "rows", "metric", "value"), _sparsity(runs))
+    write_csv(folder / "table1.csv", _DATASET, ([data[name] for name in _DATASET] for data in datasets.values()))
+    write_csv(folder / "table2.csv", ("run", "metric", "value", "low", "high", "rows"), _scores(runs))
+    write_csv(folder / "figure4.csv", ("run", "group", "rows", "metric", "value"), _sparsity(runs))
     _plot_sparsity(runs, folder / "figure4.png")
     if cases:
-        _write_csv(
+        write_csv(
             folder / "table5.csv",
             ("case", "user", "training rows", "item", "features", "system", "text"),
             _case_lines(cases),
@@ -102,10 +102,3 @@ def _plot_maps(maps: Sequence[tuple[str, str]], out: Path) -> None:
         axes.set_title(name)
         axes.set_axis_off()
     save_png(figure, out)
-
-
-def _write_csv(path: Path, heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    with write_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
-        lines = csv.writer(file)
-        lines.writerow(heads)
-        lines.writerows(rows)

@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from gavamoe.cli.status import RunStatus, StepStatus
-from gavamoe.cli.terminal import cell, console
+from gavamoe.cli.terminal import cell, console, shown
 from gavamoe.runtime.jobs import Job
 
 
@@ -57,7 +57,7 @@ def print_jobs(jobs: Iterable[Job]) -> None:
         minutes = f"{((job.ended or time.time()) - job.started) / 60:.1f}" if job.started else "-"
         message = job.message.strip().splitlines()[0] if job.ended and job.message.strip() else ""
         about = message or job.entrypoint.removeprefix("python jobs/")
-        table.add_row(*[escape(text) for text in (job.id, job.status.lower(), started, minutes, about)])
+        table.add_row(*[shown(text) for text in (job.id, job.status.lower(), started, minutes, about)])
     console.print(table)
 
 
@@ -70,7 +70,7 @@ def print_status(status: RunStatus) -> None:
     for step in status.steps:
         far = f"{step.step:,} of {step.steps:,}" if step.step is not None and step.steps else "-"
         numbers = ", ".join(f"{name} {cell(value)}" for name, value in step.numbers.items())
-        table.add_row(step.name, step.state, far, escape(_when(step)), escape(numbers))
+        table.add_row(step.name, step.state, far, shown(_when(step)), shown(numbers))
     console.print(table)
     for step in status.steps:
         for text in (*step.warnings, *([step.problem] if step.problem else [])):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gavamoe.errors import InputError, listed, nearest
+from gavamoe.errors import InputError, listed, nearest, printable
 
 FIELDS = ("user", "item", "rating", "text", "title", "features", "time")
 REQUIRED = ("user", "item")
@@ -219,4 +219,4 @@ def shorten(value: object) -> str:
     """A value as text of at most MAX_SHOWN_CHARS, printable, one line."""
     text = value if isinstance(value, str) else _SHORT.repr(value)
     cut = text[:MAX_SHOWN_CHARS].encode("utf-8", "replace").decode("utf-8")
-    return "".join(char if char.isprintable() else " " for char in cut)
+    return printable(cut)

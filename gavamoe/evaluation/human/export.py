@@ -6,9 +6,7 @@ Systems that wrote the same text for a row are rated once.
 """
 
 import base64
-import csv
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
+from gavamoe.artifacts.csv_files import write_csv
 from gavamoe.artifacts.files import write_folder, write_json
 from gavamoe.artifacts.run import open_run
 from gavamoe.data.dataset import Dataset, dataset_of_run
@@ -26,8 +25,6 @@ from gavamoe.evaluation.human.study import CRITERIA, FORMAT, REFERENCE, SCALE, K
 
 _TEMPLATE = Path(__file__).with_name("human_form.html.jinja")
 _CONTEXT = ("id", "item", "features", "rating", "earlier_reviews", "text")
-_FORMULA = re.compile(r"^[=+\-@\t\r]")
-"""Spreadsheets read a cell that starts like this as a formula."""
 
 
 @dataclass(frozen=True)
@@ -197,15 +194,8 @@ class _Earlier:
 
 
 def _write_sheet(path: Path, questions: Sequence[Question]) -> None:
-    with path.open("w", encoding="utf-8-sig", newline="") as file:  # the mark tells spreadsheets that it is UTF-8
-        lines = csv.writer(file)
-        lines.writerow([*_CONTEXT, *(criterion.name for criterion in CRITERIA)])
-        for question in questions:
-            values = [getattr(question, name) for name in _CONTEXT]
-            texts = [" | ".join(value) if isinstance(value, tuple) else value for value in values]
-            lines.writerow([*(_harmless(text) for text in texts), *[""] * len(CRITERIA)])
-
-
-def _harmless(text: str) -> str:
-    """Text that no spreadsheet runs: a formula gets an apostrophe in front."""
-    return f"'{text}" if _FORMULA.match(text) else text
+    rows = []
+    for question in questions:
+        values = [getattr(question, name) for name in _CONTEXT]
+        rows.append([*(" | ".join(v) if isinstance(v, tuple) else v for v in values), *[""] * len(CRITERIA)])
+    write_csv(path, [*_CONTEXT, *(criterion.name for criterion in CRITERIA)], rows, mark=True)
