@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gavamoe.artifacts.tensor_files import load_tensors
 from gavamoe.config.schema import RunConfig, Stage1Config
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError, RunError
@@ -310,7 +311,7 @@ class Trainer:
         path = folder / CHECKPOINT_FILE
         if not path.is_file():
             raise InputError(f"{path}: no such checkpoint file; start without --resume")
-        state = torch.load(path, map_location=self.context.device, weights_only=True)
+        state = load_tensors(path, self.context.device)
         present = self._state()
         for name in ("dataset", "seed", "config"):
             if state[name] != present[name]:

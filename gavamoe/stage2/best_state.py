@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gavamoe.artifacts.tensor_files import load_tensors
 from gavamoe.config.schema import Stage2Config
 from gavamoe.stage2.training_engines import Engine
 
@@ -58,7 +59,7 @@ class BestState:
     def load(self, folder: Path, validations: Validations, rank: int) -> None:
         """Read what `save` wrote, if there was a best by then; ranks above 0 hold nothing, as they did."""
         if self._wanted and best_step(validations) is not None:
-            self._state = torch.load(folder / _FILE, map_location="cpu", weights_only=True) if rank == 0 else {}
+            self._state = load_tensors(folder / _FILE) if rank == 0 else {}
 
 
 def best_step(validations: Validations) -> int | None:

@@ -5,11 +5,13 @@ Inputs: a `JointModel`, `Stage2Config`, batches as dicts of tensors. Outputs: lo
 state. `make_engine` picks one. Losses, clipping, accumulation and rates mean the same in both: gradients are means over
 the accumulated batches and the workers, clipped by their joint norm, then AdamW.
 
-Checkpoints of DeepSpeed hold pickles: resume only from folders of your own runs.
+Checkpoints are files of torch, which hold pickles: they are loaded as tensors and plain values only (`weights_only`),
+so that a checkpoint of somebody else's can't run code.
 """
 
 import contextlib
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, distributed
 
+from gavamoe.artifacts.tensor_files import load_tensors, not_only_tensors
 from gavamoe.config.schema import Stage2Config
 from gavamoe.errors import InputError
 from gavamoe.stage2.batches import Batch
@@ -96,7 +99,7 @@ class TorchEngine:
         torch.save(state, folder / _TORCH_FILE)
 
     def load(self, folder: Path) -> None:
-        state = torch.load(folder / _TORCH_FILE, map_location=self._device, weights_only=True)
+        state = load_tensors(folder / _TORCH_FILE, self._device)
         self.module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
 
@@ -188,7 +191,7 @@ class DeepSpeedEngine:
             self._sharing.save_experts(self.module, folder, self.rank)
 
     def load(self, folder: Path) -> None:
-        with self._plain_checkpoint():
+        with self._plain_checkpoint(), _tensors_only(folder):
             self._engine.load_checkpoint(str(folder), tag=_TAG)
         if self._sharing:
             self._sharing.load_experts(self.module, folder, self.rank)
@@ -266,6 +269,33 @@ def _join_group(world_size: int, device: str) -> bool:
     # A store in memory needs no port.
     distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     return True
+
+
+@contextlib.contextmanager
+def _tensors_only(folder: Path) -> Iterator[None]:
+    """Have DeepSpeed, which would let `torch.load` run what a file says, load tensors, plain values and the few classes
+    of its own that its states hold.
+
+    Raises:
+        InputError: a file holds anything else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    load = torch.load
+
+    def load_only(*arguments: Any, **options: Any) -> Any:
+        return load(*arguments, **options | {"weights_only": True})
+
+    torch.load = load_only
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except pickle.UnpicklingError as error:
+        raise not_only_tensors(folder, error) from error
+    finally:
+        torch.load = load
 
 
 @contextlib.contextmanager

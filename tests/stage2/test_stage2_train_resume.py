@@ -1,10 +1,12 @@
 """Resuming stage 2: equal to never having stopped, on both engines; checkpoints of other runs are refused."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.stage2_runs import Trained, close
 from helpers.tiny import tiny
 
@@ -62,3 +64,42 @@ def test_a_checkpoint_of_another_run_is_refused(
     with pytest.raises(InputError, match=problem):
         Trained(tiny(override), tiny_dataset, stage1, tmp_path, resume=torch_run.context.checkpoints[0])
     assert not (tmp_path / "stage2").exists()
+
+
+class Trap:
+    """Makes a folder when it is unpickled by an ordinary unpickler."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("runtime.engine=torch",),
+        *[("runtime.engine=deepspeed", f"stage2.zero_stage={stage}") for stage in range(3)],
+        pytest.param(("runtime.engine=deepspeed", "stage2.zero_stage=3"), marks=pytest.mark.slow),
+        ("runtime.engine=deepspeed", "stage2.zero_stage=2", "stage2.offload_optimizer=true"),
+    ],
+    ids=lambda overrides: " ".join(one.partition("=")[2] for one in overrides),
+)
+def test_code_in_a_checkpoint_is_not_run(
+    overrides: tuple[str, ...], tiny_dataset: Path, stage1: Path, tmp_path: Path
+) -> None:
+    """Each file of the checkpoint in turn holds an object that would make a folder, with checksums that are right."""
+    brief = ("stage2.max_steps=2", "stage2.evaluate_every=1", "stage2.checkpoint_every=1", "stage2.validation_rows=8")
+    config = tiny(*overrides, *brief)
+    whole = Trained(config, tiny_dataset, stage1, tmp_path / "whole")
+    files = [path for path in whole.context.checkpoints[0].rglob("*.pt") if path.name != "best.pt"]
+    assert files
+    for file in files:
+        checkpoint = shutil.copytree(whole.context.checkpoints[0], tmp_path / f"evil-{file.name}")
+        evil = checkpoint / file.relative_to(whole.context.checkpoints[0])
+        state = torch.load(file, weights_only=False)  # the test's own
+        torch.save(state | {"extra": Trap(tmp_path / "it ran")}, evil)
+        with pytest.raises(InputError, match="holds more than tensors and plain values"):
+            Trained(config, tiny_dataset, stage1, tmp_path / "resumed", resume=checkpoint)
+        assert not (tmp_path / "it ran").exists()
