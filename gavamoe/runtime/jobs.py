@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from gavamoe.config.files import MAX_CONFIG_BYTES, PACKAGE, shipped
+from gavamoe.config.files import PACKAGE, shipped
+from gavamoe.config.yaml_reader import MAX_YAML_BYTES
 from gavamoe.errors import InputError, RunError, one_line
 from gavamoe.runtime.progress import PROGRESS_LINE
 
@@ -240,8 +241,8 @@ def _staged_argument(argument: str, inputs: Path) -> str:
     path = Path(argument)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         return argument
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise InputError(f"{path}: larger than the {MAX_CONFIG_BYTES} bytes a config may have")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise InputError(f"{path}: larger than the {MAX_YAML_BYTES} bytes a config may have")
     inputs.mkdir(exist_ok=True)
     taken = inputs / path.name
     if taken.exists() and taken.read_bytes() != path.read_bytes():

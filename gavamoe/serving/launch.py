@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gavamoe.config.files import read_yaml
+from gavamoe.config.yaml_reader import read_yaml
 from gavamoe.errors import InputError, RunError, validated
 from gavamoe.runtime.ray_train import free_port
 from gavamoe.serving.routing import RoutingService
@@ -37,7 +37,9 @@ def read_args(run: Path, settings: Path | None, changes: dict[str, Any]) -> Serv
     if not isinstance(values, dict):
         raise InputError(f"{settings}: expected the arguments of the app builder, such as limits and generator")
     for name, change in changes.items():
-        values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
+        given = values.get(name, {})
+        if isinstance(given, dict):  # anything else is refused below
+            values[name] = given | change if isinstance(change, dict) else change
     args = validated(ServeArgs, values | {"run": str(Path(run).absolute())}, settings or "serve", "usable settings")
     check_args(args)
     return args

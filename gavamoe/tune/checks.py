@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from gavamoe.config.files import field_paths, override_config
 from gavamoe.config.schema import RunConfig
+from gavamoe.config.section import refuse_truth
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError, did_you_mean, first_problem
 from gavamoe.tune.space import MAX_POINTS, Choice, Constraint, FloatRange, IntRange, Scalar, Space, Values
@@ -162,7 +164,10 @@ def _check_values(name: str, spec: IntRange | FloatRange | Choice) -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(annotated)
     for value in spec.values if isinstance(spec, Choice) else (spec.low, spec.high):
         try:
+            refuse_truth(value, field.annotation)
             adapter.validate_python(value)
+        except PydanticCustomError as error:
+            raise InputError(f"parameters.{name}: {value!r}: {error.message()}") from error
         except ValidationError as error:
             raise InputError(f"parameters.{name}{first_problem(error)}") from error
     if isinstance(spec, FloatRange) and field.annotation is int:

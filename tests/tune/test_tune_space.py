@@ -64,6 +64,8 @@ def test_shipped_spaces_fit_the_default_config(name: str, tiny_dataset: Path) ->
         ({"parameters": {"stage1.clusters": {"type": "choice", "values": []}}}, "at least 1 item"),
         ({"parameters": {"stage1.clusters": {"type": "choice", "values": [2, 2]}}}, "a value occurs twice"),
         ({"parameters": {"stage1.clusters": {"type": "integer", "low": 1, "high": 2}}}, "'int', 'float', 'choice'"),
+        ({"parameters": {"stage1.clusters": {"type": "int", "low": True, "high": 3}}}, "not true or false"),
+        ({"budget": {"trials": True}}, "budget.trials: True: input should be a number, not true or false"),
         ({"budget": {"trials": 0}}, "budget.trials: a search needs at least 1 trial, not 0"),
         ({"sampler": "annealing"}, "sampler: 'annealing'"),
         ({"budgets": {}}, "budgets: unknown field"),
@@ -91,6 +93,8 @@ def test_malformed_spaces_are_refused(changes: dict[str, Any], message: str) -> 
         ({"parameters": {"seed": K}}, "not searched: --seeds"),
         ({"parameters": {"stage1.negatives": K}}, "has ratings"),
         ({"parameters": {"stage1.clusters": {"type": "int", "low": 0, "high": 3}}}, "0: input should be greater"),
+        ({"parameters": {"stage1.clusters": {"type": "choice", "values": [True, 2]}}}, "not true or false"),
+        ({"budget": {"set": {"stage1.epochs": True}}}, "stage1.epochs: True: input should be a number, not true"),
         ({"parameters": {"stage1.clusters": {"type": "float", "low": 2, "high": 3}}}, "use type: int"),
         ({"parameters": {"stage1.dropout": {"type": "choice", "values": ["some"]}}}, "'some': input should be a valid"),
         (
