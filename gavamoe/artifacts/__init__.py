@@ -6,5 +6,6 @@ files         folders and files written whole or not at all; bounded reads
 checksums     lists of files with size and SHA-256; the first difference from one
 manifest      artifact folders: config, versions and inputs, listed files, strict loading
 remote        datasets and runs at s3:// and other URIs: staged here, committed afterwards
+home          the user's home folder, for caches and tokens
 object_store  requests to the storage, with retries
 """
