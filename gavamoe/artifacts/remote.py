@@ -186,7 +186,11 @@ def with_uris(text: str) -> str:
         stored = stored_path(Path(match[0]))
         return match[0] if stored is None else stored.uri
 
-    return re.sub(f"{re.escape(str(cache_folder()))}/[0-9a-f]{{20}}/{_HERE}", uri_of, text)
+    try:
+        cache = re.escape(str(cache_folder()))
+    except InputError:  # no home, so no staging folders
+        return text
+    return re.sub(f"{cache}/[0-9a-f]{{20}}/{_HERE}", uri_of, text)
 
 
 def local_path(stored: StoredPath) -> Path:

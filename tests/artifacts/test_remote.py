@@ -286,5 +286,5 @@ def test_a_cache_that_can_not_be_written_is_wrong_input(
     uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GAVAMOE_CACHE", "/proc/none")
-    with pytest.raises(InputError, match="the cache can't be written .*; set GAVAMOE_CACHE to a folder that can be"):
+    with pytest.raises(InputError, match=r"the cache can't be written .*; set GAVAMOE_CACHE to a folder that can be"):
         remote.located(uri)
