@@ -128,6 +128,11 @@ def test_the_option_is_above_the_environment(monkeypatch: pytest.MonkeyPatch) ->
                 patch.setenv(name, f"http://127.0.0.1:{free_port()}")
                 jobs = Jobs(f"http://{address}")
                 assert jobs.list() == []
+        for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+            with monkeypatch.context() as patch:
+                patch.setenv("RAY_API_SERVER_ADDRESS", "")
+                patch.setenv(name, f"http://{address}")
+                assert Jobs().address == f"http://{address}"
 
 
 def test_a_silent_job_server_is_told_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
