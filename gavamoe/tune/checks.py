@@ -59,6 +59,15 @@ def trial_config(config: RunConfig, space: Space, values: Values, *, cheap: bool
     return override_config(config, [f"{name}={_yaml(value)}" for name, value in settings.items()])
 
 
+def refusal(config: RunConfig, space: Space, values: Values) -> str | None:
+    """Why the config can't take a trial's values; None if it can."""
+    try:
+        trial_config(config, space, values)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def config_values(config: RunConfig) -> Values:
     """Every leaf field's value by dotted path."""
     flat: Values = {}
@@ -191,13 +200,8 @@ def _check_grid(space: Space, config: RunConfig) -> None:
     for name, spec in space.parameters.items():
         if isinstance(spec, FloatRange) and spec.step is None:
             raise InputError(f"parameters.{name}: a grid needs a step, or a choice of values")
-    points = space.points(config_values(config))
-    if points is None or len(points) > space.budget.trials:
-        size = f"more than {MAX_POINTS}" if points is None else str(len(points))
-        raise InputError(
-            f"budget.trials: {space.budget.trials} for a grid of {size} points; raise it (--trials), or take the"
-            " sampler tpe or random"
-        )
+    if space.points(config_values(config)) is None:
+        raise InputError(f"sampler: a grid of more than {MAX_POINTS} points; take the sampler tpe or random")
 
 
 def _numbers(space: Space, config: RunConfig, rule: Constraint) -> list[float]:

@@ -106,7 +106,10 @@ def test_malformed_spaces_are_refused(changes: dict[str, Any], message: str) -> 
         ({"constraints": ["stage1.clusters <= stage1.beta"]}, "no value of 2..5 satisfies it when stage1.beta is 0.1"),
         ({"constraints": ["stage1.latent_size <= stage1.clusters"]}, "the left side must be a searched"),
         ({"sampler": "grid", "parameters": {"stage1.beta": {"type": "float", "low": 0, "high": 1}}}, "needs a step"),
-        ({"sampler": "grid", "budget": {"trials": 3}}, "budget.trials: 3 for a grid of 4 points"),
+        (
+            {"sampler": "grid", "parameters": {"stage1.latent_size": {"type": "int", "low": 1, "high": 20_000}}},
+            "sampler: a grid of more than 10000 points; take the sampler tpe or random",
+        ),
         (
             {"parameters": {"stage1.mixture_restarts": K}, "budget": {"set": {"stage1.mixture_init": "random"}}},
             "ignored while stage1.mixture_init is random",
