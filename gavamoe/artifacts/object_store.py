@@ -155,8 +155,8 @@ class ObjectStore:
 
 
 def is_uri(text: str) -> bool:
-    """Whether it names something on a filesystem of pyarrow rather than a local path."""
-    return re.match("[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+    """Whether it names something on a filesystem of pyarrow rather than a local path, if with a slash too few."""
+    return re.match("[A-Za-z][A-Za-z0-9+.-]*://|(s3|gs|gcs|abfss?|hdfs|file):/", text, re.IGNORECASE) is not None
 
 
 def canonical(uri: str) -> str:
@@ -164,9 +164,14 @@ def canonical(uri: str) -> str:
     have, such as blanks and umlauts, may stand for themselves. So `a b` and `a%20b` are one place.
 
     Raises:
-        InputError: `#` or `?`, which would cut the path off there; `%` without two hex digits; nothing named.
+        InputError: `#` or `?`, which would cut the path off there; `%` without two hex digits; a slash too few; nothing
+            named.
     """
-    scheme, _, rest = uri.partition("://")
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        scheme, _, rest = uri.partition(":")
+        slashes = "//" if scheme.lower() == "file" else "/"
+        raise InputError(f"{uri}: not a URI; did you mean {scheme}:{slashes}{rest}?")
     authority, slash, path = rest.rstrip("/").partition("/")
     for character, encoded in (("#", "%23"), ("?", "%3F")):
         if character in rest:

@@ -97,7 +97,7 @@ def copy(source: str, target: str) -> None:
     """Copy a dataset or a run between folders and URIs, verified.
 
     Raises:
-        InputError: there is no such source, the target exists, or it lies inside the source.
+        InputError: there is no such source or nothing whole in it, the target exists, or it lies inside the source.
         RunError: a file can't be read or written; nothing of a local copy stays.
     """
     inside, outside = _place(target), _place(source)
@@ -106,6 +106,10 @@ def copy(source: str, target: str) -> None:
     folder = checkout(source) if is_uri(source) else Path(source)
     if not folder.is_dir():
         raise InputError(f"{source}: no such folder")
+    if is_uri(source):
+        _refuse_strangers(ObjectStore(source), folder)
+    if not any(not is_hidden(path.name) for path in folder.iterdir()):
+        raise InputError(f"{source}: holds nothing to copy")
     if is_uri(target):
         if exists(target):
             raise InputError(f"{target}: already exists; choose another URI or remove it first")
@@ -119,6 +123,18 @@ def copy(source: str, target: str) -> None:
             raise RunError(f"{file}: can't be copied ({problem})") from error
         except OSError as error:
             raise RunError(f"{target}: can't be copied ({one_line(error)})") from error
+
+
+def _refuse_strangers(store: ObjectStore, staged: Path) -> None:
+    """Refuse folders that a checkout passes over: to leave them out of a copy would be to lose them unseen."""
+    if store.index() is not None:
+        return
+    for name in store.children():
+        if not (is_hidden(name) or name in NOT_COMMITTED or (staged / name).exists()):
+            raise InputError(
+                f"{uri_below(store.uri, name)}: gavamoe did not store it, or not to its end ({INDEX} is missing);"
+                " name a folder of this machine by its path"
+            )
 
 
 def _place(text: str) -> tuple[str, PurePosixPath]:

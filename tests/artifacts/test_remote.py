@@ -186,6 +186,8 @@ def test_datasets_are_made_described_and_copied_by_uri(
         ("file:///x/100%", "file:///x/100%: % is no character; write %25 for a percent sign"),
         ("s3://bucket/a%2", "s3://bucket/a%2: %2 is no character; write %25 for a percent sign"),
         ("s3://", "s3://: names no folder"),
+        ("s3:/bucket/a", "s3:/bucket/a: not a URI; did you mean s3://bucket/a?"),
+        ("file:/x/a", "file:/x/a: not a URI; did you mean file:///x/a?"),
         ("file:///", "file:///: names no folder"),
         ("file:///x/%00", "has a control character"),
         ("file:///x/%ff", "is not UTF-8"),
@@ -271,6 +273,21 @@ def test_a_folder_holds_no_copy_of_itself(gavamoe: Runner, tmp_path: Path, monke
     assert content(folder) == before
     assert gavamoe("copy", "a b", "a b2").code == 0
     assert content(tmp_path / "a b2") == before
+
+
+def test_nothing_is_left_out_of_a_copy_unseen(gavamoe: Runner, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    make_folder(plain / "stage1")
+    (plain / "config.yaml").write_text("seed: 1")
+    refused = gavamoe("copy", f"file://{plain}", tmp_path / "b")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert f"file://{plain}/stage1: gavamoe did not store it" in refused.err
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".DS_Store").touch()
+    for target in (tmp_path / "b", f"file://{tmp_path}/c"):
+        refused = gavamoe("copy", tmp_path / "empty", target)
+        assert (refused.code, "empty: holds nothing to copy" in refused.err) == (2, True)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_file_that_can_not_be_copied_is_one_line(gavamoe: Runner, tmp_path: Path) -> None:
