@@ -10,6 +10,7 @@ import re
 import socket
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -127,6 +128,9 @@ def start(**options: Any) -> None:
             f"{name} {os.environ[name]}: {problem}; expected a folder that can be written, of 35 characters at most,"
             " such as /tmp"
         ) from error
+    # Ray writes its token with the umask's permissions, which often lets everyone on the machine read it.
+    with suppress(FileNotFoundError, PermissionError):
+        token_file().chmod(0o600)
 
 
 def token_file() -> Path:

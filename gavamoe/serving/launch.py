@@ -95,7 +95,6 @@ def _run_service(args: ServeArgs, host: str, port: int, metrics_port: int, say: 
         logging_level="ERROR",
         _metrics_export_port=metrics_port,
     )
-    _protect_token()
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         _deploy(args)
@@ -203,13 +202,6 @@ def _deploy(args: ServeArgs) -> None:
     except RuntimeError as error:
         message = serve.status().applications[APP_NAME].message
         raise RunError(f"the service did not come up: {' '.join(message.split())[:500]}") from error
-
-
-def _protect_token() -> None:
-    """Ray writes its token with the umask's permissions, which often lets everyone on the machine read it."""
-    token = connection.token_file()
-    if token.exists():
-        token.chmod(0o600)
 
 
 def _check_port(host: str, port: int, given: str, way_out: str) -> None:

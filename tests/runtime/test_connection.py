@@ -158,6 +158,22 @@ def test_folders_that_ray_can_not_use_are_wrong_input(folder: str, problem: str)
     assert "expected a folder that can be written, of 35 characters at most" in began.stdout
 
 
+def test_the_token_is_for_its_owner_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    token = tmp_path / ".ray" / "auth_token"
+
+    def init(**_: object) -> None:
+        token.parent.mkdir()
+        token.write_text("secret")
+        token.chmod(0o644)
+
+    monkeypatch.setattr("ray.init", init)
+    connection.start()
+    assert token.stat().st_mode & 0o777 == 0o600
+
+
 def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     """As for a container's user without an entry in passwd."""
     for name in ("HOME", "XDG_CACHE_HOME", "GAVAMOE_CACHE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
