@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -36,12 +36,18 @@ class Damage:
     """The difference in words, with the file's name."""
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file's relative path has a part that begins with a dot: what file managers (.DS_Store), the hub
+    (.cache/), git and NFS leave in folders belongs to no artifact."""
+    return any(part.startswith(".") and part != ".." for part in PurePosixPath(name).parts)
+
+
 def list_files(folder: Path) -> dict[str, FileEntry]:
-    """An entry for every file below `folder`, by its relative path."""
+    """An entry for every file below `folder` that is not hidden, by its relative path."""
     return {
-        path.relative_to(folder).as_posix(): FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
+        name: FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if not is_hidden(name := path.relative_to(folder).as_posix()) and path.is_file()
     }
 
 
@@ -54,16 +60,21 @@ def fingerprint(files: Mapping[str, FileEntry]) -> str:
 def find_damage(
     folder: Path, files: Mapping[str, FileEntry], *, unlisted: Container[str] | None = None, hashes: bool = True
 ) -> Damage | None:
-    """The first difference between a folder and its list; None if there is none.
+    """The first difference between a folder and its list; None if there is none. Hidden files don't count.
 
     Args:
         unlisted: files that may lie there without being listed; None: any may.
         hashes: compare contents, not only sizes.
     """
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    # Lists of earlier versions may hold hidden files.
+    files = {name: entry for name, entry in files.items() if not is_hidden(name)}
     if missing := files.keys() - present:
         return Damage("missing", min(missing), f"{min(missing)} is missing")
-    strangers = [] if unlisted is None else [name for name in present - files.keys() if name not in unlisted]
+    if unlisted is None:
+        strangers = []
+    else:
+        strangers = [name for name in present - files.keys() if name not in unlisted and not is_hidden(name)]
     if strangers:
         return Damage("unexpected", min(strangers), f"{min(strangers)} is not listed")
     for name, entry in files.items():

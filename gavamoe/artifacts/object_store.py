@@ -6,11 +6,13 @@ the old folder or the new one, complete. `remote` stores and fetches such folder
 """
 
 import os
+import re
 import time
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from pyarrow import fs
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +26,8 @@ Result = TypeVar("Result")
 INDEX = "_folder.json"
 TRANSFER_ATTEMPTS = 4
 """Attempts at a transfer before it counts as failed."""
+_PATH_CHARACTERS = "/!$&'()*+,;=:@~"
+"""Characters that stand for themselves in the path of a URI, beside letters, digits and `-._`."""
 _REQUEST_ATTEMPTS = 8
 """Attempts at each single request, which the client of S3 makes by itself."""
 _FIRST_PAUSE = 0.2
@@ -43,11 +47,11 @@ class ObjectStore:
     """What lies below one URI."""
 
     def __init__(self, uri: str, opened: tuple[fs.FileSystem, str] | None = None) -> None:
-        self.uri = uri.rstrip("/")
+        self.uri = canonical(uri)
         self._files, self._root = opened or filesystem(self.uri)
 
     def below(self, name: str) -> "ObjectStore":
-        return ObjectStore(f"{self.uri}/{name}", (self._files, f"{self._root}/{name}"))
+        return ObjectStore(uri_below(self.uri, name), (self._files, f"{self._root}/{name}"))
 
     def index(self) -> Index | None:
         """The folder's index; None if no folder is stored here."""
@@ -138,6 +142,8 @@ class ObjectStore:
                 return request()
             except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
                 raise InputError(f"{self.uri}: {one_line(error)}") from error
+            except ValueError as error:  # a path that the storage can't have, such as one with an empty part
+                raise InputError(f"{self.uri}: {one_line(error)}") from error
             except OSError as error:
                 text = one_line(error)
                 if any(word in text for word in ("NO_SUCH_BUCKET", "ACCESS_DENIED", "INVALID_ACCESS_KEY", "SIGNATURE")):
@@ -148,12 +154,54 @@ class ObjectStore:
         raise AssertionError("unreachable")
 
 
+def is_uri(text: str) -> bool:
+    """Whether it names something on a filesystem of pyarrow rather than a local path, if with a slash too few."""
+    return re.match("[A-Za-z][A-Za-z0-9+.-]*://|(s3|gs|gcs|abfss?|hdfs|file):/", text, re.IGNORECASE) is not None
+
+
+def canonical(uri: str) -> str:
+    """The one spelling of a URI, whatever its scheme: `%XX` stands for a byte of UTF-8, and characters that URIs don't
+    have, such as blanks and umlauts, may stand for themselves. So `a b` and `a%20b` are one place.
+
+    Raises:
+        InputError: `#` or `?`, which would cut the path off there; `%` without two hex digits; a slash too few; nothing
+            named.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        scheme, _, rest = uri.partition(":")
+        slashes = "//" if scheme.lower() == "file" else "/"
+        raise InputError(f"{uri}: not a URI; did you mean {scheme}:{slashes}{rest}?")
+    authority, slash, path = rest.rstrip("/").partition("/")
+    for character, encoded in (("#", "%23"), ("?", "%3F")):
+        if character in rest:
+            raise InputError(f"{uri}: {character} is no part of a name in a URI; write {encoded} for it")
+    if stray := re.search("%(?![0-9A-Fa-f]{2})", rest):
+        raise InputError(f"{uri}: {rest[stray.start() :][:3]} is no character; write %25 for a percent sign")
+    if not authority and not path:
+        raise InputError(f"{uri}: names no folder; expected SCHEME://PLACE/FOLDER")
+    try:
+        name = unquote(path, errors="strict")
+        spelled = quote(name, safe=_PATH_CHARACTERS)
+    except UnicodeError as error:
+        raise InputError(f"{uri!a}: is not UTF-8 ({one_line(error)})") from error
+    if any(unicodedata.category(character) == "Cc" for character in name):
+        raise InputError(f"{uri!a}: has a control character")
+    return f"{scheme.lower()}://{authority}{slash}{spelled}"
+
+
+def uri_below(uri: str, relative: str) -> str:
+    """The URI of a file or folder below another, by its plain relative path."""
+    return f"{uri}/{quote(relative, safe=_PATH_CHARACTERS)}" if relative else uri
+
+
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """pyarrow's filesystem of a URI and the path in it. S3: AWS_ENDPOINT_URL, AWS_REGION and the usual credentials.
 
     Raises:
-        InputError: an unknown scheme, or wrong settings.
+        InputError: an unknown scheme, a malformed URI, or wrong settings.
     """
+    uri = canonical(uri)
     parts = urlsplit(uri)
     try:
         if parts.scheme != "s3":
@@ -168,7 +216,7 @@ def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
             options |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
         retries = fs.AwsStandardS3RetryStrategy(max_attempts=_REQUEST_ATTEMPTS)
         store = fs.S3FileSystem(retry_strategy=retries, connect_timeout=5, request_timeout=30, **options)
-        return store, (parts.netloc + parts.path).rstrip("/")
+        return store, (parts.netloc + unquote(parts.path)).rstrip("/")
     except (OSError, ValueError) as error:
         raise InputError(f"{uri}: can't be reached ({one_line(error)})") from error
 

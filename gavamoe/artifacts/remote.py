@@ -14,12 +14,23 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
-from gavamoe.artifacts.checksums import find_damage, fingerprint, list_files
+from gavamoe.artifacts.checksums import find_damage, fingerprint, is_hidden, list_files
 from gavamoe.artifacts.files import write_folder, write_json
-from gavamoe.artifacts.object_store import INDEX, TRANSFER_ATTEMPTS, Index, ObjectStore, pause_after
-from gavamoe.errors import InputError, RunError
+from gavamoe.artifacts.home import home_folder
+from gavamoe.artifacts.object_store import (
+    INDEX,
+    TRANSFER_ATTEMPTS,
+    Index,
+    ObjectStore,
+    canonical,
+    is_uri,
+    pause_after,
+    uri_below,
+)
+from gavamoe.errors import InputError, RunError, one_line
 
 ORIGIN = "origin.json"
 NOT_COMMITTED = ("checkpoints",)
@@ -40,13 +51,7 @@ class StoredPath:
 
     @property
     def uri(self) -> str:
-        return f"{self.base}/{self.relative}" if self.relative else self.base
-
-
-def is_uri(text: str) -> bool:
-    """Whether it names something on a filesystem of pyarrow rather than a local path."""
-    scheme, separator, rest = text.partition("://")
-    return bool(separator and rest and scheme.isalnum())
+        return uri_below(self.base, self.relative)
 
 
 def located(text: str) -> Path:
@@ -92,19 +97,55 @@ def copy(source: str, target: str) -> None:
     """Copy a dataset or a run between folders and URIs, verified.
 
     Raises:
-        InputError: there is no such source, or the target exists.
+        InputError: there is no such source or nothing whole in it, the target exists, or it lies inside the source.
+        RunError: a file can't be read or written; nothing of a local copy stays.
     """
+    inside, outside = _place(target), _place(source)
+    if inside[0] == outside[0] and outside[1] in inside[1].parents:
+        raise InputError(f"{target}: lies inside {source}, which can't hold a copy of itself; choose another place")
     folder = checkout(source) if is_uri(source) else Path(source)
     if not folder.is_dir():
         raise InputError(f"{source}: no such folder")
+    if is_uri(source):
+        _refuse_strangers(ObjectStore(source), folder)
+    if not any(not is_hidden(path.name) for path in folder.iterdir()):
+        raise InputError(f"{source}: holds nothing to copy")
     if is_uri(target):
         if exists(target):
             raise InputError(f"{target}: already exists; choose another URI or remove it first")
         _store(folder, target)
         return
     with write_folder(Path(target)) as aside:
-        ignored = shutil.ignore_patterns(".*.version", *NOT_COMMITTED)
-        shutil.copytree(folder, aside, dirs_exist_ok=True, ignore=ignored)
+        try:
+            shutil.copytree(folder, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", *NOT_COMMITTED))
+        except shutil.Error as error:  # all of them at the end: (file, its copy, what was wrong)
+            file, _, problem = error.args[0][0]
+            raise RunError(f"{file}: can't be copied ({problem})") from error
+        except OSError as error:
+            raise RunError(f"{target}: can't be copied ({one_line(error)})") from error
+
+
+def _refuse_strangers(store: ObjectStore, staged: Path) -> None:
+    """Refuse folders that a checkout passes over: to leave them out of a copy would be to lose them unseen."""
+    if store.index() is not None:
+        return
+    for name in store.children():
+        if not (is_hidden(name) or name in NOT_COMMITTED or (staged / name).exists()):
+            raise InputError(
+                f"{uri_below(store.uri, name)}: gavamoe did not store it, or not to its end ({INDEX} is missing);"
+                " name a folder of this machine by its path"
+            )
+
+
+def _place(text: str) -> tuple[str, PurePosixPath]:
+    """Where a path or URI lies: on which filesystem, and as a path there without links."""
+    if not is_uri(text):
+        return "file", PurePosixPath(Path(text).resolve())
+    scheme, _, rest = canonical(text).partition("://")
+    authority, _, path = rest.partition("/")
+    if scheme == "file":
+        return "file", PurePosixPath(Path("/" + unquote(path)).resolve())
+    return f"{scheme}://{authority}", PurePosixPath("/" + unquote(path))
 
 
 def _store(folder: Path, uri: str) -> None:
@@ -113,10 +154,10 @@ def _store(folder: Path, uri: str) -> None:
         push(folder, uri)
         return
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in NOT_COMMITTED:
+        if is_hidden(path.name) or path.name in NOT_COMMITTED:
             continue
         if path.is_dir():
-            push(path, f"{uri}/{path.name}")
+            push(path, uri_below(uri, path.name))
         else:
             ObjectStore(uri).put_file(path, path.name)
 
@@ -161,7 +202,11 @@ def with_uris(text: str) -> str:
         stored = stored_path(Path(match[0]))
         return match[0] if stored is None else stored.uri
 
-    return re.sub(f"{re.escape(str(cache_folder()))}/[0-9a-f]{{20}}/{_HERE}", uri_of, text)
+    try:
+        cache = re.escape(str(cache_folder()))
+    except InputError:  # no home, so no staging folders
+        return text
+    return re.sub(f"{cache}/[0-9a-f]{{20}}/{_HERE}", uri_of, text)
 
 
 def local_path(stored: StoredPath) -> Path:
@@ -188,9 +233,14 @@ def exists(uri: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where staging folders lie: GAVAMOE_CACHE, or the user's cache folder. Removing it loses nothing committed."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("GAVAMOE_CACHE") or Path(home) / "gavamoe").absolute()
+    """Where staging folders lie: GAVAMOE_CACHE, or the user's cache folder. Removing it loses nothing committed.
+
+    Raises:
+        InputError: neither is set, and the user has no home folder.
+    """
+    if own := os.environ.get("GAVAMOE_CACHE"):
+        return Path(own).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache", "gavamoe").absolute()
 
 
 def _fetch(store: ObjectStore, target: Path) -> None:
@@ -230,10 +280,15 @@ def _mark_of(target: Path) -> Path:
 
 def _staging(uri: str) -> Path:
     """The staging folder of a URI, made with a note of its origin."""
-    uri = uri.rstrip("/")
+    uri = canonical(uri)
     base = cache_folder() / hashlib.sha256(uri.encode()).hexdigest()[:20]
-    if not (base / ORIGIN).is_file():
-        write_json(base / ORIGIN, {"uri": uri})
+    try:
+        if not (base / ORIGIN).is_file():
+            write_json(base / ORIGIN, {"uri": uri})
+    except OSError as error:
+        raise InputError(
+            f"{base}: the cache can't be written ({error.strerror}); set GAVAMOE_CACHE to a folder that can be"
+        ) from error
     return base / _HERE
 
 

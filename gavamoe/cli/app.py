@@ -4,6 +4,7 @@ The commands stand in the files beside this one and import what is heavy inside 
 answers at once.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -35,6 +36,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+_WRONG_PATHS = (
+    errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+)  # fmt: skip
+"""What the system says of a path that was not the right one to name."""
 
 
 def _panel(name: str, commands: Sequence[Callable[..., None]], groups: dict[str, typer.Typer] | None = None) -> None:
@@ -86,6 +93,14 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted; --resume continues a training run", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:
+        if debug:
+            raise
+        place = _with_uris(str(error.filename or type(error).__name__))
+        wrong_path = error.filename is not None and error.errno in _WRONG_PATHS
+        hint = "" if wrong_path else " (--debug shows where)"
+        print(f"error: {place}: {error.strerror or error}{hint}", file=sys.stderr)
+        sys.exit(2 if wrong_path else 1)
     except Exception as error:
         if debug:
             raise

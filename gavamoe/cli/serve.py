@@ -19,7 +19,10 @@ def serve(
     ] = None,
     replicas: Annotated[int | None, typer.Option(min=1, help="Generator replicas.")] = None,
     api_keys: Annotated[Path | None, typer.Option(help="File with one sha256:HEX of an API key a line.")] = None,
-    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="Prometheus metrics, on 127.0.0.1.")] = 8001,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Prometheus metrics; default 8001, or a free port where that is taken."),
+    ] = None,
     update: Annotated[bool, typer.Option("--update", help="Put RUN into the service that is up.")] = False,
 ) -> None:
     """Serve explanations over HTTP with Ray Serve: a page at /, the interface's description at /docs."""

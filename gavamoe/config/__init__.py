@@ -9,6 +9,7 @@ baselines   section of the baselines of `gavamoe ablate`
 runtime     section of workers, engine, tracking
 section     what the sections have in common
 files       YAML in and out, presets, overrides, shipped folders, errors in one line
+yaml_reader  YAML text to values: no key twice, bounded
 reference   the page of all settings, docs/config.md
 """
 

@@ -12,11 +12,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gavamoe.config.schema import RunConfig
-from gavamoe.errors import InputError, did_you_mean, first_problem, one_line
+from gavamoe.config.yaml_reader import parse_yaml, read_yaml
+from gavamoe.errors import InputError, did_you_mean, first_problem
 
 PACKAGE = Path(str(resources.files("gavamoe")))
 """The folder of the installed package."""
-MAX_CONFIG_BYTES = 2**20
 FORMER_SECTIONS = {"peter": ("baselines", "peter")}
 """Sections that have moved: the name at the top level of earlier configs -> parent and name today."""
 
@@ -85,13 +85,20 @@ def find_file(source: str | Path, folder: Literal["configs", "tune_spaces"], wha
         InputError: there is neither; `no such WHAT NAMES`.
     """
     path = Path(source)
-    if path.is_file():
+    if _is_there(path):
         return path
     named = shipped(folder) / f"{source}.yaml"
-    if path.name == str(source) and named.is_file():
+    if path.name == str(source) and _is_there(named):
         return named
     known = sorted(file.stem for file in shipped(folder).glob("*.yaml"))
     raise InputError(f"{source}: no such {what} {', '.join(known)}")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists() and not path.is_dir()  # a pipe can be read too
+    except OSError:  # a name longer than any file's
+        return False
 
 
 def shipped(folder: Literal["configs", "tune_spaces", "jobs"]) -> Path:
@@ -112,20 +119,6 @@ def field_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     return paths
 
 
-def read_yaml(path: Path) -> Any:
-    """The values of a YAML file that a user wrote.
-
-    Raises:
-        InputError: it can't be read, is too large, or is not YAML.
-    """
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise InputError(f"{path}: larger than the {MAX_CONFIG_BYTES} bytes such a file may have")
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not valid YAML ({one_line(error)})") from error
-
-
 def _apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
@@ -134,10 +127,7 @@ def _apply_override(values: dict[str, Any], override: str) -> dict[str, Any]:
     if keys[0] in FORMER_SECTIONS:
         moved = ".".join([*FORMER_SECTIONS[keys[0]], *keys[1:]])
         raise InputError(f"--set {override}: {name.strip()} has moved to {moved}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: {text!r} is not a YAML value") from error
+    value = parse_yaml(text, f"--set {override}")
     result = dict(values)
     node = result
     for key in keys[:-1]:

@@ -2,6 +2,7 @@
 
 context      the interface between a training loop and Ray
 ray_train    gives a loop its workers, checkpoints, restarts
+connection   where a Ray is: the environment and options, checked; connecting, starting
 worker       the workers' side: context, checkpoints with checksums
 tracking     logs, TensorBoard, MLflow, Weights & Biases
 progress     protocols of progress, and its line in a log

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from gavamoe.config.files import MAX_CONFIG_BYTES, PACKAGE, shipped
+from gavamoe.config.files import PACKAGE, shipped
+from gavamoe.config.yaml_reader import MAX_YAML_BYTES
 from gavamoe.errors import InputError, RunError, one_line
+from gavamoe.runtime.connection import JOB_SERVER, job_server
 from gavamoe.runtime.progress import PROGRESS_LINE
 
 STEPS = ("prepare", "stage1", "stage2", "evaluate", "tune", "pipeline")
-DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 FORWARDED = ("DS_ACCELERATOR", "HF_HUB_OFFLINE", "HF_HOME", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
 """Environment variables of this shell that a job gets, where they are set. Keys and passwords are not among them."""
 
@@ -70,13 +71,16 @@ class Jobs:
         """Connect.
 
         Raises:
-            RunError: no job server answers at `address`, or it refuses this client's token.
+            InputError: `address` (or the environment's) has another form, or no job server answers there.
+            RunError: it refuses this client's token.
         """
+        self.address = job_server(address)
         from ray.job_submission import JobSubmissionClient
 
         for module in _VERBOSE_LOGGERS:
             logging.getLogger(module).setLevel(logging.WARNING)
-        self.address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS
+        # Ray itself puts this variable, and then RAY_ADDRESS, above the address that its client is given.
+        os.environ[JOB_SERVER] = self.address
         with self._request():
             self._client = JobSubmissionClient(self.address)
 
@@ -240,8 +244,8 @@ def _staged_argument(argument: str, inputs: Path) -> str:
     path = Path(argument)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         return argument
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise InputError(f"{path}: larger than the {MAX_CONFIG_BYTES} bytes a config may have")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise InputError(f"{path}: larger than the {MAX_YAML_BYTES} bytes a config may have")
     inputs.mkdir(exist_ok=True)
     taken = inputs / path.name
     if taken.exists() and taken.read_bytes() != path.read_bytes():

@@ -19,6 +19,7 @@ from gavamoe.artifacts import object_store, remote
 from gavamoe.artifacts.run import RunFolder
 from gavamoe.config.schema import RunConfig, RuntimeConfig
 from gavamoe.errors import InputError, RunError
+from gavamoe.runtime import connection
 from gavamoe.runtime.context import LocalContext
 from gavamoe.runtime.tracking import Line, RunLog
 from gavamoe.runtime.worker import WorkerJob, WorkerLog, run_worker, storage_problem
@@ -46,6 +47,9 @@ def ray_session(placement: RuntimeConfig, *, dashboard: bool = False) -> Iterato
     Args:
         dashboard: a Ray started here has its dashboard (on the loopback interface). Without it Ray does not free what
             the workers of a training held whose caller, such as a trial of a search, was killed.
+
+    Raises:
+        InputError: the environment names no cluster that answers, or no places where a Ray can be started.
     """
     # ray.train.report blocks for one poll of the controller: 2 s by default, paid at every checkpoint.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
@@ -55,11 +59,11 @@ def ray_session(placement: RuntimeConfig, *, dashboard: bool = False) -> Iterato
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address, logging_level="WARNING", log_to_driver=False)
-    else:
+    address = connection.cluster_address()
+    if address is None:
         _start_ray(placement, dashboard=dashboard)
+    else:
+        connection.connect(address, logging_level="WARNING")
     try:
         yield
     finally:
@@ -77,12 +81,10 @@ def _start_ray(placement: RuntimeConfig, *, dashboard: bool) -> None:
         os.environ["RAY_GCS_SERVER_PORT"] = str(port)
         environment["RAY_ADDRESS"] = f"{ray.util.get_node_ip_address()}:{port}"
     try:
-        ray.init(
-            address="local",
+        connection.start(
             num_cpus=max(os.cpu_count() or 1, placement.workers * placement.threads_per_worker),
             include_dashboard=dashboard,
             logging_level="ERROR",
-            log_to_driver=False,
             runtime_env={"env_vars": environment},
         )
     finally:

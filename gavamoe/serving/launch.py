@@ -1,5 +1,6 @@
 """`gavamoe serve`: the service on this machine, and a new run into a service that is up."""
 
+import errno
 import importlib.util
 import logging
 import math
@@ -14,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gavamoe.config.files import read_yaml
+from gavamoe.config.yaml_reader import read_yaml
 from gavamoe.errors import InputError, RunError, validated
+from gavamoe.runtime import connection
 from gavamoe.runtime.ray_train import free_port
 from gavamoe.serving.routing import RoutingService
 from gavamoe.serving.security import ApiKeys
@@ -23,8 +25,8 @@ from gavamoe.serving.settings import ServeArgs
 from gavamoe.serving.writing import generation_defaults
 
 APP_NAME = "gavamoe"
-_TOKEN_FILE = Path.home() / ".ray" / "auth_token"
-"""Where Ray keeps the token that guards its own ports."""
+METRICS_PORT = 8001
+"""The port of Prometheus' metrics where none is asked for and this one is free."""
 
 
 def read_args(run: Path, settings: Path | None, changes: dict[str, Any]) -> ServeArgs:
@@ -37,7 +39,9 @@ def read_args(run: Path, settings: Path | None, changes: dict[str, Any]) -> Serv
     if not isinstance(values, dict):
         raise InputError(f"{settings}: expected the arguments of the app builder, such as limits and generator")
     for name, change in changes.items():
-        values[name] = {**values.get(name, {}), **change} if isinstance(change, dict) else change
+        given = values.get(name, {})
+        if isinstance(given, dict):  # anything else is refused below
+            values[name] = given | change if isinstance(change, dict) else change
     args = validated(ServeArgs, values | {"run": str(Path(run).absolute())}, settings or "serve", "usable settings")
     check_args(args)
     return args
@@ -50,14 +54,28 @@ def check_args(args: ServeArgs) -> None:
     ApiKeys.read(args)
 
 
-def run_service(args: ServeArgs, *, host: str, port: int, metrics_port: int, say: Callable[[str], None]) -> None:
+def run_service(args: ServeArgs, *, host: str, port: int, metrics_port: int | None, say: Callable[[str], None]) -> None:
     """Start Ray and the service, and stay until SIGINT or SIGTERM.
 
+    Args:
+        metrics_port: None: `METRICS_PORT`, or a free one where another service of the machine has that.
+
     Raises:
-        InputError: the port is taken.
+        InputError: a port that was asked for is taken.
         RunError: the service did not come up.
     """
-    _check_port(host, port)
+    if port == metrics_port:
+        raise InputError(f"--port {port} --metrics-port {metrics_port}: one port can't be both; choose another")
+    _check_port(host, port, f"--host {host} --port {port}", "choose another --port")
+    if metrics_port is None and port != METRICS_PORT and _is_free("", METRICS_PORT):
+        metrics_port = METRICS_PORT
+    elif metrics_port is None:
+        metrics_port = free_port("")
+        say(f"port {METRICS_PORT} is taken: metrics are at port {metrics_port} (--metrics-port names another)")
+    else:
+        _check_port(
+            "", metrics_port, f"--metrics-port {metrics_port}", "choose another, or leave it out for a free one"
+        )
     with prepared_environment():
         _run_service(args, host, port, metrics_port, say)
 
@@ -71,15 +89,12 @@ def _run_service(args: ServeArgs, host: str, port: int, metrics_port: int, say: 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    ray.init(
-        address="local",
+    connection.start(
         num_cpus=max(os.cpu_count() or 1, math.ceil(2 * args.reserved_cpus)),  # 2: an update starts beside the old
         include_dashboard=False,
         logging_level="ERROR",
-        log_to_driver=False,
         _metrics_export_port=metrics_port,
     )
-    _protect_token()
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         _deploy(args)
@@ -149,9 +164,11 @@ def update_service(args: ServeArgs, *, say: Callable[[str], None]) -> None:
     """Replace the run of the service at RAY_ADDRESS (or the only one of this machine), without a failed request.
 
     Raises:
+        InputError: no cluster there.
         RunError: no service there, or the new run did not come up; the old one then goes on.
     """
-    if _TOKEN_FILE.exists() or "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+    address = connection.cluster_address() or "auto"
+    if connection.has_token():
         # Ray itself uses a token for the address "auto" only, never for one that is named.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -161,9 +178,11 @@ def update_service(args: ServeArgs, *, say: Callable[[str], None]) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
     try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), logging_level="ERROR", log_to_driver=False)
-    except ConnectionError as error:
-        raise RunError("no Ray cluster to update: start a service first, or set RAY_ADDRESS") from error
+        connection.connect(address, logging_level="ERROR")
+    except InputError as error:
+        if address == "auto":
+            raise InputError("no Ray cluster to update: start a service first, or set RAY_ADDRESS") from error
+        raise
     try:
         if APP_NAME not in serve.status().applications:
             raise RunError(f"no service named {APP_NAME} on this cluster; start one without --update")
@@ -185,16 +204,25 @@ def _deploy(args: ServeArgs) -> None:
         raise RunError(f"the service did not come up: {' '.join(message.split())[:500]}") from error
 
 
-def _protect_token() -> None:
-    """Ray writes its token with the umask's permissions, which often lets everyone on the machine read it."""
-    if _TOKEN_FILE.exists():
-        _TOKEN_FILE.chmod(0o600)
+def _check_port(host: str, port: int, given: str, way_out: str) -> None:
+    try:
+        _listen(host, port)
+    except OSError as error:
+        hint = f"; {way_out}" if error.errno == errno.EADDRINUSE else ""
+        raise InputError(f"{given}: can't listen there ({error.strerror}){hint}") from error
 
 
-def _check_port(host: str, port: int) -> None:
+def _is_free(host: str, port: int) -> bool:
+    try:
+        _listen(host, port)
+    except OSError:
+        return False
+    return True
+
+
+def _listen(host: str, port: int) -> None:
+    """Listen for a moment: without that, a port on which another process listens at one address looks free."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InputError(f"--host {host} --port {port}: can't listen there ({error.strerror})") from error
+        probe.bind((host, port))
+        probe.listen()

@@ -5,8 +5,9 @@ The bounds here are ceilings of the format; a server's own limits (`ServeArgs`) 
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
+from gavamoe.config.section import StrictNumbers
 from gavamoe.data.bounds import MAX_FEATURE_CHARS, MAX_ID_CHARS
 
 MAX_FEATURES = 16
@@ -28,7 +29,7 @@ Feature = Annotated[str, Field(min_length=1, max_length=MAX_FEATURE_CHARS), Afte
 Features = Annotated[list[Feature], Field(max_length=MAX_FEATURES)]
 
 
-class _Model(BaseModel):
+class _Model(StrictNumbers):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 

@@ -70,8 +70,10 @@ class ApiKeys:
 def _read_hashes(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: API keys can't be read ({error})") from error
+    except OSError as error:
+        raise InputError(f"{path}: API keys can't be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: API keys can't be read (not UTF-8 text)") from error
     hashes = []
     for number, line in enumerate(lines, 1):
         value = line.split("#")[0].strip().removeprefix("sha256:")

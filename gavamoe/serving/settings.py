@@ -5,17 +5,15 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from gavamoe.config.section import Section
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class Limits(_Model):
+class Limits(Section):
     """Bounds that protect the service."""
 
     request_timeout_s: Positive = 30.0
@@ -33,7 +31,7 @@ class Limits(_Model):
     """Other replicas that are tried when one dies with a request that has not answered anything yet."""
 
 
-class GeneratorSettings(_Model):
+class GeneratorSettings(Section):
     """The engine of each generator replica."""
 
     slots: Annotated[int, Field(ge=1, le=1024)] = 16
@@ -50,7 +48,7 @@ class GeneratorSettings(_Model):
     """A step that takes longer makes the replica unhealthy, and Ray Serve replaces it."""
 
 
-class Scaling(_Model):
+class Scaling(Section):
     """Replicas of one deployment: a fixed number, or between two numbers by load."""
 
     min_replicas: Count = 1
@@ -65,7 +63,7 @@ class Scaling(_Model):
     0 where there is no room for them (GPUs): old ones go first."""
 
 
-class ServeArgs(_Model):
+class ServeArgs(Section):
     """Arguments of the app builder."""
 
     run: str

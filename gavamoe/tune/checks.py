@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 from gavamoe.config.files import field_paths, override_config
 from gavamoe.config.schema import RunConfig
+from gavamoe.config.section import refuse_truth
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError, did_you_mean, first_problem
 from gavamoe.tune.space import MAX_POINTS, Choice, Constraint, FloatRange, IntRange, Scalar, Space, Values
@@ -55,6 +57,15 @@ def trial_config(config: RunConfig, space: Space, values: Values, *, cheap: bool
     """The config of a trial: the base, the space's cheaper settings (unless `cheap` is False), the drawn values."""
     settings: dict[str, Any] = (space.budget.set if cheap else {}) | values
     return override_config(config, [f"{name}={_yaml(value)}" for name, value in settings.items()])
+
+
+def refusal(config: RunConfig, space: Space, values: Values) -> str | None:
+    """Why the config can't take a trial's values; None if it can."""
+    try:
+        trial_config(config, space, values)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def config_values(config: RunConfig) -> Values:
@@ -162,7 +173,10 @@ def _check_values(name: str, spec: IntRange | FloatRange | Choice) -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(annotated)
     for value in spec.values if isinstance(spec, Choice) else (spec.low, spec.high):
         try:
+            refuse_truth(value, field.annotation)
             adapter.validate_python(value)
+        except PydanticCustomError as error:
+            raise InputError(f"parameters.{name}: {value!r}: {error.message()}") from error
         except ValidationError as error:
             raise InputError(f"parameters.{name}{first_problem(error)}") from error
     if isinstance(spec, FloatRange) and field.annotation is int:
@@ -186,13 +200,8 @@ def _check_grid(space: Space, config: RunConfig) -> None:
     for name, spec in space.parameters.items():
         if isinstance(spec, FloatRange) and spec.step is None:
             raise InputError(f"parameters.{name}: a grid needs a step, or a choice of values")
-    points = space.points(config_values(config))
-    if points is None or len(points) > space.budget.trials:
-        size = f"more than {MAX_POINTS}" if points is None else str(len(points))
-        raise InputError(
-            f"budget.trials: {space.budget.trials} for a grid of {size} points; raise it (--trials), or take the"
-            " sampler tpe or random"
-        )
+    if space.points(config_values(config)) is None:
+        raise InputError(f"sampler: a grid of more than {MAX_POINTS} points; take the sampler tpe or random")
 
 
 def _numbers(space: Space, config: RunConfig, rule: Constraint) -> list[float]:

@@ -39,9 +39,13 @@ def claimed_folder(
     Raises:
         InputError: it holds another search or something else, a search is running in it, or `resume` is missing.
     """
-    _check(folder, space, config, dataset, seeds, resume=resume)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK_FILE).open("w", encoding="utf-8") as lock:
+    try:
+        _check(folder, space, config, dataset, seeds, resume=resume)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / _LOCK_FILE).open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{folder}: can't be a search's folder ({error.strerror}); use another --run-dir") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -24,8 +24,8 @@ from ray.tune.search import Searcher
 from gavamoe.config.schema import RuntimeConfig
 from gavamoe.errors import InputError, RunError, Stopped, one_line
 from gavamoe.runtime.ray_train import ray_session
-from gavamoe.tune.checks import trial_config
-from gavamoe.tune.space import Space, Values
+from gavamoe.tune.checks import refusal, trial_config
+from gavamoe.tune.space import Space
 from gavamoe.tune.study import Record, Study
 from gavamoe.tune.trial import Job, ask_to_stop, asked_at, discard_work, run_trial
 
@@ -227,7 +227,7 @@ class _Session:
         ):
             self.spent = True
             return None
-        trial = self.study.next(self._refused)
+        trial = self.study.next(lambda values: refusal(self.job.config, self.job.space, values))
         if trial is None:
             self.spent = True
             return None
@@ -282,14 +282,6 @@ class _Session:
             self.job.space, self.study.records, self.slots, self._earlier, seconds, dict(self._restarts)
         )
         self._observer.update(state)
-
-    def _refused(self, values: Values) -> str | None:
-        """Why the config can't take these values, if it can't."""
-        try:
-            trial_config(self.job.config, self.job.space, values)
-        except InputError as error:
-            return str(error)
-        return None
 
     def _out_of_time(self) -> bool:
         minutes = self.job.space.budget.minutes

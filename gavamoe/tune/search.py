@@ -18,11 +18,11 @@ from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError, RunError
 from gavamoe.pipeline import evaluate_and_report, train_run
 from gavamoe.runtime.progress import Progress
-from gavamoe.tune.checks import check_space, config_values, trial_config
+from gavamoe.tune.checks import check_space, config_values, refusal, trial_config
 from gavamoe.tune.folder import TEST_FILE, claimed_folder, withhold_test
 from gavamoe.tune.ray_tune import SearchObserver, run_trials
 from gavamoe.tune.report import write_results
-from gavamoe.tune.space import Space, load_space
+from gavamoe.tune.space import Space, Values, load_space
 from gavamoe.tune.study import Record, Study
 from gavamoe.tune.trial import Job
 
@@ -47,6 +47,8 @@ class SearchResult:
     """The best complete trial by the first objective; None without any."""
     front: list[Record]
     """The Pareto front: complete trials that no other beats in every objective."""
+    left_out: list[Values]
+    """The points of a grid that were not tried. Where more trials would have taken them, the search stays open."""
     interrupted: bool
     """Whether Ctrl-C ended the session before the budget was spent."""
     test: dict[str, Any] | None
@@ -72,7 +74,8 @@ def run_search(
         space: a file, or the name of a shipped space.
         trials: number of trials, instead of the space's own budget.
         seeds: trainings of each configuration, with the config's seed and those that follow it.
-        final: train the best configuration in full and score it on the test split, which closes the search.
+        final: train the best configuration in full and score it on the test split, which closes the search. A
+            grid for which there were too few trials stays open instead: more may follow.
 
     Raises:
         InputError: space, config, dataset or folder are wrong or don't fit each other; raised before any training.
@@ -95,10 +98,12 @@ def run_search(
         best = write_results(folder, study, loaded, config)
         if finished and best is None:
             raise RunError(f"{folder}: {_nothing_found(study.records)}")
+        left_out = study.left_out(lambda values: refusal(config, loaded, values))
+        cut_short = left_out and len(study.records) >= loaded.budget.trials
         test = None
-        if finished and final and best is not None:
+        if finished and final and best is not None and not cut_short:
             test = _score_once(best, job, opened, len(study.records), progress)
-        return SearchResult(folder, loaded, study.records, best, study.front(), not finished, test)
+        return SearchResult(folder, loaded, study.records, best, study.front(), left_out, not finished, test)
 
 
 def _nothing_found(records: list[Record]) -> str:

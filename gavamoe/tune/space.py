@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from gavamoe.config.files import find_file, read_yaml
+from gavamoe.config.files import find_file
+from gavamoe.config.section import Section, refuse_truth
+from gavamoe.config.yaml_reader import read_yaml
 from gavamoe.errors import InputError, first_problem
 from gavamoe.tune.metrics import Measure, find_measure
 
@@ -22,11 +24,9 @@ Values = dict[str, Scalar]
 """Drawn values by field path; a parameter whose condition does not hold is absent."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class _Parameter(_Model):
+class _Parameter(BaseModel):
+    # Not a `Section`: a validator of every field is not allowed beside a discriminator (`type`).
+    model_config = Section.model_config
     when: dict[str, Scalar | list[Scalar]] = {}
     """Condition of the parameter: other fields, each with the value or values at which this one is searched."""
 
@@ -34,6 +34,12 @@ class _Parameter(_Model):
 class _Range(_Parameter):
     log: bool = False
     """Whether the logarithm is drawn evenly, instead of the value."""
+
+    @field_validator("low", "high", "step", mode="before", check_fields=False)
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any) -> Any:
+        refuse_truth(value, float)
+        return value
 
     def check(self, low: float, high: float, step: float | None) -> None:
         if low > high:
@@ -89,14 +95,14 @@ class Choice(_Parameter):
 Parameter = Annotated[IntRange | FloatRange | Choice, Field(discriminator="type")]
 
 
-class Budget(_Model):
+class Budget(Section):
     """Limits of a search's cost."""
 
     trials: int = 12
     """Number of different configurations that are trained."""
     minutes: Annotated[float, Field(gt=0)] | None = None
     """Minutes of a session after which no trial starts; those that run are finished. None: no limit."""
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
     """Config fields and values that make trials cheaper than the final training; best.yaml does not have them."""
 
     @field_validator("trials")
@@ -107,7 +113,7 @@ class Budget(_Model):
         return trials
 
 
-class Pruning(_Model):
+class Pruning(Section):
     """Pruning by ASHA: trials that do worse than others after the same share of their training are stopped."""
 
     grace: Annotated[int, Field(ge=1, le=99)] = 30
@@ -116,7 +122,7 @@ class Pruning(_Model):
     """Reduction factor: at each rung one in this many trials continues."""
 
 
-class Space(_Model):
+class Space(Section):
     """A search space: the content of a space file."""
 
     description: str = ""
@@ -125,7 +131,7 @@ class Space(_Model):
     """Stages that a trial trains. 1: stage 1 alone; 2: both."""
     metric: str | list[str]
     """Objective, measured on the validation split: a name, or several for a Pareto front."""
-    measure: list[str] = []
+    measure: list[str] = Field(default_factory=list)
     """Measures that are recorded beside the objectives."""
     sampler: Literal["tpe", "random", "nsga2", "grid"] = "tpe"
     """Optuna's sampler, which draws the configurations; grid: all points of the space."""
@@ -135,7 +141,7 @@ class Space(_Model):
     """Limits of the search's cost."""
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
     """Searched config fields by their dotted paths."""
-    constraints: list[str] = []
+    constraints: list[str] = Field(default_factory=list)
     """Constraints "FIELD <= FIELD" (or <, >=, >): the left field, a searched range, is kept within that bound."""
 
     @property
@@ -221,7 +227,7 @@ class Space(_Model):
         return spec
 
 
-class Constraint(_Model):
+class Constraint(Section):
     """A constraint between two config fields: left OPERATOR right."""
 
     left: str

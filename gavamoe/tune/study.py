@@ -131,6 +131,16 @@ class Study:
                 return True
         return False
 
+    def left_out(self, accept: Callable[[Values], str | None]) -> list[Values]:
+        """The points of a space that is gone through in order for which the budget had no trial, in that order.
+
+        Args:
+            accept: says why a configuration can't be trained, or None.
+        """
+        waiting = self.study.get_trials(states=[TrialState.WAITING], deepcopy=False) if self._listed else []
+        points = [dict(trial.system_attrs.get("fixed_params", {})) for trial in waiting]
+        return [values for values in points if self._repeated(values) is None and accept(values) is None]
+
     @property
     def interrupted(self) -> bool:
         """Whether trials of an earlier session wait to be continued."""

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from gavamoe.artifacts.checksums import Damage, FileEntry, find_damage, fingerprint, list_files
+from gavamoe.artifacts.manifest import read_manifest, write_manifest
+from gavamoe.config.schema import RunConfig
+from gavamoe.errors import InputError
 from gavamoe.runtime.worker import checkpoint_problem
 
 HELLO = hashlib.sha256(b"hello").hexdigest()
@@ -57,3 +60,35 @@ def test_checkpoints_of_earlier_versions_are_read(folder: Path) -> None:
     assert checkpoint_problem(folder) is None
     (folder / "checksums-1.json").write_text(json.dumps({"workers": 2}))
     assert "its checksums can't be read" in str(checkpoint_problem(folder))
+
+
+HIDDEN = (".DS_Store", ".gitattributes", ".cache/hub/x", "deep/.nfs0000001")
+
+
+def test_hidden_files_belong_to_no_list(folder: Path) -> None:
+    files = list_files(folder)
+    for name in HIDDEN:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("left by a tool")
+    assert list_files(folder) == files
+    assert find_damage(folder, files, unlisted=()) is None
+    earlier = files | {".DS_Store": FileEntry(bytes=1, sha256=HELLO)}
+    assert find_damage(folder, earlier, unlisted=()) is None
+    (folder / ".DS_Store").unlink()
+    assert find_damage(folder, earlier) is None
+    (folder / "a.tmp").write_text("x")
+    assert find_damage(folder, files, unlisted=()) == Damage("unexpected", "a.tmp", "a.tmp is not listed")
+
+
+def test_an_artifact_with_hidden_files_is_whole(tmp_path: Path) -> None:
+    (tmp_path / ".before").write_text("x")
+    (tmp_path / "weights").write_text("hello")
+    written = write_manifest(tmp_path, "stage1", RunConfig(), {})
+    assert set(written.files) == {"weights"}
+    for name in HIDDEN:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("left by a tool")
+    assert read_manifest(tmp_path, "stage1") == written
+    (tmp_path / "more").write_text("x")
+    with pytest.raises(InputError, match="unexpected file more"):
+        read_manifest(tmp_path, "stage1")

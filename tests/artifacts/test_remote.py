@@ -175,3 +175,133 @@ def test_datasets_are_made_described_and_copied_by_uri(
     twice = gavamoe("copy", tmp_path / "mine", f"{uri}/again")
     assert (twice.code, "already exists" in twice.err) == (2, True)
     assert gavamoe("copy", f"{uri}/nothing", tmp_path / "none").code == 2
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("file:///x/a#b", "file:///x/a#b: # is no part of a name in a URI; write %23 for it"),
+        ("s3://bucket/a#b", "s3://bucket/a#b: # is no part of a name in a URI; write %23 for it"),
+        ("s3://bucket/a?b", "s3://bucket/a?b: ? is no part of a name in a URI; write %3F for it"),
+        ("file:///x/100%", "file:///x/100%: % is no character; write %25 for a percent sign"),
+        ("s3://bucket/a%2", "s3://bucket/a%2: %2 is no character; write %25 for a percent sign"),
+        ("s3://", "s3://: names no folder"),
+        ("s3:/bucket/a", "s3:/bucket/a: not a URI; did you mean s3://bucket/a?"),
+        ("file:/x/a", "file:/x/a: not a URI; did you mean file:///x/a?"),
+        ("file:///", "file:///: names no folder"),
+        ("file:///x/%00", "has a control character"),
+        ("file:///x/%ff", "is not UTF-8"),
+        ("file:///x/\udcff", "is not UTF-8"),
+    ],
+)
+def test_uris_that_would_lead_elsewhere_are_refused(uri: str, message: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a")
+    for call in (lambda: remote.located(uri), lambda: remote.copy(str(folder), uri), lambda: ObjectStore(uri)):
+        with pytest.raises(InputError) as caught:
+            call()
+        assert message in str(caught.value)
+
+
+NAMES = {
+    "a b": ("a b", "a%20b"),
+    "wörter": ("wörter", "w%C3%B6rter", "w%c3%b6rter"),
+    "a#b": ("a%23b",),
+    "a?b": ("a%3Fb", "a%3fb"),
+    "a%20b": ("a%2520b",),
+    "a+b,c;d=e&f@g:h!$'()*~": ("a+b,c;d=e&f@g:h!$'()*~",),
+}
+"""Names of folders, and how a URI may spell them."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_one_place_however_it_is_spelled(uri: str, name: str, tmp_path: Path) -> None:
+    first, *others = NAMES[name]
+    folder = make_folder(tmp_path / "a")
+    remote.push(folder, f"{uri}/{first}")
+    assert ObjectStore(uri).children() == [name]
+    for spelling in (first, *others):
+        assert content(remote.checkout(f"{uri}/{spelling}")) == content(folder)
+        assert remote.checkout(f"{uri}/{spelling}") == remote.checkout(f"{uri}/{first}")
+        assert remote.exists(f"{uri}/{spelling}")
+    assert not remote.exists(f"{uri}/a")
+
+
+def test_names_inside_a_run_are_no_uris(uri: str, tmp_path: Path) -> None:
+    """What lies below a run may have any name."""
+    run = remote.checkout(uri)
+    (run / "100% #1?").mkdir(parents=True)
+    (run / "100% #1?" / "x").write_text("x")
+    (run / "notes #2.txt").write_text("y")
+    remote.commit(run)
+    assert ObjectStore(uri).children() == ["100% #1?", "notes #2.txt"]
+    stored = remote.stored_path(run / "100% #1?")
+    assert stored is not None
+    assert content(remote.local_path(stored)) == {"x": b"x"}
+
+
+def test_hidden_files_stay_where_they_are(uri: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a")
+    for name in (".DS_Store", "deep/.nfs1", ".cache/x"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("left by a tool")
+    kept = {name for name in content(folder) if "." not in name.replace("meta.json", "")}
+    remote.copy(str(folder), uri)
+    remote.copy(str(folder), str(tmp_path / "b"))
+    assert set(content(remote.checkout(uri))) == set(content(tmp_path / "b")) == kept
+
+
+def test_a_folder_holds_no_copy_of_itself(gavamoe: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(tmp_path / "a b")
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    before = content(folder)
+    here = f"file://{tmp_path}"
+    for source, target in [
+        ("a b", "a b/sub"),
+        ("a b", "link/deep/sub"),
+        ("link", tmp_path / "a b" / "deep" / ".." / "sub"),
+        ("a b", f"{here}/a%20b/sub"),
+        (f"{here}/a%20b", "a b/sub"),
+        (f"{here}/a b", f"{here}/a%20b/sub"),
+        (f"s3://{BUCKET}/x y", f"s3://{BUCKET}/x%20y/sub"),
+    ]:
+        refused = gavamoe("copy", source, target)
+        assert (refused.code, "can't hold a copy of itself" in refused.err) == (2, True), (source, target, refused.err)
+    for target in ("a b", ".", "link"):
+        refused = gavamoe("copy", "a b/deep", target)
+        assert (refused.code, "already exists" in refused.err) == (2, True), refused.err
+    assert content(folder) == before
+    assert gavamoe("copy", "a b", "a b2").code == 0
+    assert content(tmp_path / "a b2") == before
+
+
+def test_nothing_is_left_out_of_a_copy_unseen(gavamoe: Runner, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    make_folder(plain / "stage1")
+    (plain / "config.yaml").write_text("seed: 1")
+    refused = gavamoe("copy", f"file://{plain}", tmp_path / "b")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert f"file://{plain}/stage1: gavamoe did not store it" in refused.err
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".DS_Store").touch()
+    for target in (tmp_path / "b", f"file://{tmp_path}/c"):
+        refused = gavamoe("copy", tmp_path / "empty", target)
+        assert (refused.code, "empty: holds nothing to copy" in refused.err) == (2, True)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_file_that_can_not_be_copied_is_one_line(gavamoe: Runner, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a")
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    failed = gavamoe("copy", folder, tmp_path / "b")
+    assert (failed.code, failed.err.count("\n")) == (1, 1), failed.err
+    assert "gone: can't be copied" in failed.err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_cache_that_can_not_be_written_is_wrong_input(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GAVAMOE_CACHE", "/proc/none")
+    with pytest.raises(InputError, match=r"the cache can't be written .*; set GAVAMOE_CACHE to a folder that can be"):
+        remote.located(uri)

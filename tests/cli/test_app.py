@@ -1,5 +1,6 @@
 """The command line: help at once, one clear line and exit code 2 for wrong input, nothing half-written."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -121,6 +122,26 @@ def test_unexpected_error_is_a_line_and_exit_code_1(gavamoe: Runner, monkeypatch
     assert "error: ZeroDivisionError: surprise (--debug shows where)" in result.err
     with pytest.raises(ZeroDivisionError):
         gavamoe("--debug", "data", "describe", "x")
+
+
+@pytest.mark.parametrize("command", [("status",), ("copy", "."), ("serve",)])
+def test_names_that_no_file_can_have_are_wrong_input(
+    command: tuple[str, ...], gavamoe: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").touch()
+    result = gavamoe(*command, tmp_path.parent / ("x" * 300))
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert result.err.endswith(": File name too long\n")
+
+
+def test_a_full_disk_is_a_line_and_exit_code_1(gavamoe: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
+
+    monkeypatch.setattr("gavamoe.cli.status.read_status", full)
+    result = gavamoe("status", "x")
+    assert (result.code, result.err) == (1, "error: runs/x: No space left on device (--debug shows where)\n")
 
 
 def test_uris_are_named_as_they_were_given(

@@ -39,7 +39,7 @@ STATE = SearchState(SPACE, RECORDS, slots=2, earlier=2, seconds=60.0, restarts={
 def result(**changes: Any) -> SearchResult:
     values: dict[str, Any] = {
         "folder": Path("/runs/s"), "space": SPACE, "records": RECORDS, "best": RECORDS[2], "front": [RECORDS[2]],
-        "interrupted": False, "test": None,
+        "left_out": [], "interrupted": False, "test": None,
     }  # fmt: skip
     return SearchResult(**values | changes)
 
@@ -54,6 +54,20 @@ def test_status_counts_names_the_best_and_estimates_what_is_left() -> None:
 def test_a_line_says_what_a_trial_drew_and_how_it_ended() -> None:
     assert trial_line(RECORDS[0], SPACE) == "trial 0: clusters=3 beta=0.125: RMSE ↓ 0.9 ± 0.14"
     assert trial_line(RECORDS[3], SPACE) == "trial 3: clusters=3 beta=0.125: failed: RunError: collapsed"
+
+
+def test_the_points_that_were_left_out_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    left: list[dict[str, Any]] = [{"stage1.clusters": 4, "stage1.beta": 0.5}, {"stage1.clusters": 5}]
+    print_search(result(left_out=left), as_json=True)
+    out, err = capsys.readouterr()
+    assert json.loads(out)["left_out"] == left
+    line = "left out: 2 of 7 points (clusters=4 beta=0.5; clusters=5)"
+    assert f"{line}; --resume --trials 7 goes on with them, and test scores the best one after the last\n" in err
+    closed = result(left_out=left, test={"trial": 2, "trials": 5, "split": "test", "metrics": {}})
+    assert search.left_out_line(closed) == line
+    many = result(left_out=[{"stage1.clusters": 4}] * 12)
+    assert search.left_out_line(many).count("clusters=4") == 10
+    assert "; 2 more)" in search.left_out_line(many)
 
 
 def test_without_a_terminal_each_new_end_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,3 +143,14 @@ def test_one_search_at_a_time_works_in_a_folder(tiny_dataset: Path, tmp_path: Pa
         pass
     with claimed_folder(tmp_path / "search", space, RunConfig(), opened, 1, resume=True):
         pass
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file", "name of 300 letters", "lock is a folder"])
+def test_a_place_that_can_be_no_folder(place: str, tune: Call, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "locked" / "tune.lock").mkdir(parents=True)
+    names = {"a file": "file", "below a file": "file/x", "name of 300 letters": "x" * 300, "lock is a folder": "locked"}
+    code, said = tune(SPACE, "--run-dir", str(tmp_path / names[place]))
+    assert (code, said.count("\n")) == (2, 1), said
+    assert "can't be a search's folder" in said
+    assert said.endswith("; use another --run-dir\n")

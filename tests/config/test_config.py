@@ -66,7 +66,7 @@ def test_gates_follow_clusters() -> None:
         ("stage2=3", r"stage2: 3: .*valid dictionary"),
         ("peter.layers=3", r"--set peter\.layers=3: peter\.layers has moved to baselines\.peter\.layers"),
         ("seed", r"--set seed: expected FIELD=VALUE"),
-        ("seed=[", r"--set seed=\[: .*not a YAML value"),
+        ("seed=[", r"--set seed=\[: not valid YAML"),
     ],
 )
 def test_bad_override_names_field_and_bound(override: str, message: str) -> None:
@@ -193,3 +193,16 @@ def test_the_former_place_of_peter_is_read_but_not_written() -> None:
         parse_config({"peter": {}, "baselines": {"peter": {}}}, "old.yaml")
     with pytest.raises(InputError, match=r"peter\.layers has moved to baselines\.peter\.layers"):
         parse_config({}, "new.yaml", ["peter.layers=3"])
+
+
+@pytest.mark.parametrize("value", ["yes", "true", "off"])
+@pytest.mark.parametrize("field", ["stage1.clusters", "stage1.beta", "stage2.lora.alpha", "seed"])
+def test_truth_values_are_no_numbers(field: str, value: str) -> None:
+    with pytest.raises(InputError, match=rf"{field}: (True|False): input should be a number, not true or false"):
+        parse_config({}, "x", [f"{field}={value}"])
+    assert parse_config({}, "x", ["stage2.experts.renormalise=yes"]).stage2.experts.renormalise
+
+
+def test_a_name_longer_than_a_files_is_unknown() -> None:
+    with pytest.raises(InputError, match="no such config file"):
+        load_config("x" * 5000)

@@ -104,8 +104,8 @@ def test_wrong_steps_and_silent_addresses_are_one_line(gavamoe: Runner) -> None:
     wrong = gavamoe("submit", "stage3")
     assert (wrong.code, "stage3: no such step; there are prepare" in wrong.err) == (2, True)
     silent = gavamoe("submit", "stage1", "quickstart", "--address", "http://127.0.0.1:9")
-    assert silent.code == 1
-    assert "http://127.0.0.1:9: no job server answers" in silent.err
+    assert silent.code == 2
+    assert "--address http://127.0.0.1:9: no job server answers" in silent.err
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,8 @@ WRONG = [
     ({"user": "U000001"}, 422, "item"),
     (PAIR | {"rating": 9}, 422, None),
     (PAIR | {"rating": "five"}, 422, "rating"),
+    (PAIR | {"rating": True}, 422, "rating"),
+    (PAIR | {"top_p": True}, 422, "top_p"),
     (PAIR | {"features": ["x"] * 17}, 422, "features"),
     (PAIR | {"features": ["x" * 65]}, 422, "features.0"),
     (PAIR | {"user": ""}, 422, "user"),

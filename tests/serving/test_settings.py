@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from gavamoe.errors import InputError
+from gavamoe.serving.launch import read_args
 from gavamoe.serving.routing import Pair
 from gavamoe.serving.settings import ServeArgs
 
@@ -40,6 +41,25 @@ def test_config_files_are_valid(name: str) -> None:
     for scaling in (args.router_scaling, args.generator_scaling, args.ingress_scaling):
         assert scaling.min_replicas <= scaling.max_replicas
     assert "kuberay" in name or config["http_options"]["host"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("generator: {slots: yes}", "generator.slots: True: input should be a number, not true or false"),
+        ("router_scaling: {num_cpus: on}", "router_scaling.num_cpus: True: input should be a number"),
+        ("limits: {retries: 1, retries: 2}", "retries is given twice, in lines 1 and 1"),
+        ("generator_scaling: 3", "generator_scaling: 3: input should be a valid dictionary"),
+        ("- page", "expected the arguments of the app builder"),
+    ],
+)
+def test_wrong_settings_are_one_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    replicas = {"generator_scaling": {"min_replicas": 2, "max_replicas": 2}}
+    with pytest.raises(InputError, match=rf"^{tmp_path}/s\.yaml: ") as caught:
+        read_args(tmp_path, tmp_path / "s.yaml", replicas)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_app_is_built_as_asked(tmp_path: Path) -> None:

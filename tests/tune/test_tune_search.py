@@ -85,6 +85,23 @@ def test_search_keeps_every_trial_and_scores_the_best_once(tiny_dataset: Path, t
     assert search(tmp_path, tiny_dataset, space, seeds=2, resume=True).test == scored.test  # read, not measured again
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_two_workers")
+def test_a_grid_that_is_cut_short_stays_open_until_its_last_point(tiny_dataset: Path, tmp_path: Path) -> None:
+    space = write_space(tmp_path, sampler="grid", budget={"trials": 12})
+    found = search(tmp_path, tiny_dataset, space, trials=2)
+    assert [record.values["stage1.clusters"] for record in found.records] == [2, 3]
+    assert found.left_out == [{"stage1.clusters": 4}]
+    assert found.test is None
+    assert not (tmp_path / "search" / "final").exists()
+
+    whole = search(tmp_path, tiny_dataset, space, trials=3, resume=True)
+    assert [record.values["stage1.clusters"] for record in whole.records] == [2, 3, 4]
+    assert whole.records[:2] == found.records
+    assert whole.left_out == []
+    assert whole.test is not None
+
+
 @pytest.mark.usefixtures("ray_two_workers")
 def test_failing_trials_are_recorded_and_the_search_goes_on(tiny_dataset: Path, tmp_path: Path) -> None:
     rates = {"stage1.learning_rate": {"type": "choice", "values": [1.0e30, 0.001]}}

@@ -64,6 +64,8 @@ def test_shipped_spaces_fit_the_default_config(name: str, tiny_dataset: Path) ->
         ({"parameters": {"stage1.clusters": {"type": "choice", "values": []}}}, "at least 1 item"),
         ({"parameters": {"stage1.clusters": {"type": "choice", "values": [2, 2]}}}, "a value occurs twice"),
         ({"parameters": {"stage1.clusters": {"type": "integer", "low": 1, "high": 2}}}, "'int', 'float', 'choice'"),
+        ({"parameters": {"stage1.clusters": {"type": "int", "low": True, "high": 3}}}, "not true or false"),
+        ({"budget": {"trials": True}}, "budget.trials: True: input should be a number, not true or false"),
         ({"budget": {"trials": 0}}, "budget.trials: a search needs at least 1 trial, not 0"),
         ({"sampler": "annealing"}, "sampler: 'annealing'"),
         ({"budgets": {}}, "budgets: unknown field"),
@@ -91,6 +93,8 @@ def test_malformed_spaces_are_refused(changes: dict[str, Any], message: str) -> 
         ({"parameters": {"seed": K}}, "not searched: --seeds"),
         ({"parameters": {"stage1.negatives": K}}, "has ratings"),
         ({"parameters": {"stage1.clusters": {"type": "int", "low": 0, "high": 3}}}, "0: input should be greater"),
+        ({"parameters": {"stage1.clusters": {"type": "choice", "values": [True, 2]}}}, "not true or false"),
+        ({"budget": {"set": {"stage1.epochs": True}}}, "stage1.epochs: True: input should be a number, not true"),
         ({"parameters": {"stage1.clusters": {"type": "float", "low": 2, "high": 3}}}, "use type: int"),
         ({"parameters": {"stage1.dropout": {"type": "choice", "values": ["some"]}}}, "'some': input should be a valid"),
         (
@@ -102,7 +106,10 @@ def test_malformed_spaces_are_refused(changes: dict[str, Any], message: str) -> 
         ({"constraints": ["stage1.clusters <= stage1.beta"]}, "no value of 2..5 satisfies it when stage1.beta is 0.1"),
         ({"constraints": ["stage1.latent_size <= stage1.clusters"]}, "the left side must be a searched"),
         ({"sampler": "grid", "parameters": {"stage1.beta": {"type": "float", "low": 0, "high": 1}}}, "needs a step"),
-        ({"sampler": "grid", "budget": {"trials": 3}}, "budget.trials: 3 for a grid of 4 points"),
+        (
+            {"sampler": "grid", "parameters": {"stage1.latent_size": {"type": "int", "low": 1, "high": 20_000}}},
+            "sampler: a grid of more than 10000 points; take the sampler tpe or random",
+        ),
         (
             {"parameters": {"stage1.mixture_restarts": K}, "budget": {"set": {"stage1.mixture_init": "random"}}},
             "ignored while stage1.mixture_init is random",

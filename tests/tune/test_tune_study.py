@@ -81,6 +81,26 @@ def test_a_space_that_the_budget_covers_is_gone_through_in_order(tmp_path: Path)
     ]
 
 
+def test_a_grid_with_fewer_trials_than_points_tells_the_others_and_goes_on_with_them(tmp_path: Path) -> None:
+    of = space(parameters={"stage1.clusters": K}, sampler="grid", budget={"trials": 3})
+    study, tried = open_study(tmp_path, of), []
+    for _ in range(3):
+        drawn = study.next(anything)
+        assert drawn is not None
+        finish(study, drawn[0], 0.5)
+        tried.append(drawn[1]["stage1.clusters"])
+    assert tried == [2, 3, 4]
+    assert study.left_out(anything) == [{"stage1.clusters": 5}]
+    assert study.left_out(lambda values: "the config can't take it") == []
+
+    again = open_study(tmp_path, space(parameters={"stage1.clusters": K}, sampler="grid", budget={"trials": 4}))
+    drawn = again.next(anything)
+    assert drawn is not None
+    assert drawn[1] == {"stage1.clusters": 5}
+    assert again.left_out(anything) == []
+    assert again.next(anything) is None
+
+
 def test_a_point_of_a_grid_that_was_being_drawn_is_not_lost(tmp_path: Path) -> None:
     of = space(parameters={"stage1.clusters": K}, sampler="grid")
     open_study(tmp_path, of).study.ask()

@@ -23,6 +23,10 @@ ROWS_SHOWN = 14
 """Rows of the live table: what runs, and what ended last."""
 
 
+POINTS_SHOWN = 10
+"""Points of a grid that are named when they are left out."""
+
+
 class SearchTerminal:
     """A `tune.SearchProgress`: one live table while trials run, then the bars of the final training.
 
@@ -147,6 +151,8 @@ def print_search(result: SearchResult, *, as_json: bool) -> None:
             markup=False,
             soft_wrap=True,
         )
+    if result.left_out:
+        console.print(left_out_line(result), markup=False, soft_wrap=True)
     if result.test is not None:
         _print_test(result.test)
     if result.best is not None:
@@ -157,6 +163,21 @@ def print_search(result: SearchResult, *, as_json: bool) -> None:
         console.print("interrupted; --resume goes on where it was", markup=False)
 
 
+def left_out_line(result: SearchResult) -> str:
+    """ "left out: 1 of 4 points (clusters=5); --resume --trials 4 tries it too, ..."."""
+    names = list(result.space.parameters)
+    points = [
+        " ".join(f"{short_name(name, names)}={value_text(value)}" for name, value in point.items())
+        for point in result.left_out
+    ]
+    more = [f"{len(points) - POINTS_SHOWN} more"] if len(points) > POINTS_SHOWN else []
+    total = len(result.records) + len(points)
+    line = f"left out: {len(points)} of {total} points ({'; '.join(points[:POINTS_SHOWN] + more)})"
+    if result.test is not None:  # the search is closed
+        return line
+    return f"{line}; --resume --trials {total} goes on with them, and test scores the best one after the last"
+
+
 def search_json(result: SearchResult) -> dict[str, Any]:
     """For machines: the best trial, the front, every trial, the test scores."""
     return {
@@ -164,6 +185,7 @@ def search_json(result: SearchResult) -> dict[str, Any]:
         "metrics": [measure.name for measure in result.space.objectives],
         "best": None if result.best is None else _record_json(result.best),
         "pareto": [record.number for record in result.front] if len(result.space.objectives) > 1 else None,
+        "left_out": result.left_out,
         "interrupted": result.interrupted,
         "trials": [_record_json(record) for record in result.records],
         "test": result.test,

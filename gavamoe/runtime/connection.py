@@ -1,0 +1,181 @@
+"""The way to a Ray: to a cluster that the environment names, to a job server, or to one that is started here.
+
+Ray itself tries again for a minute or more where nothing answers, and then says little. What the environment or an
+option says is looked at first, and refused in one line that names it and the form that it wants.
+"""
+
+import http.client
+import os
+import re
+import socket
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from gavamoe.artifacts.home import home_folder, writable_home
+from gavamoe.errors import InputError, RunError, one_line
+
+ADDRESS = "RAY_ADDRESS"
+"""Variable with the address of the cluster, as Ray knows it."""
+JOB_SERVER = "RAY_API_SERVER_ADDRESS"
+"""Variable with the address of the cluster's dashboard, which has the job server."""
+DEFAULT_JOB_SERVER = "http://127.0.0.1:8265"
+
+_SECONDS = 5.0
+"""Seconds in which something must answer at an address; a cluster that can be worked with takes far less."""
+_SHORTEST_ANSWER = 1.0
+"""Seconds in which a server of HTTP would have answered a request."""
+_CLUSTER_FORM = "expected HOST:PORT of the cluster's head, such as 10.0.0.5:6379"
+_JOB_SERVER_FORM = "expected the cluster's dashboard, http://HOST:PORT, such as " + DEFAULT_JOB_SERVER
+
+
+def cluster_address() -> str | None:
+    """The cluster of RAY_ADDRESS, at which something listens; None where a Ray is to be started here.
+
+    Raises:
+        InputError: it has another form, or nothing answers there.
+    """
+    address = os.environ.get(ADDRESS, "").strip()
+    if address in ("", "local"):
+        return None
+    if address == "auto":
+        return address  # Ray looks for one on this machine, and finds none at once
+    given = f"{ADDRESS} {address}"
+    if address.startswith(("http://", "https://")):
+        raise InputError(
+            f"{given}: that is a dashboard, which takes jobs (gavamoe submit --address {address}); {_CLUSTER_FORM}"
+        )
+    host, port = _host_and_port(address.removeprefix("ray://"), given, _CLUSTER_FORM)
+    try:
+        with socket.create_connection((host, port), _SECONDS) as connection:
+            speaks_http = not address.startswith("ray://") and _speaks_http(connection, host)
+    except OSError as error:
+        raise InputError(
+            f"{given}: nothing answers there ({_problem(error)}); {_CLUSTER_FORM}, or unset it to start a Ray here"
+        ) from error
+    if speaks_http:
+        raise InputError(f"{given}: a web server answers there, perhaps the cluster's dashboard; {_CLUSTER_FORM}")
+    return address
+
+
+def job_server(address: str | None) -> str:
+    """The job server that an option, a variable or the default names, in this order, and that answers.
+
+    Raises:
+        InputError: it has another form, or nothing answers there.
+    """
+    cluster = os.environ.get(ADDRESS, "")
+    if address:
+        url, given = address, f"--address {address}"
+    elif url := os.environ.get(JOB_SERVER, ""):
+        given = f"{JOB_SERVER} {url}"
+    elif cluster.startswith("http"):  # as `ray job` takes it
+        url, given = cluster, f"{ADDRESS} {cluster}"
+    else:
+        url, given = DEFAULT_JOB_SERVER, f"--address {DEFAULT_JOB_SERVER} (the default)"
+    if not re.match("https?://[^/]", url, flags=re.IGNORECASE):
+        raise InputError(f"{given}: {_JOB_SERVER_FORM}")
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/api/version", timeout=_SECONDS):
+            return url
+    except urllib.error.HTTPError:
+        return url  # it answers; a token that it misses is told to the client
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise InputError(f"{given}: no job server answers ({_problem(cause)}); {_JOB_SERVER_FORM}") from error
+
+
+def connect(address: str, **options: Any) -> None:
+    """Connect this process to a cluster.
+
+    Raises:
+        InputError: there is none at the address.
+        RunError: it refuses this client, or can't work with it.
+    """
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, **options)
+    except (ConnectionError, ValueError) as error:
+        raise InputError(f"{ADDRESS} {address}: no cluster there ({one_line(error)}); {_CLUSTER_FORM}") from error
+    except (RuntimeError, ray.exceptions.RayError) as error:
+        raise RunError(f"{ADDRESS} {address}: the cluster can't be used ({one_line(error)})") from error
+
+
+def start(**options: Any) -> None:
+    """Start a Ray on this machine, which belongs to this process.
+
+    Raises:
+        InputError: Ray can't keep its token or its own files where the environment says.
+    """
+    home_folder()  # libraries of the workers and replicas look for their caches there
+    if os.environ.get("RAY_AUTH_MODE") != "disabled" and not has_token():
+        writable_home()  # Ray makes the token there
+    import ray
+
+    try:
+        ray.init(address="local", log_to_driver=False, **options)
+    except OSError as error:
+        name = next((each for each in ("RAY_TMPDIR", "TMPDIR") if each in os.environ), None)
+        if name is None:
+            raise RunError(f"Ray does not start: {_problem(error)}") from error
+        too_long = "AF_UNIX path length" in str(error)
+        problem = "too long for the sockets that Ray makes below it" if too_long else _problem(error)
+        raise InputError(
+            f"{name} {os.environ[name]}: {problem}; expected a folder that can be written, of 35 characters at most,"
+            " such as /tmp"
+        ) from error
+    # Ray writes its token with the umask's permissions, which often lets everyone on the machine read it.
+    with suppress(FileNotFoundError, PermissionError):
+        token_file().chmod(0o600)
+
+
+def token_file() -> Path:
+    """Where Ray keeps the token that guards its own ports.
+
+    Raises:
+        InputError: the user has no home folder.
+    """
+    return home_folder() / ".ray" / "auth_token"
+
+
+def has_token() -> bool:
+    """Whether the environment or a file gives Ray a token.
+
+    Raises:
+        InputError: neither the environment does, nor has the user a home folder for the file.
+    """
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        return True
+    return token_file().is_file()
+
+
+def _problem(error: object) -> str:
+    """What was wrong, without the number that the system has for it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return one_line(error) if isinstance(error, Exception) else str(error)
+
+
+def _host_and_port(text: str, given: str, form: str) -> tuple[str, int]:
+    try:
+        parts = urlsplit(f"//{text}")
+        host, port = parts.hostname, parts.port
+    except ValueError as error:  # a port above 65535, a bracket that is not closed
+        raise InputError(f"{given}: {one_line(error)}; {form}") from error
+    if not host or port is None or parts.path:
+        raise InputError(f"{given}: {form}")
+    return host, port
+
+
+def _speaks_http(connection: socket.socket, host: str) -> bool:
+    """Whether a web server answers. Ray's own port, which does not, drops such a connection."""
+    connection.settimeout(_SHORTEST_ANSWER)
+    try:
+        connection.sendall(f"HEAD / HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+        return connection.recv(5) == b"HTTP/"
+    except OSError:
+        return False
