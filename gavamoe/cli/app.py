@@ -96,7 +96,7 @@ def main() -> None:
     except OSError as error:
         if debug:
             raise
-        place = _with_uris(str(error.filename or type(error).__name__))
+        place = printable(_with_uris(str(error.filename or type(error).__name__)))
         wrong_path = error.filename is not None and error.errno in _WRONG_PATHS
         hint = "" if wrong_path else " (--debug shows where)"
         print(f"error: {place}: {error.strerror or error}{hint}", file=sys.stderr)
