@@ -1,6 +1,7 @@
 """The two ways a command can end badly: the user's input was wrong, or the work failed; and the wording they share."""
 
 import difflib
+import reprlib
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,6 +11,10 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="BaseModel")
 SHOWN_CHARS = 300
 """Characters of a foreign error that are shown."""
+VALUE_CHARS = 80
+"""Characters of a wrong value that are shown."""
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = VALUE_CHARS
 
 
 class InputError(Exception):
@@ -44,6 +49,12 @@ def listed(names: Iterable[object], most: int = 30, chars: int = 60) -> str:
     """Names from a file for a message: printable, each shortened to `chars` characters, at most `most` of them."""
     shown = [printable(str(name)[:chars]) for name in names]
     return ", ".join(shown[:most]) + (f", ... ({len(shown) - most} more)" if len(shown) > most else "")
+
+
+def shortened(value: object) -> str:
+    """A value from a file as Python writes it, in at most `VALUE_CHARS` characters, however much it holds."""
+    text = printable(_SHORT.repr(value))
+    return text if len(text) <= VALUE_CHARS else text[: VALUE_CHARS - 1] + "…"
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
@@ -89,7 +100,7 @@ def first_problem(
     """
     problems = error.errors(include_url=False, include_context=False)
     first = problems[0]
-    field = ".".join(str(part) for part in first["loc"] if part not in left_out)
+    field = printable(".".join(str(part) for part in first["loc"] if part not in left_out)[:VALUE_CHARS])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         text = f"{field}: unknown field{hint}"
@@ -98,6 +109,6 @@ def first_problem(
     elif isinstance(first["input"], dict):
         text = f"{field}: {message[0].lower()}{message[1:]}"
     else:
-        text = f"{field}: {first['input']!r}: {message[0].lower()}{message[1:]}"
+        text = f"{field}: {shortened(first['input'])}: {message[0].lower()}{message[1:]}"
     others = len(problems) - 1
     return text + (f" (and {others} more)" if others else "")

@@ -8,19 +8,23 @@ reason), running. Draws that became no trial (repeated, or refused by the config
 """
 
 import random
+import sqlite3
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
+from gavamoe.errors import InputError, one_line
 from gavamoe.tune.space import Space, Values
 
 STUDY_FILE = "study.db"
@@ -81,18 +85,21 @@ class Study:
             StudyDirection.MAXIMIZE if measure.direction == "higher" else StudyDirection.MINIMIZE
             for measure in space.objectives
         ]
-        self.study = optuna.create_study(
-            storage=storage_url(folder),
-            study_name=name,
-            load_if_exists=True,
-            sampler=RandomSampler(seed=seed),
-            directions=directions,
-        )
-        # A continued search must not draw its first random points again.
-        self.study.sampler = make_sampler(space, seed + 1000 * len(self.study.trials))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # names for the dashboard's axes, nothing rests on it
-            self.study.set_metric_names(self._names)
+        check_database(folder)
+        with damage_named(folder):
+            self.study = optuna.create_study(
+                storage=storage_url(folder),
+                study_name=name,
+                load_if_exists=True,
+                sampler=RandomSampler(seed=seed),
+                directions=directions,
+            )
+            # A continued search must not draw its first random points again.
+            self.study.sampler = make_sampler(space, seed + 1000 * len(self.study.trials))
+            with warnings.catch_warnings():  # names for the dashboard's axes, on which nothing rests
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                self.study.set_metric_names(self._names)
+            _ = self.records  # a trial that can't be read is found here, before anything is trained
         if not self.study.trials:
             self._list_points()
         self._listed = bool(self.study.user_attrs.get(_LISTED))
@@ -226,6 +233,39 @@ class Study:
     def _trial(self, number: int) -> optuna.Trial:
         frozen = self.study.get_trials(deepcopy=False)[number]
         return optuna.Trial(self.study, frozen._trial_id)
+
+
+def check_database(folder: Path) -> None:
+    """Look whether the folder's study, if there is one, is a whole database.
+
+    Raises:
+        InputError: it is damaged, or no database.
+    """
+    path = folder / STUDY_FILE
+    if not path.exists():
+        return
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            [(verdict,)] = database.execute("PRAGMA quick_check(1)").fetchall()
+    except (sqlite3.Error, ValueError) as error:
+        raise _damaged(path, one_line(error)) from error
+    if verdict != "ok":
+        raise _damaged(path, one_line(ValueError(verdict)))
+
+
+@contextmanager
+def damage_named(folder: Path) -> Iterator[None]:
+    """Whatever Optuna, SQLAlchemy and JSON say of a study that holds what no search wrote, as one InputError."""
+    try:
+        yield
+    except (OptunaError, SQLAlchemyError, sqlite3.Error, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise _damaged(folder / STUDY_FILE, one_line(error)) from error
+    except (AssertionError, AttributeError, RuntimeError) as error:
+        raise _damaged(folder / STUDY_FILE, one_line(error)) from error
+
+
+def _damaged(path: Path, reason: str) -> InputError:
+    return InputError(f"{path}: damaged, or not a study of this program ({reason}); use another --run-dir")
 
 
 def storage_url(folder: Path) -> str:

@@ -24,14 +24,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gavamoe.config.files import load_config, shipped
+from gavamoe.config.yaml_reader import read_yaml
 from gavamoe.data.dataset import SPLITS, open_dataset
 from gavamoe.data.prepare import prepare
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, validated
 from gavamoe.evaluation.human.results import read_sheet
 from gavamoe.evaluation.human.study import read_key
 from gavamoe.evaluation.score_files import score_files
 from gavamoe.evaluation.text_tables import read_columns
-from gavamoe.tune.space import load_space
+from gavamoe.serving.settings import ServeArgs
+from gavamoe.tune.space import load_space, parse_space
+from gavamoe.tune.study import STUDY_FILE, Study
 
 FAST, SLOW = 300, 10_000
 MOST_MEMORY = 2 * 2**30
@@ -113,6 +116,33 @@ def reads_sheet(path: Path) -> None:
     read_sheet(path, read_key(key))
 
 
+def reads_settings(path: Path) -> None:
+    validated(ServeArgs, read_yaml(path), path, "usable settings")
+
+
+def searched() -> bytes:
+    """The storage of a search with two finished trials and one that runs."""
+    with tempfile.TemporaryDirectory() as folder:
+        study = open_study(Path(folder))
+        for value in (0.5, 0.7):
+            number, _ = study.next(lambda values: None) or (0, {})
+            study.complete(number, {"stage1.rmse": [value]}, 1.0)
+        study.next(lambda values: None)
+        return (Path(folder) / STUDY_FILE).read_bytes()
+
+
+def open_study(folder: Path) -> Study:
+    beta = {"type": "float", "low": 0.0, "high": 1.0}
+    values = {"stages": 1, "metric": "rmse", "budget": {"trials": 6}, "parameters": {"stage1.beta": beta}}
+    return Study(folder, parse_space(values, "s.yaml"), {}, seed=0, name="s")
+
+
+def reads_study(path: Path) -> None:
+    study = open_study(path.parent)
+    assert len(study.records) <= 6
+    study.next(lambda values: None)
+
+
 class Kind(NamedTuple):
     """A kind of file: its name, a valid one, and what reads it."""
 
@@ -136,6 +166,8 @@ KINDS = [
     Kind("space.yaml", (shipped("tune_spaces") / "gates_beta.yaml").read_bytes(), load_space),
     Kind("study.key.json", json.dumps(KEY).encode(), read_key),
     Kind("ann.csv", SHEET.encode(), reads_sheet),
+    Kind(STUDY_FILE, searched(), reads_study),
+    Kind("serve.yaml", b"run: r\nlimits: {max_batch: 4}\ngenerator: {slots: 2}\npage: true\n", reads_settings),
     Kind("scores.csv", SCORES.encode(), scores),
     Kind("scores.jsonl", b'{"prediction": "a room", "reference": "the room"}\n' * 6, scores),
 ]
