@@ -47,6 +47,12 @@ def prepare(
     rating_scale: Annotated[str | None, typer.Option(metavar="LOW:HIGH", help="Ratings outside are rejected.")] = None,
     max_rejected_share: Annotated[float, typer.Option(min=0, max=1, help="Fail above this share of bad rows.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split.")] = 0,
+    drop_users: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Leave out the users whose ids stand here, one a line.")
+    ] = None,
+    hash_users: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Replace users' ids by hashes, with the secret in this file.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Turn raw reviews into a dataset folder: ids, splits, features, one explanation a row."""
@@ -71,6 +77,8 @@ def prepare(
             encoding=encoding,
             quoting=cast("Quoting", quoting),  # checked there, with the other arguments
             escape=escape,
+            drop_users=drop_users,
+            hash_users=hash_users,
             progress=progress.rows,
         )
     print_prepared(result, out, as_json=json_output)

@@ -5,6 +5,7 @@
     bounds       the longest ids, titles, features and texts
     splits       ratio or index files; repeated pairs
     cleaning     cleaning of texts, ids, titles
+    user_ids     users left out, ids hashed
     times        times of reviews, ISO 8601 and numbers
     features     the words in which a text speaks about an item
     lexicon      word lists for it

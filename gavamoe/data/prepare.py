@@ -20,6 +20,7 @@ from gavamoe.data.features import Vocabulary
 from gavamoe.data.readers.formats import Format, TextMode, check_columns, get_format, read_titles
 from gavamoe.data.readers.sources import NO_COLUMN, Quoting, SourceOptions, check_encoding
 from gavamoe.data.splits import check_ratio, draw_splits, given_splits, repeated_pairs
+from gavamoe.data.user_ids import UserIds, read_hash_key, read_ids
 from gavamoe.data.validation import AcceptedRows, RowValidator
 from gavamoe.data.writer import LEFT_OUT, DatasetWriter, Rows
 from gavamoe.errors import InputError
@@ -43,6 +44,8 @@ class PrepareSummary(BaseModel):
     """Number of rejected rows by reason; each row is in rejected.jsonl."""
     repeated_pairs: int
     """Number of good rows left out because a later row has the same user and item."""
+    dropped: int
+    """Number of rows left out because their user is to be left out."""
     in_no_index: int
     """Number of good rows that no index file names."""
     unknown_times: int
@@ -83,6 +86,8 @@ def prepare(
     encoding: str | None = None,
     quoting: Quoting = "auto",
     escape: str | None = None,
+    drop_users: Path | None = None,
+    hash_users: Path | None = None,
     progress: OnRows | None = None,
 ) -> PrepareSummary:
     """Write the dataset folder `out` from `source`; whole or not at all.
@@ -97,6 +102,8 @@ def prepare(
         text_mode: explanation, review or none; None: the format's own.
         rating_scale: lowest and highest rating; None: the format's own.
         encoding, quoting, escape: of a text source, see `readers.sources.SourceOptions`.
+        drop_users: file with an id a line: these users' rows are left out, and nothing of them is kept.
+        hash_users: file with a secret: ids of users become their keyed hashes (`user_ids.hash_id`).
 
     Raises:
         InputError: something about the source, the arguments or `out` is wrong.
@@ -108,8 +115,9 @@ def prepare(
     _check_arguments(source, format, kind, text_mode, rating_scale, max_rejected_share, titles)
     mode, scale = text_mode or kind.text_mode, rating_scale or kind.scale
     report = progress or (lambda phase, rows: None)
+    ids = UserIds(read_ids(drop_users) if drop_users else (), read_hash_key(hash_users) if hash_users else None)
     with write_folder(Path(out)) as folder:
-        with RowValidator(folder, mode, scale, rated=kind.rated) as validator:
+        with RowValidator(folder, mode, scale, rated=kind.rated, ids=ids) as validator:
             for batch in kind.read(source, options):
                 validator.add(batch)
                 report("read", validator.read)
@@ -241,6 +249,7 @@ def _write(
             "read": validator.read,
             "kept": int(kept.sum()),
             "repeated_pairs": repeats,
+            "dropped": validator.user_ids.rows_dropped,
             "in_no_index": int((~kept).sum()) - repeats,
             "unknown_times": validator.unknown_times,
             "texts_cut": validator.texts_cut,
@@ -267,6 +276,8 @@ def _remarks(validator: RowValidator) -> list[str]:
     if validator.unknown_times and validator.first_unknown_time:
         row, time = validator.first_unknown_time
         remarks.append(f"{validator.unknown_times:,} times are not understood, such as {time!r} (row {row})")
+    if validator.user_ids.not_found:
+        remarks.append(f"{validator.user_ids.not_found:,} of the users to leave out have no row")
     if validator.pointed_ids:
         remarks.append(f"{validator.pointed_ids:,} ids end in .0, as whole numbers do that were saved as fractions")
     return remarks

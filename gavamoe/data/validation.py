@@ -25,6 +25,7 @@ from gavamoe.data.features import Vocabulary, WordCounts, given_features
 from gavamoe.data.readers.batches import RawBatch, Rejection, parse_numbers, shorten
 from gavamoe.data.readers.formats import TextMode
 from gavamoe.data.times import parse_times
+from gavamoe.data.user_ids import UserIds
 from gavamoe.data.writer import StringEncoder
 from gavamoe.errors import InputError
 
@@ -68,13 +69,22 @@ class AcceptedRows(NamedTuple):
 class RowValidator:
     """Accepts or rejects the rows of the batches given to `add`; a context manager that closes its files."""
 
-    def __init__(self, folder: Path, text_mode: TextMode, scale: tuple[float, float] | None, rated: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        text_mode: TextMode,
+        scale: tuple[float, float] | None,
+        rated: bool,
+        ids: UserIds | None = None,
+    ) -> None:
         """
         Args:
             folder: where `rejected.jsonl` stays and the spool of texts lies until it is removed.
             scale: lowest and highest rating allowed; None: any.
             rated: every row must have a rating, whether or not the source has such a column.
+            ids: which users are left out, and how ids are hashed.
         """
+        self.user_ids = ids or UserIds()
         self.users, self.items = StringEncoder(), StringEncoder()
         self.titles: dict[int, str] = {}
         """Titles by item code."""
@@ -124,6 +134,8 @@ class RowValidator:
         ends = [rejection.row for rejection in batch.broken] + batch.row[-1:].tolist()
         self.last_row = max(self.last_row, *ends, 0)
         self.notes += batch.notes
+        batch = self.user_ids.apply(batch)
+        count = len(batch.row)
         if not count:
             self._reject(batch, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int8))
             return

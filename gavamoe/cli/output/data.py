@@ -15,6 +15,7 @@ def print_prepared(result: PrepareSummary, out: Path, *, as_json: bool) -> None:
         ("read", result.read),
         *[(f"rejected: {reason}", count) for reason, count in result.rejected.items()],
         ("left out: a later row has the same user and item", result.repeated_pairs),
+        ("left out: users named by --drop-users", result.dropped),
         ("left out: in no index file", result.in_no_index),
         ("kept", result.kept),
         *[(f"  {split}", count) for split, count in result.rows.items()],
