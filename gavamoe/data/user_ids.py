@@ -101,9 +101,7 @@ def read_hash_key(path: Path) -> bytes:
     """
     key = _read(path, MAX_KEY_BYTES).strip()
     if len(key) < MIN_KEY_CHARS:
-        raise InputError(
-            f"{path}: {len(key)} characters of at least {MIN_KEY_CHARS}; try openssl rand -hex 32"
-        )
+        raise InputError(f"{path}: {len(key)} characters of at least {MIN_KEY_CHARS}; try openssl rand -hex 32")
     return key.encode()
 
 

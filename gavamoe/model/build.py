@@ -87,7 +87,8 @@ def load_explainer(folder: Path) -> tuple[GavamoeForCausalLM, PreTrainedTokenize
         model, loading = GavamoeForCausalLM.from_pretrained(
             folder, output_loading_info=True, local_files_only=True, ignore_mismatched_sizes=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Without the word False transformers would ask whether to run a tokenizer's own code.
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: no explainer can be loaded ({' '.join(str(error).split())[:300]})") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -1,12 +1,15 @@
 """Saving and loading an explainer: complete, strict, by the Auto classes."""
 
+import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.explainers import FAMILIES, GATES, ITEMS, SLOT, USERS, dense_model, explainer, saved_and_loaded, slot_batch
+from helpers.stage2_runs import Trained
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -107,3 +110,20 @@ def test_config_file_names_every_size(tmp_path: Path) -> None:
     }  # fmt: skip
     assert {name: saved[name] for name in expected} == expected
     assert saved["text_config"]["model_type"] == "llama"
+
+
+def test_code_of_a_tokenizer_is_not_run(torch_run: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's run may bring a tokenizer with code of its own; transformers once asked whether to run it."""
+    folder = shutil.copytree(torch_run.out, tmp_path / "stage2")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    marker = tmp_path / "it ran"
+    (folder / "evil.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n"
+        f"import os\nos.mkdir({str(marker)!r})\nclass Evil(PreTrainedTokenizerFast): pass\n"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with contextlib.suppress(InputError):
+        load_explainer(folder)
+    assert not marker.exists()
