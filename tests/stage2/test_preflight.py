@@ -199,7 +199,7 @@ def test_a_search_looks_at_each_base_model_of_its_space_before_its_first_trial(
     good, bad = save_base_model(tmp_path / "good"), broken(tmp_path / "bad").partition("=")[2]
     space = tmp_path / "space.yaml"
     parameters = {"stage2.base_model": {"type": "choice", "values": [str(good), bad]}}
-    values = {"stages": 2, "metric": "stage2.validation_loss", "budget": {"trials": 2}, "parameters": parameters}
+    values = {"stages": 2, "metric": "bleu_4", "budget": {"trials": 2}, "parameters": parameters}
     space.write_text(json.dumps(values))
     begun: list[Any] = []
     monkeypatch.setattr(search, "run_trials", lambda *_, **__: begun.append(1))
