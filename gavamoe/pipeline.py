@@ -4,20 +4,25 @@
 already complete is not run again when resuming.
 """
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gavamoe.artifacts import remote
 from gavamoe.artifacts.files import read_json
 from gavamoe.artifacts.manifest import read_manifest
-from gavamoe.artifacts.run import METRICS_FILE, Run, RunFolder, claim_run, open_run
+from gavamoe.artifacts.run import METRICS_FILE, Run, RunFolder, claim_run, make_run_folder, open_run
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.runtime.progress import NoProgress, Progress
 from gavamoe.runtime.ray_train import ray_session, run_tasks, run_training, was_cut_off
+
+if TYPE_CHECKING:
+    from gavamoe.stage2.preflight import Sizes
 
 Stage = Literal["1", "2", "all"]
 
@@ -37,21 +42,45 @@ def train_run(
         resume: go on where an earlier call with the same config and dataset ended, however it ended.
 
     Raises:
-        InputError: `run_dir` holds another config or dataset, or already holds the stage and `resume` is False.
+        InputError: `run_dir` holds another config or dataset, already holds the stage and `resume` is False, or can't
+            be made; stage 2 could not start from its base model, or its checkpoints have no room.
     """
     progress = progress or NoProgress()
     opened = open_dataset(dataset)
-    continuing = resume or stage == "2"
-    run = claim_run(run_dir, config, opened.path, opened.fingerprint, continuing=continuing)
-    remote.commit(run.path)
+    run = RunFolder(Path(run_dir))
+
+    def claim() -> None:
+        claim_run(run.path, config, opened.path, opened.fingerprint, continuing=resume or stage == "2")
+
+    if run.config_file.is_file():
+        claim()
     wanted = ("1", "2") if stage == "all" else (stage,)
     todo = [number for number in wanted if not _finished(run, number, opened, resume)]
+    with _empty_folder_removed(run.path):
+        make_run_folder(run.path)
+        if "2" in todo:
+            _check_stage2(config, opened, run.path, progress)
+    claim()  # after the checks: a run is bound to its base model, and the user may have to name another
+    remote.commit(run.path)
     if todo:
         with ray_session(config.runtime):
             for number in todo:
                 _train_stage(number, config, opened, run, resume, progress)
     trained = [folder for folder in (run.stage1, run.stage2) if folder.is_dir()]
     return {folder.name: read_json(folder / METRICS_FILE) for folder in trained}
+
+
+def check_base_models(configs: Sequence[RunConfig], dataset: Dataset) -> None:
+    """Check that the stage 2 of each config can start from its base model; each different model is looked at once.
+
+    For comparisons and searches, before their first training.
+
+    Raises:
+        InputError: as `stage2.preflight.check_base_model`.
+    """
+    different = {(config.stage2.base_model, config.stage2.scratch.family): config for config in reversed(configs)}
+    for config in different.values():
+        _base_model_sizes(config, dataset)
 
 
 def evaluate_and_report(run_dir: Path, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
@@ -92,6 +121,41 @@ def _finished(run: RunFolder, number: str, dataset: Dataset, resume: bool) -> bo
     if not resume:
         raise InputError(f"{folder}: already trained; --resume keeps it, --run-dir names another folder")
     return not was_cut_off(run.path, folder.name)
+
+
+@contextmanager
+def _empty_folder_removed(path: Path) -> Iterator[None]:
+    """Leave no empty folder behind where the block fails, if there was none."""
+    there = path.exists()
+    try:
+        yield
+    except BaseException:
+        if not there and path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        raise
+
+
+def _check_stage2(config: RunConfig, dataset: Dataset, folder: Path, progress: Progress) -> None:
+    """What stage 2 would fail of, before stage 1 takes its time."""
+    from gavamoe.stage2.preflight import check_disk
+
+    if config.stage2.base_model != "scratch":
+        progress.step("Check the base model")
+    check_disk(config, dataset, folder, _base_model_sizes(config, dataset))
+
+
+def _base_model_sizes(config: RunConfig, dataset: Dataset) -> "Sizes":
+    """Check the base model where it will be loaded: on a cluster, on a machine of its workers."""
+    from gavamoe.stage2.preflight import check_base_model, check_base_model_task
+
+    users, items = dataset.catalog.known_users, dataset.catalog.known_items
+    if config.stage2.base_model == "scratch" or not os.environ.get("RAY_ADDRESS"):
+        return check_base_model(config, users, items)
+    with ray_session(config.runtime):
+        job = {"config": config, "users": users, "items": items}
+        [sizes] = run_tasks(check_base_model_task, [job], config.runtime)
+    found: Sizes = sizes
+    return found
 
 
 def _train_stage(

@@ -4,10 +4,12 @@ Everything a command leaves on disk goes through `write_folder` or `write_file`:
 written aside, in the same parent, and renamed when it is complete.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,18 +31,22 @@ def write_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on success it becomes `path`, on any error it is removed.
 
     Raises:
-        InputError: `path` exists and `replace` is False, or its parent cannot be written.
+        InputError: `path` exists and `replace` is False, is a link to nothing, or its parent cannot be written.
+        RunError: the disk is full.
     """
     path = Path(path)
     if path.exists() and not replace:
         raise InputError(f"{path}: already exists; choose another folder or remove it first")
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path}: is a link to {path.readlink()}, which does not exist; make that or remove the link")
     aside = _aside(path)
     try:
         aside.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
     try:
-        yield aside
+        with full_disk_named(path):
+            yield aside
         if path.exists():  # os.replace refuses a non-empty target folder
             old = _aside(path)
             path.rename(old)
@@ -54,15 +60,40 @@ def write_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def write_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; on success it replaces `path`, on any error it is removed."""
+    """Yield a path beside `path` to write to; on success it replaces `path`, on any error it is removed.
+
+    Raises:
+        RunError: the disk is full.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)
     try:
-        yield aside
+        with full_disk_named(path):
+            yield aside
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Turn the bare error of a full disk into one that names what was being written.
+
+    Raises:
+        RunError: no space was left, or a quota was used up, there or in the folder of temporary files.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise RunError(
+            f"{path}: cannot be written ({os.strerror(error.errno)}): {free:,.0f} MiB are free there,"
+            f" {shutil.disk_usage(tempfile.gettempdir()).free / 2**20:,.0f} among the temporary files (TMPDIR);"
+            " make room or choose a folder on another disk"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,6 +5,7 @@ runs/NAME/
   logs/STEP.jsonl  logs/tensorboard/  checkpoints/STEP/
 """
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ class RunFolder:
     def log(self, step: str) -> Path:
         """The log of a step, as JSON lines."""
         return self.logs / f"{step}.jsonl"
+
+    def error(self, step: str) -> Path:
+        """The traceback of a step that failed by itself."""
+        return self.logs / f"{step}.error.txt"
 
     def checkpoints(self, step: str) -> Path:
         """The checkpoints of a step that has not come to its end."""
@@ -144,11 +149,12 @@ def claim_run(run_dir: Path, config: RunConfig, dataset: Path, fingerprint: str,
         dataset: the folder of the dataset, which has this fingerprint.
 
     Raises:
-        InputError: it holds a run of other settings or data, or any run where `continuing` is False.
+        InputError: it holds a run of other settings or data, or any run where `continuing` is False; or it can't be
+            made or written to.
     """
     folder = RunFolder(Path(run_dir))
     if not folder.config_file.is_file():
-        folder.path.mkdir(parents=True, exist_ok=True)
+        make_run_folder(folder.path)
         stored = remote.stored_path(dataset)
         path = str(dataset.absolute()) if stored is None else stored.uri
         write_json(folder.dataset_file, {"path": path, "fingerprint": fingerprint})
@@ -164,6 +170,23 @@ def claim_run(run_dir: Path, config: RunConfig, dataset: Path, fingerprint: str,
             f" {fingerprint[:12]}); use another --run-dir"
         )
     return folder
+
+
+def make_run_folder(path: Path) -> None:
+    """Make a run's folder where it isn't there yet, and see whether files can be made in it.
+
+    Raises:
+        InputError: it can't be made, is no folder, or can't be written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        way_out = "name another folder with --run-dir"
+        if isinstance(error, FileExistsError):
+            raise InputError(f"{path}: is a file, and a run needs a folder; {way_out}") from error
+        raise InputError(f"{path}: no run can be kept there ({error.strerror}); {way_out}") from error
 
 
 def _check_same_config(folder: RunFolder, config: RunConfig) -> None:

@@ -25,7 +25,7 @@ from gavamoe.evaluation.evaluate import Writer, evaluate, evaluate_run, write_ev
 from gavamoe.experiments.baselines import peter_train
 from gavamoe.experiments.baselines.retrieval import Copier
 from gavamoe.experiments.variants import SYSTEMS, System, find_systems
-from gavamoe.pipeline import train_run
+from gavamoe.pipeline import check_base_models, train_run
 from gavamoe.report.latent_map import plot_latents
 from gavamoe.runtime.progress import NoProgress, Progress
 from gavamoe.runtime.ray_train import Line, ray_session
@@ -71,15 +71,17 @@ def run_ablation(
         minutes: no further run starts after this time; None: no limit.
 
     Raises:
-        InputError: an unknown system, one named that makes no sense here, or folders of another comparison.
+        InputError: an unknown system, one named that makes no sense here, folders of another comparison, or a base
+            model, the config's or that of GaVaMoE[GPT2], that can't be trained from; leave the latter out by `only`.
     """
     started = time.monotonic()
     progress = progress or NoProgress()
     opened, out = open_dataset(dataset), Path(out)
     plan = _plan(config, opened, out, seeds, only)
     left = [job for job in plan.jobs if not _evaluated(job, opened)]
-    trains = any(job.system.model == "stage2" and not (job.run.stage2 / MANIFEST).is_file() for job in left)
-    with ray_session(config.runtime) if trains else nullcontext():
+    trained = [job for job in left if job.system.model == "stage2" and not (job.run.stage2 / MANIFEST).is_file()]
+    check_base_models([job.config for job in trained], opened)
+    with ray_session(config.runtime) if trained else nullcontext():
         for number, job in enumerate(todo := tuple(left), start=1):
             if minutes is not None and time.monotonic() - started >= 60 * minutes:
                 break

@@ -13,7 +13,7 @@ from gavamoe.artifacts.files import read_json
 from gavamoe.config.files import PACKAGE
 from gavamoe.config.schema import Stage2Config
 from gavamoe.errors import InputError, one_line
-from gavamoe.model.base_model import SUPPORTED, locate_base, scratch_config
+from gavamoe.model.base_model import SUPPORTED, read_base_config, scratch_config
 
 SHAPES = PACKAGE / "model" / "shapes"
 
@@ -33,14 +33,10 @@ def base_shape(stage2: Stage2Config, config_file: Path | None = None) -> PreTrai
     shipped = shipped_shapes()
     if stage2.base_model in shipped:
         return _from_values(shipped[stage2.base_model], stage2.base_model)
-    source, options = locate_base(stage2.base_model)
-    try:
-        return _supported(AutoConfig.from_pretrained(source, trust_remote_code=False, **options), stage2.base_model)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"base_model {stage2.base_model}: its config cannot be read ({one_line(error, 200)}); give its config.json"
-            f" with --base-config, or plan with a known model: {', '.join(sorted(shipped))}"
-        ) from error
+    known = ", ".join(sorted(shipped))
+    return read_base_config(
+        stage2.base_model, f"give its config.json with --base-config, or plan with a known model: {known}"
+    )
 
 
 def shipped_shapes() -> dict[str, dict[str, Any]]:
@@ -59,12 +55,3 @@ def _from_values(values: Any, source: str) -> PreTrainedConfig:
         return AutoConfig.for_model(**values)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{source}: not a usable config ({one_line(error, 200)})") from error
-
-
-def _supported(config: PreTrainedConfig, source: str) -> PreTrainedConfig:
-    if config.model_type not in SUPPORTED:
-        raise InputError(
-            f"base_model {source}: architecture {config.model_type!r} is not supported;"
-            f" supported: {', '.join(SUPPORTED)}"
-        )
-    return config

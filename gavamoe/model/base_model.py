@@ -6,12 +6,13 @@ Supported architectures: the LLaMA family (`model_type` llama) and GPT-2. Code f
 """
 
 import importlib.util
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -31,6 +32,7 @@ from transformers import initialization as init
 
 from gavamoe.config.schema import ScratchModelConfig
 from gavamoe.errors import InputError, one_line
+from gavamoe.model.base_weights import check_loaded, check_weights, damaged_file
 
 SUPPORTED = ("llama", "gpt2")
 """Architectures by `model_type`; `decoders` has a GaVaMoE form of each."""
@@ -39,6 +41,13 @@ SCRATCH_POSITIONS = 2048
 """Longest sequence of the scratch LLaMA, in tokens; rotary positions cost no weights."""
 SCRATCH_LEARNED_POSITIONS = 512
 """Longest sequence of the scratch GPT-2, in tokens; each learned position is a row of weights."""
+_FAILED = "cannot be loaded"
+_WAY_OUT = (
+    "give a folder made by save_pretrained, a .gguf file, or 'scratch', or download the model where the hub can be"
+    " reached"
+)
+# False, not absent: transformers would otherwise ask on the terminal whether to run a repository's code.
+_NO_CODE = {"trust_remote_code": False}
 
 
 def load_base(
@@ -58,14 +67,15 @@ def load_base(
     is masked from attention and from the loss. `model.config` and `model.generation_config` agree with it.
 
     Raises:
-        InputError: not found, unreadable, an unsupported architecture, or a missing optional package.
+        InputError: not found, unreadable, an unsupported architecture, quantized; weights that are missing, unknown,
+            of another shape or not finite; a tokenizer with ids that have no embedding; a missing optional package.
     """
     if base_model == "scratch":
         tokenizer = train_tokenizer(texts, scratch.vocabulary)
         model = _scratch_model(scratch, tokenizer, seed)
     else:
         model, tokenizer = _load_pretrained(base_model, empty_weights)
-    _align_special_tokens(model, tokenizer)
+    _align_special_tokens(base_model, model, tokenizer)
     return model, tokenizer
 
 
@@ -78,11 +88,8 @@ def load_tokenizer(base_model: str, scratch: ScratchModelConfig, texts: Iterable
     if base_model == "scratch":
         return train_tokenizer(texts, scratch.vocabulary)
     source, options = locate_base(base_model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"base_model {base_model}: its tokenizer cannot be loaded ({one_line(error)})") from error
-    _pad_and_end(tokenizer)
+    tokenizer = _read_tokenizer(base_model, source, options)
+    _pad_and_end(base_model, tokenizer)
     return tokenizer
 
 
@@ -162,29 +169,135 @@ def _scratch_model(scratch: ScratchModelConfig, tokenizer: PreTrainedTokenizerBa
         return GPT2LMHeadModel(config) if scratch.family == "gpt2" else LlamaForCausalLM(config)
 
 
+def check_base(base_model: str) -> PreTrainedConfig:
+    """Check all that `load_base` would refuse, without building the model; returns its config.
+
+    The weights' numbers are read, tensor by tensor. A model of the hub is downloaded, as loading it would do.
+
+    Args:
+        base_model: see the top of this file; not "scratch".
+
+    Raises:
+        InputError: as `load_base`.
+    """
+    source, options = locate_base(base_model)
+    config = read_base_config(base_model)
+    tokenizer = _read_tokenizer(base_model, source, options)
+    _pad_and_end(base_model, tokenizer)
+    _check_vocabulary(base_model, config, tokenizer)
+    with _loading(base_model, weights=True):
+        check_weights(base_model, source, options | _NO_CODE, config)
+    return config
+
+
+def read_base_config(base_model: str, way_out: str = "") -> PreTrainedConfig:
+    """The config of a base model, from where the model is.
+
+    Args:
+        way_out: the end of the error, in place of `load_base`'s.
+
+    Raises:
+        InputError: not found, unreadable, an unsupported architecture, or quantized weights.
+    """
+    source, options = locate_base(base_model)
+    with _loading(base_model, "its config cannot be read" if way_out else _FAILED, way_out):
+        config = AutoConfig.from_pretrained(source, **options, **_NO_CODE)
+    if config.model_type not in SUPPORTED:
+        raise InputError(
+            f"base_model {base_model}: architecture {config.model_type!r} is not supported;"
+            f" supported: {', '.join(SUPPORTED)}"
+        )
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        values = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        raise InputError(
+            f"base_model {base_model}: its weights are quantized ({values.get('quant_method', 'of unknown method')}),"
+            " and experts can't be trained from those; give the model that they were made from, or a .gguf file"
+        )
+    return config
+
+
 def _load_pretrained(base_model: str, empty_weights: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     source, options = locate_base(base_model)
-    # False, not absent: transformers would otherwise ask on the terminal whether to run a repository's code.
-    options |= {"trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        if config.model_type not in SUPPORTED:
-            raise InputError(
-                f"base_model {base_model}: architecture {config.model_type!r} is not supported;"
-                f" supported: {', '.join(SUPPORTED)}"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    config = read_base_config(base_model)
+    tokenizer = _read_tokenizer(base_model, source, options)
+    _check_vocabulary(base_model, config, tokenizer)
+    with _loading(base_model, weights=True):
         if empty_weights:
             with init.no_init_weights():
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"base_model {base_model}: cannot be loaded ({one_line(error)}); give a folder made by save_pretrained,"
-            " a .gguf file, or 'scratch', or download the model where the hub can be reached"
-        ) from error
+                return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+        # Other shapes are let through here only to be named below; transformers prints them and raises without.
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options, **_NO_CODE
+        )
+    check_loaded(base_model, model, loading)
     return model, tokenizer
+
+
+def _read_tokenizer(base_model: str, source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    with _loading(base_model, f"its tokenizer {_FAILED}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options, **_NO_CODE)
+    return tokenizer
+
+
+@contextmanager
+def _loading(base_model: str, failure: str = _FAILED, way_out: str = "", *, weights: bool = False) -> Iterator[None]:
+    """Name the base model in an error of the libraries that read it.
+
+    They raise whatever a damaged or foreign file leads to, down to a bare `Exception` from tokenizers: here all of
+    them mean that the input can't be read.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:
+        problem, remedy = one_line(error), way_out or _WAY_OUT
+        if Path(base_model).suffix == ".gguf" or base_model.startswith("package:"):
+            problem, remedy = _gguf_problem(base_model) or (problem, remedy)
+        elif "untagged enum" in problem:  # tokenizers knows no such kind of model, normalizer, ...
+            remedy = (
+                "tokenizer.json is damaged or of a newer library: update the package tokenizers (this is"
+                f" {metadata.version('tokenizers')}), or save the tokenizer again with this version"
+            )
+        elif weights and (name := damaged_file(Path(base_model))):  # the libraries' texts name no file
+            problem, remedy = f"{name} is cut short or damaged: {one_line(error, 100)}", "copy or download it again"
+        raise InputError(f"base_model {base_model}: {failure} ({problem}); {remedy}") from error
+
+
+def _gguf_problem(base_model: str) -> tuple[str, str] | None:
+    """What is wrong with a GGUF file and the way out; None where its structure is whole.
+
+    transformers takes a file whose header it can't read for a config in JSON, and says so.
+    """
+    from gguf import GGUFReader
+
+    source, options = locate_base(base_model)
+    path = Path(source) / options["gguf_file"]
+    try:
+        GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, OSError, UnicodeDecodeError) as error:
+        size = f"{path.stat().st_size:,} bytes"
+        return (
+            f"not a whole GGUF file of {size}: {one_line(error, 100)}",
+            "it is cut short or damaged: download it again",
+        )
+    return None
+
+
+def _check_vocabulary(base_model: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Every id of the tokenizer needs an embedding: the ids after the last embedding are those of users and items.
+
+    That holds for a padding token as well, though it is never learned: a text must not have a user's id. Embeddings
+    beyond the tokenizer's ids do no harm.
+    """
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if tokens > config.vocab_size:
+        raise InputError(
+            f"base_model {base_model}: the tokenizer has {tokens} tokens, the model {config.vocab_size} embeddings:"
+            " resize it (model.resize_token_embeddings(len(tokenizer))) and save it again, or give the tokenizer"
+            " without the tokens added"
+        )
 
 
 def locate_base(base_model: str) -> tuple[str, dict[str, Any]]:
@@ -220,17 +333,20 @@ def find_packaged_gguf(base_model: str) -> Path:
     return files[0]
 
 
-def _align_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _align_special_tokens(base_model: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Set the model's special ids to the tokenizer's. Sampling defaults of the base model are not carried over."""
-    _pad_and_end(tokenizer)
+    _pad_and_end(base_model, tokenizer)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for name, value in ids.items():
         setattr(model.config, name, value)
     model.generation_config = GenerationConfig(**ids)
 
 
-def _pad_and_end(tokenizer: PreTrainedTokenizerBase) -> None:
+def _pad_and_end(base_model: str, tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.eos_token_id is None:
-        raise InputError("base_model: its tokenizer has no end-of-text token, so generation could not stop")
+        raise InputError(
+            f"base_model {base_model}: its tokenizer has no end-of-text token, so generation could not stop; set"
+            " eos_token in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

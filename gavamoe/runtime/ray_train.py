@@ -38,6 +38,12 @@ _KNOWN_FAILURES = {
 """Part of an error message of Ray's -> what it means, in the words of this project."""
 
 
+_PEER_ERRORS = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe")
+"""Parts, in lower case, of gloo's and NCCL's messages about a rank that has gone; gloo's are plain RuntimeErrors."""
+_OF_INPUT = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""Errors of the operating system that come of what a training was given, not of a disk or network that failed."""
+
+
 @contextmanager
 def ray_session(placement: RuntimeConfig, *, dashboard: bool = False) -> Iterator[None]:
     """Connect to the cluster of RAY_ADDRESS, or start a Ray on this machine and stop it at the end.
@@ -172,7 +178,7 @@ def run_training(
         RunLog(folder, name, placement, config if isinstance(config, RunConfig) else None, keep=kept) as log,
         _following(worker_log, log, on_line),
     ):
-        outcome = _fit(trainer, worker_log, name)
+        outcome = _fit(trainer, worker_log, RunFolder(folder), name)
     checkpoints.remove()
     if remote.stored_path(folder) is not None:
         remote.commit(folder)
@@ -180,8 +186,12 @@ def run_training(
     return outcome
 
 
-def _fit(trainer: Any, worker_log: Any, name: str) -> Any:
-    """Train; the loop's own error, which the workers told the `WorkerLog`, is raised as it was."""
+def _fit(trainer: Any, worker_log: Any, run: RunFolder, name: str) -> Any:
+    """Train; the loop's own error, which the workers told the `WorkerLog`, is raised as it was.
+
+    To go on is advised only where the training lost something of its surroundings. Any other error, such as one of
+    shapes, comes again at the same step; its traceback is left in the run folder.
+    """
     import ray
     from ray import train
 
@@ -198,9 +208,69 @@ def _fit(trainer: Any, worker_log: Any, name: str) -> Any:
     if refusals:
         raise refusals[0]
     if failure is not None:
-        problem = storage_problem(failure) or _failure(failure)
-        raise RunError(f"{name}: {problem}; continue with --resume") from failure
+        problem = storage_problem(failure)
+        if problem is not None or lost_surroundings(failure):
+            raise RunError(f"{name}: {problem or _failure(failure)}; continue with --resume") from failure
+        raise RunError(f"{name}: {_failure(failure)}; {_keep_traceback(run.error(name), failure)}") from failure
     return outcome
+
+
+def lost_surroundings(failure: BaseException) -> bool:
+    """Whether a training ended because of its surroundings: a process, machine, network or memory that was lost.
+
+    A rank whose peer has vanished fails in a collective operation, so that one lost process decides for all ranks; and
+    an error of some rank's own decides where the others only complain of their peers.
+    """
+    causes = [_cause(error) for error in _worker_errors(failure)]
+    if any(_is_loss(cause) for cause in causes):
+        return True
+    return all(_is_of_peers(cause) for cause in causes)
+
+
+def _worker_errors(failure: BaseException) -> list[BaseException]:
+    """The errors of the ranks, or the controller's; the failure itself where there are none."""
+    failures = getattr(failure, "worker_failures", None)
+    return list(failures.values()) if failures else [getattr(failure, "controller_failure", failure)]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error that a loop raised, without what Ray wraps it in; Ray's own errors as they are."""
+    from ray.exceptions import RayTaskError
+
+    if isinstance(error, RayTaskError):
+        return error.cause if isinstance(error.cause, BaseException) else error
+    inner = getattr(error, "_base_exc", None)  # of Ray Train's UserExceptionWithTraceback
+    return inner if isinstance(inner, BaseException) else error
+
+
+def _is_loss(error: BaseException) -> bool:
+    from ray.exceptions import RayError, RayTaskError
+    from ray.train.v2._internal.exceptions import RayTrainError
+
+    if isinstance(error, RayTaskError) or type(error) is RayError:
+        return False  # a loop's error that could not be sent here as it was
+    if isinstance(error, OSError):
+        return not isinstance(error, _OF_INPUT) and not _is_of_peers(error)
+    return isinstance(error, RayError | RayTrainError | MemoryError)
+
+
+def _is_of_peers(error: BaseException) -> bool:
+    """Whether an error came over the network from a rank that has gone."""
+    from torch.distributed import DistError
+
+    text = str(error).lower()
+    return isinstance(error, DistError | ConnectionError) or any(sign in text for sign in _PEER_ERRORS)
+
+
+def _keep_traceback(path: Path, failure: BaseException) -> str:
+    """Write the workers' tracebacks to a file; returns what to tell the user of it."""
+    text = "resuming meets the same error again until its cause is removed"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{failure}\n", encoding="utf-8")
+    except OSError:
+        return text
+    return f"{text}; traceback: {path}"
 
 
 class _Checkpoints:
@@ -379,7 +449,9 @@ def _worker_environment(placement: RuntimeConfig) -> dict[str, str]:
 def _failure(error: Exception) -> str:
     """The last line of the first worker's error, or of the controller's."""
     failures = getattr(error, "worker_failures", None)
-    cause = next(iter(failures.values())) if failures else error
+    errors = list(failures.values()) if failures else [error]
+    # A rank that lost its peer says less than the rank that was lost, or that failed by itself.
+    cause = next((each for each in errors if not _is_of_peers(_cause(each))), errors[0])
     for sign, meaning in _KNOWN_FAILURES.items():
         if sign in str(cause):
             return meaning

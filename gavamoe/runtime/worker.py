@@ -117,13 +117,15 @@ def run_worker(config: dict[str, Any]) -> Any:
                 if stored.relative and arguments[name].is_dir():
                     remote.push(arguments[name], stored.uri)
         return outcome
-    except (InputError, RunError) as error:
+    except InputError as error:
         return _refuse(job, error)
-    except (OSError, RuntimeError) as error:
+    except (RunError, OSError, RuntimeError) as error:
         problem = storage_problem(error)
-        if problem is None:
-            raise
-        return _refuse(job, RunError(f"{problem}; make room or give permission, then continue with --resume"))
+        if problem is not None:
+            return _refuse(job, RunError(f"{problem}; make room or give permission, then continue with --resume"))
+        if isinstance(error, RunError):
+            return _refuse(job, error)
+        raise
 
 
 def storage_problem(error: BaseException | None) -> str | None:

@@ -2,6 +2,7 @@
 
     train             the training loop
     setup             what the loop starts from
+    preflight         what would stop it, found before stage 1
     schedule          the learning rate's schedule
     best_state        which state is kept, and when to stop
     model_card        the folder it leaves, with a model card

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from gavamoe.artifacts.manifest import Manifest
 from gavamoe.config.schema import RunConfig
@@ -26,6 +26,7 @@ from gavamoe.stage1.routes import ROUTES_FILE, read_routes
 from gavamoe.stage1.vae_gmm import VaeGmm
 from gavamoe.stage2.batches import TextRows
 from gavamoe.stage2.joint_model import JointModel
+from gavamoe.stage2.preflight import check_positions
 from gavamoe.stage2.token_cache import read_cache
 from gavamoe.stage2.tokenized_rows import (
     encode_rows,
@@ -140,7 +141,7 @@ def _build_explainer(
     base, tokenizer = load_base(
         stage2.base_model, stage2.scratch, tokenizer_texts(data), config.seed, empty_weights=empty_weights
     )
-    _check_positions(config, base)
+    check_positions(config, base.config)
     sizes = ExplainerSizes(vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates)
     explainer = build_explainer(config, base, sizes, empty_weights=empty_weights)
     if stage2.lora.rank:
@@ -148,17 +149,6 @@ def _build_explainer(
     if stage2.gradient_checkpointing:
         explainer.activation_checkpointing_enable()
     return explainer, tokenizer
-
-
-def _check_positions(config: RunConfig, base: PreTrainedModel) -> None:
-    """GPT-2's positions are a table: beyond its end there is nothing to look up."""
-    prompt, positions = config.stage2.prompt, base.config.max_position_embeddings
-    answer = max(prompt.max_explanation_tokens, config.generation.max_new_tokens)
-    if prompt.max_tokens + answer > positions:
-        raise InputError(
-            f"stage2.prompt: {prompt.max_tokens} + {answer} tokens of prompt and explanation are more than the"
-            f" {positions} positions of the base model; lower max_tokens or max_explanation_tokens"
-        )
 
 
 def _clusters(data: Dataset, stage1: Path, split: str) -> np.ndarray:

@@ -13,16 +13,17 @@ from typing import Any, Protocol
 
 from gavamoe.artifacts.files import read_json, write_json
 from gavamoe.artifacts.run import RunFolder, open_run
+from gavamoe.config.files import override_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError, RunError
-from gavamoe.pipeline import evaluate_and_report, train_run
+from gavamoe.pipeline import check_base_models, evaluate_and_report, train_run
 from gavamoe.runtime.progress import Progress
 from gavamoe.tune.checks import check_space, config_values, refusal, trial_config
 from gavamoe.tune.folder import TEST_FILE, claimed_folder, withhold_test
 from gavamoe.tune.ray_tune import SearchObserver, run_trials
 from gavamoe.tune.report import write_results
-from gavamoe.tune.space import Space, Values, load_space
+from gavamoe.tune.space import Choice, Space, Values, load_space
 from gavamoe.tune.study import Record, Study
 from gavamoe.tune.trial import Job
 
@@ -89,6 +90,8 @@ def run_search(
         loaded = loaded.model_copy(update={"budget": loaded.budget.model_copy(update={"trials": trials})})
     check_space(loaded, config, opened, str(space))
     folder = Path(folder).absolute()
+    if loaded.stages == 2 and not (folder / TEST_FILE).exists():  # a closed search trains nothing more
+        check_base_models(_base_models(loaded, config), opened)
     with claimed_folder(folder, loaded, config, opened, seeds, resume=resume):
         view = withhold_test(opened, folder / "search_data")
         job = Job(loaded, config, view.path, view.fingerprint, folder, seeds)
@@ -104,6 +107,16 @@ def run_search(
         if finished and final and best is not None and not cut_short:
             test = _score_once(best, job, opened, len(study.records), progress)
         return SearchResult(folder, loaded, study.records, best, study.front(), left_out, not finished, test)
+
+
+def _base_models(space: Space, config: RunConfig) -> list[RunConfig]:
+    """A config for each base model that the space has, without experts: whether those fit is for each trial to see."""
+    dense = override_config(trial_config(config, space, {}), ["stage2.experts.enabled=false"])
+    field = "stage2.base_model"
+    spec = space.parameters.get(field)
+    return (
+        [override_config(dense, [f"{field}={name}"]) for name in spec.values] if isinstance(spec, Choice) else [dense]
+    )
 
 
 def _nothing_found(records: list[Record]) -> str:

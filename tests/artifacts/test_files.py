@@ -1,6 +1,9 @@
 """Folders and files are written whole or not at all; manifests refuse anything else."""
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch
 from gavamoe.artifacts.files import read_json, write_file, write_folder, write_json
 from gavamoe.artifacts.manifest import MANIFEST, load_weights, read_manifest, save_weights, write_manifest
 from gavamoe.config.schema import RunConfig
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, RunError
 
 
 def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
@@ -71,6 +74,31 @@ def test_bad_json_is_one_clear_error(tmp_path: Path, content: str | None, messag
     if content == "{":
         with pytest.raises(InputError, match="more than the 0 that"):
             read_json(path, max_bytes=0)
+
+
+def test_a_link_to_nothing_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with (
+        pytest.raises(InputError, match=r"out: is a link to .*nowhere, which does not exist"),
+        write_folder(tmp_path / "out"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("write", [write_folder, write_file])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, write: Any, number: int) -> None:
+    def half() -> None:
+        with write(tmp_path / "out"):
+            raise OSError(number, os.strerror(number))
+
+    with pytest.raises(
+        RunError, match=r"out: cannot be written \(.*\): [\d,]+ MiB are free there.*make room"
+    ) as caught:
+        half()
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def _artifact(folder: Path) -> Path:

@@ -80,6 +80,43 @@ def test_values_equal_bert_scores_own_call(encoder: Path) -> None:
     assert ours.values == pytest.approx(np.stack([part.numpy() for part in theirs], axis=1), abs=1e-6)
 
 
+def encoder_without_length(folder: Path, family: str) -> Path:
+    """An encoder of few positions whose tokenizer does not say how long a text may be, as DeBERTa's."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+    words = ["<s>", "<pad>", "</s>", "<unk>", *"the pool was cold and nice".split()]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    saved = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>"
+    )
+    assert saved.model_max_length > 10**20
+    saved.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": len(words), "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 32, "max_position_embeddings": 24, "pad_token_id": 1,
+    }  # fmt: skip
+    model = RobertaModel(RobertaConfig(**sizes)) if family == "roberta" else BertModel(BertConfig(**sizes))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("family", "words"), [("bert", 22), ("roberta", 20)])
+def test_texts_are_cut_where_the_models_positions_end(family: str, words: int, tmp_path: Path) -> None:
+    """Of 24 positions two belong to the marks at the ends; RoBERTa leaves two more unused."""
+    folder = str(encoder_without_length(tmp_path, family))
+    text = ["the pool was cold and nice" + " pool" * (words - 6)]
+    same = bert_score([text[0] + " and nice the cold"], text, folder)
+    assert same.values[0] == pytest.approx([1.0, 1.0, 1.0], abs=1e-4)
+    longer = bert_score([text[0].removesuffix(" pool") + " nice"], text, folder)
+    assert longer.values[0, 2] < 0.999
+
+
 def test_floor_is_measured_on_mismatched_references_and_rescales(encoder: Path) -> None:
     references = ["pool was cold", "the view", "no staff, no key"]
     scored = bert_score(references, references, str(encoder), seed=4)

@@ -46,6 +46,15 @@ def refusing_loop(*, context: Context, marker: Path) -> None:
     raise InputError("the loop says no")
 
 
+def failing_loop(*, context: Context, marker: Path) -> None:
+    """Rank 1 fails by itself, and leaves rank 0 in a collective operation."""
+    with open(marker, "a") as file:
+        file.write(f"{context.rank}\n")
+    if context.rank == 1:
+        raise IndexError("Target 288 is out of bounds.")
+    torch.distributed.all_reduce(torch.ones(1))
+
+
 def loop_without_its_log(*, context: RayContext, steps: int) -> int:
     """Checkpoints each step; the process that keeps the log is killed in the second step, if it is the first call."""
     import ray
@@ -93,6 +102,18 @@ def test_input_error_reaches_the_caller_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the loop says no"):
         run_training(refusing_loop, {"marker": marker}, placement=TWO, folder=tmp_path, name="refuse")
     assert sorted(marker.read_text().split()) == ["0", "1"]
+
+
+def test_an_error_of_the_loops_own_does_not_advise_to_resume(tmp_path: Path) -> None:
+    two = TWO.model_copy(update={"max_failures": 0})
+    kept = tmp_path / "run" / "logs" / "fail.error.txt"
+    with pytest.raises(RunError) as caught:
+        run_training(failing_loop, {"marker": tmp_path / "calls"}, placement=two, folder=tmp_path / "run", name="fail")
+    assert str(caught.value) == (
+        "fail: Target 288 is out of bounds.; resuming meets the same error again until its cause is"
+        f" removed; traceback: {kept}"
+    )
+    assert "in failing_loop" in kept.read_text()
 
 
 def test_a_training_without_its_log_keeper_ends_at_the_next_checkpoint(tmp_path: Path) -> None:

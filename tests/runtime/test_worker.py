@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from gavamoe.artifacts.files import write_folder
 from gavamoe.config.schema import RuntimeConfig
 from gavamoe.errors import InputError, RunError, Stopped
-from gavamoe.runtime.ray_train import _failure
+from gavamoe.runtime.ray_train import _failure, lost_surroundings
 from gavamoe.runtime.worker import (
     RayContext,
     WorkerJob,
@@ -96,6 +97,59 @@ def test_the_lack_of_memory_is_named_without_rays_advice() -> None:
     assert _failure(ValueError("first\nlast\n")) == "last"
 
 
+def of_loop(error: Exception) -> Exception:
+    """A loop's error as Ray Train hands it to the driver."""
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+
+    return UserExceptionWithTraceback(error, f"Traceback\n  here\n{error}")
+
+
+def of_ranks(*errors: Exception) -> Exception:
+    from ray.train import WorkerGroupError
+
+    return WorkerGroupError("several", dict(enumerate(errors)))
+
+
+PEER = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9")
+
+
+def test_only_lost_surroundings_are_worth_going_on_from() -> None:
+    import torch
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
+
+    gone = WorkerHealthCheckFailedError("gone", failure=WorkerCrashedError())
+    lost = [
+        of_ranks(gone),
+        of_ranks(of_loop(PEER), gone),
+        of_ranks(gone, of_loop(ValueError("after its peer had gone"))),
+        of_ranks(of_loop(PEER), of_loop(PEER)),
+        of_ranks(of_loop(torch.distributed.DistNetworkError("timed out"))),
+        of_ranks(of_loop(MemoryError())),
+        of_ranks(of_loop(OSError("AWS Error NETWORK_CONNECTION during PutObject"))),
+        ControllerError(WorkerGroupStartupTimeoutError(2)),
+        OutOfMemoryError("killed"),
+        NodeDiedError("gone"),
+    ]
+    assert [lost_surroundings(each) for each in lost] == [True] * len(lost)
+    own = [
+        of_ranks(of_loop(ValueError("as planned"))),
+        of_ranks(of_loop(PEER), of_loop(IndexError("Target 288 is out of bounds."))),
+        of_ranks(of_loop(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))),
+        of_ranks(of_loop(TypeError("no"))),
+        of_ranks(of_loop(FileNotFoundError(2, "No such file"))),
+        of_ranks(of_loop(torch.OutOfMemoryError("CUDA out of memory"))),
+    ]
+    assert [lost_surroundings(each) for each in own] == [False] * len(own)
+
+
+def test_the_rank_that_failed_by_itself_is_quoted_not_the_one_that_missed_it() -> None:
+    assert _failure(of_ranks(of_loop(PEER), of_loop(IndexError("Target 288 is out of bounds.")))) == (
+        "Target 288 is out of bounds."
+    )
+
+
 def job(log_actor: Any, loop: Any, stop_file: Path | None = None, **arguments: Any) -> WorkerJob:
     return WorkerJob(loop, arguments, RuntimeConfig(), log_actor, {"run": "r", "step": "s"}, stop_file)
 
@@ -160,6 +214,20 @@ def test_a_full_disk_is_refused_and_a_bug_is_not(training: Training, tmp_path: P
     [error] = log_actor.log_actor.refusals()
     assert isinstance(error, RunError)
     assert str(error).startswith("/data/x: can't be written: no space is left; make room")
+
+
+def full_folder(*, context: RayContext, out: Path) -> None:
+    with write_folder(out):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_is_full_while_the_result_is_written_says_to_go_on(training: Training, tmp_path: Path) -> None:
+    log_actor = LocalLog()
+    assert run_worker({"job": job(log_actor, full_folder, out=tmp_path / "stage1")}) is None
+    [error] = log_actor.log_actor.refusals()
+    assert str(error) == (
+        "can't be written: no space is left; make room or give permission, then continue with --resume"
+    )
 
 
 def test_a_stop_file_ends_it_at_the_next_line(training: Training, tmp_path: Path) -> None:

@@ -19,6 +19,9 @@ from gavamoe.evaluation.metrics.registry import is_empty
 FLOOR_PAIRS = 500
 """Pairs of mismatched references that the floor is the mean of, at most."""
 
+_UNBOUNDED = 2**20
+"""Tokens of a text at most where the model sets no bound: a number that any tokenizer can take."""
+
 
 @dataclass(frozen=True)
 class BertScore:
@@ -76,6 +79,7 @@ def bert_score(
     second_texts = [references[i] for i in spoken] + [pair[1] for pair in mismatched]
     try:
         scorer = BERTScorer(model_type=model, num_layers=layer, batch_size=batch_size)
+        _limit_length(scorer)
         parts = scorer.score(first_texts, second_texts, batch_size=batch_size)
     except (OSError, ValueError, AssertionError, OverflowError) as error:
         raise InputError(f"BERTScore model {model}: cannot be used ({one_line(error, 200)})") from error
@@ -94,6 +98,23 @@ def mismatched_pairs(references: Sequence[str], most: int, seed: int) -> list[tu
     return [(different[one], different[other]) for one, other in zip(order, np.roll(order, 1), strict=True)]
 
 
+def _limit_length(scorer: Any) -> None:
+    """Have texts cut where the model's positions end, also where its tokenizer names no length, or a longer one.
+
+    A tokenizer that names none has 10^30 for it, which its own library can't take.
+    """
+    tokenizer = scorer._tokenizer
+    positions = getattr(scorer._model.config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        positions = _UNBOUNDED  # relative positions, as T5 has them
+    else:
+        # RoBERTa's positions count from after the padding token's id, so that many are not used.
+        table = getattr(getattr(scorer._model, "embeddings", None), "position_embeddings", None)
+        unused = getattr(table, "padding_idx", None)
+        positions -= 0 if unused is None else unused + 1
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+
+
 def _layer(model: str, layer: int) -> int:
     """The layer to use, checked against the model."""
     from bert_score.utils import model2layers
@@ -105,7 +126,8 @@ def _layer(model: str, layer: int) -> int:
     if folder.exists() and not (folder / "config.json").is_file():
         raise InputError(f"BERTScore model {model}: no Hugging Face model folder (config.json is missing)")
     try:
-        config = AutoConfig.from_pretrained(model)
+        # Without the word False transformers would ask whether to run code of the model's.
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise InputError(
             f"BERTScore model {model}: neither a local folder nor available from the hub ({one_line(error, 200)})"

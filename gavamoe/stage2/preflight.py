@@ -1,0 +1,140 @@
+"""What can be known to stop stage 2 before any training: a base model that doesn't fit, a disk that is too small.
+
+Stage 1 may take hours, and an error after it that was there all along wastes them.
+"""
+
+import math
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+
+from gavamoe.artifacts import remote
+from gavamoe.artifacts.run import RunFolder
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import Dataset
+from gavamoe.errors import InputError
+from gavamoe.model.base_model import check_base, scratch_config
+from gavamoe.model.conversion import ExplainerSizes, explainer_config
+from gavamoe.model.explainer import GavamoeForCausalLM
+from gavamoe.model.lora import add_lora
+from gavamoe.runtime.context import Context
+
+_FLOAT = 4
+"""Bytes of a weight: states are float32 under every precision."""
+_MOMENTS = 2
+"""Numbers that Adam keeps for each trained weight."""
+_KEPT = 2
+"""Checkpoints that a training keeps; while another is written, it lies among the temporary files."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The numbers of parameters of an explainer, adapters and tables of users and items included."""
+
+    total: int
+    trained: int
+    """Those that get into the optimizer."""
+
+
+def check_base_model(config: RunConfig, users: int, items: int) -> Sizes:
+    """Check that stage 2 can start from its base model, without building it.
+
+    Raises:
+        InputError: as `check_base`; the positions are too few for the prompts, or the experts don't fit the model.
+    """
+    stage2 = config.stage2
+    if stage2.base_model == "scratch":
+        base = scratch_config(stage2.scratch, stage2.scratch.vocabulary)
+    else:
+        base = check_base(stage2.base_model)
+    check_positions(config, base)
+    sizes = explainer_config(config, base, ExplainerSizes(users, items, config.stage1.embedding_size, config.gates))
+    with torch.device("meta"), init.no_init_weights():
+        explainer = GavamoeForCausalLM(sizes)
+        if stage2.lora.rank:
+            add_lora(explainer, stage2.lora, config.seed)
+    if sizes.tie_word_embeddings:
+        explainer.tie_weights()  # initializing weights does it otherwise
+    parameters = list(explainer.parameters())
+    return Sizes(
+        total=sum(parameter.numel() for parameter in parameters),
+        trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+    )
+
+
+def check_base_model_task(*, context: Context, config: RunConfig, users: int, items: int) -> Sizes:
+    """`check_base_model` as a Ray task: the model may lie on the workers' machines only."""
+    del context
+    return check_base_model(config, users, items)
+
+
+def check_positions(config: RunConfig, base: PreTrainedConfig) -> None:
+    """GPT-2's positions are a table: beyond its end there is nothing to look up.
+
+    Raises:
+        InputError: prompt and explanation may be longer than the base model's positions.
+    """
+    prompt, positions = config.stage2.prompt, base.max_position_embeddings
+    answer = max(prompt.max_explanation_tokens, config.generation.max_new_tokens)
+    if prompt.max_tokens + answer > positions:
+        raise InputError(
+            f"stage2.prompt: {prompt.max_tokens} + {answer} tokens of prompt and explanation are more than the"
+            f" {positions} positions of the base model; lower max_tokens or max_explanation_tokens"
+        )
+
+
+def check_disk(config: RunConfig, dataset: Dataset, folder: Path, sizes: Sizes) -> None:
+    """Check that stage 2's checkpoints and the finished model have room on this machine.
+
+    Args:
+        folder: the run folder, which exists. What checkpoints of an earlier attempt take there counts as free.
+
+    Raises:
+        InputError: the disk of the run folder, or that of temporary files, has less room than they take.
+    """
+    checkpoint, model = checkpoint_bytes(config, sizes), _FLOAT * sizes.total
+    temporary = Path(tempfile.gettempdir())
+    at_uri = remote.stored_path(folder) is not None  # its checkpoints go to the storage, past the staging folder
+    needed = model if at_uri else model + kept_checkpoints(config, dataset) * checkpoint
+    if folder.stat().st_dev == temporary.stat().st_dev:
+        needed += checkpoint
+    else:
+        _check_room(temporary, checkpoint, 0, "a checkpoint of stage 2 needs", "set TMPDIR to a folder elsewhere")
+    used = _size(RunFolder(folder).checkpoints("stage2"))
+    what = "the checkpoints and the model of stage 2 need"
+    _check_room(folder, needed, used, what, "or name a --run-dir elsewhere")
+
+
+def checkpoint_bytes(config: RunConfig, sizes: Sizes) -> int:
+    """Bytes of a checkpoint of stage 2: weights, optimizer states, the best state so far. Stage 1's own don't count."""
+    stage2 = config.stage2
+    weights = 2 * sizes.total if stage2.keep == "best" and stage2.alpha < 1 else sizes.total
+    copied = config.runtime.engine == "deepspeed" and stage2.zero_stage in (1, 2)  # ZeRO shards a second copy
+    return _FLOAT * (weights + (_MOMENTS + copied) * sizes.trained)
+
+
+def kept_checkpoints(config: RunConfig, dataset: Dataset) -> int:
+    """Checkpoints of stage 2 that lie on the disk at the same time."""
+    stage2 = config.stage2
+    rows = stage2.batch_size * stage2.gradient_accumulation * config.runtime.workers
+    steps = stage2.epochs * (dataset.size("train") // rows)
+    steps = min(steps, stage2.max_steps or steps)
+    every = stage2.checkpoint_every or math.inf
+    return min(_KEPT, max(1, math.ceil(steps / every)))
+
+
+def _check_room(folder: Path, needed: int, used: int, what: str, way_out: str) -> None:
+    free = shutil.disk_usage(folder).free + used
+    if free < needed:
+        raise InputError(
+            f"{folder}: {free / 2**30:.1f} GiB are free, {what} about {needed / 2**30:.1f}; make room, {way_out}"
+        )
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
