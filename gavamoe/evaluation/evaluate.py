@@ -111,6 +111,8 @@ def evaluate_run(
     config = _configured(opened.config, **options)
     data = dataset_of_run(opened, dataset)
     trained = read_manifest(opened.stage2, "stage2", verify=False)
+    if forgotten := trained.details.get("forgotten_users"):
+        raise InputError(f"{opened.path}: has forgotten {forgotten} user(s), whose rows its dataset holds; train again")
     if trained.inputs.get("dataset") != data.fingerprint:
         raise InputError(f"{opened.stage2}: was trained on another dataset than {data.path}; train it again")
     data.size(split)
