@@ -39,6 +39,8 @@ app = typer.Typer(
 )
 
 
+_INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
 _WRONG_PATHS = (
     errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS,
 )  # fmt: skip
@@ -92,8 +94,12 @@ def main() -> None:
         print(f"error: {printable(_with_uris(str(error)))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        print("interrupted; --resume continues a training run", file=sys.stderr)
-        sys.exit(130)
+        _say_interrupted()
+        sys.exit(_INTERRUPTED)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # typer's way of saying so
+            _say_interrupted()
+        raise
     except OSError as error:
         if debug:
             raise
@@ -107,6 +113,10 @@ def main() -> None:
             raise
         print(f"error: {type(error).__name__}: {printable(str(error))} (--debug shows where)", file=sys.stderr)
         sys.exit(1)
+
+
+def _say_interrupted() -> None:
+    print("interrupted; --resume continues a training, a search or a comparison", file=sys.stderr)
 
 
 def _with_uris(message: str) -> str:

@@ -6,6 +6,7 @@ checkpoints to `FOLDER/checkpoints/NAME` until the step is done. Where FOLDER is
 (`artifacts.remote`), checkpoints go to the storage itself, and workers on other machines fetch their inputs from there.
 """
 
+import logging
 import os
 import shutil
 import socket
@@ -198,7 +199,7 @@ def _fit(trainer: Any, worker_log: Any, run: RunFolder, name: str) -> Any:
     failure: Exception | None = None
     outcome = None
     try:
-        outcome = trainer.fit().return_value
+        outcome = _interruptible(trainer.fit).return_value
     except (train.TrainingFailedError, ray.exceptions.RayError) as error:
         failure = error
     try:
@@ -213,6 +214,34 @@ def _fit(trainer: Any, worker_log: Any, run: RunFolder, name: str) -> Any:
             raise RunError(f"{name}: {problem or _failure(failure)}; continue with --resume") from failure
         raise RunError(f"{name}: {_failure(failure)}; {_keep_traceback(run.error(name), failure)}") from failure
     return outcome
+
+
+def _interruptible(call: Callable[[], Any]) -> Any:
+    """What a call returns, made on a thread of its own, so that Ctrl-C raises KeyboardInterrupt here.
+
+    On the main thread Ray Train would put a handler of its own in place of Python's, for good: it aborts one training,
+    ends the process with 0, and swallows every Ctrl-C that comes once that training is over.
+    """
+    outcome: list[Any] = []
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except BaseException as error:  # noqa: BLE001 - raised again on the other thread
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="fit", daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(timeout=1.0)  # with a timeout, or some systems deliver no signal
+    except KeyboardInterrupt:
+        logging.getLogger("ray").setLevel(logging.CRITICAL)  # what the thread says of a Ray that is being shut down
+        raise
+    if failure:
+        raise failure[0]
+    return outcome[0]
 
 
 def lost_surroundings(failure: BaseException) -> bool:
