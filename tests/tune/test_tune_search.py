@@ -233,5 +233,5 @@ def test_trials_of_several_workers_are_stopped_too_and_leave_room(tiny_dataset: 
     assert done.returncode == 0, done.stderr
     trials = json.loads(done.stdout)["trials"]
     assert [trial["state"] for trial in trials] == ["complete", "pruned", "complete"]
-    assert trials[1]["reason"].endswith("of its way: others did better there")
+    assert trials[1]["reason"].endswith("of its training: others did better there")
     assert not (tmp_path / "search" / "trials" / "0001" / "stop").exists()
