@@ -1,9 +1,7 @@
 """The Serve config files say what the app builder takes; the app has the parts and limits that they ask for."""
 
 import asyncio
-import importlib.util
 import os
-import shutil
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,12 +91,11 @@ def test_builder_arguments_are_typed() -> None:
 
 def test_the_way_through_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """HAProxy where there is one, its sockets out of others' reach; what is set already stays."""
-    from gavamoe.serving import launch
+    from gavamoe.serving import launch, proxy
 
     def prepared(found: bool, **given: str) -> dict[str, str]:
         monkeypatch.setattr(os, "environ", dict(given))
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if found else None)
-        monkeypatch.setattr(shutil, "which", lambda name: None)
+        monkeypatch.setattr(proxy, "binary", lambda: "/usr/sbin/haproxy" if found else None)
         with launch.prepared_environment():
             if "RAY_SERVE_HAPROXY_SOCKET_PATH" in os.environ:
                 folder = Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
