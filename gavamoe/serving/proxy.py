@@ -49,7 +49,8 @@ MESSAGES = {
     503: "no replica can answer now; try again soon",
     504: "took too long",
 }
-"""What HAProxy's own errors say; of those that it can be told, the ones that it sends."""
+"""What HAProxy's errors say. It can't be told what to say of bytes that are not yet a request (400, 408, 422): there it
+keeps its own pages, in HTML."""
 LOG_TARGET = "stderr local0 alert #"
 """For `RAY_SERVE_HAPROXY_LOG_TARGET`: of HAProxy's log only that a server is up or down, in the file that Ray keeps of
 its output. Ray's default sends every request's URL, ids of users included, by UDP to port 514. The # makes a comment of

@@ -143,7 +143,7 @@ def test_errors_that_others_write_are_json(backend: LocalBackend) -> None:
     """Ray Serve's 429, 404 and 500, and the refusal of a foreign page's question, which Starlette writes as text."""
 
     async def ray(scope: Any, receive: Any, send: Any) -> None:
-        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", b"2"), (b"X-Request-ID", b"abc")]
+        headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"retry-after", b"2"), (b"x-request-id", b"abc")]
         await send({"type": "http.response.start", "status": 429, "headers": headers})
         await send({"type": "http.response.body", "body": b"Request dropped ", "more_body": True})
         await send({"type": "http.response.body", "body": b"due to backpressure"})
