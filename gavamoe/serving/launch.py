@@ -164,6 +164,8 @@ _BASE = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # A busy machine needs longer than Ray's 5 s to start a proxy, which is then started over and over.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
     # Around what Ray Serve answers by itself.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "gavamoe.serving.proxy.middlewares",
 }

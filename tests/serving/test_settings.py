@@ -22,7 +22,9 @@ def configs() -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(FOLDER.glob("*.yaml")):
         document = yaml.safe_load(path.read_text())
-        found[path.name] = yaml.safe_load(document["spec"]["serveConfigV2"]) if "spec" in document else document
+        if "items" in document:
+            document = yaml.safe_load(document["items"][0]["spec"]["serveConfigV2"])
+        found[path.name] = document
     return found
 
 
@@ -39,6 +41,23 @@ def test_config_files_are_valid(name: str) -> None:
     for scaling in (args.router_scaling, args.generator_scaling, args.ingress_scaling):
         assert scaling.min_replicas <= scaling.max_replicas
     assert "kuberay" in name or config["http_options"]["host"] == "127.0.0.1"
+
+
+def test_pods_are_restricted_and_reached_by_one_port() -> None:
+    service, policy = yaml.safe_load((FOLDER / "kuberay.yaml").read_text())["items"]
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        [container] = pod["containers"]
+        allowed = container["securityContext"]
+        assert (allowed["allowPrivilegeEscalation"], allowed["readOnlyRootFilesystem"]) == (False, True)
+        assert allowed["capabilities"] == {"drop": ["ALL"]}
+        assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in container["volumeMounts"]}
+    assert (policy["kind"], policy["spec"]["policyTypes"]) == ("NetworkPolicy", ["Ingress"])
+    own, clients = policy["spec"]["ingress"]
+    assert all("podSelector" in peer for peer in own["from"]), "nobody from outside"
+    assert clients["ports"] == [{"port": 8000, "protocol": "TCP"}]
 
 
 @pytest.mark.parametrize(
