@@ -85,8 +85,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     [
         (20, None, 1, 1),
         (20, KEY, 1, 1),
-        (60_000, None, 20_000, 1),
-        # More than HAProxy waits for, and with a key: the rest is the replica's to wait for, 40 MB of it at first.
+        # More than HAProxy waits for, 40 MB at once: it is up to the replica to turn them away, or to wait for the rest.
+        (60_000, None, 20_000, 5),
         (60_000, KEY, 20_000, 5),
     ],
 )
