@@ -85,7 +85,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     [
         (20, None, 1, 1),
         (20, KEY, 1, 1),
-        # More than HAProxy waits for, 40 MB at once: it is up to the replica to turn them away, or to wait for the rest.
+        # More than HAProxy waits for, 40 MB at once: the replica turns them away, or waits for the rest.
         (60_000, None, 20_000, 5),
         (60_000, KEY, 20_000, 5),
     ],
