@@ -18,12 +18,18 @@ def serve(
         Path | None, typer.Option(help="YAML with the app builder's arguments (docs/serve.md).")
     ] = None,
     replicas: Annotated[int | None, typer.Option(min=1, help="Generator replicas.")] = None,
-    api_keys: Annotated[Path | None, typer.Option(help="File with one sha256:HEX of an API key a line.")] = None,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(help="File with one sha256:HEX of an API key a line; names and limits: docs/serve.md."),
+    ] = None,
+    no_api_keys: Annotated[bool, typer.Option("--no-api-keys", help="Everyone who reaches the port may ask.")] = False,
     metrics_port: Annotated[
         int | None,
         typer.Option(min=1, max=65535, help="Prometheus metrics; default 8001, or a free port where that is taken."),
     ] = None,
-    update: Annotated[bool, typer.Option("--update", help="Put RUN into the service that is up.")] = False,
+    update: Annotated[
+        bool, typer.Option("--update", help="Put RUN into the service that is up; all else stays.")
+    ] = False,
 ) -> None:
     """Serve explanations over HTTP with Ray Serve: a page at /, the interface's description at /docs."""
     from gavamoe.cli.terminal import console
@@ -34,12 +40,13 @@ def serve(
         changes["generator_scaling"] = {"min_replicas": replicas, "max_replicas": replicas}
     if api_keys is not None:
         changes["api_keys_file"] = str(api_keys.absolute())
-    args = read_args(run, settings, changes)
+    if no_api_keys:
+        changes["no_api_keys"] = True
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
 
     if update:
-        update_service(args, say=say)
+        update_service(run, settings, changes, say=say)
     else:
-        run_service(args, host=host, port=port, metrics_port=metrics_port, say=say)
+        run_service(read_args(run, settings, changes), host=host, port=port, metrics_port=metrics_port, say=say)

@@ -5,7 +5,9 @@ Only `deployments` and `launch` know Ray; all else runs, and is tested, in one p
     api             the HTTP interface
     schema          its requests and responses, with every bound
     settings        arguments of the app builder
-    security        keys, headers, limits
+    keys            API keys: names, limits, expiry
+    security        who may ask, bodies in time, headers
+    proxy           before the replicas: HAProxy, and Ray Serve's own errors
     errors          every error as JSON
     routing         stage 1 as a service
     writing         stage 2 as a service

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.resources import files
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
@@ -18,14 +18,41 @@ from gavamoe.errors import InputError
 from gavamoe.serving import errors, schema
 from gavamoe.serving.api_docs import render_reference
 from gavamoe.serving.backend import Backend, Interrupted, Overloaded
+from gavamoe.serving.keys import ApiKeys
 from gavamoe.serving.routing import Pair, RoutedPair
-from gavamoe.serving.security import ApiKeys, Guard, page_policy
-from gavamoe.serving.settings import Limits, ServeArgs
+from gavamoe.serving.security import Gate, Guard, page_policy
+from gavamoe.serving.settings import Browse, Limits, ServeArgs
 from gavamoe.serving.writing import Piece, TextRequest, Written
 
 T = TypeVar("T")
+REMEMBERED_S = 1.0
+"""Seconds for which `/readyz` and `/v1/info` repeat their last answer."""
+REMEMBERED_MOST_S = 5.0
+"""Seconds after which such an answer is given up."""
 Observe = Callable[[str, schema.Explanation], None]
 """Told the route and every finished answer: for metrics."""
+
+
+class Remembered(Generic[T]):
+    """An answer that is the same for everyone, asked for once a second however many want it; failures are remembered
+    likewise. A caller that goes away does not take the answer from the others."""
+
+    def __init__(self, ask: Callable[[], Awaitable[T]]) -> None:
+        self._ask = ask
+        self._asked: asyncio.Task[T] | None = None
+        self._since = 0.0
+
+    async def __call__(self) -> T:
+        """The answer; raises what asking for it raised."""
+        now = time.monotonic()
+        if self._asked is None or (self._asked.done() and now - self._since > REMEMBERED_S):
+            self._asked = asyncio.ensure_future(self._answer())
+            self._since = now
+        return await asyncio.shield(self._asked)
+
+    async def _answer(self) -> T:
+        async with asyncio.timeout(REMEMBERED_MOST_S):  # or one answer that never comes would be waited for by all
+            return await self._ask()
 
 
 class Service:
@@ -34,6 +61,7 @@ class Service:
     def __init__(self, backend: Backend, limits: Limits, observe: Observe | None = None) -> None:
         self.backend, self.limits = backend, limits
         self.in_flight = 0
+        self.info, self.ready = Remembered(backend.info), Remembered(backend.ready)
         self._observe = observe or (lambda route, answer: None)
 
     def enter(self) -> None:
@@ -72,14 +100,14 @@ class Service:
             routed = await self.backend.route([_pair(item) for item in request.requests])
             return schema.BatchResponse(results=await self._answers("batch", routed, text, started))
 
-    async def recommend(self, request: schema.RecommendRequest) -> schema.RecommendResponse:
+    async def recommend(self, request: schema.RecommendRequest, *, exclude_seen: bool) -> schema.RecommendResponse:
         """Ranked items, explained unless only ranks are wanted."""
         started = time.perf_counter()
         if request.explain and request.k > self.limits.max_batch:
             raise InputError(f"k: {request.k} explanations; this server writes {self.limits.max_batch} at once")
         text = self.text_request(request)
         async with asyncio.timeout(self.limits.request_timeout_s):
-            ranking = await self.backend.rank(request.user, request.k, request.candidates, request.exclude_seen)
+            ranking = await self.backend.rank(request.user, request.k, request.candidates, exclude_seen)
             pairs = [Pair(request.user, item) for item in ranking.items]
             routed = await self.backend.route(pairs) if pairs else []
             answers: list[Any] = [None] * len(routed)
@@ -101,7 +129,7 @@ class Service:
                 )
                 for rank, (pair, answer) in enumerate(zip(routed, answers, strict=True), 1)
             ],
-            model_version=routed[0].model_version if routed else (await self.backend.info()).model_version,
+            model_version=routed[0].model_version if routed else (await self.info()).model_version,
         )
 
     async def route(self, request: schema.PairRequest) -> schema.RouteResponse:
@@ -246,43 +274,45 @@ def _sse(event: str, data: dict[str, Any]) -> str:
     return f"event: {event}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def create_api(backend: Backend, args: ServeArgs, observe: Observe | None = None) -> ASGIApp:
+def create_api(
+    backend: Backend, args: ServeArgs, observe: Observe | None = None, *, behind_serve: bool = False
+) -> ASGIApp:
     """The whole ASGI application.
 
+    Args:
+        behind_serve: Ray Serve is in front, and sends the request id itself.
+
     Raises:
-        InputError: the file of API keys can't be used.
+        InputError: the API keys can't be used.
     """
     service = Service(backend, args.limits, observe)
+    keys = ApiKeys.read(args)
     app = FastAPI(
         title="GaVaMoE",
         version=__version__,
         summary="Why is this recommended to me?",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # the target would be plain http and the client's own Host header
     )
     errors.install(app, args.limits.request_timeout_s, args.limits.retry_after_s)
-    app.include_router(_interface(service, ApiKeys.read(args)))
-    app.include_router(_health(backend))
+    app.include_router(_interface(service, args.browse, keys))
+    app.include_router(_health(service))
     if args.page:
         app.include_router(_pages(app))
-    if args.allowed_origins:
+    app.add_middleware(Gate, keys=keys, limits=args.limits)
+    if args.allowed_origins:  # around the gate: what asks whether it may ask has no key
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(args.allowed_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type", "x-api-key"],
         )
-    return Guard(app, args.limits.max_body_bytes)
+    return Guard(app, answers_with_id=not behind_serve)
 
 
-def _interface(service: Service, keys: ApiKeys) -> APIRouter:
-    async def checked(request: Request) -> None:  # not a plain function: FastAPI would start a thread for it
-        bearer = request.headers.get("authorization", "")
-        key = bearer[7:] if bearer[:7].lower() == "bearer " else request.headers.get("x-api-key")
-        if not keys.accept(key):
-            raise HTTPException(401, "an API key is needed", {"WWW-Authenticate": "Bearer"})
-
-    router = APIRouter(prefix="/v1", dependencies=[Depends(checked)], responses=errors.DOCUMENTED)  # type: ignore[arg-type]
+def _interface(service: Service, allowed: Browse, keys: ApiKeys) -> APIRouter:
+    router = APIRouter(prefix="/v1", responses=errors.DOCUMENTED)  # type: ignore[arg-type]
     busy = [Depends(service.admitted)]
 
     @router.post("/explain", response_model=schema.Explanation, summary="Explain one pair")
@@ -301,34 +331,41 @@ def _interface(service: Service, keys: ApiKeys) -> APIRouter:
 
     @router.post("/recommend", dependencies=busy, summary="Rank items for a user and explain the first")
     async def recommend(request: schema.RecommendRequest) -> schema.RecommendResponse:
-        return await service.recommend(request)
+        if request.exclude_seen and not allowed.exclude_seen:
+            raise HTTPException(403, "this server does not tell what a user has reviewed: leave exclude_seen out")
+        leave_out = request.candidates is None and allowed.exclude_seen and request.exclude_seen is not False
+        return await service.recommend(request, exclude_seen=leave_out)
 
     @router.post("/route", dependencies=busy, summary="Cluster and predicted rating of one pair")
     async def route(request: schema.PairRequest) -> schema.RouteResponse:
         return await service.route(request)
 
-    _browsing(router, service)
+    _browsing(router, service, allowed, keys)
     return router
 
 
-def _browsing(router: APIRouter, service: Service) -> None:
+def _browsing(router: APIRouter, service: Service, allowed: Browse, keys: ApiKeys) -> None:
+    busy = [Depends(service.admitted)]
     Search = Annotated[str, Query(max_length=bounds.MAX_ID_CHARS)]
     Limit = Annotated[int, Query(ge=1, le=100)]
 
-    @router.get("/items", summary="Find items by id or title")
+    @router.get("/items", dependencies=busy, summary="Find items by id or title")
     async def items(query: Search = "", limit: Limit = 20) -> schema.CatalogResponse:
         return await service.look_up(service.backend.search("items", query, limit))
 
-    @router.get("/users", summary="Find users by id")
+    @router.get("/users", dependencies=busy, summary="Find users by id, where the server lists them")
     async def users(query: Search = "", limit: Limit = 20) -> schema.CatalogResponse:
+        listed = not keys.required if allowed.users is None else allowed.users
+        if not listed:
+            raise HTTPException(403, "this server does not list users")
         return await service.look_up(service.backend.search("users", query, limit))
 
-    @router.get("/info", summary="What is being served, and what its clusters are about")
+    @router.get("/info", dependencies=busy, summary="What is being served, and what its clusters are about")
     async def info() -> schema.ServerInfo:
-        return await service.look_up(service.backend.info())
+        return await service.look_up(service.info())
 
 
-def _health(backend: Backend) -> APIRouter:
+def _health(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.get("/healthz", summary="This process answers")
@@ -339,7 +376,7 @@ def _health(backend: Backend) -> APIRouter:
     async def readyz(response: Response) -> schema.Status:
         try:
             async with asyncio.timeout(5):
-                return schema.Status(status="ready", detail=await backend.ready())
+                return schema.Status(status="ready", detail=await service.ready())
         except Exception as error:  # noqa: BLE001 - whatever it is, the answer is "not ready"
             response.status_code = 503
             return schema.Status(status="not ready", detail=type(error).__name__)

@@ -37,5 +37,6 @@ class Browser:
             title=row.get("title"),
             known=row["index"] < self._known[kind],
             count=row["count"],
-            features=list(row["features"] or ()),
+            # A user's are words of the user's own reviews.
+            features=list(row["features"] or ()) if kind == "items" else [],
         )

@@ -20,6 +20,7 @@ from gavamoe.generation.decoding_engine import EngineFull
 from gavamoe.serving import schema
 from gavamoe.serving.api import create_api
 from gavamoe.serving.backend import Interrupted, Overloaded, Unavailable
+from gavamoe.serving.keys import environment_keys
 from gavamoe.serving.routing import Pair, Ranking, RoutedPair, RoutingService
 from gavamoe.serving.settings import GeneratorSettings, Scaling, ServeArgs
 from gavamoe.serving.writing import Piece, TextRequest, WriterInfo, WritingService, Written
@@ -102,7 +103,11 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve when the replica starts."""
-        return create_api(self._backend, self._args, self._metrics.observe)
+        return create_api(self._backend, self._args, self._metrics.observe, behind_serve=True)
+
+    async def settings(self) -> dict[str, Any]:
+        """What this service was told, for `gavamoe serve --update`; and whether the environment holds API keys."""
+        return {"args": self._args.model_dump(mode="json"), "environment_keys": bool(environment_keys())}
 
 
 class Metrics:
@@ -268,8 +273,9 @@ def build(args: ServeArgs) -> serve.Application:
     ).bind(artifact, generator, limits.max_new_tokens)
     ingress = serve.deployment(
         Ingress,
-        # Above what the ingress itself admits: it answers 429 in the interface's own form. Ray's is the second line.
-        max_ongoing_requests=limits.max_in_flight + 64,
+        # Above what the ingress itself admits, bodies that it waits for included: it answers 429 in the interface's own
+        # form, and health checks always find room. Ray's is the second line.
+        max_ongoing_requests=limits.max_in_flight + limits.max_unfinished_bodies + 64,
         max_queued_requests=limits.max_in_flight,
         backpressure_config={"status_code": 429, "retry_after_s": limits.retry_after_s},
         graceful_shutdown_timeout_s=limits.request_timeout_s + 5,

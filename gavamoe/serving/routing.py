@@ -108,12 +108,13 @@ class RoutingService:
             index_of = {raw: self.catalog.item_index(raw) for raw in candidates}
             unknown = [raw for raw, at in index_of.items() if at is None or at >= self.catalog.known_items]
             items = np.array(sorted(at for raw, at in index_of.items() if raw not in unknown and at is not None), int)
+        compared = len(items)  # before anything is left out: how many are missing is the user's own affair
         if exclude_seen:
             items = np.setdiff1d(items, self.training.items_of_user(index))
         ratings = self._filler.routes(np.full(len(items), index), items).rating
         best = np.argsort(-ratings, kind="stable")[:k]
         chosen = [self.catalog.item_id(int(at)) for at in items[best]]
-        return Ranking(chosen, len(items), unknown, index < self.catalog.known_users)
+        return Ranking(chosen, compared, unknown, index < self.catalog.known_users)
 
     def info(self, max_new_tokens: int, layers: int, experts: int) -> ServerInfo:
         """What is being served; the arguments are the generator's side of it."""

@@ -5,7 +5,7 @@ The bounds here are ceilings of the format; a server's own limits (`ServeArgs`) 
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from gavamoe.config.section import StrictNumbers
 from gavamoe.data.bounds import MAX_FEATURE_CHARS, MAX_ID_CHARS
@@ -82,10 +82,17 @@ class RecommendRequest(TextOptions):
     k: Annotated[int, Field(ge=1, le=MAX_RECOMMEND)] = 5
     candidates: Annotated[list[RawId], Field(min_length=1, max_length=MAX_CANDIDATES)] | None = None
     """Items to choose from; left out: all known items."""
-    exclude_seen: bool = True
-    """Leave out the items of the user's training rows."""
+    exclude_seen: bool | None = None
+    """Leave out the items of the user's training rows: the default without `candidates`, and refused with them, as what
+    is missing of items that a caller names would tell what the user has reviewed."""
     explain: bool = True
     """False: rank only."""
+
+    @model_validator(mode="after")
+    def _tells_no_history(self) -> "RecommendRequest":
+        if self.candidates is not None and self.exclude_seen:
+            raise ValueError("exclude_seen can't be true with candidates: it would tell what the user has reviewed")
+        return self
 
 
 class RouteResponse(_Model):
@@ -152,7 +159,7 @@ class RecommendResponse(_Model):
     user: str
     user_known: bool
     ranked: int
-    """Items that were compared."""
+    """Items to choose from, those that were left out as seen among them."""
     unknown_candidates: list[str]
     """Candidates that training never saw; they are not ranked."""
     items: list[RankedItem]
@@ -169,6 +176,7 @@ class CatalogEntry(_Model):
     count: int
     """Its training rows."""
     features: list[str]
+    """Usual ones of an item; none of a user, whose own words they would be."""
 
 
 class CatalogResponse(_Model):

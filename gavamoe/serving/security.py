@@ -1,26 +1,29 @@
-"""What stands between the network and the interface: API keys, size of requests, headers of answers.
+"""What stands between the network and the interface, from the outside in: `Guard`, `Gate`. (Further out: `proxy`.)
 
-Plain ASGI, for a wrapper that buffers would break streams and hide disconnected clients.
+Plain ASGI, for a wrapper that buffers answers would break streams and hide disconnected clients.
 """
 
+import asyncio
 import base64
 import hashlib
-import hmac
-import os
+import logging
 import re
 import secrets
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Mapping
 
-from starlette.datastructures import MutableHeaders
-from starlette.exceptions import HTTPException
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gavamoe.errors import InputError
-from gavamoe.serving.settings import ServeArgs, hash_key
+from gavamoe.serving.keys import ApiKeys, Key, LimitReached
+from gavamoe.serving.proxy import code_of, detail, json_errors, tame_id
+from gavamoe.serving.settings import LOG_NAME, Limits
 
-KEYS_VARIABLE = "GAVAMOE_API_KEYS"
-"""Environment variable with accepted keys, separated by commas."""
+OPEN_PATHS = frozenset({"/", "/docs", "/openapi.json", "/healthz", "/readyz"})
+"""What needs no API key; everything else does, whether it exists or not."""
+
+_log = logging.getLogger(LOG_NAME)
+_WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -31,58 +34,6 @@ _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
-
-
-class ApiKeys:
-    """The accepted keys, as hashes only."""
-
-    def __init__(self, hashes: Iterable[str]) -> None:
-        self._hashes = sorted(set(hashes))
-
-    @classmethod
-    def read(cls, args: ServeArgs) -> "ApiKeys":
-        """From the arguments, their file and the environment.
-
-        Raises:
-            InputError: the file is missing or has a line that is not a hash; a file without any key would lock
-                everyone out or, worse, let everyone in.
-        """
-        hashes = list(args.api_key_hashes)
-        if args.api_keys_file is not None:
-            hashes += _read_hashes(Path(args.api_keys_file))
-        hashes += [hash_key(key.strip()) for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
-        return cls(hashes)
-
-    @property
-    def required(self) -> bool:
-        """Whether a key must be shown."""
-        return bool(self._hashes)
-
-    def accept(self, key: str | None) -> bool:
-        """Whether this key may pass; takes the same time for every wrong key."""
-        if not self.required:
-            return True
-        shown = hash_key(key or "")
-        matches = [hmac.compare_digest(shown, known) for known in self._hashes]
-        return key is not None and any(matches)
-
-
-def _read_hashes(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: API keys can't be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: API keys can't be read (not UTF-8 text)") from error
-    hashes = []
-    for number, line in enumerate(lines, 1):
-        value = line.split("#")[0].strip().removeprefix("sha256:")
-        if value and not re.fullmatch("[0-9a-f]{64}", value):
-            raise InputError(f"{path}, line {number}: expected sha256: and 64 hex digits, never the key itself")
-        hashes += [value] if value else []
-    if not hashes:
-        raise InputError(f"{path}: holds no key; without any, leave the option out")
-    return hashes
 
 
 def page_policy(html: str) -> str:
@@ -102,41 +53,168 @@ def _digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-class BodyTooLarge(HTTPException):
-    """A request's body is larger than allowed; an HTTPException, as others are taken for a broken body by FastAPI."""
-
-    def __init__(self) -> None:
-        super().__init__(413, "the body is larger than this server accepts", {"Connection": "close"})
-
-
 class Guard:
-    """ASGI wrapper: a request id, security headers on every answer, and a bound on bodies whatever their framing."""
+    """A request id and security headers on every answer; errors in the interface's form, whoever wrote them."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app, self._max_body_bytes = app, max_body_bytes
+    def __init__(self, app: ASGIApp, *, answers_with_id: bool = True) -> None:
+        """`answers_with_id` is false where Ray Serve, further out, sends the request id itself."""
+        self._app, self._answers_with_id = app, answers_with_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = secrets.token_hex(8)
+        request_id = tame_id(Headers(scope=scope)) or secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
-        received = 0
-
-        async def bounded() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b"")) if message["type"] == "http.request" else 0
-            if received > self._max_body_bytes:
-                raise BodyTooLarge
-            return message
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
-                headers["X-Request-Id"] = request_id
+                if self._answers_with_id:
+                    headers["X-Request-Id"] = request_id
             await send(message)
 
-        await self._app(scope, bounded, with_headers)
+        await self._app(scope, receive, json_errors(with_headers, request_id))
+
+
+class Gate:
+    """Who may ask, and bodies that come in time: nothing of a request is parsed before it has passed.
+
+    In this order: the API key, its limits, the size of the body where the request names it, then the body itself, which
+    has a deadline. So a client without a key can't hold anything by sending slowly.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, limits: Limits) -> None:
+        self._app, self._keys, self._limits = app, keys, limits
+        self._unfinished: dict[asyncio.Future[None], None] = {}
+        """One future per body that is not whole, oldest first; done: given up."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _path(scope) in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        key = self._keys.find(_shown(headers))
+        if key is None:
+            if not self._keys.required:
+                await self._with_body(scope, receive, send, headers)
+            else:
+                await self._refuse(scope, receive, send, 401, "an API key is needed", {"WWW-Authenticate": "Bearer"})
+            return
+        scope["state"]["key"] = key.name
+        try:
+            self._keys.enter(key)
+        except LimitReached as reached:
+            _log.warning("request %s: key %s was turned away: %s", _id(scope), key.name, reached)
+            await self._refuse(scope, receive, send, 429, str(reached), {"Retry-After": str(reached.retry_after_s)})
+            return
+        try:
+            await self._with_body(scope, receive, self._logged(scope, send, key), headers)
+        finally:
+            self._keys.leave(key)
+
+    async def _with_body(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        """Pass the request on once its body is whole."""
+        if scope["method"] in _WITHOUT_BODY:
+            await self._app(scope, receive, send)
+            return
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:12]) > self._limits.max_body_bytes:
+            await self._too_large(scope, receive, send)
+            return
+        given_up = asyncio.get_running_loop().create_future()
+        self._make_room()
+        self._unfinished[given_up] = None
+        reading = asyncio.ensure_future(_read(receive, self._limits.max_body_bytes))
+        try:
+            await asyncio.wait({reading, given_up}, timeout=self._limits.body_timeout_s, return_when="FIRST_COMPLETED")
+            late = not reading.done()
+        finally:
+            del self._unfinished[given_up]
+            given_up.cancel()
+            reading.cancel()  # of no effect on a finished one
+        if late:
+            message = f"the body was not there after {self._limits.body_timeout_s:g} s, or others needed its place"
+            await self._refuse(scope, receive, send, 408, message, {})
+            return
+        body = reading.result()
+        if body is None:
+            await self._too_large(scope, receive, send)
+        elif body is not _GONE:
+            await self._app(scope, _again(body, receive), send)
+
+    def _make_room(self) -> None:
+        """Give up the oldest unfinished body where there are as many as may be: a body that comes at once is whole
+        before its turn comes, however many others trickle in."""
+        waiting = [future for future in self._unfinished if not future.done()]
+        if len(waiting) >= self._limits.max_unfinished_bodies:
+            waiting[0].set_result(None)
+
+    async def _too_large(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._refuse(scope, receive, send, 413, "the body is larger than this server accepts", {})
+
+    async def _refuse(
+        self, scope: Scope, receive: Receive, send: Send, status: int, message: str, headers: Mapping[str, str]
+    ) -> None:
+        """Answer with an error; the connection ends with it, as a body that nobody reads may still be on its way."""
+        body = detail(code_of(status), message, _id(scope))
+        response = JSONResponse(body.model_dump(), status, dict(headers) | {"Connection": "close"})
+        await response(scope, receive, send)
+
+    @staticmethod
+    def _logged(scope: Scope, send: Send, key: Key) -> Send:
+        async def logged(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                _log.info("request %s: key %s, %s %s", _id(scope), key.name, scope["method"], message["status"])
+            await send(message)
+
+        return logged
+
+
+_GONE = b"gone"
+"""In place of a body: the client has gone."""
+
+
+async def _read(receive: Receive, most: int) -> bytes | None:
+    """A request's whole body; None: larger than `most`; `_GONE`: the client went away."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return _GONE
+        part = message.get("body", b"")
+        size += len(part)
+        if size > most:
+            return None
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read already, then whatever follows."""
+    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive_again() -> Message:
+        return waiting.pop() if waiting else await receive()
+
+    return receive_again
+
+
+def _path(scope: Scope) -> str:
+    """The path within this application, as its router sees it."""
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if path.startswith(f"{root}/") else path
+
+
+def _shown(headers: Headers) -> str | None:
+    """The API key of a request, in either form."""
+    bearer = headers.get("authorization", "")
+    return bearer[7:] if bearer[:7].lower() == "bearer " else headers.get("x-api-key")
+
+
+def _id(scope: Scope) -> str | None:
+    found: str | None = scope.get("state", {}).get("request_id")
+    return found

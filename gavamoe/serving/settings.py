@@ -5,12 +5,16 @@ import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from gavamoe.config.section import Section
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+LOG_NAME = "ray.serve.gavamoe"
+"""The service's own log lines go where Ray Serve's go, with the same request ids."""
+EMPTY_KEY_HASH = hashlib.sha256(b"").hexdigest()
+"""What `printf %s "$KEY" | sha256sum` prints where KEY is not set."""
 
 
 class Limits(Section):
@@ -19,12 +23,20 @@ class Limits(Section):
     request_timeout_s: Positive = 30.0
     """A request that takes longer is answered with 504, and its rows are freed."""
     max_body_bytes: Count = 64 * 1024
+    body_timeout_s: Positive = 10.0
+    """A body that is not there by then is answered with 408, and the connection is closed."""
+    max_unfinished_bodies: Count = 64
+    """Bodies that one ingress replica waits for; when another comes, the one that took longest is given up (408)."""
     max_new_tokens: Annotated[int, Field(ge=1, le=512)] = 128
     """Largest that a request may ask for."""
     max_batch: Annotated[int, Field(ge=1, le=64)] = 32
     """Pairs of one batch request."""
     max_in_flight: Count = 256
     """Requests that one ingress replica works on; more are answered with 429."""
+    key_in_flight: Count | None = None
+    """Of these, those of one API key that has no `in_flight=` of its own in the file of keys; None: all."""
+    key_per_minute: Count | None = None
+    """Requests a minute of one API key that has no `per_minute=` of its own, per ingress replica; None: no limit."""
     retry_after_s: Count = 1
     """What a client that was turned away is told to wait."""
     retries: Annotated[int, Field(ge=0, le=10)] = 4
@@ -63,6 +75,16 @@ class Scaling(Section):
     0 where there is no room for them (GPUs): old ones go first."""
 
 
+class Browse(Section):
+    """What callers may learn about users, beside what is predicted for the one that they name."""
+
+    users: bool | None = None
+    """Whether `/v1/users` lists users; None: only while no API key is needed."""
+    exclude_seen: bool = True
+    """Whether recommendations may leave out what the user has reviewed. What is missing at the top of such a list was
+    reviewed: false where callers must not learn even that."""
+
+
 class ServeArgs(Section):
     """Arguments of the app builder."""
 
@@ -76,7 +98,11 @@ class ServeArgs(Section):
     api_key_hashes: tuple[str, ...] = ()
     """SHA-256 of each accepted key, in hex; with none and no file, everyone may ask."""
     api_keys_file: str | None = None
-    """A file with one "sha256:HEX" (or bare hex) a line, read when a replica starts; # begins a comment."""
+    """A file with a key's hash a line, perhaps with name, limits and expiry (`serving.keys`); read again when it
+    changes."""
+    no_api_keys: bool = False
+    """Everyone may ask: said explicitly, so that no key is asked for though the environment may hold some."""
+    browse: Browse = Browse()
     allowed_origins: tuple[str, ...] = ()
     """Other sites whose pages may call the interface; none by default."""
     page: bool = True
@@ -88,7 +114,15 @@ class ServeArgs(Section):
         for value in hashes:
             if not re.fullmatch("[0-9a-f]{64}", value):
                 raise ValueError("expected the SHA-256 of a key in 64 hex digits, never the key itself")
+            if value == EMPTY_KEY_HASH:
+                raise ValueError("holds the hash of an empty key; was a variable unset?")
         return hashes
+
+    @model_validator(mode="after")
+    def _keys_or_none(self) -> "ServeArgs":
+        if self.no_api_keys and (self.api_key_hashes or self.api_keys_file is not None):
+            raise ValueError("no_api_keys: can't be true beside api_key_hashes or api_keys_file")
+        return self
 
     @property
     def artifact(self) -> Path:

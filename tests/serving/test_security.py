@@ -10,8 +10,9 @@ from starlette.testclient import TestClient
 
 from gavamoe.errors import InputError
 from gavamoe.serving.backend import LocalBackend
+from gavamoe.serving.keys import ApiKeys
 from gavamoe.serving.routing import Pair
-from gavamoe.serving.security import ApiKeys, page_policy
+from gavamoe.serving.security import page_policy
 from gavamoe.serving.settings import ServeArgs, hash_key
 from gavamoe.serving.writing import TextRequest
 

@@ -1,9 +1,7 @@
 """The Serve config files say what the app builder takes; the app has the parts and limits that they ask for."""
 
 import asyncio
-import importlib.util
 import os
-import shutil
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +22,9 @@ def configs() -> dict[str, dict[str, Any]]:
     found = {}
     for path in sorted(FOLDER.glob("*.yaml")):
         document = yaml.safe_load(path.read_text())
-        found[path.name] = yaml.safe_load(document["spec"]["serveConfigV2"]) if "spec" in document else document
+        if "items" in document:
+            document = yaml.safe_load(document["items"][0]["spec"]["serveConfigV2"])
+        found[path.name] = document
     return found
 
 
@@ -41,6 +41,23 @@ def test_config_files_are_valid(name: str) -> None:
     for scaling in (args.router_scaling, args.generator_scaling, args.ingress_scaling):
         assert scaling.min_replicas <= scaling.max_replicas
     assert "kuberay" in name or config["http_options"]["host"] == "127.0.0.1"
+
+
+def test_pods_are_restricted_and_reached_by_one_port() -> None:
+    service, policy = yaml.safe_load((FOLDER / "kuberay.yaml").read_text())["items"]
+    cluster = service["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        [container] = pod["containers"]
+        allowed = container["securityContext"]
+        assert (allowed["allowPrivilegeEscalation"], allowed["readOnlyRootFilesystem"]) == (False, True)
+        assert allowed["capabilities"] == {"drop": ["ALL"]}
+        assert {volume["name"] for volume in pod["volumes"]} == {mount["name"] for mount in container["volumeMounts"]}
+    assert (policy["kind"], policy["spec"]["policyTypes"]) == ("NetworkPolicy", ["Ingress"])
+    own, clients = policy["spec"]["ingress"]
+    assert all("podSelector" in peer for peer in own["from"]), "nobody from outside"
+    assert clients["ports"] == [{"port": 8000, "protocol": "TCP"}]
 
 
 @pytest.mark.parametrize(
@@ -93,12 +110,11 @@ def test_builder_arguments_are_typed() -> None:
 
 def test_the_way_through_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """HAProxy where there is one, its sockets out of others' reach; what is set already stays."""
-    from gavamoe.serving import launch
+    from gavamoe.serving import launch, proxy
 
     def prepared(found: bool, **given: str) -> dict[str, str]:
         monkeypatch.setattr(os, "environ", dict(given))
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if found else None)
-        monkeypatch.setattr(shutil, "which", lambda name: None)
+        monkeypatch.setattr(proxy, "binary", lambda: "/usr/sbin/haproxy" if found else None)
         with launch.prepared_environment():
             if "RAY_SERVE_HAPROXY_SOCKET_PATH" in os.environ:
                 folder = Path(os.environ["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
