@@ -43,8 +43,27 @@ FIELDS: dict[str, set[str]] = {
         "serveService", "upgradeStrategy", "serveConfigV2", "rayClusterConfig", "excludeHeadPodFromServeSvc",
     },
 }  # fmt: skip
-CONTAINER = {"name", "image", "env", "envFrom", "ports", "resources", "volumeMounts", "readinessProbe", "livenessProbe"}
-POD = {"containers", "volumes", "nodeSelector", "tolerations", "terminationGracePeriodSeconds"}
+CONTAINER = {
+    "name",
+    "image",
+    "env",
+    "envFrom",
+    "ports",
+    "resources",
+    "volumeMounts",
+    "readinessProbe",
+    "livenessProbe",
+    "securityContext",
+}
+POD = {
+    "containers",
+    "volumes",
+    "nodeSelector",
+    "tolerations",
+    "terminationGracePeriodSeconds",
+    "securityContext",
+    "automountServiceAccountToken",
+}
 
 
 def documents(name: str) -> dict[str, dict[str, Any]]:
