@@ -222,8 +222,15 @@ def local_path(stored: StoredPath) -> Path:
 
 
 def remove(uri: str) -> None:
-    """Delete a file, or everything below `uri`; nothing happens if there is nothing."""
-    ObjectStore(uri).delete("")
+    """Delete a file, or everything below `uri`; nothing happens if there is nothing.
+
+    Raises:
+        InputError: `uri` is all of a storage: a bucket, or the root of a filesystem.
+    """
+    parent, _, name = canonical(uri).rpartition("/")
+    if parent.endswith("/"):
+        raise InputError(f"{uri}: is all of a storage; only what lies in it can be removed")
+    ObjectStore(parent).delete(unquote(name))
 
 
 def exists(uri: str) -> bool:
