@@ -184,13 +184,17 @@ def push(folder: Path, uri: str) -> None:
 
 
 def stored_path(path: Path) -> StoredPath | None:
-    """The stored path that a staged one stands for; None for an ordinary path."""
+    """The stored path that a staged one stands for; None for an ordinary path.
+
+    Only this user's own cache is believed: a folder from elsewhere may bring an `origin.json` of its own, and work in
+    it would be stored where that says.
+    """
     path = Path(path).absolute()
     for folder in (path, *path.parents):
         mark = folder.parent / ORIGIN
-        if folder.name == _HERE and mark.is_file():
+        if folder.name == _HERE and mark.is_file() and folder.parent.parent == cache_folder():
             relative = path.relative_to(folder).as_posix()
-            base = json.loads(mark.read_text(encoding="utf-8"))["uri"]
+            base = canonical(json.loads(mark.read_text(encoding="utf-8"))["uri"])
             return StoredPath(base, "" if relative == "." else relative)
     return None
 

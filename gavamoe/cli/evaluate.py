@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from gavamoe.cli.options import DatasetPath, Json, RunPath, ScoreStyle, Set, local_path, name_of, run_folder
+from gavamoe.cli.options import (
+    DatasetOfRun,
+    DatasetPath,
+    Json,
+    RunPath,
+    ScoreStyle,
+    Set,
+    local_path,
+    name_of,
+    run_folder,
+)
 
 if TYPE_CHECKING:
     from gavamoe.evaluation.metrics.text_scores import Style
@@ -24,6 +34,7 @@ def evaluate(
     rows: Annotated[int | None, typer.Option(min=1, help="At most this many rows, chosen by the seed.")] = None,
     bertscore_model: Annotated[str | None, typer.Option(help="Hub id or folder; default: not measured.")] = None,
     bertscore_layer: Annotated[int | None, typer.Option(min=1, help="Layer to compare.")] = None,
+    dataset: DatasetOfRun = None,
     json_output: Json = False,
 ) -> None:
     """Write explanations for a split and score them."""
@@ -35,6 +46,7 @@ def evaluate(
         metrics = evaluate_and_report(
             run,
             progress=progress,
+            dataset=dataset,
             split=split,
             protocol=protocol,
             style=style,

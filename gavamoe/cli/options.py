@@ -98,6 +98,15 @@ RunPath = Annotated[
     typer.Argument(metavar="RUN", parser=run_folder, help="A run folder, as `gavamoe train` makes it, or its URI."),
 ]
 DatasetPath = Annotated[Path, typer.Option("--dataset", metavar="FOLDER", parser=input_folder, help="Dataset, or URI.")]
+DatasetOfRun = Annotated[
+    Path | None,
+    typer.Option(
+        "--dataset",
+        metavar="FOLDER",
+        parser=input_folder,
+        help="The run's dataset, if it has moved, or lies at a URI: a URI that a run names is not opened unasked.",
+    ),
+]
 OutPath = Annotated[Path, typer.Argument(metavar="OUT", parser=work_folder, help="Dataset folder to make, or URI.")]
 
 
