@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gavamoe.artifacts.checksums import FileEntry, find_damage, fingerprint, list_files
+from gavamoe.artifacts.checksums import FileEntry, find_damage, fingerprint, list_files, refuse_links
 from gavamoe.artifacts.files import read_json, versions, write_json
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError, one_line, validated
@@ -85,6 +85,7 @@ def read_manifest(folder: Path, kind: Kind, *, verify: bool = True) -> Manifest:
 
 
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
+    refuse_links(folder)
     damage = find_damage(folder, manifest.files, unlisted={MANIFEST}, hashes=verify)
     if damage is None:
         return

@@ -2,16 +2,18 @@
 
 A folder at `URI` is `URI/VERSION/FILES...` and, written last, `URI/_folder.json`, which names the version and lists its
 files with size and SHA-256. Object stores have no rename: this one small object is the switch, so that a reader finds
-the old folder or the new one, complete. `remote` stores and fetches such folders.
+the old folder or the new one, complete. What is stored entry by entry, such as a run, has `URI/_contents.json`, which
+lists its folders and loose files and says whether they are all there. `remote` stores and fetches both.
 """
 
+import hashlib
 import os
 import re
 import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from pyarrow import fs
@@ -24,12 +26,14 @@ from gavamoe.errors import InputError, RunError, first_problem, one_line
 Result = TypeVar("Result")
 
 INDEX = "_folder.json"
+CONTENTS = "_contents.json"
 TRANSFER_ATTEMPTS = 4
 """Attempts at a transfer before it counts as failed."""
 _PATH_CHARACTERS = "/!$&'()*+,;=:@~"
 """Characters that stand for themselves in the path of a URI, beside letters, digits and `-._`."""
 _REQUEST_ATTEMPTS = 8
 """Attempts at each single request, which the client of S3 makes by itself."""
+_READ_BYTES = 2**20
 _FIRST_PAUSE = 0.2
 """Seconds before the second attempt at a transfer; four times as long before each one more."""
 
@@ -58,6 +62,22 @@ class Index(BaseModel):
     files: dict[NameInside, FileEntry]
 
 
+class Contents(BaseModel):
+    """Content of `_contents.json`: what a place holds that is stored entry by entry, such as a run."""
+
+    model_config = ConfigDict(extra="forbid")
+    complete: bool
+    """False while what it lists is being stored there for the first time."""
+    by: Literal["copy", "commit"]
+    """What stores it: a copy counts for nothing before its end; work that is committed may go on."""
+    source: str = ""
+    """Digest of what is copied, by which the same copy knows its own half again."""
+    parts: list[NameInside]
+    """Names of folders, each with an index of its own."""
+    files: dict[NameInside, list[FileEntry]]
+    """Loose files; two entries, of the old content and the new, while a file is being replaced."""
+
+
 class ObjectStore:
     """What lies below one URI."""
 
@@ -77,6 +97,19 @@ class ObjectStore:
             return Index.model_validate_json(content)
         except ValidationError as error:
             raise RunError(f"{self.uri}/{INDEX}: not an index ({first_problem(error)}); store it anew") from error
+
+    def contents(self) -> Contents | None:
+        """The list of what is stored here entry by entry; None where nothing is, or an earlier version stored it."""
+        content = self.get_bytes(CONTENTS)
+        if content is None:
+            return None
+        try:
+            return Contents.model_validate_json(content)
+        except ValidationError as error:
+            raise RunError(f"{self.uri}/{CONTENTS}: not a list of contents ({first_problem(error)})") from error
+
+    def put_contents(self, contents: Contents) -> None:
+        self.put_bytes(contents.model_dump_json(indent=1).encode(), CONTENTS)
 
     def children(self) -> list[str]:
         """Names directly below."""
@@ -99,6 +132,19 @@ class ObjectStore:
                 raise RunError(f"{self.uri}/{name}: {info.size} bytes, more than such a file may have")
             with self._files.open_input_stream(path) as stream:
                 return bytes(stream.read())
+
+        return self._call(read)
+
+    def sha256(self, name: str) -> str:
+        """Hex SHA-256 of a stored file's content, which is read for it."""
+        path = self._path(name)
+
+        def read() -> str:
+            digest = hashlib.sha256()
+            with self._files.open_input_stream(path) as stream:
+                while block := stream.read(_READ_BYTES):
+                    digest.update(block)
+            return digest.hexdigest()
 
         return self._call(read)
 

@@ -172,10 +172,9 @@ def _next(path: str, run: Run, steps: list[StepStatus]) -> str:
         if step.state == "running":
             return f"{step.name} is running, or was {step.idle or 0:.0f} s ago; wait, or look at its log"
         if step.state != "done" and step.name != "evaluation":
-            return (
-                f"gavamoe train {shlex.quote(str(run.config_file))} --dataset {shlex.quote(without_keys(run.reference.path))}"
-                f" --run-dir {quoted} --resume"
-            )
+            dataset = shlex.quote(without_keys(run.reference.path))
+            config = shlex.quote(str(run.config_file))
+            return f"gavamoe train {config} --dataset {dataset} --run-dir {quoted} --resume"
         if step.state != "done":
             at_uri = remote.is_uri(run.reference.path)
             dataset = f" --dataset {shlex.quote(without_keys(run.reference.path))}" if at_uri else ""

@@ -9,6 +9,7 @@ final/, test.json         the best configuration trained in full, and its test s
 """
 
 import fcntl
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,7 @@ def withhold_test(dataset: Dataset, out: Path) -> Dataset:
     """Make (or reopen) the view `out` of a dataset without its test rows: the test split is there, and empty.
 
     Trials get this folder and no other, so that no trial can be chosen by test rows, whatever its code does. The files
-    are links to the dataset's own; the fingerprint differs, for the test split does.
+    share the dataset's content where the disk allows it; the fingerprint differs, for the test split does.
 
     Raises:
         InputError: `out` is the view of another dataset.
@@ -76,7 +77,10 @@ def withhold_test(dataset: Dataset, out: Path) -> Dataset:
         for name in (*DATA_FILES, *_TRUTH_FILES):
             source = dataset.path.resolve() / name
             if name != "test.parquet" and source.exists():
-                (folder / name).symlink_to(source)
+                try:  # no symbolic link, which could not be stored with the search
+                    (folder / name).hardlink_to(source)
+                except OSError:  # another disk, or files of another user
+                    shutil.copyfile(source, folder / name)
         pq.write_table(ROWS_SCHEMA.empty_table(), folder / "test.parquet")
         files = wanted | {"test.parquet": sha256(folder / "test.parquet")}
         meta = read_json(dataset.path / "meta.json")

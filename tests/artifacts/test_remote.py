@@ -143,7 +143,7 @@ def test_places_are_known_by_path_and_fetched_elsewhere(
     remote.commit(run)
     stored = remote.stored_path(run / "stage1")
     assert stored == remote.StoredPath(uri, "stage1")
-    assert ObjectStore(uri).children() == ["config.yaml", "stage1"]
+    assert ObjectStore(uri).children() == ["_contents.json", "config.yaml", "stage1"]
 
     monkeypatch.setenv("GAVAMOE_CACHE", str(tmp_path / "other"))
     assert content(remote.local_path(stored)) == content(tmp_path / "a")
@@ -235,7 +235,7 @@ def test_names_inside_a_run_are_no_uris(uri: str, tmp_path: Path) -> None:
     (run / "100% #1?" / "x").write_text("x")
     (run / "notes #2.txt").write_text("y")
     remote.commit(run)
-    assert ObjectStore(uri).children() == ["100% #1?", "notes #2.txt"]
+    assert ObjectStore(uri).children() == ["100% #1?", "_contents.json", "notes #2.txt"]
     stored = remote.stored_path(run / "100% #1?")
     assert stored is not None
     assert content(remote.local_path(stored)) == {"x": b"x"}
@@ -292,12 +292,21 @@ def test_nothing_is_left_out_of_a_copy_unseen(gavamoe: Runner, tmp_path: Path) -
     assert not (tmp_path / "b").exists()
 
 
-def test_a_file_that_can_not_be_copied_is_one_line(gavamoe: Runner, tmp_path: Path) -> None:
+def test_a_file_that_can_not_be_copied_is_one_line(
+    gavamoe: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_folder(tmp_path / "a")
-    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    real = remote.shutil.copy2
+
+    def full(source: Path, target: Path) -> object:
+        if source.name == "empty":
+            raise OSError(28, "No space left on device", str(target))
+        return real(source, target)
+
+    monkeypatch.setattr(remote.shutil, "copy2", full)
     failed = gavamoe("copy", folder, tmp_path / "b")
     assert (failed.code, failed.err.count("\n")) == (1, 1), failed.err
-    assert "gone: can't be copied" in failed.err
+    assert "empty: can't be copied ([Errno 28] No space left" in failed.err
     assert not (tmp_path / "b").exists()
 
 
@@ -363,7 +372,8 @@ def test_an_index_names_nothing_outside_its_folder(uri: str, change: dict[str, o
     victim = make_folder(tmp_path / "a")
     remote.push(victim, f"{uri}/precious")
     if "files" in change:
-        change = {"files": dict.fromkeys(change["files"], {"bytes": 1, "sha256": "0"})}  # type: ignore[call-overload]
+        [name] = change["files"]  # type: ignore[misc]
+        change = {"files": {name: {"bytes": 1, "sha256": "0"}}}
     evil = {"version": "0" * 16, "files": {}} | change
     ObjectStore(f"{uri}/shared/run").put_bytes(json.dumps(evil).encode(), "_folder.json")
     for call in (lambda: remote.push(victim, f"{uri}/shared/run"), lambda: remote.checkout(f"{uri}/shared/run")):
