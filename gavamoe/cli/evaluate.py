@@ -1,5 +1,6 @@
 """`gavamoe evaluate`, `score`, `ablate` and `report`: parse, call, print."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -152,9 +153,12 @@ def report(
     ] = None,
 ) -> None:
     """Tables and figures of one or more runs, or of an ablation, side by side: one self-contained HTML page."""
+    from gavamoe.artifacts.lock import locked_folder
     from gavamoe.artifacts.run import RunFolder
     from gavamoe.cli.terminal import console
     from gavamoe.report.page import write_report
 
-    written = write_report(runs, out or RunFolder(runs[0]).report, human=human, figures=figures)
+    into_run = out is None and runs[0].is_dir()  # what is no run is refused below
+    with locked_folder(runs[0]) if into_run else nullcontext():
+        written = write_report(runs, out or RunFolder(runs[0]).report, human=human, figures=figures)
     console.print(f"report: {written}", markup=False, soft_wrap=True)

@@ -8,7 +8,6 @@ trials.parquet, best.yaml, table.md, plots/, pareto/    (`report`)
 final/, test.json         the best configuration trained in full, and its test scores
 """
 
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from gavamoe.artifacts.files import read_json, sha256, write_folder, write_json
+from gavamoe.artifacts.lock import locked_folder
 from gavamoe.artifacts.run import first_difference
 from gavamoe.config.files import translate_former
 from gavamoe.config.schema import RunConfig
@@ -43,16 +43,9 @@ def claimed_folder(
     try:
         _check(folder, space, config, dataset, seeds, resume=resume)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK_FILE).open("w", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{folder}: can't be a search's folder ({error.strerror}); use another --run-dir") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{folder}: another search is running here; wait for it or use another --run-dir"
-            ) from error
+    with locked_folder(folder, _LOCK_FILE):
         if not (folder / TUNE_FILE).exists():
             write_json(folder / TUNE_FILE, _identity(space, config, dataset, seeds))
         yield
