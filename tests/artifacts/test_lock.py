@@ -63,7 +63,10 @@ def test_commands_on_one_run_are_kept_apart(gavamoe: Runner, tiny_dataset: Path,
 def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:
     with locked_folder(tmp_path / "new"):
         assert (tmp_path / "new" / LOCK_FILE).is_file()
-        with pytest.raises(InputError, match=f"new: in use by process {os.getpid()} on "), locked_folder(tmp_path / "new"):
+        with (
+            pytest.raises(InputError, match=f"new: in use by process {os.getpid()} on "),
+            locked_folder(tmp_path / "new"),
+        ):
             pass
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
