@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from gavamoe.artifacts import remote
 from gavamoe.artifacts.files import read_json
+from gavamoe.artifacts.lock import alone_in
 from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.artifacts.run import METRICS_FILE, Run, RunFolder, claim_run, open_run
 from gavamoe.config.schema import RunConfig
@@ -22,6 +23,7 @@ from gavamoe.runtime.ray_train import ray_session, run_tasks, run_training, was_
 Stage = Literal["1", "2", "all"]
 
 
+@alone_in("run_dir", make=True)
 def train_run(
     config: RunConfig,
     dataset: Path,
@@ -54,6 +56,7 @@ def train_run(
     return {folder.name: read_json(folder / METRICS_FILE) for folder in trained}
 
 
+@alone_in("run_dir")
 def evaluate_and_report(run_dir: Path, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
     """Score the run's test split and write its report.html; returns the metrics."""
     from gavamoe.evaluation.evaluate import evaluate_run
