@@ -3,7 +3,9 @@
 import json
 import shutil
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,21 +37,27 @@ def refer_to(run: Path, place: str, dataset: Path) -> None:
     write_json(run / "dataset.json", {"path": place, "fingerprint": open_dataset(dataset).fingerprint})
 
 
+class Listener:
+    """A host that counts its visitors and shuts the door on them."""
+
+    def __init__(self, server: socket.socket) -> None:
+        self.address = f"127.0.0.1:{server.getsockname()[1]}"
+        self.visitors = 0
+        self._server = server
+        threading.Thread(target=self._count, daemon=True).start()
+
+    def _count(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                self._server.accept()[0].close()
+                self.visitors += 1
+
+
 @pytest.fixture
-def listener() -> Iterator[socket.socket]:
+def listener() -> Iterator[Listener]:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.setblocking(False)
-        yield server
-
-
-def visitors(server: socket.socket) -> int:
-    count = 0
-    while True:
-        try:
-            server.accept()[0].close()
-        except BlockingIOError:
-            return count
-        count += 1
+        yield Listener(server)
+        server.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture(autouse=True)
@@ -64,26 +72,25 @@ def test_no_command_visits_the_host_that_a_run_names(
     gavamoe: Runner,
     run: Path,
     tiny_dataset: Path,
-    listener: socket.socket,
+    listener: Listener,
     scheme: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A stranger's dataset.json must not get requests that are signed with the user's credentials."""
-    address = f"127.0.0.1:{listener.getsockname()[1]}"
-    place = f"gs://b/x?scheme=http&endpoint_override={address}&retry_limit_seconds=1"
+    place = f"gs://b/x?scheme=http&endpoint_override={listener.address}&retry_limit_seconds=1"
     if scheme == "s3":  # as if that were the user's own storage
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{address}")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{listener.address}")
         place = "s3://b/x"
     refer_to(run, place, tiny_dataset)
     for command in (("explain", run, *PAIR), ("route", run, *PAIR, "--json"), ("route", run), ("status", run)):
         done = gavamoe(*command)
-        assert (done.code, visitors(listener)) == (0, 0), done.err
+        assert (done.code, listener.visitors) == (0, 0), done.err
     for command in (("evaluate", run), ("route", run, "--sweep-clusters", "2:3")):
         refused = gavamoe(*command)
         assert refused.code == 2, refused.err
         assert "a URI that a run names is not opened unasked: if you trust it, add --dataset" in refused.err
         assert place.partition("?")[0] in refused.err
-        assert visitors(listener) == 0
+        assert listener.visitors == 0
 
 
 def test_the_command_line_may_name_the_uri(gavamoe: Runner, run: Path, tiny_dataset: Path, tmp_path: Path) -> None:
