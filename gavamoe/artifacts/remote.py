@@ -108,23 +108,28 @@ def _fetch_what_is_there(store: ObjectStore, staged: Path) -> None:
 
 
 def _fetch_contents(store: ObjectStore, staged: Path) -> None:
-    """Bring up to date what a place lists, each loose file checked, and the folders that workers have added since."""
-    for attempt in range(TRANSFER_ATTEMPTS):
-        contents = store.contents()
-        if contents is None or not contents.complete:
-            raise InputError(f"{store.uri}: {_UNFINISHED}")
-        wrong = next((name for name, entries in contents.files.items() if not _got(store, staged, name, entries)), None)
-        if wrong is None:
-            break
-        if attempt + 1 == TRANSFER_ATTEMPTS:
-            raise RunError(f"{store.uri}/{wrong}: differs from what {CONTENTS} records; store it anew")
-        pause_after(attempt)  # replaced by another writer meanwhile: look again
+    """Bring up to date what a place lists, and the folders that workers have added since."""
+    contents = _fetch_loose_files(store, staged)
     for name in sorted({*contents.parts, *store.children()} - {*contents.files, *NOT_COMMITTED, CONTENTS}):
         child = store.below(name)
         if child.index() is not None:
             _fetch(child, staged / name)
         elif name in contents.parts:
             raise InputError(f"{child.uri}: {_UNFINISHED}")
+
+
+def _fetch_loose_files(store: ObjectStore, staged: Path) -> Contents:
+    """Bring up to date the loose files that a place lists, each one checked; returns the list."""
+    for attempt in range(TRANSFER_ATTEMPTS):
+        contents = store.contents()
+        if contents is None or not contents.complete:
+            raise InputError(f"{store.uri}: {_UNFINISHED}")
+        wrong = next((name for name, entries in contents.files.items() if not _got(store, staged, name, entries)), None)
+        if wrong is None:
+            return contents
+        if attempt + 1 < TRANSFER_ATTEMPTS:
+            pause_after(attempt)  # replaced by another writer meanwhile: look again
+    raise RunError(f"{store.uri}/{wrong}: differs from what {CONTENTS} records; store it anew")
 
 
 def _got(store: ObjectStore, staged: Path, name: str, entries: list[FileEntry]) -> bool:
