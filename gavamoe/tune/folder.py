@@ -43,6 +43,8 @@ def claimed_folder(
     try:
         _check(folder, space, config, dataset, seeds, resume=resume)
         folder.mkdir(parents=True, exist_ok=True)
+        with (folder / _LOCK_FILE).open("a", encoding="utf-8"):
+            pass
     except OSError as error:
         raise InputError(f"{folder}: can't be a search's folder ({error.strerror}); use another --run-dir") from error
     with locked_folder(folder, _LOCK_FILE):

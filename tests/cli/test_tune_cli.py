@@ -152,5 +152,5 @@ def test_a_place_that_can_be_no_folder(place: str, tune: Call, tmp_path: Path) -
     names = {"a file": "file", "below a file": "file/x", "name of 300 letters": "x" * 300, "lock is a folder": "locked"}
     code, said = tune(SPACE, "--run-dir", str(tmp_path / names[place]))
     assert (code, said.count("\n")) == (2, 1), said
-    assert ("no run can be kept there" if place == "lock is a folder" else "can't be a search's folder") in said
+    assert "can't be a search's folder" in said
     assert said.endswith("; use another --run-dir\n")
