@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gavamoe.artifacts import remote
 from gavamoe.artifacts.files import read_json
+from gavamoe.artifacts.lock import alone_in
 from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.artifacts.run import METRICS_FILE, Run, RunFolder, claim_run, make_run_folder, open_run
 from gavamoe.config.schema import RunConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 Stage = Literal["1", "2", "all"]
 
 
+@alone_in("run_dir", make=True)
 def train_run(
     config: RunConfig,
     dataset: Path,
@@ -83,6 +85,7 @@ def check_base_models(configs: Sequence[RunConfig], dataset: Dataset) -> None:
         _base_model_sizes(config, dataset)
 
 
+@alone_in("run_dir")
 def evaluate_and_report(run_dir: Path, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
     """Score the run's test split and write its report.html; returns the metrics."""
     from gavamoe.evaluation.evaluate import evaluate_run

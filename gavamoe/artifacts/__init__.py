@@ -3,6 +3,7 @@
 run           the run folder: its names, opening and claiming one
 logs          training logs, read back
 files         folders and files written whole or not at all; bounded reads
+lock          one command at a time in a folder
 tensor_files  files of torch: tensors and plain values only
 csv_files     tables for spreadsheets, in which no cell is a formula
 checksums     lists of files with size and SHA-256; the first difference from one

@@ -5,6 +5,8 @@ Artifacts, checkpoints, folders on object storage and the token cache keep such 
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,7 +14,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from gavamoe.artifacts.files import sha256
+from gavamoe.artifacts.files import read_json, sha256
+from gavamoe.errors import InputError
+
+_RECORDS = ("artifact.json", "meta.json")
+"""Files with which artifacts and datasets list their own files."""
 
 
 class FileEntry(BaseModel):
@@ -49,6 +55,58 @@ def list_files(folder: Path) -> dict[str, FileEntry]:
         for path in sorted(folder.rglob("*"))
         if not is_hidden(name := path.relative_to(folder).as_posix()) and path.is_file()
     }
+
+
+def refuse_links(folder: Path, passed_over: Container[str] = ()) -> None:
+    """Refuse a folder with links that lead out of it: who opens or copies it would take along files of their own
+    machine that its author chose.
+
+    Args:
+        passed_over: folders directly in it that are not looked into; neither are hidden ones.
+
+    Raises:
+        InputError: such a link, or one to a folder, or something that is neither a file nor a folder.
+    """
+    root = folder.resolve()
+    for base, folders, names in os.walk(folder):
+        here = Path(base)
+        folders[:] = [n for n in folders if not is_hidden(n) and not (here == folder and n in passed_over)]
+        for path in (here / name for name in (*folders, *names) if not is_hidden(name)):
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                target = path.resolve()
+                if root not in target.parents or not target.is_file():
+                    raise InputError(f"{path}: is a link to no file inside of {folder}; put the file itself there")
+            elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise InputError(f"{path}: is neither a file nor a folder; remove it")
+
+
+def find_recorded_damage(folder: Path, files: Mapping[str, FileEntry]) -> str | None:
+    """The first difference, in words, between a folder's files and what the artifacts and datasets in it record of
+    themselves; None if there is none.
+
+    Args:
+        files: the folder's list, freshly made (`list_files`).
+
+    Raises:
+        InputError: a record can't be read.
+    """
+    for record in files:
+        base, _, name = record.rpartition("/")
+        if name not in _RECORDS:
+            continue
+        value = read_json(folder / record)
+        recorded = value.get("files") if isinstance(value, dict) else None
+        for file, entry in (recorded if isinstance(recorded, dict) else {}).items():
+            wanted = entry.get("sha256") if isinstance(entry, dict) else entry
+            path = f"{base}/{file}" if base else file
+            if is_hidden(file):  # lists of earlier versions may hold such files
+                continue
+            if path not in files:
+                return f"{path} is missing, which {name} lists"
+            if files[path].sha256 != wanted:
+                return f"the content of {path} differs from what {name} records"
+    return None
 
 
 def fingerprint(files: Mapping[str, FileEntry]) -> str:

@@ -5,14 +5,16 @@ written aside, in the same parent, and renamed when it is complete.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_JSON_BYTES = 64 * 2**20
+_PARTIAL, _REPLACED = "partial", "replaced"
+"""In the names of what is being written, and of what is being replaced."""
+_ABANDONED = 24 * 3600
+"""Seconds after the last change in a half-written folder, from which on nobody is writing it any more."""
 _REPORTED_PACKAGES = ("gavamoe", "torch", "transformers", "ray", "deepspeed", "numpy", "pyarrow", "scikit-learn")
 
 
@@ -35,6 +41,7 @@ def write_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         RunError: the disk is full.
     """
     path = Path(path)
+    recover_folder(path)
     if path.exists() and not replace:
         raise InputError(f"{path}: already exists; choose another folder or remove it first")
     if path.is_symlink() and not path.exists():
@@ -44,18 +51,22 @@ def write_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         aside.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+    _forget_abandoned(path)
     try:
         with full_disk_named(path):
             yield aside
-        if path.exists():  # os.replace refuses a non-empty target folder
-            old = _aside(path)
-            path.rename(old)
-            aside.rename(path)
-            _remove(old)
-        else:
-            aside.rename(path)
+            _publish(aside, path)
     finally:
         _remove(aside)
+
+
+def recover_folder(path: Path) -> None:
+    """Put back the folder that was there, if its replacement was killed between the two renames that it takes."""
+    if path.exists() or path.is_symlink():
+        return
+    with suppress(OSError):  # another process may do the same
+        if earlier := sorted(_siblings(path, _REPLACED), key=lambda folder: folder.stat().st_mtime):
+            earlier[-1].rename(path)
 
 
 @contextmanager
@@ -71,7 +82,9 @@ def write_file(path: Path) -> Iterator[Path]:
     try:
         with full_disk_named(path):
             yield aside
+            _sync(aside)
         os.replace(aside, path)
+        _sync_folder(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -147,7 +160,56 @@ def versions() -> dict[str, str]:
 
 
 def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial-{uuid.uuid4().hex[:8]}")
+    return path.with_name(f".{path.name}.{_PARTIAL}-{uuid.uuid4().hex[:8]}")
+
+
+def _publish(aside: Path, path: Path) -> None:
+    """Give a finished folder its name, and what had that name before another one until then."""
+    for folder, folders, names in os.walk(aside):
+        del folders
+        for name in names:
+            if not Path(folder, name).is_symlink():
+                _sync(Path(folder, name))
+        _sync_folder(Path(folder))
+    old = path.with_name(f".{path.name}.{_REPLACED}-{uuid.uuid4().hex[:8]}")
+    if path.exists():  # os.replace refuses a non-empty target folder
+        path.rename(old)
+    try:
+        aside.rename(path)
+    except OSError:
+        recover_folder(path)
+        raise
+    _sync_folder(path.parent)
+    _remove(old)
+
+
+def _siblings(path: Path, kind: str) -> list[Path]:
+    """What calls for `path` have left beside it, or are about to use."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"))
+
+
+def _forget_abandoned(path: Path) -> None:
+    """Remove what calls for the same path that were killed have left, a day after the last change in it."""
+    for left in (*_siblings(path, _PARTIAL), *_siblings(path, _REPLACED)):
+        with suppress(OSError):
+            newest = max(each.lstat().st_mtime for each in (left, *left.rglob("*")))
+            if left.is_dir() and time.time() - newest > _ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file's content on the disk, so that a power failure does not leave an empty one under its final name."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    with suppress(OSError):  # not every filesystem does it for folders
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _remove(path: Path) -> None:

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gavamoe.artifacts.checksums import FileEntry, find_damage, fingerprint, list_files
-from gavamoe.artifacts.files import read_json, versions, write_json
+from gavamoe.artifacts.checksums import FileEntry, find_damage, fingerprint, list_files, refuse_links
+from gavamoe.artifacts.files import read_json, recover_folder, versions, write_json
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError, one_line, validated
 
@@ -70,6 +70,7 @@ def read_manifest(folder: Path, kind: Kind, *, verify: bool = True) -> Manifest:
             `verify` False compares sizes only, not hashes.
     """
     path = Path(folder) / MANIFEST
+    recover_folder(Path(folder))
     if not path.is_file():
         raise InputError(f"{folder}: no {kind} artifact here ({MANIFEST} is missing); was this step run to its end?")
     manifest = validated(Manifest, read_json(path), path, "a valid manifest")
@@ -85,6 +86,7 @@ def read_manifest(folder: Path, kind: Kind, *, verify: bool = True) -> Manifest:
 
 
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
+    refuse_links(folder)
     damage = find_damage(folder, manifest.files, unlisted={MANIFEST}, hashes=verify)
     if damage is None:
         return

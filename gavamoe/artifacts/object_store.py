@@ -2,20 +2,22 @@
 
 A folder at `URI` is `URI/VERSION/FILES...` and, written last, `URI/_folder.json`, which names the version and lists its
 files with size and SHA-256. Object stores have no rename: this one small object is the switch, so that a reader finds
-the old folder or the new one, complete. `remote` stores and fetches such folders.
+the old folder or the new one, complete. What is stored entry by entry, such as a run, has `URI/_contents.json`, which
+lists its folders and loose files and says whether they are all there. `remote` stores and fetches both.
 """
 
+import hashlib
 import os
 import re
 import time
 import unicodedata
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from pyarrow import fs
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from gavamoe.artifacts.checksums import FileEntry
 from gavamoe.artifacts.files import MAX_JSON_BYTES
@@ -24,23 +26,56 @@ from gavamoe.errors import InputError, RunError, first_problem, one_line
 Result = TypeVar("Result")
 
 INDEX = "_folder.json"
+CONTENTS = "_contents.json"
 TRANSFER_ATTEMPTS = 4
 """Attempts at a transfer before it counts as failed."""
 _PATH_CHARACTERS = "/!$&'()*+,;=:@~"
 """Characters that stand for themselves in the path of a URI, beside letters, digits and `-._`."""
 _REQUEST_ATTEMPTS = 8
 """Attempts at each single request, which the client of S3 makes by itself."""
+_READ_BYTES = 2**20
 _FIRST_PAUSE = 0.2
 """Seconds before the second attempt at a transfer; four times as long before each one more."""
 
 
+def _inside(name: str) -> str:
+    """The name of something below a folder as it is.
+
+    Raises:
+        ValueError: it may lie outside, or be the folder itself.
+    """
+    if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
+        raise ValueError(f"{name!r} is no name inside of its folder")
+    return name
+
+
+NameInside = Annotated[str, AfterValidator(_inside)]
+"""The relative path of something below a folder: no absolute one, no `..`, no empty part."""
+
+
 class Index(BaseModel):
-    """Content of `_folder.json`."""
+    """Content of `_folder.json`. Whoever writes to the storage writes it: no path is built from an unchecked part."""
 
     model_config = ConfigDict(extra="forbid")
-    version: str
+    version: Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
     """Version of the content: a digest of names and hashes, which is also the name of the prefix with the files."""
-    files: dict[str, FileEntry]
+    files: dict[NameInside, FileEntry]
+
+
+class Contents(BaseModel):
+    """Content of `_contents.json`: what a place holds that is stored entry by entry, such as a run."""
+
+    model_config = ConfigDict(extra="forbid")
+    complete: bool
+    """False while what it lists is being stored there for the first time."""
+    by: Literal["copy", "commit"]
+    """What stores it: a copy counts for nothing before its end; work that is committed may go on."""
+    source: str = ""
+    """Digest of what is copied, by which the same copy knows its own half again."""
+    parts: list[NameInside]
+    """Names of folders, each with an index of its own."""
+    files: dict[NameInside, list[FileEntry]]
+    """Loose files; two entries, of the old content and the new, while a file is being replaced."""
 
 
 class ObjectStore:
@@ -59,13 +94,22 @@ class ObjectStore:
         if content is None:
             return None
         try:
-            index = Index.model_validate_json(content)
+            return Index.model_validate_json(content)
         except ValidationError as error:
             raise RunError(f"{self.uri}/{INDEX}: not an index ({first_problem(error)}); store it anew") from error
-        for name in index.files:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise RunError(f"{self.uri}/{INDEX}: names the file {name!r}, outside of its folder")
-        return index
+
+    def contents(self) -> Contents | None:
+        """The list of what is stored here entry by entry; None where nothing is, or an earlier version stored it."""
+        content = self.get_bytes(CONTENTS)
+        if content is None:
+            return None
+        try:
+            return Contents.model_validate_json(content)
+        except ValidationError as error:
+            raise RunError(f"{self.uri}/{CONTENTS}: not a list of contents ({first_problem(error)})") from error
+
+    def put_contents(self, contents: Contents) -> None:
+        self.put_bytes(contents.model_dump_json(indent=1).encode(), CONTENTS)
 
     def children(self) -> list[str]:
         """Names directly below."""
@@ -88,6 +132,19 @@ class ObjectStore:
                 raise RunError(f"{self.uri}/{name}: {info.size} bytes, more than such a file may have")
             with self._files.open_input_stream(path) as stream:
                 return bytes(stream.read())
+
+        return self._call(read)
+
+    def sha256(self, name: str) -> str:
+        """Hex SHA-256 of a stored file's content, which is read for it."""
+        path = self._path(name)
+
+        def read() -> str:
+            digest = hashlib.sha256()
+            with self._files.open_input_stream(path) as stream:
+                while block := stream.read(_READ_BYTES):
+                    digest.update(block)
+            return digest.hexdigest()
 
         return self._call(read)
 
@@ -121,7 +178,15 @@ class ObjectStore:
         self._call(write)
 
     def delete(self, name: str) -> None:
-        path = self._path(name)
+        """Remove a file, or a folder with all that is in it; nothing happens if there is nothing.
+
+        Raises:
+            InputError: the name is empty, or leads out of this place.
+        """
+        try:
+            path = self._path(_inside(name))
+        except ValueError as error:
+            raise InputError(f"{self.uri}: can't be removed from ({error})") from error
         kind = self._call(lambda: self._files.get_file_info(path)).type
         if kind == fs.FileType.Directory:
             self._call(lambda: self._files.delete_dir(path))
@@ -159,17 +224,43 @@ def is_uri(text: str) -> bool:
     return re.match("[A-Za-z][A-Za-z0-9+.-]*://|(s3|gs|gcs|abfss?|hdfs|file):/", text, re.IGNORECASE) is not None
 
 
+def without_keys(text: str) -> str:
+    """A URI as messages may show it: keys of user infos and queries are left out."""
+    text = re.sub(r"^([A-Za-z][^:/@]*:/*)[^/@]*(?::|%3a)[^@]*@", r"\1…@", text, flags=re.IGNORECASE)
+    return re.sub(r"\?.*=.*", "?…", text, flags=re.DOTALL)
+
+
+def _refuse_keys(scheme: str, authority: str) -> None:
+    """Refuse keys in a URI: it is printed, recorded in runs and in the cache, and seen by others in lists of processes.
+
+    Names without a key stay possible where a scheme needs them: Azure's CONTAINER@ACCOUNT, the user of HDFS, and
+    Google's `anonymous`.
+    """
+    user, at, host = authority.rpartition("@")
+    name = unquote(user)
+    spoilt = ":" in host and re.search(r":[0-9]*$", host) is None  # a key's own slash has cut it off: no port
+    named = scheme in ("abfs", "abfss", "hdfs", "viewfs") or (scheme in ("gs", "gcs") and name == "anonymous")
+    if spoilt or ":" in name or (at and not named):
+        raise InputError(
+            f"{scheme}://…: a URI has no user or key before its place; give keys by the environment or by the files"
+            " of the storage's own tools"
+        )
+
+
 def canonical(uri: str) -> str:
     """The one spelling of a URI, whatever its scheme: `%XX` stands for a byte of UTF-8, and characters that URIs don't
     have, such as blanks and umlauts, may stand for themselves. So `a b` and `a%20b` are one place.
 
     Raises:
-        InputError: `#` or `?`, which would cut the path off there; `%` without two hex digits; a slash too few; nothing
-            named.
+        InputError: a user or a key; `#` or `?`, which would cut the path off there or hold settings; `%` without two
+            hex digits; `..`; a slash too few; nothing named. No message repeats a key.
     """
     scheme, separator, rest = uri.partition("://")
+    if separator:
+        _refuse_keys(scheme.lower(), rest.partition("/")[0])
+    uri = without_keys(uri)  # for the messages below
     if not separator:
-        scheme, _, rest = uri.partition(":")
+        scheme, _, rest = uri.partition(":")  # keys are left out by now
         slashes = "//" if scheme.lower() == "file" else "/"
         raise InputError(f"{uri}: not a URI; did you mean {scheme}:{slashes}{rest}?")
     authority, slash, path = rest.rstrip("/").partition("/")
@@ -187,6 +278,8 @@ def canonical(uri: str) -> str:
         raise InputError(f"{uri!a}: is not UTF-8 ({one_line(error)})") from error
     if any(unicodedata.category(character) == "Cc" for character in name):
         raise InputError(f"{uri!a}: has a control character")
+    if not {".", ".."}.isdisjoint(name.split("/")):
+        raise InputError(f"{uri}: has . or .. for a folder; write the path without them")
     return f"{scheme.lower()}://{authority}{slash}{spelled}"
 
 

@@ -2,7 +2,7 @@
 
 Commands work on local folders. A URI is checked out into a staging folder in this machine's cache and committed
 afterwards. A stored folder is replaced all at once (see `object_store`); loose files, such as a run's config.yaml, are
-single objects.
+single objects, which the list of the run's contents has with their hashes.
 """
 
 import fcntl
@@ -11,18 +11,28 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-from gavamoe.artifacts.checksums import find_damage, fingerprint, is_hidden, list_files
-from gavamoe.artifacts.files import write_folder, write_json
+from gavamoe.artifacts.checksums import (
+    FileEntry,
+    find_damage,
+    find_recorded_damage,
+    fingerprint,
+    is_hidden,
+    list_files,
+    refuse_links,
+)
+from gavamoe.artifacts.files import sha256, write_folder, write_json
 from gavamoe.artifacts.home import home_folder
 from gavamoe.artifacts.object_store import (
+    CONTENTS,
     INDEX,
     TRANSFER_ATTEMPTS,
+    Contents,
     Index,
     ObjectStore,
     canonical,
@@ -38,6 +48,7 @@ NOT_COMMITTED = ("checkpoints",)
 _UNIT_MARKS = ("meta.json", "artifact.json")
 """A folder with one of these is a dataset or an artifact, and is stored as a unit; a run is stored entry by entry."""
 _HERE = "here"
+_UNFINISHED = "an upload to it was interrupted, or is still under way; run the same command again to complete it"
 
 
 @dataclass(frozen=True)
@@ -54,16 +65,19 @@ class StoredPath:
         return uri_below(self.base, self.relative)
 
 
-def located(text: str) -> Path:
-    """A local path as it is; of a URI, its staging folder, brought up to date."""
-    return checkout(text) if is_uri(text) else Path(text)
+def located(text: str, *, resuming: bool = False) -> Path:
+    """A local path as it is; of a URI, its staging folder, brought up to date (see `checkout`)."""
+    return checkout(text, resuming=resuming) if is_uri(text) else Path(text)
 
 
-def checkout(uri: str) -> Path:
+def checkout(uri: str, *, resuming: bool = False) -> Path:
     """The local staging folder of what is stored at `uri`, brought up to date; empty where nothing is stored.
 
+    Args:
+        resuming: accept work whose first upload was interrupted; never half a copy.
+
     Raises:
-        InputError: the URI can't be read.
+        InputError: the URI can't be read, or an upload to it did not come to its end.
         RunError: what is stored there is damaged.
     """
     staged = _staging(uri)
@@ -71,15 +85,68 @@ def checkout(uri: str) -> Path:
     with _locked(staged):
         if store.index() is not None:
             _fetch(store, staged)
+            return staged
+        contents = store.contents()
+        if contents is None or (resuming and not contents.complete and contents.by == "commit"):
+            _fetch_what_is_there(store, staged)
+        elif contents.complete:
+            _fetch_contents(store, staged)
         else:
-            for name in store.children():
-                child = store.below(name)
-                if child.index() is not None:
-                    _fetch(child, staged / name)
-                elif name not in NOT_COMMITTED and child.is_file():
-                    staged.mkdir(parents=True, exist_ok=True)
-                    child.get_file("", staged / name)
+            raise InputError(f"{uri}: {_UNFINISHED}")
     return staged
+
+
+def _fetch_what_is_there(store: ObjectStore, staged: Path) -> None:
+    """Bring up to date all that lies at a place without a complete list of its contents."""
+    for name in store.children():
+        child = store.below(name)
+        if child.index() is not None:
+            _fetch(child, staged / name)
+        elif name not in (*NOT_COMMITTED, CONTENTS) and child.is_file():
+            staged.mkdir(parents=True, exist_ok=True)
+            child.get_file("", staged / name)
+
+
+def _fetch_contents(store: ObjectStore, staged: Path) -> None:
+    """Bring up to date what a place lists, and the folders that workers have added since."""
+    contents = _fetch_loose_files(store, staged)
+    for name in sorted({*contents.parts, *store.children()} - {*contents.files, *NOT_COMMITTED, CONTENTS}):
+        child = store.below(name)
+        if child.index() is not None:
+            _fetch(child, staged / name)
+        elif name in contents.parts:
+            raise InputError(f"{child.uri}: {_UNFINISHED}")
+
+
+def _fetch_loose_files(store: ObjectStore, staged: Path) -> Contents:
+    """Bring up to date the loose files that a place lists, each one checked; returns the list."""
+    for attempt in range(TRANSFER_ATTEMPTS):
+        contents = store.contents()
+        if contents is None or not contents.complete:
+            raise InputError(f"{store.uri}: {_UNFINISHED}")
+        wrong = next((name for name, entries in contents.files.items() if not _got(store, staged, name, entries)), None)
+        if wrong is None:
+            return contents
+        if attempt + 1 < TRANSFER_ATTEMPTS:
+            pause_after(attempt)  # replaced by another writer meanwhile: look again
+    raise RunError(f"{store.uri}/{wrong}: differs from what {CONTENTS} records; store it anew")
+
+
+def _got(store: ObjectStore, staged: Path, name: str, entries: list[FileEntry]) -> bool:
+    """Whether a loose file is here as one of the entries says, fetched if it was not."""
+    target, hashes = staged / name, {entry.sha256 for entry in entries}
+    if target.is_file() and sha256(target) in hashes and len(hashes) == 1:
+        return True
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.fetched")
+    try:
+        store.get_file(name, aside)
+        if sha256(aside) not in hashes:
+            return False
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+    return True
 
 
 def commit(staged: Path) -> None:
@@ -90,15 +157,20 @@ def commit(staged: Path) -> None:
     """
     stored = stored_path(staged)
     if stored is not None and staged.is_dir():
+        refuse_links(staged, NOT_COMMITTED)
         _store(staged, stored.uri)
 
 
 def copy(source: str, target: str) -> None:
-    """Copy a dataset or a run between folders and URIs, verified.
+    """Copy a dataset or a run between folders and URIs. Every file is compared with what the artifacts in the source
+    record of it before, and with the source's content after.
+
+    A copy to a URI that was interrupted counts for nothing there; the same copy again continues it.
 
     Raises:
-        InputError: there is no such source or nothing whole in it, the target exists, or it lies inside the source.
-        RunError: a file can't be read or written; nothing of a local copy stays.
+        InputError: there is no such source or nothing whole in it, it has links that lead out of it, the target
+            exists, or it lies inside the source.
+        RunError: a file can't be read or written, or differs from its record; nothing of a local copy stays.
     """
     inside, outside = _place(target), _place(source)
     if inside[0] == outside[0] and outside[1] in inside[1].parents:
@@ -110,19 +182,56 @@ def copy(source: str, target: str) -> None:
         _refuse_strangers(ObjectStore(source), folder)
     if not any(not is_hidden(path.name) for path in folder.iterdir()):
         raise InputError(f"{source}: holds nothing to copy")
+    if not is_uri(target) and Path(target).exists():
+        raise InputError(f"{target}: already exists; choose another folder or remove it first")
+    refuse_links(folder, NOT_COMMITTED)
+    files = {name: e for name, e in list_files(folder).items() if set(name.split("/")).isdisjoint(NOT_COMMITTED)}
+    damage = find_recorded_damage(folder, files)
+    if damage is not None:
+        raise RunError(f"{source}: damaged, so it is not copied: {damage}")
     if is_uri(target):
-        if exists(target):
-            raise InputError(f"{target}: already exists; choose another URI or remove it first")
-        _store(folder, target)
+        _copy_to_uri(folder, files, target)
         return
     with write_folder(Path(target)) as aside:
         try:
-            shutil.copytree(folder, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", *NOT_COMMITTED))
-        except shutil.Error as error:  # all of them at the end: (file, its copy, what was wrong)
-            file, _, problem = error.args[0][0]
-            raise RunError(f"{file}: can't be copied ({problem})") from error
+            for name in files:
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(folder / name, aside / name)
         except OSError as error:
-            raise RunError(f"{target}: can't be copied ({one_line(error)})") from error
+            raise RunError(f"{folder / name}: can't be copied ({one_line(error)})") from error
+        difference = find_damage(aside, files, unlisted=())
+        if difference is not None:
+            raise RunError(f"{target}: not copied: {difference.text}; is something still writing to {source}?")
+
+
+def _copy_to_uri(folder: Path, files: dict[str, FileEntry], target: str) -> None:
+    """Store a copy at a new place, or go on with one of the same content that was interrupted there."""
+    store, digest = ObjectStore(target), fingerprint(files)
+    if exists(target):
+        begun = store.contents()
+        if begun is None or begun.complete or begun.by != "copy":
+            raise InputError(f"{target}: already exists; choose another URI or remove it first")
+        if begun.source != digest:
+            raise InputError(
+                f"{target}: a copy of something else, or of other content, was interrupted there; choose another URI"
+                " or remove it first"
+            )
+    store.put_contents(Contents(complete=False, by="copy", source=digest, parts=[], files={}))
+    if _is_unit(folder):
+        push(folder, target, files)
+        _verify(store, files)
+        store.delete(CONTENTS)
+    else:
+        _store(folder, target, files)
+
+
+def _verify(store: ObjectStore, files: Mapping[str, FileEntry]) -> None:
+    """Read a stored folder again and compare it with the list of what was sent."""
+    index = store.index()
+    prefix = "" if index is None else index.version
+    for name, entry in files.items():
+        if store.sha256(f"{prefix}/{name}") != entry.sha256:
+            raise RunError(f"{store.uri}: the stored {name} differs from what was sent; run the same command again")
 
 
 def _refuse_strangers(store: ObjectStore, staged: Path) -> None:
@@ -130,9 +239,9 @@ def _refuse_strangers(store: ObjectStore, staged: Path) -> None:
     if store.index() is not None:
         return
     for name in store.children():
-        if not (is_hidden(name) or name in NOT_COMMITTED or (staged / name).exists()):
+        if not (is_hidden(name) or name in (*NOT_COMMITTED, CONTENTS) or (staged / name).exists()):
             raise InputError(
-                f"{uri_below(store.uri, name)}: gavamoe did not store it, or not to its end ({INDEX} is missing);"
+                f"{uri_below(store.uri, name)}: gavamoe did not store it, or not to its end (no list names it);"
                 " name a folder of this machine by its path"
             )
 
@@ -148,27 +257,73 @@ def _place(text: str) -> tuple[str, PurePosixPath]:
     return f"{scheme}://{authority}", PurePosixPath("/" + unquote(path))
 
 
-def _store(folder: Path, uri: str) -> None:
-    """Store a dataset or an artifact as a unit, anything else entry by entry."""
-    if any((folder / name).is_file() for name in _UNIT_MARKS):
+def _is_unit(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _UNIT_MARKS)
+
+
+def _store(folder: Path, uri: str, copied: dict[str, FileEntry] | None = None) -> None:
+    """Store a dataset or an artifact as a unit, anything else entry by entry, the list of its contents last.
+
+    A place that was complete stays so at every moment: while a loose file is replaced, the list has both contents.
+
+    Args:
+        copied: the files of a copy, which is verified and of which nothing counts before its end; else a commit.
+    """
+    if _is_unit(folder):
         push(folder, uri)
         return
-    for path in sorted(folder.iterdir()):
-        if is_hidden(path.name) or path.name in NOT_COMMITTED:
-            continue
-        if path.is_dir():
-            push(path, uri_below(uri, path.name))
-        else:
-            ObjectStore(uri).put_file(path, path.name)
+    store = ObjectStore(uri)
+    paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if not is_hidden(path.name) and path.name not in (*NOT_COMMITTED, CONTENTS)
+    ]
+    parts = [path.name for path in paths if path.is_dir()]
+    loose = {path.name: FileEntry(bytes=path.stat().st_size, sha256=sha256(path)) for path in paths if path.is_file()}
+    new = {name: [entry] for name, entry in loose.items()}
+    before = store.contents()
+    if before is not None and before.complete:
+        changed = {name for name, entries in new.items() if before.files.get(name) != entries}
+        replaced = {name: [*before.files[name], *new[name]] for name in changed if name in before.files}
+        if replaced:
+            store.put_contents(before.model_copy(update={"files": before.files | replaced}))
+        after = Contents(complete=True, by="commit", parts=sorted({*before.parts, *parts}), files=before.files | new)
+    else:
+        changed = set(new)
+        after = Contents(complete=True, by="commit" if copied is None else "copy", parts=parts, files=new)
+        if copied is None and (before is not None or not set(store.children()) - set(NOT_COMMITTED)):
+            store.put_contents(after.model_copy(update={"complete": False}))
+    for name in parts:
+        below = None if copied is None else _below(copied, name)
+        push(folder / name, uri_below(uri, name), below)
+        if below is not None:
+            _verify(store.below(name), below)
+    for name in sorted(changed):
+        store.put_file(folder / name, name)
+        if copied is not None and store.sha256(name) != loose[name].sha256:
+            raise RunError(f"{uri}: the stored {name} differs from what was sent; run the same command again")
+    if after != before:
+        store.put_contents(after)
 
 
-def push(folder: Path, uri: str) -> None:
+def _below(files: Mapping[str, FileEntry], folder: str) -> dict[str, FileEntry]:
+    """The entries of a list that lie in a folder, by their names in it."""
+    return {name.removeprefix(f"{folder}/"): entry for name, entry in files.items() if name.startswith(f"{folder}/")}
+
+
+def push(folder: Path, uri: str, files: dict[str, FileEntry] | None = None) -> None:
     """Store a folder at `uri`: its files under a new prefix, then the index; then the old files are removed.
 
+    Args:
+        files: the list of its files, if it is known.
+
     Raises:
+        InputError: the folder has links that lead out of it.
         RunError: the storage can't be written; what was there before is intact.
     """
-    files = list_files(folder)
+    refuse_links(folder)
+    if files is None:
+        files = list_files(folder)
     index = Index(version=fingerprint(files)[:16], files=files)
     store = ObjectStore(uri)
     before = store.index()
@@ -184,13 +339,17 @@ def push(folder: Path, uri: str) -> None:
 
 
 def stored_path(path: Path) -> StoredPath | None:
-    """The stored path that a staged one stands for; None for an ordinary path."""
+    """The stored path that a staged one stands for; None for an ordinary path.
+
+    Only this user's own cache is believed: a folder from elsewhere may bring an `origin.json` of its own, and work in
+    it would be stored where that says.
+    """
     path = Path(path).absolute()
     for folder in (path, *path.parents):
         mark = folder.parent / ORIGIN
-        if folder.name == _HERE and mark.is_file():
+        if folder.name == _HERE and mark.is_file() and folder.parent.parent == cache_folder():
             relative = path.relative_to(folder).as_posix()
-            base = json.loads(mark.read_text(encoding="utf-8"))["uri"]
+            base = canonical(json.loads(mark.read_text(encoding="utf-8"))["uri"])
             return StoredPath(base, "" if relative == "." else relative)
     return None
 
@@ -222,8 +381,15 @@ def local_path(stored: StoredPath) -> Path:
 
 
 def remove(uri: str) -> None:
-    """Delete a file, or everything below `uri`; nothing happens if there is nothing."""
-    ObjectStore(uri).delete("")
+    """Delete a file, or everything below `uri`; nothing happens if there is nothing.
+
+    Raises:
+        InputError: `uri` is all of a storage: a bucket, or the root of a filesystem.
+    """
+    parent, _, name = canonical(uri).rpartition("/")
+    if parent.endswith("/"):
+        raise InputError(f"{uri}: is all of a storage; only what lies in it can be removed")
+    ObjectStore(parent).delete(unquote(name))
 
 
 def exists(uri: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gavamoe.artifacts import remote
+from gavamoe.artifacts import object_store, remote
 from gavamoe.artifacts.files import read_json, write_file, write_json
 from gavamoe.config.files import dump_config, load_config
 from gavamoe.config.schema import RunConfig
@@ -115,8 +115,19 @@ class Run(RunFolder):
 
     @property
     def dataset(self) -> Path:
-        """The dataset's folder; for a URI, its local copy, brought up to date."""
-        return remote.located(self.reference.path)
+        """The dataset's folder, where it is a local one.
+
+        Raises:
+            InputError: it is a URI. Whoever wrote the run chose it, and whoever opens it would go there with their
+                own credentials: it is followed only if the command names it.
+        """
+        if remote.is_uri(self.reference.path):
+            uri = object_store.without_keys(self.reference.path)
+            raise InputError(
+                f"{self.path}: was trained on {uri}; a URI that a run names is not opened unasked:"
+                f" if you trust it, add --dataset {uri}"
+            )
+        return Path(self.reference.path)
 
 
 def open_run(path: Path) -> Run:

@@ -1,11 +1,22 @@
 """`gavamoe evaluate`, `score`, `ablate` and `report`: parse, call, print."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from gavamoe.cli.options import DatasetPath, Json, RunPath, ScoreStyle, Set, local_path, name_of, run_folder
+from gavamoe.cli.options import (
+    DatasetOfRun,
+    DatasetPath,
+    Json,
+    RunPath,
+    ScoreStyle,
+    Set,
+    local_path,
+    name_of,
+    run_folder,
+)
 
 if TYPE_CHECKING:
     from gavamoe.evaluation.metrics.text_scores import Style
@@ -24,6 +35,7 @@ def evaluate(
     rows: Annotated[int | None, typer.Option(min=1, help="At most this many rows, chosen by the seed.")] = None,
     bertscore_model: Annotated[str | None, typer.Option(help="Hub id or folder; default: not measured.")] = None,
     bertscore_layer: Annotated[int | None, typer.Option(min=1, help="Layer to compare.")] = None,
+    dataset: DatasetOfRun = None,
     json_output: Json = False,
 ) -> None:
     """Write explanations for a split and score them."""
@@ -35,6 +47,7 @@ def evaluate(
         metrics = evaluate_and_report(
             run,
             progress=progress,
+            dataset=dataset,
             split=split,
             protocol=protocol,
             style=style,
@@ -140,9 +153,12 @@ def report(
     ] = None,
 ) -> None:
     """Tables and figures of one or more runs, or of an ablation, side by side: one self-contained HTML page."""
+    from gavamoe.artifacts.lock import locked_folder
     from gavamoe.artifacts.run import RunFolder
     from gavamoe.cli.terminal import console
     from gavamoe.report.page import write_report
 
-    written = write_report(runs, out or RunFolder(runs[0]).report, human=human, figures=figures)
+    into_run = out is None and runs[0].is_dir()  # what is no run is refused below
+    with locked_folder(runs[0]) if into_run else nullcontext():
+        written = write_report(runs, out or RunFolder(runs[0]).report, human=human, figures=figures)
     console.print(f"report: {written}", markup=False, soft_wrap=True)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from gavamoe.cli.options import Json, input_folder, local_path, weights_of
+from gavamoe.cli.options import DatasetOfRun, Json, input_folder, local_path, weights_of
 
 human_app = typer.Typer(help="Ask people (the paper's section 4.6): blind sheets out, scores in.", no_args_is_help=True)
 
@@ -27,12 +27,7 @@ def export_sheets(
     reference: Annotated[bool, typer.Option("--reference", help="The users' own texts take part, blind too.")] = False,
     history: Annotated[int, typer.Option(min=0, max=20, help="Earlier reviews of the user to show.")] = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    dataset: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", parser=input_folder, help="Where the runs' dataset is now, if it moved; or a URI."
-        ),
-    ] = None,
+    dataset: DatasetOfRun = None,
 ) -> None:
     """Write a CSV sheet and an HTML form for each rater, blind and shuffled, and a key that is kept apart."""
     from gavamoe.cli.output import systems

@@ -21,15 +21,18 @@ ScoreStyle = Annotated[
 ]
 
 
-def input_folder(text: str) -> Path:
+def input_folder(text: str, *, resuming: bool = False) -> Path:
     """A local path as it is; the local copy of what is stored at a URI.
 
+    Args:
+        resuming: work whose upload was interrupted will do, for the command goes on with it.
+
     Raises:
-        InputError: nothing is stored at the URI.
+        InputError: nothing is stored at the URI, or nothing whole.
     """
     from gavamoe.artifacts import remote
 
-    path = remote.located(text)
+    path = remote.located(text, resuming=resuming)
     if remote.is_uri(text) and not path.is_dir():
         hint = "; name a folder that gavamoe did not store by its path" if text.startswith("file:") else ""
         raise InputError(f"{text}: no dataset or run is stored there{hint}")
@@ -40,7 +43,7 @@ def work_folder(text: str) -> Path:
     """A folder that the command works in; of a URI, its staging folder, which is stored there when the command ends."""
     from gavamoe.artifacts import remote
 
-    path = remote.located(text)
+    path = remote.located(text, resuming=True)
     if remote.is_uri(text):
         _to_store[path] = text
     return path
@@ -61,7 +64,7 @@ def local_path(text: str) -> Path:
 
 def run_folder(text: str) -> Path:
     """An existing run that the command adds to; at a URI, it is stored again when the command ends."""
-    input_folder(text)
+    input_folder(text, resuming=True)
     return work_folder(text)
 
 
@@ -98,6 +101,15 @@ RunPath = Annotated[
     typer.Argument(metavar="RUN", parser=run_folder, help="A run folder, as `gavamoe train` makes it, or its URI."),
 ]
 DatasetPath = Annotated[Path, typer.Option("--dataset", metavar="FOLDER", parser=input_folder, help="Dataset, or URI.")]
+DatasetOfRun = Annotated[
+    Path | None,
+    typer.Option(
+        "--dataset",
+        metavar="FOLDER",
+        parser=input_folder,
+        help="The run's dataset, if it has moved, or lies at a URI: a URI that a run names is not opened unasked.",
+    ),
+]
 OutPath = Annotated[Path, typer.Argument(metavar="OUT", parser=work_folder, help="Dataset folder to make, or URI.")]
 
 

@@ -5,15 +5,17 @@ What is heavy to import, torch before all, is imported inside the functions.
 
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gavamoe.cli.options import Json, RunPath, Set, counts_of
+from gavamoe.cli.options import DatasetOfRun, Json, RunPath, Set, counts_of
 from gavamoe.errors import InputError
 
 if TYPE_CHECKING:
     from gavamoe.artifacts.run import Run
+    from gavamoe.data.catalog import Catalog
     from gavamoe.generation.generator import Explanation, Piece
 
 
@@ -25,6 +27,7 @@ def route(
         str | None,
         typer.Option(metavar="LOW:HIGH", help="Train the run's stage 1 for each K; say which to take."),
     ] = None,
+    dataset: DatasetOfRun = None,
     json_output: Json = False,
 ) -> None:
     """The clusters: sizes, what tells each apart, and the latent map (Figure 5); or the route of one pair."""
@@ -37,50 +40,65 @@ def route(
     counts = None if sweep_clusters is None else counts_of(sweep_clusters)
     opened = open_run(run)
     if counts is not None:
-        _sweep(opened, counts, as_json=json_output)
+        _sweep(opened, counts, dataset, as_json=json_output)
     elif user is None or item is None:
-        _clusters(opened, as_json=json_output)
+        _clusters(opened, dataset, as_json=json_output)
     else:
-        _route(opened, user, item, as_json=json_output)
+        _route(opened, user, item, dataset, as_json=json_output)
 
 
-def _clusters(run: "Run", *, as_json: bool) -> None:
+def _catalog_of(run: "Run", dataset: Path | None) -> "tuple[Catalog, bool]":
+    """The catalog of a run's users and items, and whether its data are implicit: of stage 2's artifact, so that no
+    dataset is opened. Only a run without stage 2 is asked for its dataset."""
+    from gavamoe.artifacts.manifest import read_manifest
+    from gavamoe.data.catalog import Catalog
+    from gavamoe.data.dataset import dataset_of_run
+    from gavamoe.generation.artifact import CATALOG_FOLDER, read_prompt_spec
+
+    if not run.stage2.is_dir():
+        data = dataset_of_run(run, dataset)
+        return data.catalog, data.implicit
+    trained = [read_manifest(run.path / stage, stage, verify=False) for stage in ("stage1", "stage2")]
+    if trained[0].inputs.get("dataset") != trained[1].inputs.get("dataset"):
+        raise InputError(f"{run.path}: stage1/ and stage2/ were trained on different datasets; train it again")
+    return Catalog.load(run.stage2 / CATALOG_FOLDER), read_prompt_spec(run.stage2).scale is None
+
+
+def _clusters(run: "Run", dataset: Path | None, *, as_json: bool) -> None:
     from gavamoe.cli.output.explanation import print_clusters
-    from gavamoe.data.dataset import open_dataset
     from gavamoe.report.latent_map import plot_latents
     from gavamoe.stage1.artifact import load_stage1
     from gavamoe.stage1.clusters import describe_clusters
     from gavamoe.stage1.routes import ROUTES_FILE, TrainingPairs
 
     model, _ = load_stage1(run.stage1)
-    dataset = open_dataset(run.dataset)
-    pairs = TrainingPairs.read(run.stage1 / ROUTES_FILE, dataset.catalog.known_users)
-    clusters = describe_clusters(pairs, dataset.catalog, implicit=dataset.implicit)
-    plot_latents(model, dataset, run.latent_map, seed=run.config.seed)
+    catalog, implicit = _catalog_of(run, dataset)
+    pairs = TrainingPairs.read(run.stage1 / ROUTES_FILE, catalog.known_users)
+    clusters = describe_clusters(pairs, catalog, implicit=implicit)
+    plot_latents(model, pairs, run.latent_map, seed=run.config.seed)
     print_clusters(clusters, run.latent_map, as_json=as_json)
 
 
-def _sweep(run: "Run", counts: Sequence[int], *, as_json: bool) -> None:
+def _sweep(run: "Run", counts: Sequence[int], dataset: Path | None, *, as_json: bool) -> None:
     from gavamoe.cli.output.explanation import print_cluster_sweep
     from gavamoe.cli.terminal import TerminalProgress
     from gavamoe.experiments.cluster_sweep import sweep_clusters
 
     with TerminalProgress() as progress:
         progress.step("Train stage 1 for each number of clusters, two seeds each")
-        sweep, picture = sweep_clusters(run, counts, on_done=progress.count)
+        sweep, picture = sweep_clusters(run, counts, moved_to=dataset, on_done=progress.count)
     print_cluster_sweep(sweep, picture, as_json=as_json)
 
 
-def _route(run: "Run", user: str, item: str, *, as_json: bool) -> None:
+def _route(run: "Run", user: str, item: str, dataset: Path | None, *, as_json: bool) -> None:
     import numpy as np
 
     from gavamoe.cli.output.explanation import print_route
-    from gavamoe.data.dataset import open_dataset
     from gavamoe.stage1.artifact import load_stage1
     from gavamoe.stage1.routes import route_pairs
 
     model, _ = load_stage1(run.stage1)
-    catalog = open_dataset(run.dataset).catalog
+    catalog, _ = _catalog_of(run, dataset)
     user_index, item_index = catalog.user_or_unknown(user), catalog.item_or_unknown(item)
     routes = route_pairs(model, np.array([user_index]), np.array([item_index]))
     value = {

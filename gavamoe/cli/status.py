@@ -11,8 +11,8 @@ from gavamoe.artifacts import remote
 from gavamoe.artifacts.files import read_json
 from gavamoe.artifacts.logs import read_log
 from gavamoe.artifacts.manifest import read_manifest
+from gavamoe.artifacts.object_store import without_keys
 from gavamoe.artifacts.run import METRICS_FILE, STEPS, DatasetReference, Run, RunFolder, open_run
-from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
 
 State = Literal["done", "running", "stopped", "damaged", "not started"]
@@ -71,7 +71,7 @@ def read_status(run: Path) -> RunStatus:
     path = str(folder.path) if stored is None else stored.uri
     return RunStatus(
         path=path,
-        dataset=folder.reference.path,
+        dataset=without_keys(folder.reference.path),
         dataset_problem=_dataset_problem(folder.reference),
         steps=steps,
         logs=_logs(folder),
@@ -146,14 +146,11 @@ def _result(name: str, metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _dataset_problem(reference: DatasetReference) -> str | None:
+    """Whether the dataset's folder is gone. It is not opened: whoever wrote the run chose the path."""
     path = reference.path
-    if remote.is_uri(path):
-        return None  # looking would fetch it
-    try:
-        fingerprint = open_dataset(Path(path)).fingerprint
-    except InputError as error:
-        return str(error)
-    return None if fingerprint == reference.fingerprint else f"{path}: has changed since the run was started"
+    if remote.is_uri(path) or Path(path).is_dir():
+        return None
+    return f"{path}: no such dataset folder; --dataset says where it is now"
 
 
 def _logs(run: RunFolder) -> dict[str, str]:
@@ -175,10 +172,11 @@ def _next(path: str, run: Run, steps: list[StepStatus]) -> str:
         if step.state == "running":
             return f"{step.name} is running, or was {step.idle or 0:.0f} s ago; wait, or look at its log"
         if step.state != "done" and step.name != "evaluation":
-            return (
-                f"gavamoe train {shlex.quote(str(run.config_file))} --dataset {shlex.quote(run.reference.path)}"
-                f" --run-dir {quoted} --resume"
-            )
+            dataset = shlex.quote(without_keys(run.reference.path))
+            config = shlex.quote(str(run.config_file))
+            return f"gavamoe train {config} --dataset {dataset} --run-dir {quoted} --resume"
         if step.state != "done":
-            return f"gavamoe evaluate {quoted}"
+            at_uri = remote.is_uri(run.reference.path)
+            dataset = f" --dataset {shlex.quote(without_keys(run.reference.path))}" if at_uri else ""
+            return f"gavamoe evaluate {quoted}{dataset}"
     return f"gavamoe serve {quoted}"

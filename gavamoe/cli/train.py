@@ -65,7 +65,7 @@ def train(
     folder = run_dir or Path("runs") / f"{Path(config).stem}-{name_of(dataset)}"
     with TerminalProgress() as progress:
         metrics = train_run(settings, dataset, folder, stage=cast("Stage", stage), resume=resume, progress=progress)
-        scores = evaluate_and_report(folder, progress=progress) if evaluate else None
+        scores = evaluate_and_report(folder, progress=progress, dataset=dataset) if evaluate else None
     if scores is None:
         print_training(metrics, folder, as_json=json_output)
     else:

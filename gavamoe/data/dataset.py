@@ -217,10 +217,10 @@ def dataset_of_run(run: Run, moved_to: Path | None = None) -> Dataset:
     """Open the dataset that a run was trained on.
 
     Args:
-        moved_to: where it lies now, if that is not where the run was started with it.
+        moved_to: where it lies now, if that is not where the run was started with it, or is a URI.
 
     Raises:
-        InputError: it is not there, damaged, or not the one of the run.
+        InputError: it is not there, damaged, or not the one of the run; or it is a URI and `moved_to` is missing.
     """
     dataset = open_dataset(run.dataset if moved_to is None else Path(moved_to))
     recorded = run.reference.fingerprint

@@ -212,7 +212,7 @@ def _draw_maps(jobs: Sequence[Job], dataset: Dataset, progress: Progress) -> Non
         if not picture.is_file():
             progress.step(f"draw the latents of {job.system.name}")
             model, _ = load_stage1(job.run.stage1)
-            plot_latents(model, dataset, picture, seed=job.config.seed)
+            plot_latents(model, dataset.arrays("train"), picture, seed=job.config.seed)
 
 
 def _outcome(job: Job) -> Outcome:

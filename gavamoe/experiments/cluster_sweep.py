@@ -17,7 +17,7 @@ from gavamoe.artifacts.files import save_png, write_json
 from gavamoe.artifacts.run import Run
 from gavamoe.config.files import override_config
 from gavamoe.config.schema import RunConfig
-from gavamoe.data.dataset import open_dataset
+from gavamoe.data.dataset import dataset_of_run, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.runtime.context import Context
 from gavamoe.runtime.ray_train import ray_session, run_tasks
@@ -104,11 +104,16 @@ class Sweep(BaseModel):
 
 
 def sweep_clusters(
-    run: Run, clusters: Sequence[int], *, on_done: Callable[[int, int], None] | None = None
+    run: Run,
+    clusters: Sequence[int],
+    *,
+    moved_to: Path | None = None,
+    on_done: Callable[[int, int], None] | None = None,
 ) -> tuple[Sweep, Path]:
     """Train stage 1 of `run` for each K with `SEEDS` seeds; returns the comparison and its picture.
 
     Args:
+        moved_to: where the run's dataset is now, if it moved or is a URI.
         on_done: called with (trainings done, trainings) as they end.
 
     Raises:
@@ -116,7 +121,7 @@ def sweep_clusters(
     """
     if len(set(clusters)) < 2:
         raise InputError(f"--sweep-clusters: {list(clusters)} leaves nothing to compare; give a range such as 2:8")
-    dataset = open_dataset(run.dataset)
+    dataset = dataset_of_run(run, moved_to)
     jobs = [
         {"config": _variant(run.config, count, run.config.seed + shift), "dataset": dataset.path.absolute()}
         for count in sorted(set(clusters))

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from gavamoe.artifacts.files import save_png
-from gavamoe.data.dataset import Dataset
-from gavamoe.stage1.routes import route_pairs
+from gavamoe.data.dataset import PairArrays
+from gavamoe.stage1.routes import TrainingPairs, route_pairs
 from gavamoe.stage1.vae_gmm import VaeGmm
 
 MAP_PAIRS = 3000
@@ -15,12 +15,13 @@ MAP_PAIRS = 3000
 _PCA_DIMENSIONS = 30
 
 
-def plot_latents(model: VaeGmm, dataset: Dataset, out: Path, seed: int = 0, sample: int = MAP_PAIRS) -> None:
+def plot_latents(
+    model: VaeGmm, pairs: PairArrays | TrainingPairs, out: Path, seed: int = 0, sample: int = MAP_PAIRS
+) -> None:
     """Write a PNG: the latents of a seeded sample of the training pairs, by t-SNE, colored by cluster."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    pairs = dataset.arrays("train")
     rows = np.sort(np.random.default_rng(seed).permutation(len(pairs.user))[:sample])
     user, item = pairs.user[rows], pairs.item[rows]
     cluster = route_pairs(model, user, item).cluster

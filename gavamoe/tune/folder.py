@@ -8,7 +8,7 @@ trials.parquet, best.yaml, table.md, plots/, pareto/    (`report`)
 final/, test.json         the best configuration trained in full, and its test scores
 """
 
-import fcntl
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from gavamoe.artifacts.files import read_json, sha256, write_folder, write_json
+from gavamoe.artifacts.lock import locked_folder
 from gavamoe.artifacts.run import first_difference
 from gavamoe.config.files import translate_former
 from gavamoe.config.schema import RunConfig
@@ -42,16 +43,11 @@ def claimed_folder(
     try:
         _check(folder, space, config, dataset, seeds, resume=resume)
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / _LOCK_FILE).open("w", encoding="utf-8")
+        with (folder / _LOCK_FILE).open("a", encoding="utf-8"):
+            pass
     except OSError as error:
         raise InputError(f"{folder}: can't be a search's folder ({error.strerror}); use another --run-dir") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{folder}: another search is running here; wait for it or use another --run-dir"
-            ) from error
+    with locked_folder(folder, _LOCK_FILE):
         if not (folder / TUNE_FILE).exists():
             write_json(folder / TUNE_FILE, _identity(space, config, dataset, seeds))
         yield
@@ -61,7 +57,7 @@ def withhold_test(dataset: Dataset, out: Path) -> Dataset:
     """Make (or reopen) the view `out` of a dataset without its test rows: the test split is there, and empty.
 
     Trials get this folder and no other, so that no trial can be chosen by test rows, whatever its code does. The files
-    are links to the dataset's own; the fingerprint differs, for the test split does.
+    share the dataset's content where the disk allows it; the fingerprint differs, for the test split does.
 
     Raises:
         InputError: `out` is the view of another dataset.
@@ -76,7 +72,10 @@ def withhold_test(dataset: Dataset, out: Path) -> Dataset:
         for name in (*DATA_FILES, *_TRUTH_FILES):
             source = dataset.path.resolve() / name
             if name != "test.parquet" and source.exists():
-                (folder / name).symlink_to(source)
+                try:  # no symbolic link, which could not be stored with the search
+                    (folder / name).hardlink_to(source)
+                except OSError:  # another disk, or files of another user
+                    shutil.copyfile(source, folder / name)
         pq.write_table(ROWS_SCHEMA.empty_table(), folder / "test.parquet")
         files = wanted | {"test.parquet": sha256(folder / "test.parquet")}
         meta = read_json(dataset.path / "meta.json")

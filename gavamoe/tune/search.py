@@ -139,7 +139,7 @@ def _score_once(best: Record, job: Job, dataset: Dataset, trials: int, progress:
     both = job.space.stages == 2
     metrics = train_run(config, dataset.path, final, stage="all" if both else "1", resume=True, progress=progress)
     if both:
-        scores = evaluate_and_report(final, progress=progress, split="test")["metrics"]
+        scores = evaluate_and_report(final, progress=progress, dataset=dataset.path, split="test")["metrics"]
     else:
         scores = metrics["stage1"]["test"]
     scored = {"trial": best.number, "trials": trials, "split": "test", "metrics": scores}

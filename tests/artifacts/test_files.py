@@ -2,6 +2,10 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +160,83 @@ def test_weights_load_strictly(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(InputError, match="weights do not load"):
         load_weights(path, target)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from gavamoe.artifacts.files import write_folder
+real = Path.rename
+def rename(self, target):
+    if ".partial-" in self.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, target)
+Path.rename = rename
+with write_folder(Path(sys.argv[1]), replace=True) as aside:
+    (aside / "new").write_text("2")
+"""
+
+
+def test_a_replacement_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+    out = _artifact(tmp_path / "out")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    read_manifest(out, "stage1")
+    subprocess.run([sys.executable, "-c", KILLED, str(out)], check=False, timeout=60)
+    with pytest.raises(InputError, match="already exists"), write_folder(out):
+        pass
+    with write_folder(out, replace=True) as aside:
+        (aside / "new").write_text("3")
+    assert [path.name for path in out.iterdir()] == ["new"]
+
+
+def test_a_replacement_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = _artifact(tmp_path / "out")
+    real = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        if ".partial-" in path.name:
+            raise OSError(5, "Input/output error")
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="Input/output"), write_folder(out, replace=True):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    read_manifest(out, "stage1")
+
+
+def test_what_killed_writers_left_goes_after_a_day(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    kept, busy, others = (tmp_path / name for name in (".out.partial-2", ".out.partial-3", ".out2.partial-1"))
+    for folder in (tmp_path / ".out.partial-1", tmp_path / ".out.replaced-1", kept, busy, others):
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "x").write_text("x")
+    out.mkdir()
+    past = time.time() - 25 * 3600
+    for path in tmp_path.rglob("*"):
+        if kept not in (path, *path.parents):
+            os.utime(path, (past, past))
+    (busy / "deep" / "x").write_text("y")
+    with write_folder(out, replace=True) as aside:
+        (aside / "x").write_text("x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [kept.name, busy.name, others.name, "out"]
+
+
+def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[str]()
+    real, replace, rename = os.fsync, os.replace, Path.rename
+
+    def fsync(handle: int) -> None:
+        done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name.split(".partial-")[0])
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("named"), replace(a, b)))
+    monkeypatch.setattr(Path, "rename", lambda a, b: (done.append("named"), rename(a, b)))
+    write_json(tmp_path / "a.json", {})
+    assert done == [".a.json", "named", tmp_path.name]
+    done.clear()
+    with write_folder(tmp_path / "out") as aside:
+        (aside / "x").write_text("x")
+    assert done == ["x", ".out", "named", tmp_path.name]

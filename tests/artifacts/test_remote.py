@@ -101,7 +101,7 @@ def test_damage_is_told_and_nothing_of_it_stays(uri: str, tmp_path: Path) -> Non
         remote.checkout(uri)
     evil = index.model_copy(update={"files": {"../../evil": index.files["big"]}})
     store.put_bytes(evil.model_dump_json().encode(), "_folder.json")
-    with pytest.raises(RunError, match="outside of its folder"):
+    with pytest.raises(RunError, match="not an index"):
         remote.checkout(uri)
 
 
@@ -143,7 +143,7 @@ def test_places_are_known_by_path_and_fetched_elsewhere(
     remote.commit(run)
     stored = remote.stored_path(run / "stage1")
     assert stored == remote.StoredPath(uri, "stage1")
-    assert ObjectStore(uri).children() == ["config.yaml", "stage1"]
+    assert ObjectStore(uri).children() == ["_contents.json", "config.yaml", "stage1"]
 
     monkeypatch.setenv("GAVAMOE_CACHE", str(tmp_path / "other"))
     assert content(remote.local_path(stored)) == content(tmp_path / "a")
@@ -192,6 +192,8 @@ def test_datasets_are_made_described_and_copied_by_uri(
         ("file:///x/%00", "has a control character"),
         ("file:///x/%ff", "is not UTF-8"),
         ("file:///x/\udcff", "is not UTF-8"),
+        ("file:///x/../y", "file:///x/../y: has . or .. for a folder"),
+        ("s3://bucket/x/%2e%2E/y", "has . or .. for a folder"),
     ],
 )
 def test_uris_that_would_lead_elsewhere_are_refused(uri: str, message: str, tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_names_inside_a_run_are_no_uris(uri: str, tmp_path: Path) -> None:
     (run / "100% #1?" / "x").write_text("x")
     (run / "notes #2.txt").write_text("y")
     remote.commit(run)
-    assert ObjectStore(uri).children() == ["100% #1?", "notes #2.txt"]
+    assert ObjectStore(uri).children() == ["100% #1?", "_contents.json", "notes #2.txt"]
     stored = remote.stored_path(run / "100% #1?")
     assert stored is not None
     assert content(remote.local_path(stored)) == {"x": b"x"}
@@ -290,12 +292,21 @@ def test_nothing_is_left_out_of_a_copy_unseen(gavamoe: Runner, tmp_path: Path) -
     assert not (tmp_path / "b").exists()
 
 
-def test_a_file_that_can_not_be_copied_is_one_line(gavamoe: Runner, tmp_path: Path) -> None:
+def test_a_file_that_can_not_be_copied_is_one_line(
+    gavamoe: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = make_folder(tmp_path / "a")
-    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    real = remote.shutil.copy2
+
+    def full(source: Path, target: Path) -> object:
+        if source.name == "empty":
+            raise OSError(28, "No space left on device", str(target))
+        return real(source, target)
+
+    monkeypatch.setattr(remote.shutil, "copy2", full)
     failed = gavamoe("copy", folder, tmp_path / "b")
     assert (failed.code, failed.err.count("\n")) == (1, 1), failed.err
-    assert "gone: can't be copied" in failed.err
+    assert "empty: can't be copied ([Errno 28] No space left" in failed.err
     assert not (tmp_path / "b").exists()
 
 
@@ -305,3 +316,81 @@ def test_a_cache_that_can_not_be_written_is_wrong_input(
     monkeypatch.setenv("GAVAMOE_CACHE", "/proc/none")
     with pytest.raises(InputError, match=r"the cache can't be written .*; set GAVAMOE_CACHE to a folder that can be"):
         remote.located(uri)
+
+
+SECRET = "S3CRET"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        f"s3://user:{SECRET}@bucket/x",
+        f"s3://user%3A{SECRET}@bucket/x",
+        f"s3://{SECRET}@bucket/x",
+        f"s3:/user:{SECRET}@bucket/x",
+        f"abfs://account:{SECRET}@container/x",
+        f"abfs://account:{SECRET}/+rest==@container/x#y",
+        f"abfss://container:{SECRET}@account.dfs.core.windows.net/x",
+        f"gs://b/x?scheme=http&endpoint_override=127.0.0.1:1&access_token={SECRET}",
+        f"hdfs://user:{SECRET}@host:9000/x",
+        f"s3://bucket?access_key=a&secret_key={SECRET}",
+    ],
+)
+def test_keys_in_uris_are_refused_unseen(gavamoe: Runner, uri: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a")
+    for command in (("copy", folder, uri), ("copy", uri, tmp_path / "b"), ("data", "describe", uri)):
+        refused = gavamoe(*command)
+        assert refused.code == 2, refused.err
+        assert SECRET not in refused.out + refused.err
+    written = [path.read_text() for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not any(SECRET in text for text in written)
+
+
+@pytest.mark.parametrize(
+    "uri", ["abfs://container@account.dfs.core.windows.net/x", "hdfs://me@host:9000/x", "gs://anonymous@bucket/x"]
+)
+def test_names_before_a_place_that_are_no_keys_stay(uri: str) -> None:
+    assert object_store.canonical(uri) == uri
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": "../../precious"},
+        {"version": ""},
+        {"version": "."},
+        {"version": "0" * 16 + "/.."},
+        {"files": {"../x": None}},
+        {"files": {"/x": None}},
+        {"files": {"a//x": None}},
+        {"files": {"": None}},
+        {"files": {"./x": None}},
+    ],
+)
+def test_an_index_names_nothing_outside_its_folder(uri: str, change: dict[str, object], tmp_path: Path) -> None:
+    """Whoever may write to a place decides what stands in it, and a push removes what the index before it names."""
+    victim = make_folder(tmp_path / "a")
+    remote.push(victim, f"{uri}/precious")
+    if "files" in change:
+        [name] = change["files"]  # type: ignore[misc]
+        change = {"files": {name: {"bytes": 1, "sha256": "0"}}}
+    evil = {"version": "0" * 16, "files": {}} | change
+    ObjectStore(f"{uri}/shared/run").put_bytes(json.dumps(evil).encode(), "_folder.json")
+    for call in (lambda: remote.push(victim, f"{uri}/shared/run"), lambda: remote.checkout(f"{uri}/shared/run")):
+        with pytest.raises(RunError, match="not an index"):
+            call()
+    assert content(remote.checkout(f"{uri}/precious")) == content(victim)
+    assert ObjectStore(f"{uri}/shared/run").children() == ["_folder.json"]
+
+
+def test_removal_stays_inside_its_place(uri: str, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "a")
+    remote.push(folder, f"{uri}/kept")
+    remote.push(folder, f"{uri}/place")
+    for name in ("", "..", "../kept", "/", "x/../../kept", "kept/"):
+        with pytest.raises(InputError, match="can't be removed from"):
+            ObjectStore(f"{uri}/place").delete(name)
+    for whole in (f"s3://{BUCKET}", "file:///x"):
+        with pytest.raises(InputError, match="is all of a storage"):
+            remote.remove(whole)
+    assert ObjectStore(uri).children() == ["kept", "place"]

@@ -137,7 +137,7 @@ def test_one_search_at_a_time_works_in_a_folder(tiny_dataset: Path, tmp_path: Pa
     opened, space = open_dataset(tiny_dataset), space_of(SPACE)
     with (
         claimed_folder(tmp_path / "search", space, RunConfig(), opened, 1, resume=False),
-        pytest.raises(InputError, match="another search is running here"),
+        pytest.raises(InputError, match="in use by process"),
         claimed_folder(tmp_path / "search", space, RunConfig(), opened, 1, resume=True),
     ):
         pass

@@ -78,7 +78,7 @@ def test_a_run_at_a_uri_survives_its_driver(environment: dict[str, str], tmp_pat
     elsewhere = environment | {"GAVAMOE_CACHE": str(tmp_path / "cache-another-client")}
     scores: dict[str, Any] = json.loads(finish(gavamoe(elsewhere, *train, "--evaluate", "--json")))
     assert scores["rows"] > 0
-    stored = set(ObjectStore(run).children()) - {"checkpoints"}
+    stored = set(ObjectStore(run).children()) - {"checkpoints", "_contents.json"}
     assert stored == {"config.yaml", "dataset.json", "evaluation", "logs", "report.html", "stage1", "stage2"}
     assert not remote.exists(f"{run}/checkpoints/stage2")
     assert json.loads((remote.checkout(run) / "dataset.json").read_text())["path"] == data

@@ -211,7 +211,7 @@ def test_pairs_of_a_user_are_found(dataset: Dataset, routes_file: Path) -> None:
 
 def test_latent_map_is_a_picture_and_repeats(dataset: Dataset, model: VaeGmm, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        plot_latents(model, dataset, tmp_path / name, seed=3, sample=150)
+        plot_latents(model, dataset.arrays("train"), tmp_path / name, seed=3, sample=150)
     content = (tmp_path / "a.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) > 10_000

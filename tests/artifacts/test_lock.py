@@ -1,0 +1,105 @@
+"""One command at a time in a run: the second is told who holds it; a killed one holds nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.cli import Runner
+from helpers.runs import make_run
+from helpers.tiny import tiny_yaml
+
+from gavamoe.artifacts.lock import LOCK_FILE, alone_in, locked_folder
+from gavamoe.data.dataset import open_dataset
+from gavamoe.errors import InputError
+
+HOLDING = """
+import sys
+from pathlib import Path
+from gavamoe.artifacts.lock import locked_folder
+with locked_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder_of(folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(folder), "--resume"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_commands_on_one_run_are_kept_apart(gavamoe: Runner, tiny_dataset: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", open_dataset(tiny_dataset))
+    (tmp_path / "tiny.yaml").write_text(tiny_yaml())
+    before = sorted(run.rglob("*"))
+    holder = holder_of(run)
+    try:
+        for command in (
+            ("train", tmp_path / "tiny.yaml", "--dataset", tiny_dataset, "--run-dir", run, "--resume"),
+            ("evaluate", run),
+            ("report", run),
+        ):
+            refused = gavamoe(*command)
+            assert refused.code == 2, refused.err
+            assert f"{run}: in use by process {holder.pid} on {os.uname().nodename} since 20" in refused.err
+            assert "--resume); wait for it" in refused.err
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    with locked_folder(run):  # a killed one holds nothing
+        pass
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:
+    with locked_folder(tmp_path / "new"):
+        assert (tmp_path / "new" / LOCK_FILE).is_file()
+        with (
+            pytest.raises(InputError, match=f"new: in use by process {os.getpid()} on "),
+            locked_folder(tmp_path / "new"),
+        ):
+            pass
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file: is a file, and a run needs a folder"), locked_folder(tmp_path / "file"):
+        pass
+
+
+def test_a_lock_that_its_owner_removes_is_not_taken_for_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening the file and locking it, its owner may end and another may make a new one."""
+    import fcntl
+
+    real, calls = fcntl.flock, list[int]()
+
+    def replaced(file: object, how: int) -> None:
+        if not calls:
+            (tmp_path / LOCK_FILE).unlink()
+        calls.append(how)
+        real(file, how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", replaced)
+    with locked_folder(tmp_path), pytest.raises(InputError, match="in use by"), locked_folder(tmp_path):
+        pass
+    assert len(calls) == 3
+
+
+def test_a_function_works_alone_in_its_folder(tmp_path: Path) -> None:
+    @alone_in("folder")
+    def work(number: int, *, folder: Path) -> int:
+        assert (folder / LOCK_FILE).exists() == folder.exists()
+        return number
+
+    assert work(3, folder=tmp_path) == 3
+    assert work(4, folder=tmp_path / "none") == 4
+    assert not (tmp_path / "none").exists()
+    with locked_folder(tmp_path), pytest.raises(InputError, match="in use by"):
+        work(5, folder=tmp_path)
