@@ -31,6 +31,8 @@ RUN make install PYTHON=python3
 COPY --chown=gavamoe:gavamoe . .
 # Not remade by make: only the time stamps of its prerequisites have changed.
 RUN touch .venv/.ready
+# The service's HAProxy with deadlines and JSON errors (serve/kuberay.yaml names it).
+RUN .venv/bin/python -m gavamoe.serving.proxy /opt/gavamoe/haproxy
 ENV PATH=/opt/gavamoe/.venv/bin:$PATH
 
 CMD ["make", "quickstart"]

@@ -16,6 +16,7 @@ def forget(
 ) -> None:
     """Take users out of a trained run: ids, pairs, texts, rows of embeddings. Says what stays."""
     from gavamoe.artifacts import remote
+    from gavamoe.artifacts.lock import locked_folder
     from gavamoe.artifacts.run import open_run
     from gavamoe.cli.terminal import console
     from gavamoe.data.user_ids import read_ids
@@ -25,7 +26,8 @@ def forget(
     if not named:
         raise InputError("forget: name users with --user ID or --users FILE")
     opened = open_run(run)
-    removed = forget_users(opened, named)
+    with locked_folder(opened.path):
+        removed = forget_users(opened, named)
     remote.commit(opened.path)
     lines = (
         f"{run}: {removed.users} user(s) forgotten",

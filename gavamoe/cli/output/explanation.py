@@ -59,7 +59,7 @@ def print_explanation(value: "Explanation", user: str, item: str, *, shown: bool
     console.print(f"cluster {value.cluster} (responsibilities {shares})", markup=False)
     if value.rating is not None:
         origin = "given" if value.rating_given else f"predicted as {value.predicted_rating:.2f}"
-        console.print(f"rating {value.rating:g} ({origin})", markup=False)
+        console.print(f"rating {value.rating:.3g} ({origin})", markup=False)
     if value.features:
         origin = "given" if value.features_given else "the usual ones"
         console.print(f"features {', '.join(value.features)} ({origin})", markup=False)
