@@ -32,7 +32,7 @@ def forget(
     lines = (
         f"{run}: {removed.users} user(s) forgotten",
         f"removed: id and usual features; {removed.pairs:,} pairs; {removed.texts:,} texts of the evaluation; rows in"
-        f" {removed.tables} embedding tables (now the unknown user's); report.html and clusters.png",
+        f" {removed.tables} embedding tables (now the unknown user's); what report.html showed",
         "stays: the weights that all users share, as their reviews among all others' shaped them; counts and scores;"
         " logs; texts of others",
         "left to do: prepare the dataset again with `gavamoe data prepare --drop-users FILE`, remove copies of this"

@@ -1,9 +1,9 @@
 """Taking a user out of a trained run: what is this user's alone is removed, what was learned from everybody stays.
 
 Removed: the id and the usual features (catalog), all the user's pairs (routes), the rows written for the user
-(evaluation), the report and the latent map, and the user's row in every embedding table, which becomes the unknown
-user's. Staying: the weights that all users share, as the user's reviews shaped them among all others', the counts and
-scores of everybody, and the dataset, which is prepared again with `--drop-users`.
+(evaluation), the report, and the user's row in every embedding table, which becomes the unknown user's. Staying: the
+weights that all users share, as the user's reviews shaped them among all others', the counts and scores of everybody,
+and the dataset, which is prepared again with `--drop-users`.
 
 Such a run is served and explains; it is not evaluated or resumed on its dataset any more, whose rows it lacks.
 """
@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gavamoe.artifacts.checksums import list_files
-from gavamoe.artifacts.files import write_folder, write_json
+from gavamoe.artifacts.files import write_file, write_folder, write_json
 from gavamoe.artifacts.manifest import MANIFEST, Kind, Manifest, read_manifest
 from gavamoe.artifacts.run import Run
 from gavamoe.data.catalog import Catalog
@@ -32,6 +32,10 @@ from gavamoe.generation.artifact import CATALOG_FOLDER
 from gavamoe.stage1.routes import ROUTES_FILE
 
 USER_TABLE = "user_embedding.weight"
+_NO_REPORT = """<!doctype html>
+<meta charset="utf-8"><title>Report removed</title>
+<p>This report showed reviews of a user whom the run has forgotten. <code>gavamoe report RUN</code> writes it again.</p>
+"""
 _MAX_HEADER_BYTES = 100 * 2**20
 
 
@@ -79,8 +83,9 @@ def forget_users(run: Run, users: Sequence[str]) -> Forgotten:
                 elif path.parent.name == CATALOG_FOLDER and path.name == "users.parquet":
                     _blank_users(path, indices)
             fingerprints[kind] = _describe(aside, manifest, fingerprints, len(users))
-    for shown in (run.report, run.latent_map):
-        shown.unlink(missing_ok=True)
+    if run.report.is_file():  # replaced, not deleted: at a URI a file that is missing here would stay as it was
+        with write_file(run.report) as aside:
+            aside.write_text(_NO_REPORT, encoding="utf-8")
     return Forgotten(len(users), **counts)
 
 

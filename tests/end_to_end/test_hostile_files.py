@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.base_models import save_gguf
 from helpers.mutations import mutated, time_limit
 from helpers.reviews import amazon
 from helpers.tiny import tiny_yaml
@@ -32,6 +33,7 @@ from gavamoe.evaluation.human.results import read_sheet
 from gavamoe.evaluation.human.study import read_key
 from gavamoe.evaluation.score_files import score_files
 from gavamoe.evaluation.text_tables import read_columns
+from gavamoe.model.base_model import check_base
 from gavamoe.serving.settings import ServeArgs
 from gavamoe.tune.space import load_space, parse_space
 from gavamoe.tune.study import STUDY_FILE, Study
@@ -151,7 +153,18 @@ class Kind(NamedTuple):
     check: Callable[[Path], object]
 
 
+def gguf() -> bytes:
+    """A base model of a few thousand weights in one file."""
+    with tempfile.TemporaryDirectory() as folder:
+        return save_gguf(Path(folder) / "model.gguf").read_bytes()
+
+
+def checks_model(path: Path) -> None:
+    check_base(str(path))
+
+
 KINDS = [
+    Kind("model.gguf", gguf(), checks_model),
     Kind("quoted.csv", reviews(",", True), prepares("table")),
     Kind("returns.csv", reviews(";", True, "\r"), prepares("table")),
     Kind("unquoted.tsv", reviews("\t", False), prepares("table")),
