@@ -71,6 +71,7 @@ class _AfterAutoClasses(MetaPathFinder):
                 load(module)
                 import_module(_MODEL)
 
+            # one loader is wrapped, not its class: mypy knows no way to say so
             spec.loader.exec_module = load_both  # type: ignore[method-assign]
         return spec
 

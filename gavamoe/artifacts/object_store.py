@@ -24,6 +24,7 @@ from gavamoe.artifacts.files import MAX_JSON_BYTES
 from gavamoe.errors import InputError, RunError, first_problem, one_line
 
 Result = TypeVar("Result")
+Model = TypeVar("Model", bound=BaseModel)
 
 INDEX = "_folder.json"
 CONTENTS = "_contents.json"
@@ -90,23 +91,21 @@ class ObjectStore:
 
     def index(self) -> Index | None:
         """The folder's index; None if no folder is stored here."""
-        content = self.get_bytes(INDEX)
-        if content is None:
-            return None
-        try:
-            return Index.model_validate_json(content)
-        except ValidationError as error:
-            raise RunError(f"{self.uri}/{INDEX}: not an index ({first_problem(error)}); store it anew") from error
+        return self._read_model(INDEX, Index, "an index")
 
     def contents(self) -> Contents | None:
         """The list of what is stored here entry by entry; None where nothing is, or an earlier version stored it."""
-        content = self.get_bytes(CONTENTS)
+        return self._read_model(CONTENTS, Contents, "a list of contents")
+
+    def _read_model(self, name: str, model: type[Model], what: str) -> Model | None:
+        """A stored JSON file as a pydantic model; None if there is none."""
+        content = self.get_bytes(name)
         if content is None:
             return None
         try:
-            return Contents.model_validate_json(content)
+            return model.model_validate_json(content)
         except ValidationError as error:
-            raise RunError(f"{self.uri}/{CONTENTS}: not a list of contents ({first_problem(error)})") from error
+            raise RunError(f"{self.uri}/{name}: not {what} ({first_problem(error)}); store it anew") from error
 
     def put_contents(self, contents: Contents) -> None:
         self.put_bytes(contents.model_dump_json(indent=1).encode(), CONTENTS)

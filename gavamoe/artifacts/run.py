@@ -8,7 +8,7 @@ runs/NAME/
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gavamoe.artifacts import object_store, remote
 from gavamoe.artifacts.files import read_json, write_file, write_json
@@ -18,7 +18,8 @@ from gavamoe.errors import InputError
 
 METRICS_FILE = "metrics.json"
 """The numbers of a step, in its folder."""
-STEPS = ("stage1", "stage2", "evaluation")
+Step = Literal["stage1", "stage2", "evaluation"]
+STEPS: tuple[Step, ...] = ("stage1", "stage2", "evaluation")
 """The steps of a run, in order; each has a folder of its name."""
 _DECIDE_NUMBERS = ("seed", "stage1", "stage2")
 """Sections of the config that a run is bound to; where it runs and how it is evaluated may change."""

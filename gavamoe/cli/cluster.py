@@ -82,10 +82,10 @@ def copy(
     target: Annotated[str, typer.Argument(help="Folder or URI that does not exist yet.")],
 ) -> None:
     """Copy a dataset or a run between this machine and object storage (s3://, gs://, ...), every file verified."""
-    from gavamoe.artifacts import remote
+    from gavamoe.artifacts import copying
     from gavamoe.cli.terminal import console
 
-    remote.copy(source, target)
+    copying.copy(source, target)
     console.print(f"copied: {target}", markup=False, soft_wrap=True)
 
 

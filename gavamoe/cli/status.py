@@ -12,7 +12,7 @@ from gavamoe.artifacts.files import read_json
 from gavamoe.artifacts.logs import read_log
 from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.artifacts.object_store import without_keys
-from gavamoe.artifacts.run import METRICS_FILE, STEPS, DatasetReference, Run, RunFolder, open_run
+from gavamoe.artifacts.run import METRICS_FILE, STEPS, DatasetReference, Run, RunFolder, Step, open_run
 from gavamoe.errors import InputError
 
 State = Literal["done", "running", "stopped", "damaged", "not started"]
@@ -79,13 +79,13 @@ def read_status(run: Path) -> RunStatus:
     )
 
 
-def _step(run: RunFolder, name: str) -> StepStatus:
+def _step(run: RunFolder, name: Step) -> StepStatus:
     logged = _from_log(run, name)
     folder = run.path / name
     if not folder.is_dir():
         return logged
     try:
-        manifest = read_manifest(folder, name, verify=False)  # type: ignore[arg-type]
+        manifest = read_manifest(folder, name, verify=False)
         metrics = read_json(folder / METRICS_FILE)
     except InputError as error:
         return StepStatus(name, "damaged", problem=str(error))
@@ -154,7 +154,7 @@ def _dataset_problem(reference: DatasetReference) -> str | None:
 
 
 def _logs(run: RunFolder) -> dict[str, str]:
-    shown = {name: str(run.log(name)) for name in STEPS if run.log(name).is_file()}
+    shown: dict[str, str] = {name: str(run.log(name)) for name in STEPS if run.log(name).is_file()}
     if run.tensorboard.is_dir():
         shown["tensorboard"] = f"tensorboard --logdir {shlex.quote(str(run.tensorboard))}"
     if run.mlflow.is_file():

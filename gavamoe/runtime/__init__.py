@@ -2,6 +2,7 @@
 
 context      the interface between a training loop and Ray
 ray_train    gives a loop its workers, checkpoints, restarts
+failures     what the end of a training means, and whether going on can help
 connection   where a Ray is: the environment and options, checked; connecting, starting
 worker       the workers' side: context, checkpoints with checksums
 tracking     logs, TensorBoard, MLflow, Weights & Biases

@@ -34,9 +34,11 @@ class Limits(Section):
     max_in_flight: Count = 256
     """Requests that one ingress replica works on; more are answered with 429."""
     key_in_flight: Count | None = None
-    """Of these, those of one API key that has no `in_flight=` of its own in the file of keys; None: all."""
+    """Requests of one API key that an ingress replica works on at a time, unless the file of keys gives the key an
+    `in_flight=` of its own; None: as many as `max_in_flight`."""
     key_per_minute: Count | None = None
-    """Requests a minute of one API key that has no `per_minute=` of its own, per ingress replica; None: no limit."""
+    """Requests that an ingress replica takes from one API key in a minute, unless the file of keys gives the key a
+    `per_minute=` of its own; None: no limit."""
     retry_after_s: Count = 1
     """What a client that was turned away is told to wait."""
     retries: Annotated[int, Field(ge=0, le=10)] = 4

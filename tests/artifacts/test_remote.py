@@ -10,7 +10,7 @@ import pytest
 from helpers.cli import Runner
 from helpers.flaky_s3 import BUCKET, KEYS, FlakyProxy, s3_server
 
-from gavamoe.artifacts import object_store, remote
+from gavamoe.artifacts import copying, object_store, remote
 from gavamoe.artifacts.object_store import ObjectStore
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError, RunError
@@ -198,7 +198,7 @@ def test_datasets_are_made_described_and_copied_by_uri(
 )
 def test_uris_that_would_lead_elsewhere_are_refused(uri: str, message: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "a")
-    for call in (lambda: remote.located(uri), lambda: remote.copy(str(folder), uri), lambda: ObjectStore(uri)):
+    for call in (lambda: remote.located(uri), lambda: copying.copy(str(folder), uri), lambda: ObjectStore(uri)):
         with pytest.raises(InputError) as caught:
             call()
         assert message in str(caught.value)
@@ -247,8 +247,8 @@ def test_hidden_files_stay_where_they_are(uri: str, tmp_path: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("left by a tool")
     kept = {name for name in content(folder) if "." not in name.replace("meta.json", "")}
-    remote.copy(str(folder), uri)
-    remote.copy(str(folder), str(tmp_path / "b"))
+    copying.copy(str(folder), uri)
+    copying.copy(str(folder), str(tmp_path / "b"))
     assert set(content(remote.checkout(uri))) == set(content(tmp_path / "b")) == kept
 
 
@@ -296,14 +296,14 @@ def test_a_file_that_can_not_be_copied_is_one_line(
     gavamoe: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_folder(tmp_path / "a")
-    real = remote.shutil.copy2
+    real = copying.shutil.copy2
 
     def full(source: Path, target: Path) -> object:
         if source.name == "empty":
             raise OSError(28, "No space left on device", str(target))
         return real(source, target)
 
-    monkeypatch.setattr(remote.shutil, "copy2", full)
+    monkeypatch.setattr(copying.shutil, "copy2", full)
     failed = gavamoe("copy", folder, tmp_path / "b")
     assert (failed.code, failed.err.count("\n")) == (1, 1), failed.err
     assert "empty: can't be copied ([Errno 28] No space left" in failed.err

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.cli import Runner
 
-from gavamoe.artifacts import remote
+from gavamoe.artifacts import copying, remote
 from gavamoe.artifacts.manifest import read_manifest, write_manifest
 from gavamoe.artifacts.object_store import ObjectStore
 from gavamoe.config.schema import RunConfig
@@ -54,7 +54,7 @@ def content(folder: Path) -> dict[str, str]:
 
 KILLED = """
 import os, signal, sys
-from gavamoe.artifacts import remote
+from gavamoe.artifacts import copying, remote
 from gavamoe.artifacts.object_store import ObjectStore
 requests, last = 0, int(sys.argv[3])
 for name in ("put_file", "put_bytes"):
@@ -65,7 +65,7 @@ for name in ("put_file", "put_bytes"):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, *arguments)
     setattr(ObjectStore, name, counting)
-remote.copy(sys.argv[1], sys.argv[2])
+copying.copy(sys.argv[1], sys.argv[2])
 """
 
 
@@ -241,7 +241,7 @@ def test_a_search_without_its_test_rows_can_be_stored(tiny_dataset: Path, tmp_pa
     from gavamoe.data.dataset import open_dataset
 
     view = withhold_test(open_dataset(tiny_dataset), tmp_path / "search" / "search_data")
-    remote.copy(str(tmp_path / "search"), uri)
+    copying.copy(str(tmp_path / "search"), uri)
     stored = open_dataset(remote.checkout(uri) / "search_data")
     assert (stored.fingerprint, stored.size("test")) == (view.fingerprint, 0)
 
@@ -279,7 +279,7 @@ def test_what_was_stored_is_read_again(
         assert (refused.code, "differs from what was sent" in refused.err) == (1, True), refused.err
         with pytest.raises(InputError, match=UNFINISHED):
             remote.checkout(f"{uri}/{spoil}")
-    copied = remote.shutil.copy2
-    monkeypatch.setattr(remote.shutil, "copy2", lambda a, b: (copied(a, b), Path(b).write_text("spoilt")))
+    copied = copying.shutil.copy2
+    monkeypatch.setattr(copying.shutil, "copy2", lambda a, b: (copied(a, b), Path(b).write_text("spoilt")))
     refused = gavamoe("copy", run, tmp_path / "out")
     assert (refused.code, "not copied:" in refused.err) == (1, True), refused.err

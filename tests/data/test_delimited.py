@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gavamoe.data.dataset import open_dataset
 from gavamoe.data.prepare import PrepareSummary, prepare
-from gavamoe.data.readers import delimited
+from gavamoe.data.readers import records
 from gavamoe.data.readers.delimited import DelimitedFile
 from gavamoe.data.readers.sources import SourceOptions
 
@@ -122,8 +122,8 @@ def test_a_quote_that_never_closes_costs_its_own_line_only(tmp_path: Path, monke
     expected = (39, {"a quote that never closes": 1})
     summary, _ = prepared(source)
     assert (summary.kept, summary.rejected) == expected
-    monkeypatch.setattr(delimited, "_BLOCK_BYTES", 100)
-    monkeypatch.setattr(delimited, "MAX_RECORD_BYTES", 300)
+    monkeypatch.setattr(records, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(records, "MAX_RECORD_BYTES", 300)
     summary, _ = prepared(source.rename(tmp_path / "again.csv"))
     assert (summary.kept, summary.rejected) == expected
 
@@ -188,7 +188,7 @@ def test_misshapen_rows_keep_their_numbers_across_blocks(tmp_path: Path, monkeyp
     source = write(tmp_path / "t.csv", table, ",")
     expected = None
     for size in (80, 1000, 2**20):
-        monkeypatch.setattr(delimited, "_BLOCK_BYTES", size)
+        monkeypatch.setattr(records, "_BLOCK_BYTES", size)
         found = read_back(source, quoting="standard")
         assert found[1] == [10, 31, 46]
         assert expected in (None, found)
@@ -243,7 +243,7 @@ def test_what_a_csv_writer_writes_is_read_back_row_by_row(
     csv.writer(stream, delimiter=delimiter, lineterminator=end, quoting=quoting).writerows(lines)
     path.write_bytes(stream.getvalue().encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(delimited, "_BLOCK_BYTES", block)
+        patch.setattr(records, "_BLOCK_BYTES", block)
         found, rejected = read_back(path)
     assert rejected == []
     assert [[same(value) for value in one] for one in found] == [[same(value) for value in one] for one in lines[1:]]

@@ -1,5 +1,6 @@
 """Tiny dense models on disk, as users give them to `stage2.base_model`: folders and GGUF files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,18 @@ def save_base_model(folder: Path, family: str = "llama", *, max_shard_size: str 
     return folder
 
 
-def save_gguf(path: Path, *, without: str = "", spoiled: str = "") -> Path:
-    """A tiny LLaMA as llama.cpp writes it, perhaps without one tensor or with NaN in one. Returns the path."""
+def save_gguf(path: Path, *, without: str = "", spoiled: str = "", marks: Sequence[str] = ("<|endoftext|>",)) -> Path:
+    """A tiny LLaMA with a GPT-2 style tokenizer as llama.cpp writes it. Returns the path.
+
+    Args:
+        without: a tensor that is left out.
+        spoiled: a tensor that holds NaN.
+        marks: special tokens; the last ends a text, the one before it, if there are several, begins one.
+    """
     gguf = pytest.importorskip("gguf")
     hidden, width = 32, 64
     vocabulary = sorted(tokenizer().get_vocab().items(), key=lambda pair: pair[1])
-    tokens = [*(token for token, index in vocabulary if 3 <= index < 259), "ab", "<|endoftext|>"]
+    tokens = [*(token for token, index in vocabulary if 3 <= index < 259), "ab", *marks]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_context_length(128)
@@ -57,9 +64,11 @@ def save_gguf(path: Path, *, without: str = "", spoiled: str = "") -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * 257 + [3])
+    writer.add_token_types([1] * 257 + [3] * len(marks))
     writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(257)
+    if len(marks) > 1:
+        writer.add_bos_token_id(len(tokens) - 2)
+    writer.add_eos_token_id(len(tokens) - 1)
     shapes = {
         "token_embd": (len(tokens), hidden), "output_norm": (hidden,), "blk.0.attn_norm": (hidden,),
         "blk.0.ffn_norm": (hidden,), "blk.0.ffn_gate": (width, hidden), "blk.0.ffn_up": (width, hidden),

@@ -5,9 +5,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from helpers.base_models import save_gguf
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -58,44 +58,8 @@ def chat_like() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+CHAT_MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TOKENIZERS = {"scratch": lambda: train_tokenizer(TEXTS, 400), "gpt2": gpt2_like, "llama": llama_like, "chat": chat_like}
-
-
-def write_gguf(path: Path) -> None:
-    """A tiny LLaMA with a GPT-2 style tokenizer, as llama.cpp would write it."""
-    gguf = pytest.importorskip("gguf")
-    hidden, width, tokens = 32, 64, [*byte_vocabulary(), "ab", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(128)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(width)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(16)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 257 + [3] * 3)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(258)
-    writer.add_eos_token_id(259)
-    shapes = {
-        "token_embd": (len(tokens), hidden), "output_norm": (hidden,), "blk.0.attn_norm": (hidden,),
-        "blk.0.ffn_norm": (hidden,), "blk.0.ffn_gate": (width, hidden), "blk.0.ffn_up": (width, hidden),
-        "blk.0.ffn_down": (hidden, width), "blk.0.attn_q": (hidden, hidden), "blk.0.attn_k": (hidden, hidden),
-        "blk.0.attn_v": (hidden, hidden), "blk.0.attn_output": (hidden, hidden),
-    }  # fmt: skip
-    numbers = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", numbers.normal(size=shape).astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_scratch_model_and_tokenizer_agree() -> None:
@@ -227,7 +191,7 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_gguf_file_loads(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "tiny.gguf")
+    save_gguf(tmp_path / "tiny.gguf", marks=CHAT_MARKS)
     model, tokenizer = load_base(str(tmp_path / "tiny.gguf"), SCRATCH, [], seed=0)
     assert model.config.model_type == "llama"
     assert model.config.hidden_size == 32
@@ -247,7 +211,7 @@ def test_gguf_file_inside_a_package_is_found_without_importing_it(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InputError, match=r"0 \.gguf files in the package; expected one"):
         load_base("package:tiny_model_package", SCRATCH, [], seed=0)
-    write_gguf(package / "data" / "tiny.gguf")
+    save_gguf(package / "data" / "tiny.gguf", marks=CHAT_MARKS)
     model, _ = load_base("package:tiny_model_package", SCRATCH, [], seed=0)
     assert model.config.hidden_size == 32
 

@@ -13,7 +13,7 @@ import pytest
 from gavamoe.artifacts.files import write_folder
 from gavamoe.config.schema import RuntimeConfig
 from gavamoe.errors import InputError, RunError, Stopped
-from gavamoe.runtime.ray_train import _failure, lost_surroundings
+from gavamoe.runtime.failures import failure_text, lost_surroundings
 from gavamoe.runtime.worker import (
     RayContext,
     WorkerJob,
@@ -93,8 +93,8 @@ def test_the_lack_of_memory_is_named_without_rays_advice() -> None:
     killed = OutOfMemoryError(
         "1 worker(s) were killed due to the node running low on memory.\nRefer to a page, please."
     )
-    assert _failure(killed) == "a worker was killed, because its machine was running low on memory"
-    assert _failure(ValueError("first\nlast\n")) == "last"
+    assert failure_text(killed) == "a worker was killed, because its machine was running low on memory"
+    assert failure_text(ValueError("first\nlast\n")) == "last"
 
 
 def of_loop(error: Exception) -> Exception:
@@ -145,7 +145,7 @@ def test_only_lost_surroundings_are_worth_going_on_from() -> None:
 
 
 def test_the_rank_that_failed_by_itself_is_quoted_not_the_one_that_missed_it() -> None:
-    assert _failure(of_ranks(of_loop(PEER), of_loop(IndexError("Target 288 is out of bounds.")))) == (
+    assert failure_text(of_ranks(of_loop(PEER), of_loop(IndexError("Target 288 is out of bounds.")))) == (
         "Target 288 is out of bounds."
     )
 

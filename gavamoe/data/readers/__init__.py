@@ -4,7 +4,8 @@
     batches      batches of raw records, bounded
     sources      files opened: compressed, packed, in any encoding
     json_lines   JSON: a line a record, laid out, arrays
-    delimited    CSV and the like, every line accounted for
+    delimited    CSV and the like: header, quoting, values
+    records      their bytes cut into records, every line accounted for
     tables       delimited files and Parquet, column by column
     pickles      reviews.pickle without running anything in it
 

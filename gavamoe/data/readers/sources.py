@@ -8,11 +8,11 @@ import lzma
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal
 
 import pyarrow as pa
 
@@ -25,6 +25,7 @@ BUFFER_BYTES = 2**20
 Stream = Any
 """A buffered binary stream with `peek`: io.BufferedReader, over whatever raw stream."""
 _TAR_MAGIC_AT = 257
+_ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")
 _PACKED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".tbz2", ".txz")
 _BOMS = (
     (codecs.BOM_UTF8, "utf-8"),
@@ -88,16 +89,8 @@ def plain_suffix(path: Path) -> str:
 def content_name(path: Path, wanted: Sequence[str] = ()) -> Path:
     """The name of what `open_source` reads: the member's of a zip or tar archive, else the file's own."""
     check_file(path)
-    with _opening(path), open(path, "rb") as file:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                return Path(_only_member(path, _zip_members(archive), wanted))
-        file.seek(0)
-        with ExitStack() as stack:
-            stream = _decompressed(stack, file)
-            if _is_tar(stream):
-                return Path(_tar_member(path, stream, wanted))
-    return path
+    with _opening(path), _unpacked(path, wanted) as (_, name):
+        return Path(name)
 
 
 @contextmanager
@@ -114,18 +107,7 @@ def open_source(path: Path, encoding: str | None = None, wanted: Sequence[str] =
         InputError: the file is missing, empty, unreadable, or compressed and damaged (also while it is read).
     """
     check_file(path)
-    with _opening(path), ExitStack() as stack:
-        file: Stream = stack.enter_context(open(path, "rb", buffering=BUFFER_BYTES))
-        stream: Stream
-        if zipfile.is_zipfile(file):
-            archive = stack.enter_context(zipfile.ZipFile(file))
-            member = _only_member(path, _zip_members(archive), wanted)
-            stream = io.BufferedReader(cast("io.RawIOBase", stack.enter_context(archive.open(member))), BUFFER_BYTES)
-        else:
-            file.seek(0)
-            stream = _decompressed(stack, file)
-            if _is_tar(stream):
-                stream = _tar_stream(stack, path, stream, wanted)
+    with _opening(path), _unpacked(path, wanted) as (stream, _):
         yield _as_utf8(path, stream, encoding)
 
 
@@ -145,7 +127,7 @@ def _opening(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: the compressed file is cut off before its end; {again}") from error
     except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise InputError(f"{path}: the compressed file is damaged ({error}); {again}") from error
-    except (NotImplementedError, RuntimeError) as error:  # an encrypted or exotic zip file
+    except (NotImplementedError, RuntimeError) as error:  # zipfile's words for a method or a password it lacks
         if "encrypt" in str(error) or "compress" in str(error):
             raise InputError(f"{path}: the archive cannot be read ({error}); unpack it first") from error
         raise
@@ -155,21 +137,51 @@ def _opening(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+@contextmanager
+def _unpacked(path: Path, wanted: Sequence[str]) -> Iterator[tuple[Stream, str]]:
+    """What a file holds, decompressed, and its name: the member's of an archive."""
+    with open(path, "rb", buffering=BUFFER_BYTES) as opened, ExitStack() as stack:
+        file: Stream = opened
+        if file.peek(4)[:4] in _ZIP_MAGICS:
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
+            member = _only_member(path, names, wanted)
+            yield _buffered(stack.enter_context(archive.open(member))), member
+            return
+        stream = _decompressed(stack, file)
+        if stream.peek(_TAR_MAGIC_AT + 5)[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] != b"ustar":
+            yield stream, str(path)
+            return
+        member = _tar_member(path, wanted)
+        tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))
+        content = next((tar.extractfile(entry) for entry in tar if entry.name == member and entry.isfile()), None)
+        if content is None:
+            raise InputError(f"{path}: changed while it was read")
+        yield _buffered(content), member
+
+
+def _tar_member(path: Path, wanted: Sequence[str]) -> str:
+    """The file to read of a tar archive. It is listed in a pass of its own: a compressed stream is read once."""
+    with (
+        open(path, "rb", buffering=BUFFER_BYTES) as file,
+        ExitStack() as stack,
+        tarfile.open(fileobj=_decompressed(stack, file), mode="r|") as tar,
+    ):
+        return _only_member(path, [entry.name for entry in tar if entry.isfile()], wanted)
+
+
 def _decompressed(stack: ExitStack, file: Stream) -> Stream:
-    head = file.peek(6)[:6]
-    unpacked: Any
-    if head[:2] == b"\x1f\x8b":
-        unpacked = gzip.open(file)  # noqa: SIM115 - closed by the stack, as the others are
-    elif head[:3] == b"BZh":
-        unpacked = bz2.open(file)  # noqa: SIM115
-    elif head == b"\xfd7zXZ\x00":
-        unpacked = lzma.open(file)  # noqa: SIM115
-    elif head[:4] == b"\x28\xb5\x2f\xfd":
-        unpacked = _ArrowStream(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd"))
-    else:
-        return file
-    stack.callback(unpacked.close)
-    return io.BufferedReader(cast("io.RawIOBase", unpacked), BUFFER_BYTES)
+    head = file.peek(6)
+    for magic, opened in _DECOMPRESSORS.items():
+        if head.startswith(magic):
+            unpacked = opened(file)
+            stack.callback(unpacked.close)
+            return _buffered(unpacked)
+    return file
+
+
+def _buffered(stream: Any) -> Stream:
+    return io.BufferedReader(stream, BUFFER_BYTES)
 
 
 class _ArrowStream(io.RawIOBase):
@@ -181,35 +193,20 @@ class _ArrowStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: object) -> int:
-        view = memoryview(buffer)  # type: ignore[arg-type]
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
         data = self._stream.read(len(view))
         view[: len(data)] = data
         return len(data)
 
 
-def _is_tar(stream: Stream) -> bool:
-    return stream.peek(_TAR_MAGIC_AT + 5)[_TAR_MAGIC_AT : _TAR_MAGIC_AT + 5] == b"ustar"
-
-
-def _tar_member(path: Path, stream: BinaryIO, wanted: Sequence[str]) -> str:
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
-        return _only_member(path, [member.name for member in archive if member.isfile()], wanted)
-
-
-def _tar_stream(stack: ExitStack, path: Path, stream: Stream, wanted: Sequence[str]) -> Stream:
-    """The only file of a tar archive, streamed; the archive is listed first, in a pass of its own."""
-    with open(path, "rb") as again, ExitStack() as inner:
-        chosen = _tar_member(path, _decompressed(inner, again), wanted)
-    archive = stack.enter_context(tarfile.open(fileobj=stream, mode="r|"))  # noqa: SIM115
-    for member in archive:
-        if member.name == chosen and member.isfile() and (content := archive.extractfile(member)) is not None:
-            return io.BufferedReader(cast("io.RawIOBase", content), BUFFER_BYTES)
-    raise InputError(f"{path}: changed while it was read")
-
-
-def _zip_members(archive: zipfile.ZipFile) -> list[str]:
-    return [info.filename for info in archive.infolist() if not info.is_dir()]
+_DECOMPRESSORS: dict[bytes, Callable[[Stream], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": lambda file: _ArrowStream(pa.CompressedInputStream(pa.PythonFile(file, "r"), "zstd")),
+}
+"""How a compressed file is opened, by its first bytes."""
 
 
 def _only_member(path: Path, names: list[str], wanted: Sequence[str]) -> str:
@@ -239,7 +236,7 @@ def _as_utf8(path: Path, stream: Stream, encoding: str | None) -> Stream:
     encoding = check_encoding(encoding or "utf-8")
     if encoding == "utf-8":
         return stream
-    return io.BufferedReader(_Recoded(stream, encoding), BUFFER_BYTES)
+    return _buffered(_Recoded(stream, encoding))
 
 
 class _Recoded(io.RawIOBase):
@@ -253,8 +250,8 @@ class _Recoded(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: object) -> int:
-        view = memoryview(buffer)  # type: ignore[arg-type]
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
         more = True
         while not self._pending and more:
             data = self._stream.read(BUFFER_BYTES)
