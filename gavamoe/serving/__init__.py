@@ -15,7 +15,7 @@ Only `deployments` and `launch` know Ray; all else runs, and is tested, in one p
     backend         what the interface stands on
     deployments     the Ray Serve deployments
     launch          the service on this machine; a new run into one that is up
-    api_docs        the page at /docs
+    pages           the pages at / and /docs
 
 Shape letters: N pairs, K clusters, I items, F distinct features.
 """

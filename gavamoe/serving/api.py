@@ -4,11 +4,10 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from importlib.resources import files
 from typing import Annotated, Any, Generic, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query, Request, Response
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -16,11 +15,11 @@ from gavamoe import __version__
 from gavamoe.data import bounds
 from gavamoe.errors import InputError
 from gavamoe.serving import errors, schema
-from gavamoe.serving.api_docs import render_reference
 from gavamoe.serving.backend import Backend, Interrupted, Overloaded
 from gavamoe.serving.keys import ApiKeys
+from gavamoe.serving.pages import page_router
 from gavamoe.serving.routing import Pair, RoutedPair
-from gavamoe.serving.security import Gate, Guard, page_policy
+from gavamoe.serving.security import Gate, Guard
 from gavamoe.serving.settings import Browse, Limits, ServeArgs
 from gavamoe.serving.writing import Piece, TextRequest, Written
 
@@ -299,7 +298,7 @@ def create_api(
     app.include_router(_interface(service, args.browse, keys))
     app.include_router(_health(service))
     if args.page:
-        app.include_router(_pages(app))
+        app.include_router(page_router(app))
     app.add_middleware(Gate, keys=keys, limits=args.limits)
     if args.allowed_origins:  # around the gate: what asks whether it may ask has no key
         app.add_middleware(
@@ -382,26 +381,3 @@ def _health(service: Service) -> APIRouter:
             return schema.Status(status="not ready", detail=type(error).__name__)
 
     return router
-
-
-def _pages(app: FastAPI) -> APIRouter:
-    router = APIRouter(include_in_schema=False)
-    page = files("gavamoe.serving").joinpath("page.html").read_text(encoding="utf-8")
-    page = page.replace("MAX-ID-CHARS", str(bounds.MAX_ID_CHARS))  # the inputs take what a request may have
-    reference: list[str] = []
-
-    @router.get("/")
-    async def index() -> HTMLResponse:
-        return _page(page)
-
-    @router.get("/docs")
-    async def docs() -> HTMLResponse:
-        if not reference:
-            reference.append(render_reference(app.openapi()))
-        return _page(reference[0])
-
-    return router
-
-
-def _page(html: str) -> HTMLResponse:
-    return HTMLResponse(html, headers={"Content-Security-Policy": page_policy(html)})

@@ -1,10 +1,18 @@
-"""The page at /docs: the OpenAPI description as one self-contained page (FastAPI's own loads scripts from a CDN)."""
+"""The pages for people: the one at /, and /docs, the OpenAPI description on one self-contained page.
+
+FastAPI's own page of the latter loads scripts from a CDN.
+"""
 
 import json
 from importlib.resources import files
 from typing import Any
 
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import HTMLResponse
 from jinja2 import Environment
+
+from gavamoe.data import bounds
+from gavamoe.serving.security import page_policy
 
 _ENVIRONMENT = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
@@ -15,7 +23,31 @@ _BOUNDS = {
 }  # fmt: skip
 
 
-def render_reference(openapi: dict[str, Any]) -> str:
+def page_router(app: FastAPI) -> APIRouter:
+    """The routes of both pages; `app` is the one that /docs describes."""
+    router = APIRouter(include_in_schema=False)
+    page = files("gavamoe.serving").joinpath("page.html").read_text(encoding="utf-8")
+    page = page.replace("MAX-ID-CHARS", str(bounds.MAX_ID_CHARS))  # the inputs take what a request may have
+    reference: list[str] = []
+
+    @router.get("/")
+    async def index() -> HTMLResponse:
+        return _page(page)
+
+    @router.get("/docs")
+    async def docs() -> HTMLResponse:
+        if not reference:
+            reference.append(_render_reference(app.openapi()))
+        return _page(reference[0])
+
+    return router
+
+
+def _page(html: str) -> HTMLResponse:
+    return HTMLResponse(html, headers={"Content-Security-Policy": page_policy(html)})
+
+
+def _render_reference(openapi: dict[str, Any]) -> str:
     """The page's HTML."""
     example = json.dumps({"user": "U1", "item": "I1", "stream": True})
     template = _ENVIRONMENT.from_string(files("gavamoe.serving").joinpath("reference.html").read_text(encoding="utf-8"))
