@@ -4,6 +4,7 @@ Stage 1 may take hours, and an error after it that was there all along wastes th
 """
 
 import math
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -86,6 +87,19 @@ def check_positions(config: RunConfig, base: PreTrainedConfig) -> None:
             f"stage2.prompt: {prompt.max_tokens} + {answer} tokens of prompt and explanation are more than the"
             f" {positions} positions of the base model; lower max_tokens or max_explanation_tokens"
         )
+
+
+def precision_warning(config: RunConfig) -> str | None:
+    """What to say where bfloat16 makes training slower: a CPU without instructions for it (AVX-512 or AMX, on x86)
+    converts every matrix to float32 and back. None elsewhere."""
+    if config.stage2.precision != "bf16" or config.runtime.gpu or os.environ.get("RAY_ADDRESS"):
+        return None
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "DEFAULT", "NO AVX"):
+        return None
+    return (
+        "this machine's CPU has no instructions for bfloat16, which makes stage 2 several times slower than float32;"
+        " --set stage2.precision=fp32"
+    )
 
 
 def check_disk(config: RunConfig, dataset: Dataset, folder: Path, sizes: Sizes) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from helpers.base_models import save_base_model
 from helpers.stage2_runs import Trained
 from helpers.tiny import tiny
@@ -15,6 +16,7 @@ from gavamoe import pipeline
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
+from gavamoe.stage2 import preflight
 from gavamoe.stage2.preflight import Sizes, check_base_model, check_disk, checkpoint_bytes, kept_checkpoints
 
 GIB = 2**30
@@ -209,3 +211,23 @@ def test_a_search_looks_at_each_base_model_of_its_space_before_its_first_trial(
         search.run_search(space, config, tiny_dataset, tmp_path / "search", progress=None)  # type: ignore[arg-type]
     assert begun == []
     assert not (tmp_path / "search").exists()
+
+
+@pytest.mark.parametrize(
+    ("capability", "overrides", "warns"),
+    [
+        ("AVX2", ["stage2.precision=bf16"], True),
+        ("AVX2", ["stage2.precision=fp32"], False),
+        ("AVX512", ["stage2.precision=bf16"], False),
+        ("AVX2", ["stage2.precision=bf16", "runtime.gpu=true"], False),
+    ],
+)
+def test_bfloat16_on_a_cpu_that_emulates_it_is_warned_of(
+    capability: str, overrides: list[str], warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smollm2 preset took a minute a step on such a machine, without a word."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    warning = preflight.precision_warning(tiny(*overrides))
+    assert (warning is not None) == warns
+    assert warning is None or "--set stage2.precision=fp32" in warning
