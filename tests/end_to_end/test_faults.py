@@ -224,6 +224,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(way: str, tmp_path: Path) -
     assert "the checkpoint before it is used" in warning
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_two_workers")
 def test_without_any_whole_checkpoint_nothing_is_begun(tmp_path: Path) -> None:

@@ -116,6 +116,7 @@ def test_an_error_of_the_loops_own_does_not_advise_to_resume(tmp_path: Path) -> 
     assert "in failing_loop" in kept.read_text()
 
 
+@pytest.mark.slow
 def test_a_training_without_its_log_keeper_ends_at_the_next_checkpoint(tmp_path: Path) -> None:
     one = RuntimeConfig(workers=1, max_failures=1)
     with pytest.raises(RunError, match="count: the process that keeps the log has died; continue with --resume"):

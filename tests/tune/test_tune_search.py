@@ -102,6 +102,7 @@ def test_a_grid_that_is_cut_short_stays_open_until_its_last_point(tiny_dataset: 
     assert whole.test is not None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_two_workers")
 def test_failing_trials_are_recorded_and_the_search_goes_on(tiny_dataset: Path, tmp_path: Path) -> None:
     rates = {"stage1.learning_rate": {"type": "choice", "values": [1.0e30, 0.001]}}
