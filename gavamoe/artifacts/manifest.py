@@ -4,6 +4,7 @@ A folder's `artifact.json` says what made it (config, seed, versions, fingerprin
 lists its files with size and SHA-256, so that a folder with a missing, added or changed file is refused.
 """
 
+import re
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +17,21 @@ from safetensors.torch import load_file, save_file
 from gavamoe.artifacts.checksums import FileEntry, find_damage, fingerprint, list_files, refuse_links
 from gavamoe.artifacts.files import read_json, recover_folder, versions, write_json
 from gavamoe.config.schema import RunConfig
-from gavamoe.errors import InputError, one_line, validated
+from gavamoe.errors import InputError, one_line, printable, validated
 
 FORMAT_VERSION = 1
 MANIFEST = "artifact.json"
 
 Kind = Literal["stage1", "stage2", "peter", "evaluation"]
+_STAGE2_NAMES = re.compile(
+    r"README\.md|(metrics|prompt|route_control|vae_gmm|config|generation_config)\.json|vae_gmm\.safetensors"
+    r"|(routes|single_author_texts)\.parquet|catalog/(catalog\.json|(users|items)\.parquet)"
+    r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    # Tokenizers of the kinds that transformers writes.
+    r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|(merges|vocab)\.txt"
+    r"|chat_template\.jinja|additional_chat_templates/[\w-]+\.jinja|(tokenizer|spiece|sentencepiece\.bpe)\.model"
+)
+"""All that a stage-2 artifact may hold: libraries that open the folder find nothing else to make something of."""
 
 
 class Manifest(BaseModel):
@@ -66,8 +76,8 @@ def read_manifest(folder: Path, kind: Kind, *, verify: bool = True) -> Manifest:
     """Read and check a folder's manifest.
 
     Raises:
-        InputError: no artifact, another kind, a newer format, or files missing, added or changed.
-            `verify` False compares sizes only, not hashes.
+        InputError: no artifact, another kind, a newer format, files missing, added or changed, or one that an artifact
+            of the kind never holds. `verify` False compares sizes only, not hashes.
     """
     path = Path(folder) / MANIFEST
     recover_folder(Path(folder))
@@ -87,6 +97,12 @@ def read_manifest(folder: Path, kind: Kind, *, verify: bool = True) -> Manifest:
 
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:
     refuse_links(folder)
+    strange = [name for name in manifest.files if manifest.kind == "stage2" and not _STAGE2_NAMES.fullmatch(name)]
+    if strange:
+        raise InputError(
+            f"{folder}: lists {printable(strange[0])}, which no stage-2 artifact holds; it may be there to be run by"
+            " whatever opens the folder: get the run anew from where it comes from"
+        )
     damage = find_damage(folder, manifest.files, unlisted={MANIFEST}, hashes=verify)
     if damage is None:
         return

@@ -3,7 +3,8 @@
 Removed: the id and the usual features (catalog), all the user's pairs (routes), the rows written for the user
 (evaluation), the report, and the user's row in every embedding table, which becomes the unknown user's. Staying: the
 weights that all users share, as the user's reviews shaped them among all others', the counts and scores of everybody,
-and the dataset, which is prepared again with `--drop-users`.
+hashes of the user's texts as nobody's, by which a service goes on withholding them (`authorship`), and the dataset,
+which is prepared again with `--drop-users`.
 
 Such a run is served and explains; it is not evaluated or resumed on its dataset any more, whose rows it lacks.
 """
@@ -29,6 +30,7 @@ from gavamoe.artifacts.run import Run
 from gavamoe.data.catalog import Catalog
 from gavamoe.errors import InputError, did_you_mean
 from gavamoe.generation.artifact import CATALOG_FOLDER
+from gavamoe.generation.authorship import AUTHORS_FILE, SingleAuthors
 from gavamoe.stage1.routes import ROUTES_FILE
 
 USER_TABLE = "user_embedding.weight"
@@ -82,6 +84,8 @@ def forget_users(run: Run, users: Sequence[str]) -> Forgotten:
                     counts["texts"] += _drop_rows(path, users)
                 elif path.parent.name == CATALOG_FOLDER and path.name == "users.parquet":
                     _blank_users(path, indices)
+                elif path.name == AUTHORS_FILE:
+                    SingleAuthors.load(aside).without(indices).save(aside)
             fingerprints[kind] = _describe(aside, manifest, fingerprints, len(users))
     if run.report.is_file():  # replaced, not deleted: at a URI a file that is missing here would stay as it was
         with write_file(run.report) as aside:

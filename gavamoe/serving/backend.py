@@ -62,7 +62,8 @@ class LocalBackend:
     def load(cls, args: ServeArgs) -> "LocalBackend":
         """Read the artifact; see `WritingService.load` for errors."""
         folder: Path = args.artifact
-        return cls(RoutingService.load(folder), WritingService.load(folder, args.generator, args.limits.max_new_tokens))
+        writer = WritingService.load(folder, args.generator, args.limits.max_new_tokens, args.withhold)
+        return cls(RoutingService.load(folder), writer)
 
     async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
         return self._router.route(pairs)

@@ -22,7 +22,7 @@ from gavamoe.serving.api import create_api
 from gavamoe.serving.backend import Interrupted, Overloaded, Unavailable
 from gavamoe.serving.keys import environment_keys
 from gavamoe.serving.routing import Pair, Ranking, RoutedPair, RoutingService
-from gavamoe.serving.settings import GeneratorSettings, Scaling, ServeArgs
+from gavamoe.serving.settings import GeneratorSettings, Scaling, ServeArgs, Withhold
 from gavamoe.serving.writing import Piece, TextRequest, WriterInfo, WritingService, Written
 
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
@@ -57,8 +57,8 @@ class ClusterRouter:
 class Generator:
     """Stage 2: an engine that writes the texts of many requests at once."""
 
-    def __init__(self, artifact: str, settings: GeneratorSettings, max_new_tokens: int) -> None:
-        self._writer = WritingService.load(Path(artifact), settings, max_new_tokens)
+    def __init__(self, artifact: str, settings: GeneratorSettings, max_new_tokens: int, withhold: Withhold) -> None:
+        self._writer = WritingService.load(Path(artifact), settings, max_new_tokens, withhold)
         self._active = Gauge("gavamoe_engine_rows", "Texts being written by a generator replica.")
         self._waiting = Gauge("gavamoe_engine_waiting", "Texts that wait for a slot of a generator replica.")
 
@@ -120,6 +120,7 @@ class Metrics:
         }
         self._tokens = Counter("gavamoe_new_tokens", "Tokens written.", tag_keys=("route",))
         self._answers = Counter("gavamoe_answers", "Finished answers.", tag_keys=("route", "user_known"))
+        self._withheld = Counter("gavamoe_withheld", "Answers whose text was withheld.", tag_keys=("route",))
 
     def observe(self, route: str, answer: schema.Explanation) -> None:
         """Count one finished answer."""
@@ -127,6 +128,8 @@ class Metrics:
             histogram.observe(getattr(answer.timings_ms, part) / 1000, tags={"route": route})
         self._tokens.inc(answer.new_tokens, tags={"route": route})
         self._answers.inc(tags={"route": route, "user_known": str(answer.user_known).lower()})
+        if answer.finish_reason == "withheld":
+            self._withheld.inc(tags={"route": route})
 
 
 class RouteBatcher:
@@ -270,7 +273,7 @@ def build(args: ServeArgs) -> serve.Application:
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=limits.request_timeout_s + 5,
         **_scaled(args.generator_scaling, environment),
-    ).bind(artifact, generator, limits.max_new_tokens)
+    ).bind(artifact, generator, limits.max_new_tokens, args.withhold)
     ingress = serve.deployment(
         Ingress,
         # Above what the ingress itself admits, bodies that it waits for included: it answers 429 in the interface's own

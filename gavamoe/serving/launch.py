@@ -16,6 +16,7 @@ from typing import Any
 
 from gavamoe.config.yaml_reader import read_yaml
 from gavamoe.errors import InputError, RunError, one_line, validated
+from gavamoe.generation.authorship import SingleAuthors
 from gavamoe.runtime import connection
 from gavamoe.runtime.ray_train import free_port
 from gavamoe.serving import proxy
@@ -63,6 +64,8 @@ def check_args(args: ServeArgs) -> None:
     """Refuse here what would only fail in the replicas, where Ray Serve tries again and again."""
     generation_defaults(args.artifact)
     RoutingService.load(args.artifact)
+    if args.withhold.single_author:
+        SingleAuthors.load(args.artifact)
     ApiKeys.read(args)
 
 

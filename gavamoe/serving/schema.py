@@ -134,7 +134,9 @@ class Explanation(RouteResponse):
     features_given: bool
     new_tokens: int
     """Written, the end of text included."""
-    finish_reason: Literal["end", "length"]
+    finish_reason: Literal["end", "length", "withheld"]
+    """The text came to its end, was cut at its largest length, or repeats what one other user wrote and is not sent
+    (`withhold` in the server's settings): then `text` is empty."""
     experts: list[list[int]] | None
     """With `trace`: per layer and expert, how many of the prompt's and text's tokens it was chosen for."""
     timings_ms: TimingsMs

@@ -87,6 +87,17 @@ class Browse(Section):
     reviewed: false where callers must not learn even that."""
 
 
+class Withhold(Section):
+    """Texts that are not sent: the answer has finish_reason "withheld" in place of a text."""
+
+    single_author: bool = False
+    """Withhold a text that is, word for word, a training text which exactly one user wrote, other than the user whom it
+    is written for. Texts that differ in a word are sent. Streams then send a text as one piece, at its end, and a text
+    is written to its end before it is cut to `max_new_tokens`."""
+    least_words: Count = 4
+    """Shorter texts are sent: "Great product" tells of nobody, though only one user may have left it at that."""
+
+
 class ServeArgs(Section):
     """Arguments of the app builder."""
 
@@ -105,6 +116,7 @@ class ServeArgs(Section):
     no_api_keys: bool = False
     """Everyone may ask: said explicitly, so that no key is asked for though the environment may hold some."""
     browse: Browse = Browse()
+    withhold: Withhold = Withhold()
     allowed_origins: tuple[str, ...] = ()
     """Other sites whose pages may call the interface; none by default."""
     page: bool = True

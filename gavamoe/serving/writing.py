@@ -14,12 +14,13 @@ import torch
 from gavamoe.config.schema import GenerationConfig
 from gavamoe.errors import InputError
 from gavamoe.generation.artifact import generation_settings
+from gavamoe.generation.authorship import SingleAuthors
 from gavamoe.generation.decoding_engine import Row, Timings
 from gavamoe.generation.detokenize import TextStream
 from gavamoe.generation.engine_thread import EngineThread
 from gavamoe.generation.generator import ExplanationGenerator, sampling_of
 from gavamoe.serving.routing import RoutedPair, RoutingService
-from gavamoe.serving.settings import GeneratorSettings
+from gavamoe.serving.settings import GeneratorSettings, Withhold
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Written:
     """As it was written: another than was asked for, if it had to be routed anew."""
     text: str
     new_tokens: int
-    finish_reason: Literal["end", "length"]
+    finish_reason: Literal["end", "length", "withheld"]
     timings: Timings
     experts: list[list[int]] | None
 
@@ -70,15 +71,25 @@ class WritingService:
     """Loads the language model and writes; call it on one asyncio loop."""
 
     def __init__(
-        self, explainer: ExplanationGenerator, folder: Path, settings: GeneratorSettings, max_new_tokens: int
+        self,
+        explainer: ExplanationGenerator,
+        folder: Path,
+        settings: GeneratorSettings,
+        max_new_tokens: int,
+        withhold: Withhold = Withhold(),
     ) -> None:
         """`max_new_tokens` is the largest that a request may ask for."""
         self._explainer, self._settings = explainer, settings
         self._router = RoutingService(explainer.filler, folder)
         self.defaults = generation_defaults(folder)
+        self._authors = SingleAuthors.load(folder) if withhold.single_author else None
+        self._least_words = withhold.least_words
+        # What repeats a training text shows only at its end: no text that is compared may be shorter than the model's.
+        self._least_tokens = explainer.spec.prompt.max_explanation_tokens if withhold.single_author else 1
         engine = explainer.engine(
             slots=settings.slots,
-            capacity=explainer.spec.prompt.max_tokens + max(max_new_tokens, self.defaults.max_new_tokens),
+            capacity=explainer.spec.prompt.max_tokens
+            + max(max_new_tokens, self.defaults.max_new_tokens, self._least_tokens),
             max_waiting=settings.max_waiting,
             prefill_rows=settings.prefill_rows,
         )
@@ -86,14 +97,17 @@ class WritingService:
         self._end = explainer.builder.end
 
     @classmethod
-    def load(cls, folder: Path, settings: GeneratorSettings, max_new_tokens: int) -> "WritingService":
+    def load(
+        cls, folder: Path, settings: GeneratorSettings, max_new_tokens: int, withhold: Withhold = Withhold()
+    ) -> "WritingService":
         """Read a stage-2 artifact and start its engine.
 
         Raises:
-            InputError: it is missing, damaged or not whole, or its config asks for beam search.
+            InputError: it is missing, damaged or not whole, its config asks for beam search, or texts are to be
+                withheld and it doesn't know their authors.
         """
         torch.set_num_threads(settings.threads)
-        return cls(ExplanationGenerator.load(folder, settings.device), folder, settings, max_new_tokens)
+        return cls(ExplanationGenerator.load(folder, settings.device), folder, settings, max_new_tokens, withhold)
 
     @property
     def info(self) -> WriterInfo:
@@ -117,10 +131,11 @@ class WritingService:
                 pass
         finally:
             ticket.close()
-        return self._written(routed, row)
+        return self._written(routed, request, row)
 
     async def stream(self, routed: RoutedPair, request: TextRequest) -> AsyncIterator[RoutedPair | Piece | Written]:
-        """The route that is written by, then pieces of text, then the finished text, which the pieces add up to."""
+        """The route that is written by, then pieces of text, then the finished text, which the pieces add up to; one
+        piece where texts may be withheld."""
         routed = self._same_version(routed)
         row = self._row(routed, request)
         pieces = TextStream(self._explainer.tokenizer)
@@ -128,13 +143,18 @@ class WritingService:
         try:
             yield routed
             async for count in ticket:
+                if self._authors is not None:
+                    continue
                 last = row.done and count == len(row.tokens)
                 text = pieces.piece(row.tokens[:count], last=last)
                 if text:
                     yield Piece(text, count)
         finally:
             ticket.close()
-        yield self._written(routed, row)
+        written = self._written(routed, request, row)
+        if self._authors is not None and written.text:
+            yield Piece(written.text, written.new_tokens)
+        yield written
 
     def check(self) -> None:
         """Raise RunError if no answer can be expected."""
@@ -147,18 +167,26 @@ class WritingService:
 
     def _row(self, routed: RoutedPair, request: TextRequest) -> Row:
         [prompt] = self._explainer.prompts([routed.filled])
-        asked = {"max_new_tokens": request.max_new_tokens, "temperature": request.temperature, "top_p": request.top_p}
+        length = max(self._most_tokens(request), self._least_tokens)
+        asked = {"max_new_tokens": length, "temperature": request.temperature, "top_p": request.top_p}
         changes = {name: value for name, value in asked.items() if value is not None}
         sampling = sampling_of(self.defaults.model_copy(update=changes), request.seed)
         trace = request.trace and self._explainer.model.config.experts_enabled
         return Row(prompt, routed.filled.cluster, sampling, trace=trace)
 
-    def _written(self, routed: RoutedPair, row: Row) -> Written:
+    def _most_tokens(self, request: TextRequest) -> int:
+        return self.defaults.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+
+    def _written(self, routed: RoutedPair, request: TextRequest, row: Row) -> Written:
+        tokens = row.tokens[: self._most_tokens(request)]
+        withheld = self._authors is not None and self._authors.another_wrote(
+            self._explainer.text(row.tokens), routed.filled.request.user, self._least_words
+        )
         return Written(
             routed=routed,
-            text=self._explainer.text(row.tokens),
-            new_tokens=len(row.tokens),
-            finish_reason="end" if row.tokens[-1] == self._end else "length",
+            text="" if withheld else self._explainer.text(tokens),
+            new_tokens=len(tokens),
+            finish_reason="withheld" if withheld else "end" if tokens[-1] == self._end else "length",
             timings=row.timings,
             experts=None if row.expert_use is None else row.expert_use.tolist(),
         )

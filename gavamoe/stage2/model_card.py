@@ -7,6 +7,7 @@ language model alone, transformers' Auto classes (after `import gavamoe`).
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from gavamoe.artifacts.files import write_folder, write_json
@@ -14,12 +15,15 @@ from gavamoe.artifacts.manifest import write_manifest
 from gavamoe.config.files import dump_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.generation.artifact import CATALOG_FOLDER, PROMPT_FILE
+from gavamoe.generation.authorship import SingleAuthors
+from gavamoe.generation.detokenize import clean_text
 from gavamoe.model.lora import merged_state
 from gavamoe.stage1.artifact import save_vae_gmm
 from gavamoe.stage1.routes import ROUTES_FILE, write_routes
 from gavamoe.stage1.vae_gmm import VaeGmm
 from gavamoe.stage2.joint_model import EXPLAINER, VAE_GMM, part_of_state
 from gavamoe.stage2.setup import Setup
+from gavamoe.stage2.tokenized_rows import rows_with_text
 
 
 def write_artifact(
@@ -38,12 +42,24 @@ def write_artifact(
         setup.data.catalog.save(folder / CATALOG_FOLDER)
         write_routes(folder / ROUTES_FILE, setup.data, vae_gmm)
         write_json(folder / PROMPT_FILE, setup.spec.model_dump(mode="json"))
+        single_authors(setup).save(folder)
         write_json(folder / "metrics.json", metrics)
         if setup.control is not None:
             setup.control.save(folder)
         (folder / "README.md").write_text(model_card(config, setup, metrics), encoding="utf-8")
         inputs = {"dataset": setup.data.fingerprint, "stage1": setup.stage1.fingerprint}
         write_manifest(folder, "stage2", config, inputs, {"parameters": setup.parameters})
+
+
+def single_authors(setup: Setup) -> SingleAuthors:
+    """The training texts of one user each: as they were written, and those that are longer than the model learns as it
+    learned them too."""
+    rows = setup.data.table("train", ["user", "text"]).take(rows_with_text(setup.data, "train"))
+    texts, users = rows["text"].to_pylist(), rows["user"].to_numpy()
+    answers = setup.train.answers
+    cut = np.flatnonzero(answers.lengths == setup.spec.prompt.max_explanation_tokens)
+    learned = [clean_text(setup.tokenizer, answers[int(row)].tolist()) for row in cut]
+    return SingleAuthors.of_texts(texts + learned, np.concatenate([users, users[cut]]).tolist())
 
 
 def model_card(config: RunConfig, setup: Setup, metrics: dict[str, Any]) -> str:

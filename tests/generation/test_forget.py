@@ -19,6 +19,7 @@ from gavamoe.data.catalog import Catalog
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluation.evaluate import GENERATIONS_FILE, evaluate_run
+from gavamoe.generation.authorship import AUTHORS_FILE, NOBODY, SingleAuthors
 from gavamoe.generation.forget import forget_users
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.request import ExplanationRequest
@@ -93,6 +94,13 @@ def test_nothing_of_a_user_is_left_and_the_rest_is_as_it_was(run: Path, trained:
         GenerationConfig(max_new_tokens=8),
     )
     assert texts[0].text == texts[1].text
+    now, once = (SingleAuthors.load(folder / "stage2") for folder in (run, trained))
+    assert len(now) == len(once), "hashes of the user's texts stay, as nobody's: the weights may still know the texts"
+    authors = [row["user"] for row in rows(trained, f"stage2/{AUTHORS_FILE}")]
+    assert index in authors
+    assert [row["user"] for row in rows(run, f"stage2/{AUTHORS_FILE}")] == [
+        NOBODY if author == index else author for author in authors
+    ]
     with pytest.raises(InputError, match=r"has forgotten 1 user\(s\), whose rows its dataset holds; train again"):
         evaluate_run(run)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.stage2_runs import HALF_BATCHES, close, numbers
+from helpers.stage2_runs import HALF_BATCHES, close, numbers, put_code_into
 from helpers.tiny import tiny
 from torch import Tensor, multiprocessing, nn
 from transformers import PreTrainedConfig
@@ -137,11 +137,13 @@ RUNS: dict[str, tuple[str, ...]] = {
     "zero 1 resumed": (*SHARED, *STEPS, "stage2.zero_stage=1"),
     "zero 2 resumed": (*SHARED, *STEPS, "stage2.zero_stage=2"),
     "other resumed": (*UNDIVIDED, *STEPS, "stage2.zero_stage=1"),
+    "code resumed": (*SHARED, *STEPS, "stage2.zero_stage=2"),
     "sgd undivided": (*UNDIVIDED, *CLIPPED),
     "sgd zero 1": (*SHARED, *CLIPPED, "stage2.zero_stage=1"),
     "sgd zero 2": (*SHARED, *CLIPPED, "stage2.zero_stage=2"),
 }
-"""What two workers train, one after the other. "X resumed" continues "X" (other: zero 1) from its step 10."""
+"""What two workers train, one after the other. "X resumed" continues "X" (other: zero 1) from its step 10; "code" is
+such a checkpoint of zero 2 with an object in each file that makes a folder where it is unpickled."""
 
 
 class _Context(LocalContext):
@@ -170,6 +172,10 @@ def _run_worker(rank: int, data: Path, stage1: Path, work: Path) -> None:
     for name, overrides in RUNS.items():
         folder, started = work / name, name.removesuffix(" resumed").replace("other", "zero 1")
         context = _Context(rank, 2, "cpu", None if started == name else work / started / "step10", folder)
+        if name == "code resumed":
+            if rank == 0:
+                _copy_with_code(work)
+            torch.distributed.barrier()
         if "sgd" in name:  # AdamW hides a wrong scale of gradients
             training_engines.torch.optim.AdamW = lambda groups, fused: torch.optim.SGD(groups)  # type: ignore[misc,assignment]
         norms.clear()
@@ -180,6 +186,12 @@ def _run_worker(rank: int, data: Path, stage1: Path, work: Path) -> None:
             found["error"] = str(error)
         (work / f"{name}{rank}.json").write_text(json.dumps(found | {"lines": context.lines, "norms": norms}))
     torch.distributed.destroy_process_group()
+
+
+def _copy_with_code(work: Path) -> None:
+    checkpoint = shutil.copytree(work / "zero 2" / "step10", work / "code" / "step10")
+    for file in (path for path in checkpoint.rglob("*.pt") if path.name != "best.pt"):
+        put_code_into(file, work / "it ran")
 
 
 class Run:
@@ -244,6 +256,12 @@ def test_resuming_gives_the_same_next_losses(stage: int, runs: dict[str, Run]) -
         assert resumed.numbers(phase) == [line for line in whole.numbers(phase) if line["step"] > 10]
     assert resumed.norms == whole.norms[10:]
     close(resumed.weights(), whole.weights(), 0.0)
+
+
+@pytest.mark.slow
+def test_code_in_a_checkpoint_is_not_run(runs: dict[str, Run]) -> None:
+    assert "holds more than tensors and plain values" in str(runs["code resumed"].error)
+    assert not (runs["code resumed"].out.parent.parent / "it ran").exists()
 
 
 @pytest.mark.slow

@@ -15,11 +15,14 @@ from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.data.dataset import open_dataset
 from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.errors import InputError, RunError
+from gavamoe.generation.authorship import SingleAuthors
+from gavamoe.generation.detokenize import clean_text
 from gavamoe.model.build import load_explainer
 from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage1.routes import read_routes, route_pairs
+from gavamoe.stage2.model_card import single_authors
 from gavamoe.stage2.schedule import rate_at
 from gavamoe.stage2.setup import Setup, prepare
 from gavamoe.stage2.train import train_stage2
@@ -64,6 +67,30 @@ def test_the_artifact_is_complete_and_plain_transformers_reads_it(
     card = (out / "README.md").read_text()
     assert f"| validation loss (nats per token) | {torch_run.metrics['validation_loss']:.3f} |" in card
     assert "4 experts per block (shared), top 2, 3 gates" in card
+
+
+def test_the_artifact_knows_the_texts_of_one_author(torch_run: Trained, tiny_dataset: Path) -> None:
+    users: dict[str, set[int]] = {}
+    for row in open_dataset(tiny_dataset).table("train", ["user", "text"]).to_pylist():
+        users.setdefault(row["text"], set()).add(row["user"])
+    authors = SingleAuthors.load(torch_run.out)
+    assert {len(of_text) for of_text in users.values()} > {1, 2}
+    for text, of_text in users.items():
+        assert authors.another_wrote(text, user=-2) == (len(of_text) == 1)
+        assert not any(authors.another_wrote(text, user) for user in of_text)
+
+
+def test_texts_longer_than_the_model_learns_are_known_as_it_learns_them(tiny_dataset: Path, stage1: Path) -> None:
+    setup = prepare(tiny("stage2.prompt.max_explanation_tokens=7"), tiny_dataset, stage1)
+    authors = single_authors(setup)
+    written = setup.data.table("train", ["user", "text"]).to_pylist()
+    learned = [clean_text(setup.tokenizer, setup.train.answers[row].tolist()) for row in range(len(written))]
+    users: dict[str, set[int]] = {}
+    for text, row in zip(learned, written, strict=True):
+        users.setdefault(text, set()).add(row["user"])
+    alone = {text for text, of_text in users.items() if len(of_text) == 1}
+    assert any(text != row["text"] for text, row in zip(learned, written, strict=True) if text in alone)
+    assert all(authors.another_wrote(text, user=-2) for text in alone)
 
 
 def test_routes_in_the_artifact_are_those_of_its_own_parameters(torch_run: Trained, tiny_dataset: Path) -> None:

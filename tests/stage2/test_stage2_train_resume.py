@@ -1,13 +1,11 @@
 """Resuming stage 2: equal to never having stopped, on both engines; checkpoints of other runs are refused."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from helpers.stage2_runs import Trained, close
+from helpers.stage2_runs import Trained, close, put_code_into
 from helpers.tiny import tiny
 
 from gavamoe.errors import InputError
@@ -66,16 +64,6 @@ def test_a_checkpoint_of_another_run_is_refused(
     assert not (tmp_path / "stage2").exists()
 
 
-class Trap:
-    """Makes a folder when it is unpickled by an ordinary unpickler."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.marker),)
-
-
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -97,9 +85,7 @@ def test_code_in_a_checkpoint_is_not_run(
     assert files
     for file in files:
         checkpoint = shutil.copytree(whole.context.checkpoints[0], tmp_path / f"evil-{file.name}")
-        evil = checkpoint / file.relative_to(whole.context.checkpoints[0])
-        state = torch.load(file, weights_only=False)  # the test's own
-        torch.save(state | {"extra": Trap(tmp_path / "it ran")}, evil)
+        put_code_into(checkpoint / file.relative_to(whole.context.checkpoints[0]), tmp_path / "it ran")
         with pytest.raises(InputError, match="holds more than tensors and plain values"):
             Trained(config, tiny_dataset, stage1, tmp_path / "resumed", resume=checkpoint)
         assert not (tmp_path / "it ran").exists()

@@ -27,6 +27,7 @@ from gavamoe.evaluation.faithfulness.user_swaps import UserSwaps, Write, changed
 from gavamoe.evaluation.metrics.registry import Metric, by_name, is_empty
 from gavamoe.evaluation.planted_truth import style_of
 from gavamoe.evaluation.significance import balanced_interval, mean_interval
+from gavamoe.generation.authorship import SingleAuthors
 
 if TYPE_CHECKING:
     from gavamoe.generation.generator import Explanation
@@ -48,6 +49,13 @@ FAITHFULNESS = by_name(
         "texts with a feature that only other items have",
     ),
     Metric("memorized", "Memorized", "lower", "%", "texts that stand in the training split word for word"),
+    Metric(
+        "single_author",
+        "One other user's text",
+        "lower",
+        "%",
+        "texts that exactly one other user wrote in the training split, word for word",
+    ),
     Metric("near_memorized", "Nearly memorized", "lower", "%", f"texts at least {NEAR:.0%} like a training text"),
     Metric("changes_with_user", "Changes with the user", "higher", "%", "texts that change when the user is swapped"),
     Metric("user_alignment", "User alignment", "higher", "%", "swaps with each text nearer to its own user"),
@@ -214,7 +222,23 @@ def _memorization(scores: _Scores, written: Written, dataset: Dataset, seed: int
     for name, least in (("memorized", 1.0), ("near_memorized", NEAR)):
         ours, theirs = (np.where(np.isnan(each), np.nan, each >= least) for each in (nearest, human))
         scores.add(name, ours, references=theirs)
+    _single_authors(scores, written, dataset)
     return len(training)
+
+
+def _single_authors(scores: _Scores, written: Written, dataset: Dataset) -> None:
+    table = dataset.table("train", ["user", "text"])
+    authors = SingleAuthors.of_texts((text or "" for text in table["text"].to_pylist()), table["user"].to_pylist())
+    ours, theirs = (
+        np.array(
+            [
+                np.nan if is_empty(text) else authors.another_wrote(text, user)
+                for text, user in zip(texts, written.users.tolist(), strict=True)
+            ]
+        )
+        for texts in (written.texts, written.references)
+    )
+    scores.add("single_author", ours, references=theirs)
 
 
 def _personalization(scores: _Scores, written: Written, dataset: Dataset, write: Write, seed: int) -> UserSwaps:
