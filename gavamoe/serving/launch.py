@@ -1,6 +1,7 @@
 """`gavamoe serve`: the service on this machine, and a new run into a service that is up."""
 
 import errno
+import io
 import ipaddress
 import logging
 import math
@@ -10,7 +11,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def run_service(args: ServeArgs, *, host: str, port: int, metrics_port: int | None, say: Callable[[str], None]) -> None:
-    """Start Ray and the service, and stay until SIGINT or SIGTERM.
+    """Start Ray and the service, and stay until Ctrl-C, which is raised again when the requests in progress are done.
 
     Args:
         metrics_port: None: `METRICS_PORT`, or a free one where another service of the machine has that.
@@ -124,9 +125,6 @@ def _run_service(args: ServeArgs, host: str, port: int, metrics_port: int, say: 
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     connection.start(
         num_cpus=max(os.cpu_count() or 1, math.ceil(2 * args.reserved_cpus)),  # 2: an update starts beside the old
         include_dashboard=False,
@@ -139,11 +137,15 @@ def _run_service(args: ServeArgs, host: str, port: int, metrics_port: int, say: 
         address = ray.get_runtime_context().gcs_address
         say(f"serving {args.run} at http://{host}:{port}/  (documentation: /docs)")
         say(f"a new run: RAY_ADDRESS={address} gavamoe serve RUN --update   metrics: http://127.0.0.1:{metrics_port}/")
-        stop.wait()
+        threading.Event().wait()
+    except KeyboardInterrupt:
         say("stopping: requests in progress are finished first")
+        raise
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave half of Ray behind
+        with redirect_stdout(io.StringIO()):  # Ray reports that its controller ended, as if that had failed
+            serve.shutdown()
+            ray.shutdown()
 
 
 @contextmanager

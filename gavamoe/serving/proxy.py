@@ -38,6 +38,9 @@ _CODES = {
 }
 REQUEST_TIMEOUT_S = 10
 """Seconds in which a client has to send headers and body, however slowly it sends them."""
+SERVER_REQUESTS = 512
+"""Requests that HAProxy hands to one ingress replica at a time, above what a replica takes in; others wait in HAProxy,
+where health checks go before them. A replica that thousands of requests reach at once answers nobody for seconds."""
 MESSAGES = {
     400: "the request is not HTTP as it should be",
     408: "the request was not there in time",
@@ -153,10 +156,10 @@ def write_launcher(folder: Path, haproxy: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for status, message in MESSAGES.items():
         (folder / f"{status}.http").write_bytes(_answer(status, message))
-    added = folder / "defaults.cfg"
-    added.write_text(_defaults(folder), encoding="utf-8")
+    (folder / "defaults.cfg").write_text(_indented(_defaults(folder)), encoding="utf-8")
+    (folder / "frontend.cfg").write_text(_indented(_FRONTEND), encoding="utf-8")
     script = folder / "haproxy"
-    script.write_text(_script(added, haproxy), encoding="utf-8")
+    script.write_text(_script(folder, haproxy), encoding="utf-8")
     script.chmod(0o755)
     return script
 
@@ -176,26 +179,35 @@ def _answer(status: int, message: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def _defaults(folder: Path) -> str:
-    lines = [
+def _defaults(folder: Path) -> list[str]:
+    return [
         f"timeout http-request {REQUEST_TIMEOUT_S}s",
         "option http-buffer-request  # a replica hears of a request when its body is there, up to one buffer (16 KB)",
+        f"default-server maxconn {SERVER_REQUESTS}",
         *(f"errorfile {status} {folder}/{status}.http" for status in MESSAGES),
     ]
+
+
+_FRONTEND = ["http-request set-priority-class int(-1) if { path /healthz /readyz }"]
+
+
+def _indented(lines: list[str]) -> str:
     return "".join(f"    {line}\n" for line in lines)
 
 
-def _script(added: Path, haproxy: str) -> str:
+def _script(folder: Path, haproxy: str) -> str:
     """A shell script: it must become HAProxy (exec), as Ray stops it and hands over to the next one by its pid.
 
     Ray's own errorfile lines, which say 500 for everything, are left out: of two, HAProxy takes the later.
     """
+    sections = {"defaults": "defaults", "frontend": "frontend http_frontend"}
+    added = " ".join(f"-e '/^{first}$/r {folder}/{name}.cfg'" for name, first in sections.items())
     return f"""#!/bin/sh
 set -e
 for word do
     shift
     if [ "$last" = -f ]; then
-        sed -e '/^ *errorfile /d' -e '/^defaults$/r {added}' "$word" > "$word.completed"
+        sed -e '/^ *errorfile /d' {added} "$word" > "$word.completed"
         word="$word.completed"
     fi
     set -- "$@" "$word"
