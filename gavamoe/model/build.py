@@ -1,4 +1,5 @@
-"""Making an explainer: from a dense model (`build_explainer`), or from a saved folder, strictly (`load_explainer`)."""
+"""Making an explainer: from a dense model (`build_explainer`), from a saved folder, strictly (`load_explainer`), or
+without weights, to be counted (`weightless_explainer`)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,6 +25,7 @@ from gavamoe.model.conversion import ExplainerSizes, convert_block, explainer_co
 from gavamoe.model.decoders import GavamoeConfig
 from gavamoe.model.experts import MlpExperts, SwiGluExperts
 from gavamoe.model.explainer import GavamoeForCausalLM
+from gavamoe.model.lora import add_lora
 from gavamoe.model.router import MultiGateRouter
 
 
@@ -67,6 +70,26 @@ def build_explainer(
         pad_token_id=model_config.pad_token_id,
     )
     return model
+
+
+def weightless_explainer(config: RunConfig, base: PreTrainedConfig, users: int, items: int) -> GavamoeForCausalLM:
+    """The explainer that a run would train, with its adapters, on the meta device: shapes, and no memory.
+
+    Args:
+        base: config of the dense model.
+        users, items: numbers of known users and items; the tables have one row more each.
+
+    Raises:
+        InputError: an architecture or expert sizes that can't be built.
+    """
+    sizes = explainer_config(config, base, ExplainerSizes(users, items, config.stage1.embedding_size, config.gates))
+    with torch.device("meta"), init.no_init_weights():
+        explainer = GavamoeForCausalLM(sizes)
+        if config.stage2.lora.rank:
+            add_lora(explainer, config.stage2.lora, config.seed)
+    if sizes.tie_word_embeddings:
+        explainer.tie_weights()  # initializing weights does it otherwise
+    return explainer
 
 
 def load_explainer(folder: Path) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:

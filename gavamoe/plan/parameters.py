@@ -12,10 +12,8 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from gavamoe.config.schema import RunConfig, Stage1Config
-from gavamoe.model.conversion import ExplainerSizes, explainer_config
+from gavamoe.model.build import weightless_explainer
 from gavamoe.model.decoders import GavamoeConfig
-from gavamoe.model.explainer import GavamoeForCausalLM
-from gavamoe.model.lora import add_lora
 from gavamoe.stage1.vae_gmm import VaeGmm
 from gavamoe.stage2.joint_model import JointModel
 
@@ -97,14 +95,10 @@ def draw(config: RunConfig, base: PreTrainedConfig, users: int, items: int) -> B
     Raises:
         InputError: an architecture or expert sizes that can't be built.
     """
-    sizes = explainer_config(config, base, ExplainerSizes(users, items, config.stage1.embedding_size, config.gates))
+    explainer = weightless_explainer(config, base, users, items)
     with torch.device("meta"), init.no_init_weights():
-        explainer = GavamoeForCausalLM(sizes)
-        if config.stage2.lora.rank:
-            add_lora(explainer, config.stage2.lora, config.seed)
         joint = JointModel(explainer, draw_stage1(config.stage1, users, items), config.stage2.alpha)
-    if sizes.tie_word_embeddings:
-        explainer.tie_weights()  # initializing weights does it otherwise
+    sizes = explainer.config
     share = {"experts": sizes.experts_per_token / sizes.n_experts, "gates": 1 / sizes.n_gates}
     share |= {"slot tables": 0, "stage 1": 0}
     parts: dict[str, Part] = {}

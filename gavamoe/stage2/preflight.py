@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
-from transformers import initialization as init
 
 from gavamoe.artifacts import remote
 from gavamoe.artifacts.run import RunFolder
@@ -20,9 +19,7 @@ from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
 from gavamoe.model.base_model import check_base, scratch_config
-from gavamoe.model.conversion import ExplainerSizes, explainer_config
-from gavamoe.model.explainer import GavamoeForCausalLM
-from gavamoe.model.lora import add_lora
+from gavamoe.model.build import weightless_explainer
 from gavamoe.runtime.context import Context
 
 _FLOAT = 4
@@ -54,14 +51,7 @@ def check_base_model(config: RunConfig, users: int, items: int) -> Sizes:
     else:
         base = check_base(stage2.base_model)
     check_positions(config, base)
-    sizes = explainer_config(config, base, ExplainerSizes(users, items, config.stage1.embedding_size, config.gates))
-    with torch.device("meta"), init.no_init_weights():
-        explainer = GavamoeForCausalLM(sizes)
-        if stage2.lora.rank:
-            add_lora(explainer, stage2.lora, config.seed)
-    if sizes.tie_word_embeddings:
-        explainer.tie_weights()  # initializing weights does it otherwise
-    parameters = list(explainer.parameters())
+    parameters = list(weightless_explainer(config, base, users, items).parameters())
     return Sizes(
         total=sum(parameter.numel() for parameter in parameters),
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
