@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 HASHES := constraints.hashes.txt
+WHEELS := dist/wheels
 
 export DS_ACCELERATOR ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-hashed hashes quickstart test test-slow lint format docs bench
+.PHONY: help install install-hashed wheels package hashes quickstart test test-slow lint format docs bench
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -20,15 +21,28 @@ $(READY): pyproject.toml constraints.txt
 
 install: $(READY)  ## make .venv with exactly the versions of constraints.txt
 
-# What builds the packages that come as source (setuptools) and this one (hatchling) is checked like the rest: builds see
-# the packages of .venv, in place of ones that pip would fetch for them unchecked.
-install-hashed:  ## make .venv anew, from files whose SHA-256 constraints.hashes.txt has
+# What builds packages is checked like the rest: builds see the tools that .venv has, in place of ones that pip would
+# fetch for them unchecked. setuptools is for packages that come as source, hatchling and what it needs for this one.
+TOOLS := setuptools|hatchling|editables|packaging|pathspec|pluggy|tomlkit|trove-classifiers
+define tools
 	$(PYTHON) -m venv --clear $(VENV)
-	awk '/^[^ #]/ { wanted = /^setuptools==/ } wanted' $(HASHES) > $(VENV)/build.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement $(VENV)/build.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-build-isolation --requirement $(HASHES)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-index --no-deps --no-build-isolation --editable .
+	awk '/^[^ #]/ { wanted = /^($(TOOLS))==/ } wanted' $(HASHES) > $(VENV)/tools.txt
+	$(PIP) install --require-hashes --only-binary :all: --requirement $(VENV)/tools.txt
+endef
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
+
+install-hashed:  ## make .venv anew, from files whose SHA-256 constraints.hashes.txt has
+	$(tools)
+	$(PIP) install --require-hashes --no-build-isolation --requirement $(HASHES)
+	$(PIP) install --no-index --no-deps --no-build-isolation --editable .
 	@touch $(READY)
+
+wheels:  ## the same as wheels in WHEELS, for images
+	$(tools)
+	$(PIP) wheel --require-hashes --no-build-isolation --wheel-dir $(WHEELS) --requirement $(HASHES)
+
+package:  ## this package as a wheel beside them
+	$(PIP) wheel --no-index --no-deps --no-build-isolation --wheel-dir $(WHEELS) .
 
 hashes: $(READY)  ## write constraints.hashes.txt for constraints.txt, as the package index lists its files
 	$(BIN)/uv pip compile --quiet --no-config --universal --python-version 3.11 --generate-hashes --no-annotate \
