@@ -1,37 +1,82 @@
-# The image of cluster.yaml and the KubeRay manifests; it also runs the README's two commands:
+# Two images, by BuildKit (Docker 23 or newer). The first, which is also that of cluster.yaml and cluster/kuberay.yaml,
+# runs the README's two commands and the jobs of a cluster; the second, that of serve/kuberay.yaml, has what the service
+# needs: no tests, compiler or git.
 #
 #   docker build --tag gavamoe .
 #   docker run --rm gavamoe                    make quickstart
 #   docker run --rm gavamoe make test
 #
-# On GPUs: --gpus all. PyPI's torch brings its CUDA libraries. DeepSpeed compiles its CPU Adam (stage2.offload_optimizer)
-# with nvcc: build on a base that has it, --build-arg BASE=nvidia/cuda:12.8.1-devel-ubuntu24.04.
+#   docker build --target serve --tag gavamoe-serve .
+#   docker run --rm -p 8000:8000 -v $PWD/runs:/runs:ro -e GAVAMOE_API_KEYS gavamoe-serve      serves runs/quickstart
+#
+# On GPUs: --gpus all. PyPI's torch brings its CUDA libraries. DeepSpeed compiles its CPU Adam
+# (stage2.offload_optimizer) with nvcc: build on a base that has it,
+# --build-arg BASE=nvidia/cuda:12.8.1-devel-ubuntu24.04.
+#
+# A tag can be moved to other content. `docker buildx imagetools inspect python:3.11-slim-bookworm` prints the digest of
+# what it names today: --build-arg BASE=python:3.11-slim-bookworm@sha256:... builds on exactly that.
 ARG BASE=python:3.11-slim-bookworm
-FROM ${BASE}
+FROM ${BASE} AS base
 
+# wget: KubeRay asks by it whether a pod is well. Debian's and Ubuntu's own Python lacks venv.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends wget \
+    && (python3 -c "import ensurepip" || apt-get install --yes --no-install-recommends python3 python3-venv) \
+    && rm -rf /var/lib/apt/lists/*
+
+# Ubuntu's images have a user of that number already.
+RUN (userdel --remove ubuntu || true) \
+    && useradd --create-home --uid 1000 gavamoe \
+    && mkdir /opt/gavamoe && chown gavamoe:gavamoe /opt/gavamoe
+WORKDIR /opt/gavamoe
+
+
+# Every package as a wheel, made from files whose SHA-256 constraints.hashes.txt has: the stages below install from them
+# alone. Before the code, which changes more often.
+FROM base AS wheels
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ make \
+    && (test -x /usr/local/bin/python3 || apt-get install --yes --no-install-recommends python3-dev)
+COPY Makefile constraints.hashes.txt ./
+RUN make wheels WHEELS=/wheels PYTHON=python3
+
+
+# The package itself as a wheel.
+FROM wheels AS package
+COPY pyproject.toml README.md LICENSE ./
+COPY gavamoe gavamoe
+COPY configs configs
+COPY tune_spaces tune_spaces
+COPY jobs jobs
+RUN make package WHEELS=/wheels
+
+
+FROM base AS serve
+USER gavamoe
+RUN --mount=type=bind,from=package,source=/wheels,target=/wheels \
+    python3 -m venv .venv && .venv/bin/pip install --no-cache-dir --no-index --find-links /wheels gavamoe
+# The service's HAProxy with deadlines and JSON errors (serve/kuberay.yaml names it).
+RUN .venv/bin/python -m gavamoe.serving.proxy /opt/gavamoe/haproxy
+ENV PATH=/opt/gavamoe/.venv/bin:$PATH
+# Refused without API keys, which come as GAVAMOE_API_KEYS or by --api-keys.
+CMD ["gavamoe", "serve", "/runs/quickstart", "--host", "0.0.0.0"]
+
+
+# The last stage is what is built where no --target is given.
+FROM base AS full
 # g++: DeepSpeed builds a small operation at its first start. rsync, openssh-client: the Ray cluster launcher.
 # chromium: the tests of the service's page; they are left out where it is missing.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ git make python3-venv rsync openssh-client chromium \
+    && apt-get install --yes --no-install-recommends g++ git make rsync openssh-client chromium \
+    && (test -x /usr/local/bin/python3 || apt-get install --yes --no-install-recommends python3-dev) \
     && rm -rf /var/lib/apt/lists/*
-
-RUN useradd --create-home --uid 1000 gavamoe \
-    && mkdir /opt/gavamoe && chown gavamoe:gavamoe /opt/gavamoe
 USER gavamoe
-WORKDIR /opt/gavamoe
-
-# Packages first: they change less often than the code.
-COPY --chown=gavamoe:gavamoe pyproject.toml constraints.txt Makefile README.md LICENSE ./
-COPY --chown=gavamoe:gavamoe gavamoe/__init__.py gavamoe/__init__.py
-COPY --chown=gavamoe:gavamoe configs configs
-COPY --chown=gavamoe:gavamoe tune_spaces tune_spaces
-COPY --chown=gavamoe:gavamoe jobs jobs
-RUN make install PYTHON=python3
-
+COPY --chown=gavamoe:gavamoe constraints.txt ./
+RUN --mount=type=bind,from=wheels,source=/wheels,target=/wheels \
+    python3 -m venv .venv \
+    && .venv/bin/pip install --no-cache-dir --no-index --find-links /wheels --requirement constraints.txt
 COPY --chown=gavamoe:gavamoe . .
-# Not remade by make: only the time stamps of its prerequisites have changed.
-RUN touch .venv/.ready
-# The service's HAProxy with deadlines and JSON errors (serve/kuberay.yaml names it).
+# .ready: not remade by make, though its prerequisites are newer.
+RUN .venv/bin/pip install --no-index --no-deps --no-build-isolation --editable . && touch .venv/.ready
 RUN .venv/bin/python -m gavamoe.serving.proxy /opt/gavamoe/haproxy
 ENV PATH=/opt/gavamoe/.venv/bin:$PATH
 

@@ -21,6 +21,7 @@ from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.runtime.progress import NoProgress, Progress
 from gavamoe.runtime.ray_train import ray_session, run_tasks, run_training, was_cut_off
+from gavamoe.runtime.tracking import told
 
 if TYPE_CHECKING:
     from gavamoe.stage2.preflight import Sizes
@@ -65,6 +66,8 @@ def train_run(
     claim()  # after the checks: a run is bound to its base model, and the user may have to name another
     remote.commit(run.path)
     if todo:
+        if (tracker := told(config.runtime)) is not None:
+            progress.step(f"The log goes to {tracker}")
         with ray_session(config.runtime):
             for number in todo:
                 _train_stage(number, config, opened, run, resume, progress)

@@ -16,6 +16,7 @@ from gavamoe.cli.options import (
     local_path,
     name_of,
     run_folder,
+    training_config,
 )
 
 if TYPE_CHECKING:
@@ -118,14 +119,13 @@ def ablate(
     """
     from gavamoe.cli.output import systems
     from gavamoe.cli.terminal import TerminalProgress
-    from gavamoe.config.files import load_config
     from gavamoe.experiments.ablate import run_ablation
 
     folder = run_dir or Path("runs") / f"ablate-{Path(config).stem}-{name_of(dataset)}"
     names = [name.strip() for name in only.split(",") if name.strip()] if only else []
     with TerminalProgress() as progress:
         comparison = run_ablation(
-            load_config(config, overrides or []),
+            training_config(config, overrides),
             dataset,
             folder,
             seeds=seeds,

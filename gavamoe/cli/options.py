@@ -2,11 +2,14 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gavamoe.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from gavamoe.config.schema import RunConfig
 
 Json = Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON document on standard output.")]
 Set = Annotated[
@@ -19,6 +22,20 @@ ScoreStyle = Annotated[
         help="BLEU and ROUGE: sacrebleu (and rouge-score; the default), peter (as the PETER line of papers), or both.",
     ),
 ]
+
+
+def training_config(source: str, overrides: list[str] | None) -> "RunConfig":
+    """The config of a command that trains: a file or a preset, with the values of `--set`.
+
+    Raises:
+        InputError: as `load_config`; or it is a run's, and names a tracking server that nothing else names.
+    """
+    from gavamoe.config.files import find_config, load_config
+    from gavamoe.runtime.tracking import check_tracking
+
+    config = load_config(source, overrides or [])
+    check_tracking(config, find_config(source), overrides or [])
+    return config
 
 
 def input_folder(text: str, *, resuming: bool = False) -> Path:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from gavamoe.cli.options import DatasetPath, Json, Set, local_path, name_of, work_folder
+from gavamoe.cli.options import DatasetPath, Json, Set, local_path, name_of, training_config, work_folder
 from gavamoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,12 +28,11 @@ def quickstart(
     """The main job on embedded data, end to end: reviews, stage 1, stage 2, scores, report; minutes on 2 cores."""
     from gavamoe.cli.output.scores import print_quickstart
     from gavamoe.cli.terminal import TerminalProgress
-    from gavamoe.config.files import load_config
     from gavamoe.pipeline import quickstart as run_quickstart
 
     folder = run_dir or Path("runs/quickstart")
     with TerminalProgress() as progress:
-        run = run_quickstart(folder, load_config(config, overrides or []), data_seed=data_seed, progress=progress)
+        run = run_quickstart(folder, training_config(config, overrides), data_seed=data_seed, progress=progress)
     print_quickstart(run)
 
 
@@ -54,14 +53,13 @@ def train(
     from gavamoe.cli.output.scores import print_evaluation
     from gavamoe.cli.output.training import print_training
     from gavamoe.cli.terminal import TerminalProgress
-    from gavamoe.config.files import load_config
     from gavamoe.pipeline import evaluate_and_report, train_run
 
     if stage not in ("1", "2", "all"):
         raise InputError(f"--stage {stage}: expected 1, 2 or all")
     if evaluate and stage == "1":
         raise InputError("--evaluate: needs both stages, not --stage 1 alone")
-    settings = load_config(config, overrides or [])
+    settings = training_config(config, overrides)
     folder = run_dir or Path("runs") / f"{Path(config).stem}-{name_of(dataset)}"
     with TerminalProgress() as progress:
         metrics = train_run(settings, dataset, folder, stage=cast("Stage", stage), resume=resume, progress=progress)
@@ -94,14 +92,13 @@ def tune(
 ) -> None:
     """Search a space of configurations on train and validation; test scores the best one, once."""
     from gavamoe.cli.output import search
-    from gavamoe.config.files import load_config
     from gavamoe.tune.search import run_search
 
     folder = run_dir or Path("runs") / f"tune-{Path(space).stem}-{name_of(dataset)}"
     with search.SearchTerminal() as terminal:
         result = run_search(
             space,
-            load_config(config, overrides or []),
+            training_config(config, overrides),
             dataset,
             folder,
             trials=trials,

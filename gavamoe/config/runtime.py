@@ -30,7 +30,8 @@ class RuntimeConfig(Section):
     tracking: Literal["none", "mlflow", "wandb"] = "none"
     """Service that gets the log's numbers, beside TensorBoard's files."""
     tracking_uri: str = ""
-    """Address of the tracking service; empty: mlflow.db in the run's logs for mlflow, the environment's for wandb."""
+    """Address of the tracking service; empty: mlflow.db in the run's logs for mlflow, the environment's for wandb. Of a
+    run's own config.yaml it is followed only if `--set` or the environment names it too."""
 
     @model_validator(mode="after")
     def _fewer_at_least(self) -> "RuntimeConfig":

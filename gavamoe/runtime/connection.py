@@ -8,6 +8,9 @@ import http.client
 import os
 import re
 import socket
+import stat
+import sys
+import tempfile
 import urllib.error
 import urllib.request
 from contextlib import suppress
@@ -28,6 +31,8 @@ _SECONDS = 5.0
 """Seconds in which something must answer at an address; a cluster that can be worked with takes far less."""
 _SHORTEST_ANSWER = 1.0
 """Seconds in which a server of HTTP would have answered a request."""
+_LONGEST_FOLDER = 35
+"""Characters of the folder above Ray's: its sockets lie far below it, and their paths may have 107."""
 _CLUSTER_FORM = "expected HOST:PORT of the cluster's head, such as 10.0.0.5:6379"
 _JOB_SERVER_FORM = "expected the cluster's dashboard, http://HOST:PORT, such as " + DEFAULT_JOB_SERVER
 
@@ -106,7 +111,7 @@ def connect(address: str, **options: Any) -> None:
 
 
 def start(**options: Any) -> None:
-    """Start a Ray on this machine, which belongs to this process.
+    """Start a Ray on this machine, which belongs to this process; its files are for this user alone.
 
     Raises:
         InputError: Ray can't keep its token or its own files where the environment says.
@@ -116,6 +121,9 @@ def start(**options: Any) -> None:
         writable_home()  # Ray makes the token there
     import ray
 
+    private = _private_folder()
+    if private is not None:
+        options["_temp_dir"] = str(private / "ray")  # one below: Ray opens to everyone the folder that it is given
     try:
         ray.init(address="local", log_to_driver=False, **options)
     except OSError as error:
@@ -125,12 +133,35 @@ def start(**options: Any) -> None:
         too_long = "AF_UNIX path length" in str(error)
         problem = "too long for the sockets that Ray makes below it" if too_long else _problem(error)
         raise InputError(
-            f"{name} {os.environ[name]}: {problem}; expected a folder that can be written, of 35 characters at most,"
-            " such as /tmp"
+            f"{name} {os.environ[name]}: {problem}; expected a folder that can be written, of {_LONGEST_FOLDER}"
+            " characters at most, such as /tmp"
         ) from error
     # Ray writes its token with the umask's permissions, which often lets everyone on the machine read it.
     with suppress(FileNotFoundError, PermissionError):
         token_file().chmod(0o600)
+
+
+def _private_folder() -> Path | None:
+    """The folder gavamoe-UID, which only this user may enter, in TMPDIR or /tmp; None where Ray's own choice stays.
+
+    Ray gives all users of the machine every right to its folders (mode 0777), with the logs and sockets in them. Its
+    own choice stays where RAY_TMPDIR names a folder, and where this one can't be made or its path would be too long.
+    """
+    if "RAY_TMPDIR" in os.environ:
+        return None
+    above = Path((os.environ.get("TMPDIR") if sys.platform == "linux" else None) or "/tmp")  # as Ray chooses
+    folder = above / f"gavamoe-{os.getuid()}"
+    if max(len(str(folder)), len(str(above / "gavamoe-XXXXXXXX"))) > _LONGEST_FOLDER:
+        return None
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+            return folder
+        return Path(tempfile.mkdtemp(prefix="gavamoe-", dir=above))  # somebody has taken the name
+    except OSError:
+        return None
 
 
 def token_file() -> Path:

@@ -16,20 +16,24 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
-from gavamoe.config.files import PACKAGE, shipped
+from gavamoe.config.files import PACKAGE, load_config, shipped
+from gavamoe.config.schema import RunConfig
 from gavamoe.config.yaml_reader import MAX_YAML_BYTES
 from gavamoe.errors import InputError, RunError, one_line
 from gavamoe.runtime.connection import JOB_SERVER, job_server
 from gavamoe.runtime.progress import PROGRESS_LINE
+from gavamoe.runtime.tracking import check_tracking
 
 STEPS = ("prepare", "stage1", "stage2", "evaluate", "tune", "pipeline")
 FORWARDED = ("DS_ACCELERATOR", "HF_HUB_OFFLINE", "HF_HOME", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
 """Environment variables of this shell that a job gets, where they are set. Keys and passwords are not among them."""
 
 _INPUTS = "inputs"
+_YAML = (".yaml", ".yml")
 _RECONNECTS = 5
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _VERBOSE_LOGGERS = (
@@ -228,8 +232,10 @@ def staged_code(arguments: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
     """A folder with what a job needs, and the arguments with local YAML files renamed to their copies in it.
 
     Raises:
-        InputError: a YAML file is larger than a config may be.
+        InputError: a YAML file is larger than a config may be, or is the config of a run and names a tracking server
+            that nothing else names.
     """
+    _check_tracking(arguments)
     with tempfile.TemporaryDirectory(prefix="gavamoe-job-") as name:
         folder = Path(name)
         shutil.copytree(PACKAGE, folder / "gavamoe", ignore=shutil.ignore_patterns("__pycache__", "_jobs"))
@@ -240,9 +246,26 @@ def staged_code(arguments: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
         yield folder, [_staged_argument(argument, folder / _INPUTS) for argument in arguments]
 
 
+def _check_tracking(arguments: Sequence[str]) -> None:
+    """What training would refuse here: on the cluster, the copy of a run's config no longer lies in the run."""
+    joined = [argument.removeprefix("--set=") for argument in arguments if argument.startswith("--set=")]
+    overrides = joined + [value for option, value in pairwise(arguments) if option == "--set"]
+    for path in (Path(argument) for argument in arguments):
+        if path.suffix in _YAML and path.is_file() and (config := _config(path, overrides)) is not None:
+            check_tracking(config, path, overrides)
+
+
+def _config(path: Path, overrides: Sequence[str]) -> RunConfig | None:
+    """The config in a YAML file; None for other content, and for a config with an error, which the job itself tells."""
+    try:
+        return load_config(path, overrides)
+    except InputError:
+        return None
+
+
 def _staged_argument(argument: str, inputs: Path) -> str:
     path = Path(argument)
-    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+    if path.suffix not in _YAML or not path.is_file():
         return argument
     if path.stat().st_size > MAX_YAML_BYTES:
         raise InputError(f"{path}: larger than the {MAX_YAML_BYTES} bytes a config may have")

@@ -5,6 +5,7 @@ a checkpoint, lines after it are taken back: the log never has a step twice.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gavamoe.artifacts.files import read_json, write_file, write_json
+from gavamoe.artifacts.object_store import without_keys
 from gavamoe.artifacts.run import RunFolder
 from gavamoe.config.schema import RunConfig, RuntimeConfig
 from gavamoe.errors import InputError
@@ -19,6 +21,45 @@ from gavamoe.errors import InputError
 Line = dict[str, Any]
 
 _NOT_PLOTTED = ("step", "steps", "epoch")
+
+
+_NAMED_IN_THE_ENVIRONMENT = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_BASE_URL"}
+"""The variable in which each service's own client looks for its server."""
+
+
+def check_tracking(config: RunConfig, source: Path, overrides: Sequence[str]) -> None:
+    """Refuse a tracking server that only the config of a run names; of other config files it is followed.
+
+    Whoever wrote the run chose the server, and it would get the settings, the numbers and the user's credentials for
+    such servers. As with a dataset at a URI, it takes the command line, or here the environment, to name it.
+
+    Args:
+        source: the file that the config was read from.
+        overrides: those of the command line, `FIELD=VALUE`.
+
+    Raises:
+        InputError: with the option that names the server.
+    """
+    runtime = config.runtime
+    if runtime.tracking == "none" or not runtime.tracking_uri or not RunFolder(source.parent).dataset_file.exists():
+        return
+    variable = _NAMED_IN_THE_ENVIRONMENT[runtime.tracking]
+    said = {override.partition("=")[0].strip() for override in overrides}
+    if said & {"runtime", "runtime.tracking_uri"} or os.environ.get(variable) == runtime.tracking_uri:
+        return
+    uri = without_keys(runtime.tracking_uri)
+    raise InputError(
+        f"{source}: runtime.tracking_uri {uri}: a server that a run names is not told unasked: if you trust it, add"
+        f" --set runtime.tracking_uri={uri} or set {variable} to it; --set runtime.tracking=none does without"
+    )
+
+
+def told(runtime: RuntimeConfig) -> str | None:
+    """What is told the log besides the run's folder, in a few words; None: nothing."""
+    if runtime.tracking == "none" or (runtime.tracking == "mlflow" and not runtime.tracking_uri):
+        return None
+    place = f" at {without_keys(runtime.tracking_uri)}" if runtime.tracking_uri else ", as its environment says"
+    return f"{runtime.tracking}{place}"
 
 
 class Tracker(Protocol):

@@ -16,8 +16,12 @@ from helpers.tiny import tiny
 from gavamoe.artifacts import remote
 from gavamoe.artifacts.files import read_json, write_json
 from gavamoe.artifacts.run import RunFolder
+from gavamoe.config.schema import RuntimeConfig
 from gavamoe.data.dataset import open_dataset
+from gavamoe.errors import InputError
 from gavamoe.pipeline import evaluate_and_report
+from gavamoe.runtime.jobs import staged_code
+from gavamoe.runtime.tracking import check_tracking, told
 
 PAIR = ("--user", "nobody", "--item", "nothing")
 
@@ -146,6 +150,61 @@ def test_an_origin_that_a_folder_brings_along_is_not_believed(tmp_path: Path, mo
     assert remote.stored_path(staged / "stage1") == remote.StoredPath(f"file://{tmp_path}/mine", "stage1")
     monkeypatch.setenv("GAVAMOE_CACHE", str(brought.parent / "other"))
     assert remote.stored_path(staged) is None
+
+
+def test_no_training_tells_the_server_that_a_run_names(
+    gavamoe: Runner, run: Path, tiny_dataset: Path, listener: Listener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's config.yaml must not get the settings, the numbers, or the user's password for MLflow."""
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "S3CRET")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    uri, config = f"http://{listener.address}", run / "config.yaml"
+    RunFolder(run).write_config(tiny("runtime.tracking=mlflow", f"runtime.tracking_uri={uri}"))
+    shutil.rmtree(run / "stage2")
+    resumed = ("train", config, "--dataset", tiny_dataset, "--run-dir", run, "--resume")
+    for command in (
+        resumed,
+        ("train", config, "--dataset", tiny_dataset, "--run-dir", tmp_path / "new"),
+        ("tune", "stage1", config, "--dataset", tiny_dataset, "--run-dir", tmp_path / "new"),
+        ("ablate", config, "--dataset", tiny_dataset, "--run-dir", tmp_path / "new"),
+        ("quickstart", "--config", config, "--run-dir", tmp_path / "new"),
+    ):
+        refused = gavamoe(*command)
+        assert (refused.code, refused.err.count("\n"), listener.visitors) == (2, 1, 0), refused.err
+        assert (
+            f"a server that a run names is not told unasked: if you trust it, add --set runtime.tracking_uri={uri}"
+            in (refused.err)
+        )
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(InputError, match="is not told unasked"), staged_code([str(part) for part in resumed[1:]]):
+        pass
+
+    def stop(placement: RuntimeConfig) -> None:
+        raise InputError("as far as the start of Ray")
+
+    monkeypatch.setattr("gavamoe.pipeline.ray_session", stop)
+    own = tmp_path / "own.yaml"
+    own.write_bytes(config.read_bytes())
+    named = ("--set", f"runtime.tracking_uri={uri}")
+    for command, variable in (((*resumed, *named), ""), (resumed, uri), (("train", own, *resumed[2:]), "")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", variable)
+        trained = gavamoe(*command)
+        assert (trained.code, "as far as the start of Ray" in trained.err) == (2, True), trained.err
+        assert f"The log goes to mlflow at {uri}" in trained.err, "said before it is done"
+        with staged_code([str(part) for part in command[1:]]) as (_, staged):
+            assert len(staged) == len(command) - 1
+    silent = gavamoe(*resumed, "--set", "runtime.tracking=none")
+    assert "as far as the start of Ray" in silent.err
+    assert "The log goes to" not in silent.err
+
+
+def test_a_tracking_server_is_shown_without_its_keys(run: Path) -> None:
+    config = tiny("runtime.tracking=wandb", "runtime.tracking_uri=https://user:S3CRET@host/x?key=S3CRET")
+    assert "S3CRET" not in str(told(config.runtime))
+    with pytest.raises(InputError, match=r"runtime.tracking_uri https://.*WANDB_BASE_URL") as refused:
+        check_tracking(config, run / "config.yaml", [])
+    assert "S3CRET" not in str(refused.value)
+    assert told(tiny("runtime.tracking=mlflow").runtime) is None, "a file of the run"
 
 
 def test_keys_that_a_run_names_are_not_shown(gavamoe: Runner, run: Path, tiny_dataset: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.cli import Runner
 
 from gavamoe.runtime.jobs import STEPS
 
@@ -185,42 +186,119 @@ def test_commands_in_the_comments_parse(name: str) -> None:
         assert set(re.findall(r"--[a-z-]+", rest)) <= {"--dataset", "--run-dir", "--set", "--driver-gpus"}
 
 
-def dockerfile() -> list[tuple[str, str]]:
-    """(instruction, arguments) of the Dockerfile."""
-    text = "\n".join(line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#"))
-    lines = re.sub(r"\\\n", " ", text).splitlines()
-    return [(line.split(" ", 1)[0], " ".join(line.split()[1:])) for line in lines if line.strip()]
+Stage = list[tuple[str, str]]
+"""(instruction, arguments) of a stage of the Dockerfile, after its FROM."""
 
 
-def workdir() -> str:
-    [found] = [arguments for instruction, arguments in dockerfile() if instruction == "WORKDIR"]
+def stages() -> dict[str, tuple[str, Stage]]:
+    """Name -> the stage or image it begins with, and what it does, in the order of the Dockerfile."""
+    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    found: dict[str, tuple[str, Stage]] = {}
+    current: Stage = []
+    for line in re.sub(r"\\\n", " ", "\n".join(lines)).splitlines():
+        instruction, _, arguments = " ".join(line.split()).partition(" ")
+        if instruction == "FROM":
+            below, _, name = arguments.partition(" AS ")
+            found[name] = below, (current := [])
+        elif instruction:
+            current.append((instruction, arguments))
     return found
 
 
-def copies() -> list[list[str]]:
-    return [
-        [part for part in arguments.split() if not part.startswith("--")]
-        for instruction, arguments in dockerfile()
-        if instruction == "COPY"
-    ]
+def image(name: str) -> Stage:
+    """All that makes a stage, from its base on."""
+    below, own = stages()[name]
+    return (image(below) if below in stages() else []) + own
 
 
-def test_the_images_first_layer_has_what_installing_reads() -> None:
+def last(stage: Stage, instruction: str) -> str:
+    return [arguments for each, arguments in stage if each == instruction][-1]
+
+
+def copied(stage: Stage) -> set[str]:
+    words = [arguments.split() for instruction, arguments in stage if instruction == "COPY"]
+    return {word for each in words for word in each[:-1] if not word.startswith("--")}
+
+
+def commands(stage: Stage) -> str:
+    return "\n".join(arguments for instruction, arguments in stage if instruction == "RUN")
+
+
+def workdir() -> str:
+    [found] = {arguments for name in stages() for each, arguments in image(name) if each == "WORKDIR"}
+    return found
+
+
+def dry_run(folder: Path, *targets: str) -> list[str]:
+    """The commands of make, as if no `make test` were around it."""
+    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run(
+        ["make", "--dry-run", *targets], cwd=folder, env=alone, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+def test_the_wheels_are_made_from_what_building_reads(tmp_path: Path) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     hatch = project["tool"]["hatch"]
-    needed = {
-        "pyproject.toml",
+    made = image("package")
+    assert copied(made) == {
         "Makefile",
-        "constraints.txt",
+        "constraints.hashes.txt",
+        "pyproject.toml",
+        "gavamoe",
         project["project"]["readme"],
         *project["project"]["license-files"],
-        hatch["version"]["path"],
         *hatch["build"]["targets"]["wheel"]["force-include"],
     }
-    assert {source for *sources, _ in copies()[:-1] for source in sources} == needed
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    *_, tools, packages, package = dry_run(tmp_path, "wheels", "package", "WHEELS=/wheels")
+    for command in (tools, packages):
+        assert "--require-hashes" in command
+    assert "--no-build-isolation --wheel-dir /wheels --requirement constraints.hashes.txt" in packages
+    assert "--no-index --no-deps --no-build-isolation" in package
+    assert "make wheels WHEELS=/wheels" in commands(made)
+    assert "make package WHEELS=/wheels" in commands(made)
 
 
-def test_the_image_holds_what_both_commands_need(tmp_path: Path) -> None:
+def test_images_install_from_these_wheels_alone() -> None:
+    for name in ("serve", "full"):
+        for command in re.findall(r"pip install [^&]*", commands(image(name))):
+            assert "--no-index" in command, command
+            assert "--find-links /wheels" in command or "--no-deps" in command, command
+        _, own = stages()[name]
+        assert re.search(r"--mount=type=bind,from=(wheels|package),source=/wheels,target=/wheels", commands(own))
+
+
+def test_the_image_of_the_service_has_what_it_needs_and_no_more() -> None:
+    serve = image("serve")
+    installed = set(re.findall(r"install --yes --no-install-recommends ([a-z0-9. +-]+)", commands(serve)))
+    assert {word for words in installed for word in words.split()} == {"wget", "python3", "python3-venv"}
+    assert "find-links /wheels gavamoe" in commands(serve), "no extra"
+    assert copied(serve) == set(), "the package is all of ours that is in it"
+    assert last(serve, "USER") == "gavamoe", "not root"
+    command = json.loads(last(serve, "CMD"))
+    assert command[0] == "gavamoe"
+    manifest = documents("serve/kuberay.yaml")["RayService"]["spec"]
+    assert command[2] == yaml.safe_load(manifest["serveConfigV2"])["applications"][0]["args"]["run"]
+    [pod] = manifest["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert pod["image"].split("/")[-1].startswith("gavamoe-serve:")
+    [launcher] = [each["value"] for each in pod["env"] if each["name"] == "RAY_SERVE_HAPROXY_BINARY_PATH"]
+    assert f"gavamoe.serving.proxy {Path(launcher).parent}" in commands(serve)
+    assert str(Path(launcher).parent.parent) == workdir()
+
+
+def test_the_command_of_the_service_image_asks_for_keys(gavamoe: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is understood, and serves nobody who has no key."""
+    from helpers.serve_run import tiny_artifact
+
+    monkeypatch.delenv("GAVAMOE_API_KEYS", raising=False)
+    _, *arguments = json.loads(last(image("serve"), "CMD"))
+    refused = gavamoe(*[tiny_artifact() if each == "/runs/quickstart" else each for each in arguments])
+    assert refused.code == 2, refused.err
+    assert "no API key is set" in refused.err
+
+
+def test_the_other_image_holds_what_both_commands_need(tmp_path: Path) -> None:
     """A tree of what .dockerignore lets through: make knows both targets and the package starts from it."""
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for name in kept:
@@ -233,14 +311,12 @@ def test_the_image_holds_what_both_commands_need(tmp_path: Path) -> None:
         shutil.copytree(source, tmp_path / name, ignore=ignored) if source.is_dir() else shutil.copy(source, tmp_path)
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / ".ready").touch()
-    instructions = dockerfile()
-    assert instructions[-1] == ("CMD", '["make", "quickstart"]')
-    assert ("USER", "gavamoe") in instructions, "not root"
-    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    planned = subprocess.run(  # as if no `make test` were around it
-        ["make", "--dry-run", "quickstart", "test"], cwd=tmp_path, env=alone, capture_output=True, text=True, check=True
-    ).stdout.split("\n")
-    assert planned[:2] == [".venv/bin/gavamoe quickstart", ".venv/bin/pytest"]
+    assert list(stages())[-1] == "full", "what is built where no target is named"
+    full = image("full")
+    assert last(full, "CMD") == '["make", "quickstart"]'
+    assert last(full, "USER") == "gavamoe", "not root"
+    assert "." in copied(full)
+    assert dry_run(tmp_path, "quickstart", "test") == [".venv/bin/gavamoe quickstart", ".venv/bin/pytest"]
     code = "import gavamoe, gavamoe.config.files as f; f.load_config('quickstart'); print(gavamoe.__file__)"
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True,

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -172,6 +173,99 @@ def test_the_token_is_for_its_owner_alone(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr("ray.init", init)
     connection.start()
     assert token.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.fixture
+def above(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a short path, in which Ray is to keep its files."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 32)
+    with tempfile.TemporaryDirectory(prefix="gm", dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+def folder_of_ray(monkeypatch: pytest.MonkeyPatch) -> Path | None:
+    """The folder that a Ray would be started with; None: the one of Ray's own choice."""
+    given: dict[str, str] = {}
+    monkeypatch.setattr("ray.init", lambda **options: given.update(options))
+    connection.start()
+    return Path(given["_temp_dir"]) if "_temp_dir" in given else None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Ray knows TMPDIR on Linux only")
+def test_rays_files_lie_where_no_other_user_may_enter(above: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = above / f"gavamoe-{os.getuid()}"
+    for _ in range(2):  # made, and then found
+        assert folder_of_ray(monkeypatch) == own / "ray"
+        assert own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)
+    open_to_all = folder_of_ray(monkeypatch)
+    own.chmod(0o700)
+    own.rename(above / "elsewhere")
+    own.symlink_to(above / "elsewhere")
+    a_link = folder_of_ray(monkeypatch)
+    own.unlink()
+    own.touch()
+    a_file = folder_of_ray(monkeypatch)
+    own.unlink()
+    own.mkdir(0o700)
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    (above / "gavamoe-12345").mkdir(0o700)
+    of_another = folder_of_ray(monkeypatch)
+    for taken in (open_to_all, a_link, a_file, of_another):
+        assert taken is not None
+        assert taken.parent.parent == above
+        assert taken.parent not in (own, above / "elsewhere", above / "gavamoe-12345")
+        assert taken.parent.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Ray knows TMPDIR on Linux only")
+def test_rays_folder_is_its_own_choice_where_that_was_said_or_none_fits(
+    above: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = above / ("x" * 20)
+    long.mkdir()
+    for name, folder in (("TMPDIR", long), ("TMPDIR", above / "missing"), ("RAY_TMPDIR", above)):
+        monkeypatch.setenv(name, str(folder))
+        assert folder_of_ray(monkeypatch) is None
+    assert list(above.rglob("*")) == [long], "nothing was made"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Ray knows TMPDIR on Linux only")
+def test_a_ray_in_a_private_folder_is_found(above: Path) -> None:
+    """By its address, and in the list of the machine's Rays, in which `gavamoe serve --update` looks for it."""
+    code = (
+        "import sys, ray\n"
+        "from gavamoe.runtime import connection\n"
+        "connection.start(num_cpus=1, include_dashboard=False, logging_level='ERROR', object_store_memory=10**8)\n"
+        "print(ray.get_runtime_context().gcs_address, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    join = (
+        "import sys, ray\n"
+        "from ray._private.services import find_gcs_addresses\n"
+        "from gavamoe.runtime import connection\n"
+        "connection.connect(sys.argv[1])\n"
+        "print(ray.nodes()[0]['Alive'], sys.argv[1] in find_gcs_addresses())\n"
+    )
+    started = [sys.executable, "-c", code]
+    with subprocess.Popen(started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        address = running.stdout.readline().strip()
+        environment = {name: value for name, value in os.environ.items() if name != "TMPDIR"}
+        joined = subprocess.run(
+            [sys.executable, "-c", join, address],
+            env=environment | {"RAY_AUTH_MODE": "token"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        [sockets] = (above / f"gavamoe-{os.getuid()}" / "ray").glob("session_2*/sockets")
+        assert len(list(sockets.iterdir())) >= 2
+        running.communicate()
+    assert joined.stdout.strip() == "True True", joined.stderr
 
 
 def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
