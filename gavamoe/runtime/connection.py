@@ -7,10 +7,13 @@ option says is looked at first, and refused in one line that names it and the fo
 import http.client
 import os
 import re
+import signal
 import socket
+import threading
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -98,7 +101,8 @@ def connect(address: str, **options: Any) -> None:
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, **options)
+        with _sigterm_kept():
+            ray.init(address=address, log_to_driver=False, **options)
     except (ConnectionError, ValueError) as error:
         raise InputError(f"{ADDRESS} {address}: no cluster there ({one_line(error)}); {_CLUSTER_FORM}") from error
     except (RuntimeError, ray.exceptions.RayError) as error:
@@ -117,7 +121,8 @@ def start(**options: Any) -> None:
     import ray
 
     try:
-        ray.init(address="local", log_to_driver=False, **options)
+        with _sigterm_kept():
+            ray.init(address="local", log_to_driver=False, **options)
     except OSError as error:
         name = next((each for each in ("RAY_TMPDIR", "TMPDIR") if each in os.environ), None)
         if name is None:
@@ -131,6 +136,26 @@ def start(**options: Any) -> None:
     # Ray writes its token with the umask's permissions, which often lets everyone on the machine read it.
     with suppress(FileNotFoundError, PermissionError):
         token_file().chmod(0o600)
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM, in whose place Ray puts one that ends it with exit code 15.
+
+    While Ray starts, its own are there and raise SystemExit: the signal is then handed on to the one that was kept.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    try:
+        yield
+    except SystemExit:
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def token_file() -> Path:
