@@ -13,7 +13,7 @@ from gavamoe.artifacts.checksums import (
     list_files,
     refuse_links,
 )
-from gavamoe.artifacts.files import write_folder
+from gavamoe.artifacts.files import FULL_DISK, write_folder
 from gavamoe.artifacts.object_store import CONTENTS, Contents, ObjectStore, canonical, is_uri, uri_below
 from gavamoe.artifacts.remote import NOT_COMMITTED, checkout, exists, is_unit, push, store_folder, verify_stored
 from gavamoe.errors import InputError, RunError, one_line
@@ -56,6 +56,8 @@ def copy(source: str, target: str) -> None:
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(folder / name, aside / name)
         except OSError as error:
+            if error.errno in FULL_DISK:  # not of the source, as the others
+                raise
             raise RunError(f"{folder / name}: can't be copied ({one_line(error)})") from error
         difference = find_damage(aside, files, unlisted=())
         if difference is not None:

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -24,11 +25,15 @@ from gavamoe.errors import InputError, RunError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says where no space is left, or a quota is used up."""
 MAX_JSON_BYTES = 64 * 2**20
 _PARTIAL, _REPLACED = "partial", "replaced"
 """In the names of what is being written, and of what is being replaced."""
 _ABANDONED = 24 * 3600
-"""Seconds after the last change in a half-written folder, from which on nobody is writing it any more."""
+"""Seconds after the last change of what is half written, from which on nobody is writing it any more."""
+_LEFT = re.compile(rf"\.(?P<name>.+)\.(?P<kind>{_PARTIAL}|{_REPLACED})-[0-9a-f]{{8}}")
+"""Names beside `name` that `write_folder` and `write_file` use for a while."""
 _REPORTED_PACKAGES = ("gavamoe", "torch", "transformers", "ray", "deepspeed", "numpy", "pyarrow", "scikit-learn")
 
 
@@ -51,7 +56,7 @@ def write_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
         aside.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    _forget_abandoned(path)
+    forget_abandoned(path.parent)
     try:
         with full_disk_named(path):
             yield aside
@@ -69,6 +74,30 @@ def recover_folder(path: Path) -> None:
             earlier[-1].rename(path)
 
 
+def forget_abandoned(folder: Path, *, below: bool = False) -> None:
+    """Remove the half-written files and folders that killed commands have left in a folder, a day after their last
+    change. What was there before, and has not been put back (`recover_folder`), stays.
+
+    Args:
+        below: look into the folders in it as well.
+    """
+    for base, folders, names in os.walk(folder):
+        left = [Path(base, name) for name in (*folders, *names) if name.startswith(".") and _LEFT.fullmatch(name)]
+        for path in left:
+            with suppress(OSError):  # another command may do the same
+                if _is_abandoned(path):
+                    _remove(path)
+        folders[:] = [name for name in folders if not name.startswith(".")] if below else []
+
+
+def _is_abandoned(path: Path) -> bool:
+    found = _LEFT.fullmatch(path.name)
+    if found is None or (found["kind"] == _REPLACED and not path.with_name(found["name"]).exists()):
+        return False
+    inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else ()
+    return time.time() - max(each.lstat().st_mtime for each in (path, *inside)) > _ABANDONED
+
+
 @contextmanager
 def write_file(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it replaces `path`, on any error it is removed.
@@ -78,6 +107,7 @@ def write_file(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    forget_abandoned(path.parent)
     aside = _aside(path)
     try:
         with full_disk_named(path):
@@ -99,7 +129,7 @@ def full_disk_named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL_DISK:
             raise
         free = shutil.disk_usage(path.parent).free / 2**20
         raise RunError(
@@ -188,15 +218,6 @@ def _siblings(path: Path, kind: str) -> list[Path]:
     return list(path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"))
 
 
-def _forget_abandoned(path: Path) -> None:
-    """Remove what calls for the same path that were killed have left, a day after the last change in it."""
-    for left in (*_siblings(path, _PARTIAL), *_siblings(path, _REPLACED)):
-        with suppress(OSError):
-            newest = max(each.lstat().st_mtime for each in (left, *left.rglob("*")))
-            if left.is_dir() and time.time() - newest > _ABANDONED:
-                shutil.rmtree(left, ignore_errors=True)
-
-
 def _sync(path: Path) -> None:
     """Have a file's content on the disk, so that a power failure does not leave an empty one under its final name."""
     with open(path, "rb") as file:
@@ -213,5 +234,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.exists():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, ParamSpec, TypeVar
 
+from gavamoe.artifacts.files import forget_abandoned
 from gavamoe.errors import InputError, printable
 
 Parameters = ParamSpec("Parameters")
@@ -30,7 +31,8 @@ _SHOWN_CHARS = 200
 def locked_folder(folder: Path, name: str = LOCK_FILE) -> Iterator[None]:
     """Keep other commands out of a folder, which is made if it is not there, for as long as the block runs.
 
-    A folder that was made for it and stayed empty is removed again. Filesystems without locks keep nobody out.
+    A folder that was made for it and stayed empty is removed again. Filesystems without locks keep nobody out. What
+    killed commands left half written anywhere in the folder is removed once it is a day old.
 
     Raises:
         InputError: another command works in it (who, where, since when), or no file can be made in it.
@@ -47,6 +49,7 @@ def locked_folder(folder: Path, name: str = LOCK_FILE) -> Iterator[None]:
         raise InputError(f"{folder}: no run can be kept there ({error.strerror}); {way_out}") from error
     with file:
         try:
+            forget_abandoned(folder, below=True)
             yield
         finally:
             (folder / name).unlink(missing_ok=True)  # while it is still held

@@ -164,11 +164,12 @@ class ObjectStore:
     def put_bytes(self, content: bytes, name: str) -> None:
         """Write a small file whole: a single request on an object store, a rename elsewhere."""
         path = self._path(name)
+        folder, _, file = path.rpartition("/")
         renames = not isinstance(self._files, fs.S3FileSystem | fs.GcsFileSystem)
         self._make_parent(path)
 
         def write() -> None:
-            aside = f"{path}.partial-{os.getpid()}" if renames else path
+            aside = f"{folder}/.{file}.partial-{os.getpid()}" if renames else path  # hidden: counted by nobody
             with self._files.open_output_stream(aside) as stream:
                 stream.write(content)
             if renames:

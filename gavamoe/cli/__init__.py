@@ -15,11 +15,16 @@ status       what ran, how far it is, what is next
 terminal     tables, progress bars, JSON on standard output
 """
 
+import sys
+
 
 def main() -> None:
     """Entry point of the `gavamoe` command."""
-    from gavamoe.cli import app
-
+    try:
+        from gavamoe.cli import app
+    except KeyboardInterrupt:  # its imports take a moment, in which people notice that they mistyped
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     app.main()
 
 

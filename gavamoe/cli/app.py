@@ -1,4 +1,5 @@
-"""The `gavamoe` command: its parts, its errors. Exit codes: 0 done, 1 failed, 2 wrong input or usage.
+"""The `gavamoe` command: its parts, its errors. Exit codes: 0 done, 1 failed, 2 wrong input or usage, 130
+after Ctrl-C, 143 after SIGTERM.
 
 The commands stand in the files beside this one and import what is heavy inside their functions: `gavamoe --help`
 answers at once.
@@ -7,9 +8,12 @@ answers at once.
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -39,8 +43,9 @@ app = typer.Typer(
 )
 
 
-_INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+_INTERRUPTED, _TERMINATED = 130, 143
+"""Exit codes after Ctrl-C and SIGTERM, as shells have them."""
+_GO_ON = "--resume continues a training, a search or a comparison"
 _WRONG_PATHS = (
     errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS,
 )  # fmt: skip
@@ -83,22 +88,33 @@ def main() -> None:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     _quiet_libraries(debug)
+    terminated = False
+
+    def end() -> None:
+        print(f"{'terminated' if terminated else 'interrupted'}; {_GO_ON}", file=sys.stderr)
+        sys.exit(_TERMINATED if terminated else _INTERRUPTED)
+
+    def on_sigterm(number: int, frame: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
     try:
-        try:
-            app(prog_name="gavamoe")
-        finally:
-            store_work()
+        with _sigterm(on_sigterm):
+            try:
+                app(prog_name="gavamoe")
+            finally:
+                store_work()
     except (InputError, RunError) as error:
         if debug:
             traceback.print_exc()
         print(f"error: {printable(_with_uris(str(error)))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        _say_interrupted()
-        sys.exit(_INTERRUPTED)
+        end()
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:  # typer's way of saying so
-            _say_interrupted()
+            end()
         raise
     except OSError as error:
         if debug:
@@ -115,8 +131,17 @@ def main() -> None:
         sys.exit(1)
 
 
-def _say_interrupted() -> None:
-    print("interrupted; --resume continues a training, a search or a comparison", file=sys.stderr)
+@contextmanager
+def _sigterm(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Have SIGTERM, with which schedulers end a command, handled like Ctrl-C while the block runs."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _with_uris(message: str) -> str:

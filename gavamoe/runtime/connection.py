@@ -7,13 +7,16 @@ option says is looked at first, and refused in one line that names it and the fo
 import http.client
 import os
 import re
+import signal
 import socket
 import stat
 import sys
 import tempfile
+import threading
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -103,7 +106,8 @@ def connect(address: str, **options: Any) -> None:
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, **options)
+        with _sigterm_kept():
+            ray.init(address=address, log_to_driver=False, **options)
     except (ConnectionError, ValueError) as error:
         raise InputError(f"{ADDRESS} {address}: no cluster there ({one_line(error)}); {_CLUSTER_FORM}") from error
     except (RuntimeError, ray.exceptions.RayError) as error:
@@ -125,7 +129,8 @@ def start(**options: Any) -> None:
     if private is not None:
         options["_temp_dir"] = str(private / "ray")  # one below: Ray opens to everyone the folder that it is given
     try:
-        ray.init(address="local", log_to_driver=False, **options)
+        with _sigterm_kept():
+            ray.init(address="local", log_to_driver=False, **options)
     except OSError as error:
         name = next((each for each in ("RAY_TMPDIR", "TMPDIR") if each in os.environ), None)
         if name is None:
@@ -162,6 +167,26 @@ def _private_folder() -> Path | None:
         return Path(tempfile.mkdtemp(prefix="gavamoe-", dir=above))  # somebody has taken the name
     except OSError:
         return None
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM, in whose place Ray puts one that ends it with exit code 15.
+
+    While Ray starts, its own are there and raise SystemExit: the signal is then handed on to the one that was kept.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    try:
+        yield
+    except SystemExit:
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def token_file() -> Path:

@@ -29,6 +29,9 @@ from gavamoe.serving.writing import generation_defaults
 APP_NAME = "gavamoe"
 METRICS_PORT = 8001
 """The port of Prometheus' metrics where none is asked for and this one is free."""
+_ADMIN_SOCKET = "RAY_SERVE_HAPROXY_SOCKET_PATH"
+_MARGIN_S = 5.0
+"""Seconds after which Ray ends a request that the service itself should have ended at its own limit."""
 
 
 def read_args(
@@ -132,7 +135,10 @@ def _run_service(args: ServeArgs, host: str, port: int, metrics_port: int, say: 
         _metrics_export_port=metrics_port,
     )
     try:
-        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        # Until an ingress replica is up, requests wait in a proxy of Ray's, which by itself waits as long as it takes.
+        deadline = args.limits.request_timeout_s + _MARGIN_S
+        options = {"host": host, "port": port, "request_timeout_s": deadline}
+        serve.start(proxy_location="HeadOnly", http_options=options)
         _deploy(args)
         address = ray.get_runtime_context().gcs_address
         say(f"serving {args.run} at http://{host}:{port}/  (documentation: /docs)")
@@ -140,6 +146,8 @@ def _run_service(args: ServeArgs, host: str, port: int, metrics_port: int, say: 
         threading.Event().wait()
     except KeyboardInterrupt:
         say("stopping: requests in progress are finished first")
+        if admin := os.environ.get(_ADMIN_SOCKET):  # Ray's shutdown ends the proxy at once, with all its connections
+            proxy.drain(Path(admin), args.limits.request_timeout_s)
         raise
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would leave half of Ray behind
@@ -196,7 +204,7 @@ def _haproxy(folder: Path, binary: str) -> dict[str, str]:
         # What an ingress replica waits after it was taken out of the proxy's list, even with nothing to do.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        _ADMIN_SOCKET: str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
@@ -247,7 +255,8 @@ def updated_args(running: dict[str, Any], run: Path, settings: Path | None, chan
     """The arguments of a running service (`Ingress.settings`), with another run and what is named.
 
     Raises:
-        InputError: as `read_args`, or the service would need no API key any more without that having been said.
+        InputError: as `read_args`, requests would have more time, which Ray fixes when the service starts, or the
+            service would need no API key any more without that having been said.
     """
     base = dict(running["args"])
     if changes.get("no_api_keys"):
@@ -255,6 +264,13 @@ def updated_args(running: dict[str, Any], run: Path, settings: Path | None, chan
     elif changes.get("api_keys_file") is not None:
         base["no_api_keys"] = False
     args = read_args(run, settings, changes, base)
+
+    longest = float(base["limits"]["request_timeout_s"])
+    if args.limits.request_timeout_s > longest:
+        raise InputError(
+            f"{settings}: limits.request_timeout_s {args.limits.request_timeout_s:g}: a running service can't be given"
+            f" more than its {longest:g} s; stop it and start it again"
+        )
 
     def needs_key(hashes: object, file: object, none: bool) -> bool:
         return not none and bool(hashes or file or running["environment_keys"])

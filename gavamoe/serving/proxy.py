@@ -7,10 +7,14 @@ takes for HAProxy (`RAY_SERVE_HAPROXY_BINARY_PATH`): it starts the real one with
     python -m gavamoe.serving.proxy FOLDER    # in an image for a cluster: writes FOLDER/haproxy and what it needs
 """
 
+import csv
 import re
 import shlex
 import shutil
+import socket
 import sys
+import time
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 
@@ -43,6 +47,7 @@ SERVER_REQUESTS = 512
 where health checks go before them. A replica that thousands of requests reach at once answers nobody for seconds."""
 MESSAGES = {
     400: "the request is not HTTP as it should be",
+    404: "not found",
     408: "the request was not there in time",
     413: "the request is larger than this server accepts",
     422: "the request is not HTTP as it should be",
@@ -54,6 +59,8 @@ MESSAGES = {
 }
 """What HAProxy's errors say. It can't be told what to say of bytes that are not yet a request (400, 408, 422): there it
 keeps its own pages, in HTML."""
+_IDLE_LOOKS = 3
+"""Times in a row that nothing is to be in progress: a request that was just read counts only a moment later."""
 LOG_TARGET = "stderr local0 alert #"
 """For `RAY_SERVE_HAPROXY_LOG_TARGET`: of HAProxy's log only that a server is up or down, in the file that Ray keeps of
 its output. Ray's default sends every request's URL, ids of users included, by UDP to port 514. The # makes a comment of
@@ -102,6 +109,8 @@ def json_errors(send: Send, request_id: str | None) -> Send:
             replaced = not headers.get("content-type", "").startswith("application/json")
             if replaced:
                 status = message["status"]
+                if status == HTTPStatus.REQUEST_TIMEOUT:  # so Ray calls its own being late
+                    status = message["status"] = HTTPStatus.GATEWAY_TIMEOUT.value
                 found = request_id or headers.get("x-request-id")
                 body = detail(code_of(status), phrase_of(status), found)
                 encoded = body.model_dump_json().encode()
@@ -164,6 +173,32 @@ def write_launcher(folder: Path, haproxy: str) -> Path:
     return script
 
 
+def drain(admin: Path, seconds: float) -> None:
+    """Have a HAProxy that Ray started take no further connections, and wait until those it has are answered.
+
+    Args:
+        admin: its admin socket; nothing happens where nobody answers there.
+        seconds: wait no longer than that.
+    """
+    end, idle = time.monotonic() + seconds, 0
+    with suppress(OSError):
+        _tell(admin, "disable frontend http_frontend")
+        while idle < _IDLE_LOOKS and time.monotonic() < end:
+            time.sleep(0.1)
+            rows = csv.DictReader(_tell(admin, "show stat").removeprefix("# ").splitlines())
+            busy = sum(int(row["scur"]) for row in rows if row["svname"] == "BACKEND")
+            idle = 0 if busy else idle + 1
+
+
+def _tell(admin: Path, command: str) -> str:
+    """HAProxy's answer to a command."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5)
+        connection.connect(str(admin))
+        connection.sendall(f"{command}\n".encode())
+        return b"".join(iter(lambda: connection.recv(65_536), b"")).decode()
+
+
 def _answer(status: int, message: str) -> bytes:
     body = detail(code_of(status), message).model_dump_json().encode()
     status = 503 if status == 502 else status  # as the interface calls it
@@ -198,7 +233,9 @@ def _indented(lines: list[str]) -> str:
 def _script(folder: Path, haproxy: str) -> str:
     """A shell script: it must become HAProxy (exec), as Ray stops it and hands over to the next one by its pid.
 
-    Ray's own errorfile lines, which say 500 for everything, are left out: of two, HAProxy takes the later.
+    Ray's own errorfile lines, which say 500 for everything, are left out: of two, HAProxy takes the later. For a path
+    of no application it says 404, and it does so for every path as long as no application is up: clients would not ask
+    again. That is a 503 here.
     """
     sections = {"defaults": "defaults", "frontend": "frontend http_frontend"}
     added = " ".join(f"-e '/^{first}$/r {folder}/{name}.cfg'" for name, first in sections.items())
@@ -207,7 +244,11 @@ set -e
 for word do
     shift
     if [ "$last" = -f ]; then
-        sed -e '/^ *errorfile /d' {added} "$word" > "$word.completed"
+        status=503
+        if [ "$(grep -c '^backend ' "$word")" -gt 1 ]; then status=404; fi
+        sed -e '/^ *errorfile /d' {added} \\
+            -e "s/^\\( *http-request return status\\) 404 .*/\\1 $status default-errorfiles/" \\
+            "$word" > "$word.completed"
         word="$word.completed"
     fi
     set -- "$@" "$word"

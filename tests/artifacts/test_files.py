@@ -206,21 +206,30 @@ def test_a_replacement_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypa
     read_manifest(out, "stage1")
 
 
-def test_what_killed_writers_left_goes_after_a_day(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    kept, busy, others = (tmp_path / name for name in (".out.partial-2", ".out.partial-3", ".out2.partial-1"))
-    for folder in (tmp_path / ".out.partial-1", tmp_path / ".out.replaced-1", kept, busy, others):
+def _age(*paths: Path) -> None:
+    """Make them 25 hours old."""
+    past = time.time() - 25 * 3600
+    for path in paths:
+        os.utime(path, (past, past))
+
+
+@pytest.mark.parametrize("again", [write_folder, write_file])
+def test_what_killed_writers_left_goes_after_a_day(tmp_path: Path, again: Any) -> None:
+    """Folders and files, whatever name they were to get: once it is there, nobody writes under that name again."""
+    kept, busy, strange = (tmp_path / name for name in (".out.partial-00000002", ".out.partial-00000003", ".o.partial"))
+    only_copy = tmp_path / ".gone.replaced-00000001"
+    old = [tmp_path / f".{name}-00000001" for name in ("out.partial", "out.replaced", "other.partial")]
+    for folder in (*old, kept, busy, strange, only_copy):
         (folder / "deep").mkdir(parents=True)
         (folder / "deep" / "x").write_text("x")
-    out.mkdir()
-    past = time.time() - 25 * 3600
-    for path in tmp_path.rglob("*"):
-        if kept not in (path, *path.parents):
-            os.utime(path, (past, past))
+    (tmp_path / "out").mkdir()
+    (tmp_path / ".config.yaml.partial-00000001").write_text("half")
+    _age(*(path for path in tmp_path.rglob("*") if kept not in (path, *path.parents)))
     (busy / "deep" / "x").write_text("y")
-    with write_folder(out, replace=True) as aside:
-        (aside / "x").write_text("x")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [kept.name, busy.name, others.name, "out"]
+    with again(tmp_path / "new") as aside:
+        (aside / "x" if again is write_folder else aside).write_text("x")
+    expected = [only_copy.name, strange.name, kept.name, busy.name, "new", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(expected)
 
 
 def test_content_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

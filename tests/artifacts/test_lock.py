@@ -103,3 +103,14 @@ def test_a_function_works_alone_in_its_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
     with locked_folder(tmp_path), pytest.raises(InputError, match="in use by"):
         work(5, folder=tmp_path)
+
+
+def test_what_killed_commands_left_anywhere_in_a_run_goes_with_the_next_command(tmp_path: Path) -> None:
+    """Nothing is ever written again beside a log whose training is done."""
+    old, new = (tmp_path / "logs" / f".stage1.jsonl.partial-0000000{number}" for number in (1, 2))
+    old.parent.mkdir()
+    for path in (old, new):
+        path.write_text("half")
+    os.utime(old, (1, 1))
+    with locked_folder(tmp_path):
+        assert [path.name for path in old.parent.iterdir()] == [new.name]

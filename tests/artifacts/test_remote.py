@@ -292,21 +292,26 @@ def test_nothing_is_left_out_of_a_copy_unseen(gavamoe: Runner, tmp_path: Path) -
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(28, "b: cannot be written (No space left on device)"), (5, "empty: can't be copied ([Errno 5] ")],
+)
 def test_a_file_that_can_not_be_copied_is_one_line(
-    gavamoe: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, message: str, gavamoe: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A full disk is the target's."""
     folder = make_folder(tmp_path / "a")
     real = copying.shutil.copy2
 
     def full(source: Path, target: Path) -> object:
         if source.name == "empty":
-            raise OSError(28, "No space left on device", str(target))
+            raise OSError(number, os.strerror(number), str(target))
         return real(source, target)
 
     monkeypatch.setattr(copying.shutil, "copy2", full)
     failed = gavamoe("copy", folder, tmp_path / "b")
     assert (failed.code, failed.err.count("\n")) == (1, 1), failed.err
-    assert "empty: can't be copied ([Errno 28] No space left" in failed.err
+    assert message in failed.err
     assert not (tmp_path / "b").exists()
 
 
@@ -394,3 +399,28 @@ def test_removal_stays_inside_its_place(uri: str, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="is all of a storage"):
             remote.remove(whole)
     assert ObjectStore(uri).children() == ["kept", "place"]
+
+
+def test_what_a_killed_upload_left_beside_a_list_is_no_stranger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy back once refused the place for it: "gavamoe did not store it"."""
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
+    (tmp_path / "run" / "logs" / "stage1.jsonl").write_text("{}\n")
+    place = f"file://{tmp_path}/stored"
+    copying.copy(str(tmp_path / "run"), place)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    store = ObjectStore(place)
+    monkeypatch.setattr("gavamoe.artifacts.object_store.ObjectStore._call", lambda self, request: request())
+    moving = type("Moving", (), {"move": killed, "__getattr__": lambda self, name: getattr(files, name)})
+    files, store._files = store._files, moving()
+    with pytest.raises(KeyboardInterrupt):
+        store.put_bytes(b"{", "_contents.json")
+    monkeypatch.undo()
+    assert len(list((tmp_path / "stored").iterdir())) == 4, "the half list is there"
+    copying.copy(place, str(tmp_path / "back"))
+    assert (tmp_path / "back" / "config.yaml").read_text() == "seed: 0\n"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +179,34 @@ def test_a_command_that_writes_locally_refuses_a_uri(gavamoe: Runner, tiny_datas
     result = gavamoe("ablate", "quickstart", "--dataset", tiny_dataset, "--run-dir", "s3://bucket/compare")
     assert result.code == 2
     assert result.err.startswith("error: s3://bucket/compare: this command writes to local folders")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "inter")]
+)
+def test_signals_end_a_command_in_one_line(
+    number: int, code: int, word: str, gavamoe: Runner, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler's SIGTERM ends it as Ctrl-C does: what it was writing is removed."""
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("gavamoe.data.describe.describe", lambda dataset: signal.raise_signal(number))
+    result = gavamoe("data", "describe", tiny_dataset)
+    assert (result.code, result.err.count("\n")) == (code, 1), result.err
+    assert result.err.startswith(word)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line() -> None:
+    program = (
+        "import builtins, sys\n"
+        "real = builtins.__import__\n"
+        "def load(name, *rest):\n"
+        "    if name == 'typer':\n"
+        "        raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "from gavamoe.cli import main\n"
+        "builtins.__import__ = load\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")

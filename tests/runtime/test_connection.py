@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -303,3 +304,25 @@ def test_a_home_that_can_not_be_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path))
     assert writable_home() == tmp_path
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("while_it_starts", [False, True])
+def test_a_command_s_own_end_by_sigterm_survives_ray(while_it_starts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray puts its own handler there, which once kept `gavamoe serve` from finishing requests first."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    heard = list[int]()
+
+    def init(**options: object) -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        if while_it_starts:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("ray.init", init)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with pytest.raises(SystemExit) if while_it_starts else nullcontext():
+            connection.start()
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM] * (2 if while_it_starts else 1)

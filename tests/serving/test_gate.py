@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from helpers.serve_run import PAIR, client
+from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp
 
@@ -153,6 +154,11 @@ def test_errors_that_others_write_are_json(backend: LocalBackend) -> None:
         "code": "overloaded", "message": "too many requests", "field": None, "request_id": "abc",
     }  # fmt: skip
     assert answer.headers["retry-after"] == "2"
+    late = ServeErrors(PlainTextResponse("Request timed out after 35 s", status_code=408))
+    answer = TestClient(late).get("/v1/route")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout"), (
+        "the server was late, not the client"
+    )
     with client(backend, allowed_origins=["https://shop.example"]) as http:
         asked = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
         refused = http.options("/v1/explain", headers=asked)

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -35,8 +36,8 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-def rendered(folder: Path, port: int, replica: int) -> Path:
-    """The file that Ray Serve writes, with one replica."""
+def rendered(folder: Path, port: int, replica: int, prefix: str | None = "/") -> Path:
+    """The file that Ray Serve writes, with one application of one replica at `prefix`; None: without any."""
     from ray.serve._private import haproxy
     from ray.serve.config import HTTPOptions
 
@@ -53,17 +54,25 @@ def rendered(folder: Path, port: int, replica: int) -> Path:
         metrics_enabled=False,
     )
     path = folder / "haproxy.cfg"
-    backend = haproxy.BackendConfig(name="app", path_prefix="/", app_name="gavamoe", servers=[server])
-    haproxy.HAProxyApi(config, {"app": backend}, str(path))._generate_config_file_internal()
+    backends = {}
+    if prefix is not None:
+        backends["app"] = haproxy.BackendConfig(name="app", path_prefix=prefix, app_name="gavamoe", servers=[server])
+    haproxy.HAProxyApi(config, backends, str(path))._generate_config_file_internal()
     return path
 
 
 @pytest.fixture
 def running(folder: Path) -> Iterator[tuple[int, Path]]:
     """Its port, with no replica behind it; and its output."""
-    assert HAPROXY is not None
     port = free_port()
-    config = rendered(folder, port, free_port())
+    with started(folder, port, rendered(folder, port, free_port())) as output:
+        yield port, output
+
+
+@contextmanager
+def started(folder: Path, port: int, config: Path) -> Iterator[Path]:
+    """HAProxy with this configuration, listening at the port; gives the file of its output."""
+    assert HAPROXY is not None
     output = folder / "output"
     with output.open("wb") as out:
         process = subprocess.Popen([proxy.write_launcher(folder, HAPROXY), "-db", "-f", config], stdout=out, stderr=out)
@@ -75,7 +84,7 @@ def running(folder: Path) -> Iterator[tuple[int, Path]]:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
-        yield port, output
+        yield output
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=20)
@@ -101,6 +110,44 @@ def test_its_errors_are_the_interfaces(running: tuple[int, Path]) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20)
     assert refused.value.headers["retry-after"] == "1"
+
+
+@needs_haproxy
+@pytest.mark.parametrize(
+    ("prefix", "expected"), [(None, ("503", "unavailable")), ("/other", ("404", "not_found"))], ids=["none", "other"]
+)
+def test_without_an_application_clients_are_told_to_ask_again(
+    prefix: str | None, expected: tuple[str, str], folder: Path
+) -> None:
+    """While the service starts and stops, Ray's HAProxy says of every path that it was not found."""
+    port = free_port()
+    with started(folder, port, rendered(folder, port, free_port(), prefix)):
+        status, error = ask(port, b"GET /v1/info HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (status, error["code"]) == expected
+
+
+@needs_haproxy
+def test_a_proxy_that_is_drained_finishes_what_it_has(folder: Path) -> None:
+    """Ray's shutdown kills HAProxy at once: the answers to requests in progress were once lost."""
+    port = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as replica:
+        config = rendered(folder, port, replica.getsockname()[1])
+        with started(folder, port, config), _connected(port) as client:
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            asked, _ = replica.accept()
+            while not asked.recv(65_536).startswith(b"GET / "):  # but a health check
+                asked, _ = replica.accept()
+            draining = threading.Thread(target=proxy.drain, args=(folder / "admin.sock", 30))
+            draining.start()
+            draining.join(1)
+            assert draining.is_alive(), "it waits for the answer"
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port), 5)
+            asked.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+            draining.join(10)
+            assert not draining.is_alive()
+            assert client.recv(65_536).endswith(b"ok")
+    proxy.drain(folder / "nowhere.sock", 30)
 
 
 @needs_haproxy

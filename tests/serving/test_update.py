@@ -94,3 +94,13 @@ def test_the_command_hands_on_what_was_said(gavamoe: Runner, monkeypatch: pytest
     assert gavamoe("serve", tmp_path, "--update", "--no-api-keys", "--replicas", 2).code == 0
     scaling = {"min_replicas": 2, "max_replicas": 2}
     assert told == [tmp_path, None, {"generator_scaling": scaling, "no_api_keys": True}]
+
+
+def test_a_running_service_gives_requests_no_more_time(tmp_path: Path) -> None:
+    """Ray's own limit is set when the service starts, and would cut them off before the service does."""
+    settings = tmp_path / "serve.yaml"
+    settings.write_text("limits: {request_timeout_s: 45}")
+    with pytest.raises(InputError, match=r"request_timeout_s 45: a running service can't be given more than its 30 s"):
+        updated_args(running(), Path("/after"), settings, {})
+    settings.write_text("limits: {request_timeout_s: 5}")
+    assert updated_args(running(), Path("/after"), settings, {}).limits.request_timeout_s == 5
