@@ -7,6 +7,7 @@ a checkpoint, lines after it are taken back: the log never has a step twice.
 import json
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -100,12 +101,20 @@ class RunLog:
             self._trackers.append(make(Path(folder).absolute(), name, runtime.tracking_uri, config, keep=keep))
 
     def __enter__(self) -> "RunLog":
+        self._hook = threading.excepthook
+        threading.excepthook = self._on_thread_error
         return self
+
+    def _on_thread_error(self, failure: threading.ExceptHookArgs) -> None:
+        """Say nothing of a full disk that TensorBoard's own thread met: `add` raises the same error."""
+        if not (type(failure.thread).__name__ == "_AsyncWriterThread" and isinstance(failure.exc_value, OSError)):
+            self._hook(failure)
 
     def __exit__(self, *error: object) -> None:
         for tracker in self._trackers:
             with suppress(OSError):  # a full disk; the training's own error says so
                 tracker.close()
+        threading.excepthook = self._hook
 
     def add(self, line: Line) -> None:
         """Append a line to the log, and give its numbers to the trackers."""

@@ -24,7 +24,7 @@ from gavamoe.tune.folder import TEST_FILE, claimed_folder, withhold_test
 from gavamoe.tune.ray_tune import SearchObserver, run_trials
 from gavamoe.tune.report import write_results
 from gavamoe.tune.space import Choice, Space, Values, load_space
-from gavamoe.tune.study import Record, Study
+from gavamoe.tune.study import Record, Study, full_disk_told
 from gavamoe.tune.trial import Job
 
 FINAL = "final"
@@ -96,9 +96,10 @@ def run_search(
         view = withhold_test(opened, folder / "search_data")
         job = Job(loaded, config, view.path, view.fingerprint, folder, seeds)
         fixed = config_values(trial_config(config, loaded, {}))
-        study = Study(folder, loaded, fixed, seed=config.seed, name=Path(space).stem)
-        finished = run_trials(job, study, progress, concurrent=concurrent)
-        best = write_results(folder, study, loaded, config)
+        with full_disk_told(folder):
+            study = Study(folder, loaded, fixed, seed=config.seed, name=Path(space).stem)
+            finished = run_trials(job, study, progress, concurrent=concurrent)
+            best = write_results(folder, study, loaded, config)
         if finished and best is None:
             raise RunError(f"{folder}: {_nothing_found(study.records)}")
         left_out = study.left_out(lambda values: refusal(config, loaded, values))

@@ -24,7 +24,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from gavamoe.errors import InputError, one_line
+from gavamoe.errors import InputError, RunError, one_line
 from gavamoe.tune.space import Space, Values
 
 STUDY_FILE = "study.db"
@@ -33,6 +33,8 @@ MAX_FAILED_DRAWS = 100
 MAX_REPEATS = 10
 """Draws in a row without a new configuration after which, in a finite space, an untried point is taken instead."""
 
+_FULL = "database or disk is full"
+"""What SQLite says of a full disk."""
 _LISTED = "listed"
 _DRAWN, _REASON, _MEASURED, _FAILED_DRAW, _STARTED, _SECONDS = (
     "values",
@@ -86,7 +88,7 @@ class Study:
             for measure in space.objectives
         ]
         check_database(folder)
-        with damage_named(folder):
+        with full_disk_told(folder), damage_named(folder):
             self.study = optuna.create_study(
                 storage=storage_url(folder),
                 study_name=name,
@@ -251,6 +253,26 @@ def check_database(folder: Path) -> None:
         raise _damaged(path, one_line(error)) from error
     if verdict != "ok":
         raise _damaged(path, one_line(ValueError(verdict)))
+
+
+@contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Turn what SQLite, through Optuna or Ray Tune, says of a full disk into one error.
+
+    Raises:
+        RunError: the study could not be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and _FULL not in str(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise RunError(
+            f"{folder / STUDY_FILE}: cannot be written: no space is left; make room, then continue with --resume"
+        ) from error
 
 
 @contextmanager

@@ -12,10 +12,12 @@ import json
 import os
 import random
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from .cli import command
 SERVE = "serve"
 WANTED = {"prepare": 24, "copy": 24, "evaluate": 12, "train": 10, "tune": 10, SERVE: 22}
 """Faults that each kind of work is to see."""
+TAKE_A_RUN = {"copy", "evaluate", SERVE}
+"""Works that begin with the run of the first reference."""
 ROOM = 64 * MEBIBYTE
 """Size of a disk with room for everything."""
 TWO_DAYS = 2 * 86_400
@@ -80,13 +84,15 @@ class Chaos:
         self._references: dict[str, tuple[Any, Attempt]] = {}
         self._works: dict[Path, Work] = {}
         self._may_mount = True
+        self._running: Command | None = None
 
     def run(self) -> Report:
         """Do everything; the report is whole whatever happens."""
         try:
             for name in WORKS:
                 for variant in dict.fromkeys(VARIANTS.get(name, ("",))):
-                    if name in self._wanted or (name, variant) == ("train", "torch"):
+                    taken = (name, variant) == ("train", "torch") and not TAKE_A_RUN.isdisjoint(self._wanted)
+                    if name in self._wanted or taken:
                         self._reference(name, variant)
             if SERVE in self._wanted:
                 self._serve()
@@ -94,6 +100,8 @@ class Chaos:
                 self._chain(name)
             self._clean_up()
         finally:
+            if self._running is not None:
+                self._running.kill()
             for place in self._works:
                 unmount(place)
             self.report.seconds = time.monotonic() - self._began
@@ -123,17 +131,17 @@ class Chaos:
         self.say(f"{place.name}: {attempt.seconds:.0f} s, {len(attempt.times)} events, {attempt.peak >> 10} KiB")
 
     def _run(self, work: Work, fault: str | None, moment: Moment | None, usual: list[float]) -> Attempt:
-        started = Command(
+        self._running = Command(
             command(*work.arguments()), self.base.environment, work.place, self.base.folder / "standard-error"
         )
-        return run(started, fault, moment, self.draw, usual, deep=KILL_WORKER in work.faults)
+        return run(self._running, fault, moment, self.draw, usual, deep=KILL_WORKER in work.faults)
 
     def _chain(self, name: str) -> None:
         """One piece of work: some faults after one another, then the command without one, then the comparison."""
         variant = self.draw.choice(VARIANTS.get(name, ("",)))
         place = self.base.folder / "work" / f"{len(self._works):04}"
         work = self._works[place] = WORKS[name](self.base, place, variant)
-        faults = [self._fault(work) for _ in range(self.draw.randint((work.longest + 1) // 2, work.longest))]
+        faults = self._faults(work, self.draw.randint((work.longest + 1) // 2, work.longest))
         if DISK in faults and not (self._may_mount and mount(place, ROOM)):
             self._may_mount, faults = False, [fault for fault in faults if fault != DISK]
             self.report.skipped = ["full disk: mounting needs root"]
@@ -145,9 +153,13 @@ class Chaos:
                 break
         self._finish(work, label, faults)
 
-    def _fault(self, work: Work) -> str:
-        seen = [self.report.faults[work.name, fault] for fault in work.faults]
-        return self.draw.choices(list(work.faults), weights=[1 / (1 + count) ** 2 for count in seen])[0]
+    def _faults(self, work: Work, count: int) -> list[str]:
+        """As many kinds of faults, each one of those that this work has met least."""
+        seen, drawn = {fault: self.report.faults[work.name, fault] for fault in work.faults}, list[str]()
+        for _ in range(count):
+            drawn.append(self.draw.choice([fault for fault, met in seen.items() if met == min(seen.values())]))
+            seen[drawn[-1]] += 1
+        return drawn
 
     def _disturbed(self, work: Work, label: str, fault: str) -> Attempt:
         _, usual = self._references[label]
@@ -164,7 +176,7 @@ class Chaos:
             self.report.faults[work.name, fault] += 1
         else:
             self.report.late += 1
-        self.report.problems += [f"{label}, {fault}, {at}: {problem}" for problem in wrong_with(attempt, fault)]
+        self._blame(f"{label}, {fault}, {at}: {problem}" for problem in wrong_with(attempt, fault))
         told = "" if attempt.struck else " (came too late)"
         self.say(f"{self.report.total():4} {label}: {fault}, {at}{told}: {attempt.code} {attempt.shown[-1:]}")
         return attempt
@@ -177,10 +189,15 @@ class Chaos:
         outcome = work.outcome()
         told = f"{label} after {faults}"
         if attempt.code and not there:
-            self.report.problems.append(f"{told}: ends with {attempt.code}: {attempt.shown[-3:]}")
+            self._blame([f"{told}: ends with {attempt.code}: {attempt.shown[-3:]}"])
         elif difference := first_difference(self._references[label][0], outcome):
-            self.report.problems.append(f"{told}: {difference}")
+            self._blame([f"{told}: {difference}"])
         self.report.checked[work.name] += 1
+
+    def _blame(self, problems: Iterable[str]) -> None:
+        for problem in problems:
+            self.report.problems.append(problem)
+            self.say(f"     WRONG: {problem}")
 
     def _serve(self) -> None:
         """The service under load: all its faults, one after the other."""
@@ -195,13 +212,14 @@ class Chaos:
             self.draw.shuffle(faults)
             for fault in faults:
                 began = time.monotonic()
-                self.report.problems += chaos_serve.strike(service, clients, fault, self.draw)
+                self._blame(chaos_serve.strike(service, clients, fault, self.draw))
+                self._blame(clients.told())
                 self.report.faults[SERVE, fault] += 1
                 took = time.monotonic() - began
                 self.say(f"{self.report.total():4} serve: {fault}, {took:.0f} s, {dict(clients.counts)}")
         finally:
             clients.stop()
-            self.report.problems += [*clients.problems[:20], *service.end(chaos_serve.signal.SIGINT)]
+            self._blame([*clients.told(), *service.end(signal.SIGINT)])
             self.report.answers, self.report.slowest = dict(clients.counts), clients.slowest
         self.report.checked[SERVE] = clients.counts["200"]
 
@@ -264,10 +282,15 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="gavamoe-chaos-"))
     only = options.only.split(",") if options.only else ()
-    report = Chaos(folder, options.seed, options.minutes, lambda text: print(text, flush=True), only).run()
-    options.report.write_text(json.dumps(report.as_json(), indent=2) + "\n")
-    print(json.dumps(report.as_json(), indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was seen until then is reported
+    chaos = Chaos(folder, options.seed, options.minutes, lambda text: print(text, flush=True), only)
+    try:
+        chaos.run()
+    finally:
+        told = json.dumps(chaos.report.as_json(), indent=2)
+        options.report.write_text(told + "\n")
+        print(told)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Attempt:
     """A command that has ended."""
 
     code: int
-    """Exit code; negative: the signal that ended it; None is not kept: a command that hangs is killed."""
+    """Exit code; negative: the signal that ended it. One that hangs is killed."""
     shown: list[str]
     """Lines of its standard error."""
     seconds: float
@@ -69,8 +69,9 @@ class Command:
         self.folder, self._log = folder, log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                arguments, env=environment, stdout=subprocess.DEVNULL, stderr=out, start_new_session=True
-            )
+                arguments, env=environment, stdout=subprocess.DEVNULL, stderr=out, start_new_session=True,
+                preexec_fn=heed_ctrl_c,
+            )  # fmt: skip
         self._began = time.monotonic()
         self.times: list[float] = []
         self.peak = 0
@@ -101,6 +102,15 @@ class Command:
                 self._processes.setdefault(process.pid, process)
         return [process for process in self._processes.values() if _lives(process)]
 
+    def kill(self) -> None:
+        """End it and its processes, if they live."""
+        for process in self.descendants():
+            with suppress(psutil.Error):
+                process.kill()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
     def end(self, limit: float, *, struck: bool) -> Attempt:
         """Wait for the command's end and that of its processes."""
         hung = False
@@ -121,6 +131,20 @@ class Command:
                 process.kill()
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         return Attempt(self.process.returncode, lines, seconds, struck, hung, told, self.times, self.peak)
+
+
+def heed_ctrl_c() -> None:
+    """For a child before its program starts: shells have what runs in their background ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _listens(pid: int) -> bool:
+    """Whether a command has begun and not ended: outside of that SIGTERM is the system's matter, SIGINT Python's."""
+    with suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+    return False
 
 
 def _lives(process: psutil.Process) -> bool:
@@ -151,7 +175,7 @@ def run(
         if due is not None and time.monotonic() >= due:
             if strike(command, str(fault), draw):
                 return command.end(DEADLINE if fault == KILL_WORKER else ENDS_WITHIN, struck=True)
-            due = time.monotonic() + 0.2  # no worker yet
+            due = time.monotonic() + (0.2 if fault == KILL_WORKER else 0)  # none yet; or the command has not begun
         time.sleep(pause)
     attempt = command.end(1.0, struck=False)
     attempt.struck = fault == DISK and attempt.code != 0
@@ -161,7 +185,7 @@ def run(
 def strike(command: Command, fault: str, draw: random.Random) -> bool:
     """Send the fault's signal; False where there is nothing to send it to."""
     processes = command.descendants()
-    if command.process.poll() is not None:
+    if command.process.poll() is not None or (fault in (TERM, INT) and not _listens(command.process.pid)):
         return False
     if fault == KILL_WORKER:
         workers = [process for process in processes if _is_worker(process)]

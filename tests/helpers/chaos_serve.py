@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from .chaos_faults import heed_ctrl_c
 from .chaos_work import Base, first_difference
 from .cli import command
 from .ports import free_port
@@ -79,6 +80,11 @@ class Clients:
             self.expected[number] = self._ask(path, body, time.monotonic() + 120)
         for thread in self._threads:
             thread.start()
+
+    def told(self) -> list[str]:
+        """What was wrong since the last call."""
+        told, self.problems = self.problems, []
+        return told
 
     def stop(self) -> None:
         self._stop.set()
@@ -157,6 +163,7 @@ class Service:
                 self.process = subprocess.Popen(
                     command("serve", self.run, *ports, "--settings", self.settings),
                     env=self.base.environment, stdout=out, stderr=out, start_new_session=True,
+                    preexec_fn=heed_ctrl_c,
                 )  # fmt: skip
             end = time.monotonic() + AWAY
             while time.monotonic() < end and self.process.poll() is None:

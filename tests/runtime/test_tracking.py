@@ -1,6 +1,7 @@
 """A run's log and its copies in TensorBoard and MLflow: a restart takes lines back everywhere."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,33 @@ def test_a_restart_takes_lines_back_everywhere(tmp_path: Path) -> None:
     with RunLog(tmp_path, "stage1", RuntimeConfig(), None, keep=False):
         pass
     assert (tmp_path / "logs" / "stage1.jsonl").read_text() == ""
+
+
+def add_many(record: RunLog) -> None:
+    """More lines than TensorBoard keeps in memory."""
+    for step in range(2, 2000):
+        record.add({"phase": "p", "step": step, "loss": 1.0})
+
+
+def test_a_full_disk_under_tensorboard_is_an_error_of_the_log_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a thread of its own, whose traceback once stood above the training's one line."""
+    told = list[threading.ExceptHookArgs]()
+    monkeypatch.setattr(threading, "excepthook", told.append)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with RunLog(tmp_path, "stage1", RuntimeConfig(), None, keep=False) as record:
+        record.add({"phase": "p", "step": 1, "loss": 1.0})
+        monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+        with pytest.raises(OSError, match="No space left"):
+            add_many(record)
+        other = threading.Thread(target=full)
+        other.start()
+        other.join()
+    assert [type(each.thread) for each in told] == [threading.Thread], "of other threads it is told"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The study: what is drawn, told and remembered, also by a process that comes after a killed one."""
 
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import optuna
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
 from gavamoe.config.schema import RunConfig
+from gavamoe.errors import RunError
 from gavamoe.tune.report import markdown_table, table_rows, trials_table, write_results
 from gavamoe.tune.space import Space, parse_space
-from gavamoe.tune.study import Study, storage_url
+from gavamoe.tune.study import Study, full_disk_told, storage_url
 
 BETA = {"type": "float", "low": 0.0, "high": 1.0}
 K = {"type": "int", "low": 2, "high": 5}
@@ -235,3 +238,19 @@ def test_the_storage_is_what_optuna_opens(searched: tuple[Path, Study, Space]) -
     loaded = optuna.load_study(study_name="s", storage=storage_url(folder))
     assert loaded.best_value == pytest.approx(0.5)
     assert loaded.metric_names == ["stage1.rmse"]
+
+
+def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was called damage, for which another folder was advised."""
+    full = sqlite3.OperationalError("database or disk is full")
+
+    def create(**_: object) -> None:
+        raise StorageInternalError("An exception is raised during the commit.") from full
+
+    monkeypatch.setattr(optuna, "create_study", create)
+    with pytest.raises(RunError, match=r"study.db: cannot be written: no space is left; make room, then .*--resume"):
+        open_study(tmp_path, space())
+    with pytest.raises(RunError, match="no space is left"), full_disk_told(tmp_path):
+        raise RuntimeError("a callback failed") from full
+    with pytest.raises(RuntimeError, match="something else"), full_disk_told(tmp_path):
+        raise RuntimeError("something else")
