@@ -45,7 +45,11 @@ app = typer.Typer(
 
 _INTERRUPTED, _TERMINATED = 130, 143
 """Exit codes after Ctrl-C and SIGTERM, as shells have them."""
-_GO_ON = "--resume continues a training, a search or a comparison"
+_AGAIN_S = 0.1
+_GO_ON = dict.fromkeys(("train", "tune", "ablate"), "; --resume continues") | {
+    "quickstart": "; the same command continues"
+}
+"""How to go on with a command that was ended; the others begin anew."""
 _WRONG_PATHS = (
     errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS,
 )  # fmt: skip
@@ -91,7 +95,8 @@ def main() -> None:
     terminated = False
 
     def end() -> None:
-        print(f"{'terminated' if terminated else 'interrupted'}; {_GO_ON}", file=sys.stderr)
+        way_on = _GO_ON.get(sys.argv[1] if len(sys.argv) > 1 else "", "")
+        print(f"{'terminated' if terminated else 'interrupted'}{way_on}", file=sys.stderr)
         sys.exit(_TERMINATED if terminated else _INTERRUPTED)
 
     def on_sigterm(number: int, frame: object) -> None:
@@ -100,7 +105,7 @@ def main() -> None:
         raise KeyboardInterrupt
 
     try:
-        with _sigterm(on_sigterm):
+        with _sigterm(on_sigterm), _lost_interrupts_repeated():
             try:
                 app(prog_name="gavamoe")
             finally:
@@ -129,6 +134,25 @@ def main() -> None:
             raise
         print(f"error: {type(error).__name__}: {printable(str(error))} (--debug shows where)", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def _lost_interrupts_repeated() -> Iterator[None]:
+    """Press Ctrl-C again where Python could only report it, while the block runs: what a signal raises in a destructor
+    or in a callback of fork() ("Exception ignored in ...") goes no further, and the command would go on."""
+    before = sys.unraisablehook
+
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager

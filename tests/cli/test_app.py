@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,29 @@ def test_signals_end_a_command_in_one_line(
     assert (result.code, result.err.count("\n")) == (code, 1), result.err
     assert result.err.startswith(word)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class Doomed:
+    """Is sent Ctrl-C while its destructor runs, where Python ignores exceptions."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_that_python_ignores_comes_again(
+    gavamoe: Runner, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once met in tune: it came in a callback of fork(), and the search went on."""
+    slept = []
+
+    def describe(dataset: object) -> None:
+        Doomed()
+        slept.append(time.sleep(20))
+
+    monkeypatch.setattr("gavamoe.data.describe.describe", describe)
+    result = gavamoe("data", "describe", tiny_dataset)
+    assert (result.code, slept) == (130, [])
+    assert result.err.startswith("interrupted")
 
 
 def test_ctrl_c_while_the_command_is_imported_is_one_line() -> None:

@@ -159,8 +159,6 @@ def print_search(result: SearchResult, *, as_json: bool) -> None:
         console.print(f"best: {trial_line(result.best, result.space)}", markup=False, soft_wrap=True)
         console.print(f"its config: {result.folder / 'best.yaml'}", markup=False, soft_wrap=True)
     console.print(f"study: optuna-dashboard {storage_url(result.folder)}", markup=False, soft_wrap=True)
-    if result.interrupted:
-        console.print("interrupted; --resume goes on where it was", markup=False)
 
 
 def left_out_line(result: SearchResult) -> str:
