@@ -106,7 +106,6 @@ def test_result_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         "its config: /runs/s/best.yaml",
         "trained in full, on the test split",
         "optuna-dashboard sqlite:////runs/s/study.db",
-        "--resume",
     ):
         assert part in said
     assert "Pareto" not in said
