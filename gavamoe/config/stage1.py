@@ -27,8 +27,12 @@ class Stage1Config(Section):
     dropout: Rate = 0.1
     """Dropout rate in encoder and decoder."""
     likelihood: Literal["auto", "categorical", "bernoulli", "gaussian"] = "auto"
-    """Distribution p(x|z) of a pair's rating. auto: categorical over a small rating scale, Gaussian over any other,
-    Bernoulli (Eq. 7) for data without ratings."""
+    """Distribution p(x|z) of a pair's rating. auto: Gaussian, and Bernoulli (Eq. 7) for data without ratings;
+    categorical: over the values of a small rating scale."""
+    rating_biases: bool = True
+    """Whether the Gaussian likelihood's mean starts from how far user and item rate above or below the mean, fitted in
+    closed form and shrunk by how little is known of each; the latent then explains the rest. false: the latent has to
+    carry that too (the paper's)."""
     negatives: PositiveInt = 4
     """Unobserved items sampled per observed pair and epoch; only used for data without ratings."""
     unknown_id_rate: Rate = 0.05

@@ -6,6 +6,7 @@
     validation       held-out scores, guards against collapse
     pair_stream      the order of pairs, negatives, id dropout
     mixture_init     fitting the mixture to the latents
+    rating_biases    what user and item say of a rating by themselves
     spectral_init    spectral initialization of the embeddings
     sparse_adam      Adam that touches only the rows of a batch
     routes           pair -> cluster and responsibilities

@@ -67,7 +67,7 @@ def _route_batches(model: VaeGmm, user: np.ndarray, item: np.ndarray, batch_size
             item_B = torch.tensor(item[start : start + batch_size], device=device)
             mu_BL, _ = model.encode(user_B, item_B)
             gamma_BK = model.responsibilities(mu_BL)
-            rating_B = model.expected_rating(model.decode(mu_BL)).float()
+            rating_B = model.expected_rating(model.decode(mu_BL, model.bias(user_B, item_B))).float()
             yield Routes(
                 gamma_BK.argmax(dim=-1).to(torch.int16).cpu().numpy(),
                 gamma_BK.cpu().numpy(),

@@ -4,7 +4,7 @@ From small random embeddings the interaction of users with items is a saddle tha
 network memorizes pairs; the singular vectors of the residuals of a user + item bias model show it at once.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import scipy.sparse.linalg  # type: ignore[import-untyped]  # comes with scikit-
 import torch
 
 from gavamoe.stage1.pair_stream import Pairs
+from gavamoe.stage1.rating_biases import RatingBiases, Stream, fit_biases
 from gavamoe.stage1.vae_gmm import VaeGmm
 
 MAX_COMPONENTS = 16
@@ -20,9 +21,6 @@ SCALE = 3.0
 """Standard deviation of the strongest component in the embeddings. It is far above the random part, since the
 encoder's first layer norm sees only directions, and large enough that the user's own embedding stays visible in the
 latent (docs/stage1.md)."""
-_SHRINKAGE = 5.0
-"""Shrinkage of the biases: each user and item counts as if it had this many more ratings, all equal to the mean."""
-_BIAS_ROUNDS = 3
 _NO_SPREAD = 1e-6
 _POWER_ITERATIONS = 7
 _OVERSAMPLES = 10
@@ -37,10 +35,6 @@ class Spectral(NamedTuple):
     """Coordinates of the items: (I, 1 + R)."""
 
 
-Stream = Callable[[], Iterable[Pairs]]
-"""Called for each pass over the training pairs; yields them a batch at a time."""
-
-
 def spectral_coordinates(pairs: Stream, n_users: int, n_items: int, components: int, seed: int) -> Spectral | None:
     """Coordinates from the residual ratings, each row and column scaled by its count (plus the mean count).
 
@@ -50,7 +44,7 @@ def spectral_coordinates(pairs: Stream, n_users: int, n_items: int, components: 
     components = min(components, n_users - 1, n_items - 1)
     if components < 1:
         return None
-    biases = _fit_biases(pairs, n_users, n_items)
+    biases = _biases(pairs, n_users, n_items)
     matrix = _Residuals(pairs, biases)
     left, singular, right = _singular_vectors(matrix, components + 1, seed)
     kept = (singular - singular[-1])[:-1]
@@ -74,72 +68,36 @@ def init_embeddings(model: VaeGmm, pairs: Stream, seed: int) -> bool:
     return True
 
 
-class _Biases(NamedTuple):
-    """A user + item bias model in standard deviations of the rating.
-
-    Implicit data have no rating to explain: residuals are 1 and the biases are activity and popularity.
-    """
-
-    user: np.ndarray
-    """Bias of each user: (U,)."""
-    item: np.ndarray
-    """Bias of each item: (I,)."""
-    user_count: np.ndarray
-    """Number of each user's pairs: (U,)."""
-    item_count: np.ndarray
-    """Number of each item's pairs: (I,)."""
-    mean: float
-    """Mean rating."""
-    spread: float
-    """Standard deviation of the ratings; 0 for implicit data."""
-
-    def rating(self, pairs: Pairs) -> np.ndarray:
-        """Standardized ratings, float64 (N,)."""
-        return (pairs.rating.astype(np.float64) - self.mean) / self.spread
-
-    def residual(self, pairs: Pairs) -> np.ndarray:
-        """Residuals of the bias model: float64 (N,)."""
-        if not self.spread:
-            return np.ones(pairs.size)
-        return self.rating(pairs) - self.user[pairs.user] - self.item[pairs.item]
+def _biases(pairs: Stream, n_users: int, n_items: int) -> RatingBiases:
+    """The bias model in standard deviations of the rating; without ratings, the logarithm of activity and popularity,
+    with a noise of 0."""
+    found = fit_biases(pairs, n_users, n_items)
+    if found.noise > _NO_SPREAD:
+        spread = found.noise**0.5
+        return found._replace(user=found.user / spread, item=found.item / spread)
+    activity, popularity = np.log1p(found.user_count), np.log1p(found.item_count)
+    return found._replace(user=activity - activity.mean(), item=popularity - popularity.mean(), noise=0.0)
 
 
-def _fit_biases(pairs: Stream, n_users: int, n_items: int) -> _Biases:
-    user_count, item_count, moments = np.zeros(n_users), np.zeros(n_items), np.zeros(3)
-    for batch in pairs():
-        user_count += np.bincount(batch.user, minlength=n_users)
-        item_count += np.bincount(batch.item, minlength=n_items)
-        rating = batch.rating.astype(np.float64)
-        moments += np.array([batch.size, rating.sum(), rating @ rating])
-    mean = moments[1] / moments[0]
-    spread = np.sqrt(max(moments[2] / moments[0] - mean**2, 0.0))
-    if spread < _NO_SPREAD:
-        activity, popularity = np.log1p(user_count), np.log1p(item_count)
-        user, item = activity - activity.mean(), popularity - popularity.mean()
-        return _Biases(user, item, user_count, item_count, mean, spread=0.0)
-    biases = _Biases(np.zeros(n_users), np.zeros(n_items), user_count, item_count, mean, spread)
-    for _ in range(_BIAS_ROUNDS):
-        item_sum, user_sum = np.zeros(n_items), np.zeros(n_users)
-        for batch in pairs():
-            item_sum += np.bincount(batch.item, biases.rating(batch) - biases.user[batch.user], n_items)
-        biases = biases._replace(item=item_sum / (item_count + _SHRINKAGE))
-        for batch in pairs():
-            user_sum += np.bincount(batch.user, biases.rating(batch) - biases.item[batch.item], n_users)
-        biases = biases._replace(user=user_sum / (user_count + _SHRINKAGE))
-    return biases
+def _residual(biases: RatingBiases, pairs: Pairs) -> np.ndarray:
+    """What the bias model leaves of the ratings, standardized: float64 (N,); 1 without ratings."""
+    if not biases.noise:
+        return np.ones(pairs.size)
+    standardized: np.ndarray = (pairs.rating - biases.mean) / biases.noise**0.5
+    return standardized - biases.user[pairs.user] - biases.item[pairs.item]
 
 
 class _Residuals(scipy.sparse.linalg.LinearOperator):
     """The matrix of scaled residuals, (U, I), of which one batch of pairs is in memory."""
 
-    def __init__(self, pairs: Stream, biases: _Biases) -> None:
+    def __init__(self, pairs: Stream, biases: RatingBiases) -> None:
         super().__init__(np.float64, (len(biases.user), len(biases.item)))
         self._pairs, self._biases = pairs, biases
         self.user_scale, self.item_scale = (_degree_scale(count) for count in (biases.user_count, biases.item_count))
 
     def _blocks(self) -> Iterator[scipy.sparse.csr_matrix]:
         for batch in self._pairs():
-            values = self._biases.residual(batch) * self.user_scale[batch.user] * self.item_scale[batch.item]
+            values = _residual(self._biases, batch) * self.user_scale[batch.user] * self.item_scale[batch.item]
             yield scipy.sparse.csr_matrix((values, (batch.user, batch.item)), shape=self.shape)
 
     def _matmat(self, columns: np.ndarray) -> np.ndarray:

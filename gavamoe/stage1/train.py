@@ -64,6 +64,7 @@ def _final_metrics(trainer: Trainer, routes: Path) -> dict[str, Any]:
     shares = train.pairs_K / train.pairs_K.sum()
     metrics["cluster_shares"] = shares.tolist()
     metrics["smallest_cluster_share"] = float(shares.min())
+    metrics["interaction_scale"] = trainer.interaction_scale
     metrics["epochs"] = trainer.epoch
     metrics["best_epoch"] = trainer.best["epoch"]
     metrics["steps"] = trainer.step

@@ -22,6 +22,7 @@ from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.context import Context
 from gavamoe.stage1.mixture_init import SAMPLE, UserClusters, cluster_users, fit_pairs, mixture_of_users
 from gavamoe.stage1.pair_stream import Epoch, Pairs, PairSource, global_batches, worker_slices
+from gavamoe.stage1.rating_biases import fit_biases, shrink_interaction
 from gavamoe.stage1.sparse_adam import GradientSum, RowAdam, clip_gradients
 from gavamoe.stage1.spectral_init import init_embeddings
 from gavamoe.stage1.vae_gmm import Likelihood, VaeGmm
@@ -61,9 +62,9 @@ def rating_model(config: Stage1Config, dataset: Dataset) -> tuple[Likelihood, tu
         )
     if wanted == "bernoulli":
         return "bernoulli", ends
-    if scale is None or wanted == "gaussian":
-        return "gaussian", ends
-    return "categorical", scale
+    if wanted == "categorical" and scale is not None:
+        return "categorical", scale
+    return "gaussian", ends
 
 
 class Trainer:
@@ -77,8 +78,12 @@ class Trainer:
         )
         self.held_out = self.source.held_out("valid")
         self.model = build_model(config, dataset)
-        if stage1.embedding_init == "spectral" and context.rank == 0 and context.resume_from is None:
-            init_embeddings(self.model, self.source.observed, config.seed)
+        if context.rank == 0 and context.resume_from is None:
+            if self.model.user_bias is not None:
+                biases = fit_biases(self.source.observed, self.model.n_users, self.model.n_items)
+                self.model.set_biases(biases.mean, biases.user, biases.item)
+            if stage1.embedding_init == "spectral":
+                init_embeddings(self.model, self.source.observed, config.seed)
         self.model.to(context.device)
         self._share_parameters()
         self._make_optimizers()
@@ -89,6 +94,8 @@ class Trainer:
         self.step = 0
         self.best: dict[str, Any] = {"loss": float("inf"), "epoch": -1, "model": None}
         self.history: list[dict[str, Any]] = []
+        self.interaction_scale = 1.0
+        """What the decoder's part of the ratings was multiplied by at the end, see `shrink_interaction`."""
 
     @property
     def total_epochs(self) -> int:
@@ -109,6 +116,7 @@ class Trainer:
             self._train_epoch()
             self._after_epoch()
         self.model.load_state_dict(self.best["model"])
+        self.interaction_scale = shrink_interaction(self.model, self.held_out, self.context.device)
 
     def _make_optimizers(self) -> None:
         config, model = self.config, self.model
@@ -116,7 +124,7 @@ class Trainer:
         model.user_embedding.sparse = model.item_embedding.sparse = True
         mixture = list(model.prior.parameters())
         others = {id(parameter) for parameter in self.tables + mixture}
-        network = [parameter for parameter in model.parameters() if id(parameter) not in others]
+        network = [each for each in model.parameters() if each.requires_grad and id(each) not in others]
         self.dense = network + mixture
         self.sum_gradients = GradientSum(self.dense, self.tables)
         groups = [
@@ -150,18 +158,19 @@ class Trainer:
         local = slices[self.context.rank]
         user_B, item_B, rating_B = (torch.tensor(column, device=self.context.device) for column in pairs.take(local))
         mu_BL, log_var_BL = self.model.encode(user_B, item_B)
+        bias_B = self.model.bias(user_B, item_B)
         # Slices may differ by a pair, so losses are summed over a slice and divided by the size of the GLOBAL batch:
         # the sum of the workers' gradients is then the gradient of the mean, on any number of workers.
         share = 1 / (rows.stop - rows.start)
         if beta is None:
             # Pretraining: a plain autoencoder, at z = mu and without a prior.
-            loss = -self.model.log_likelihood(self.model.decode(mu_BL), rating_B).sum() * share
+            loss = -self.model.log_likelihood(self.model.decode(mu_BL, bias_B), rating_B).sum() * share
             parts = {"loss": loss.detach()}
         else:
             # The noise was drawn for the global batch: a pair has the same sample of z whichever worker computes it.
             local_noise_BL = noise_BL[local.start - rows.start : local.stop - rows.start].to(self.context.device)
             z_BL = self.model.sample(mu_BL, log_var_BL, local_noise_BL)
-            terms = self.model.pair_elbo(mu_BL, log_var_BL, z_BL, rating_B, beta)
+            terms = self.model.pair_elbo(mu_BL, log_var_BL, z_BL, bias_B, rating_B, beta)
             loss = terms.loss.sum() * share
             parts = {name: value.detach().sum() * share for name, value in terms._asdict().items()}
             if self.user_clusters is not None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -191,7 +192,8 @@ class VaeGmm(nn.Module):
     Args:
         n_users, n_items: numbers of known ids; the tables have one row more, the last, for all unknown ids.
         likelihood: p(x|z). categorical: over `rating_values`. bernoulli: of the rating's position between the ends of
-            `rating_values`, (0, 1) for implicit data. gaussian: of the rating, with a learned noise.
+            `rating_values`, (0, 1) for implicit data. gaussian: of the rating, with a learned noise, around the
+            decoder's output plus the pair's bias (`config.rating_biases`).
         rating_values: the rating scale in ascending order, or its two ends.
     """
 
@@ -220,6 +222,10 @@ class VaeGmm(nn.Module):
         # with a dimension: DeepSpeed sends parameters viewed as bytes, which torch refuses for a 0-dimensional tensor
         self.log_noise = nn.Parameter(torch.zeros(1)) if likelihood == "gaussian" else None
         self.register_load_state_dict_pre_hook(_widen_noise)
+        # Parameters, so that every engine keeps and saves them, but none that a gradient changes.
+        biased = config.rating_biases and likelihood == "gaussian"
+        self.user_bias = _frozen(n_users + 1) if biased else None
+        self.item_bias = _frozen(n_items + 1) if biased else None
         self.prior = MixturePrior(config.clusters, config.latent_size)
         self.register_buffer("rating_scale", torch.tensor(self.rating_values), persistent=False)
 
@@ -235,8 +241,8 @@ class VaeGmm(nn.Module):
 
     @classmethod
     def from_spec(cls, spec: dict[str, Any]) -> "VaeGmm":
-        """Rebuild a model, with fresh weights, from `to_spec`'s value."""
-        return cls(**{**spec, "config": Stage1Config.model_validate(spec["config"])})
+        """Rebuild a model, with fresh weights, from `to_spec`'s value; one of a version before biases has none."""
+        return cls(**{**spec, "config": Stage1Config.model_validate({"rating_biases": False} | spec["config"])})
 
     def embed(self, user_B: Tensor, item_B: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of both tables, (B, E) each; indices at or above the known counts take the unknown row."""
@@ -256,17 +262,42 @@ class VaeGmm(nn.Module):
         """gamma (Eq. 8): (B, K) float32, rows sum to 1."""
         return self.log_responsibilities(z_BL).exp()
 
-    def decode(self, z_BL: Tensor) -> Tensor:
-        """The likelihood's parameters (Eq. 3): (B, R) logits, or for gaussian the mean on a scale of -1 to 1."""
+    def bias(self, user_B: Tensor, item_B: Tensor) -> Tensor | None:
+        """What the ids alone say of the rating, (B,), on the decoder's scale of -1 to 1; None for a model without."""
+        if self.user_bias is None or self.item_bias is None:
+            return None
+        user_bias_B = self.user_bias[user_B.long().clamp(max=self.n_users)]
+        return user_bias_B + self.item_bias[item_B.long().clamp(max=self.n_items)]
+
+    @torch.no_grad()
+    def set_biases(self, mean: float, user_U: np.ndarray, item_I: np.ndarray) -> None:
+        """Take over a user + item bias model in rating units; unknown users and items have an effect of 0."""
+        assert self.user_bias is not None
+        assert self.item_bias is not None
+        low, high = self.rating_values[0], self.rating_values[-1]
+        middle, half = (low + high) / 2, (high - low) / 2
+        # The mean stands with the users: a pair adds one of each.
+        self.user_bias.copy_(torch.from_numpy((np.append(user_U, 0.0) + mean - middle) / half))
+        self.item_bias.copy_(torch.from_numpy(np.append(item_I, 0.0) / half))
+
+    def decode(self, z_BL: Tensor, bias_B: Tensor | None) -> Tensor:
+        """The likelihood's parameters (Eq. 3): (B, R) logits, or for gaussian the mean on a scale of -1 to 1.
+
+        Args:
+            bias_B: the pairs' `bias`; None: what the latent alone says.
+        """
         output_BR: Tensor = self.decoder(z_BL)
-        return output_BR
+        return output_BR if bias_B is None else output_BR + bias_B.unsqueeze(-1)
 
     def predict_rating(self, user_B: Tensor, item_B: Tensor) -> Tensor:
         """Expected rating at z = mu, (B,); the probability of interaction for implicit data."""
-        return self.expected_rating(self.decode(self.encode(user_B, item_B)[0]))
+        return self.expected_rating(self.decode(self.encode(user_B, item_B)[0], self.bias(user_B, item_B)))
 
     def expected_rating(self, output_BR: Tensor) -> Tensor:
-        """Mean of p(x|z) in rating units, (B,), from the decoder's output."""
+        """Mean of p(x|z) in rating units, (B,), from the decoder's output; never off the scale."""
+        return self._mean(output_BR).clamp(self.rating_values[0], self.rating_values[-1])
+
+    def _mean(self, output_BR: Tensor) -> Tensor:
         if self.likelihood == "categorical":
             return output_BR.softmax(dim=-1) @ self.rating_scale
         low, high = self.rating_values[0], self.rating_values[-1]
@@ -284,19 +315,27 @@ class VaeGmm(nn.Module):
             return -F.binary_cross_entropy_with_logits(output_BR[:, 0], target_B, reduction="none")
         assert self.log_noise is not None
         log_var = bounded(self.log_noise, LOG_VAR_BOUND)
-        error_B = rating_B - self.expected_rating(output_BR)
+        error_B = rating_B - self._mean(output_BR)
         return -0.5 * (LOG_2PI + log_var + error_B.square() * torch.exp(-log_var))
 
     def sample(self, mu_BL: Tensor, log_var_BL: Tensor, noise_BL: Tensor) -> Tensor:
         """z of Eq. 2 for standard normal noise."""
         return mu_BL + noise_BL * torch.exp(0.5 * log_var_BL)
 
-    def pair_elbo(self, mu_BL: Tensor, log_var_BL: Tensor, z_BL: Tensor, rating_B: Tensor, beta: float) -> ElboTerms:
-        """The bound of every pair (Eq. 15, 16) from its q(z|x) and one sample z of it.
+    def pair_elbo(
+        self,
+        mu_BL: Tensor,
+        log_var_BL: Tensor,
+        z_BL: Tensor,
+        bias_B: Tensor | None,
+        rating_B: Tensor,
+        beta: float,
+    ) -> ElboTerms:
+        """The bound of every pair (Eq. 15, 16) from its q(z|x), one sample z of it, and its `bias`.
 
         q(c|x) is the responsibilities at z, as in VaDE; given it, all but the reconstruction is in closed form.
         """
-        reconstruction_B = self.log_likelihood(self.decode(z_BL), rating_B)
+        reconstruction_B = self.log_likelihood(self.decode(z_BL, bias_B), rating_B)
         log_gamma_BK = self.log_responsibilities(z_BL)
         gamma_BK = log_gamma_BK.exp()
         log_p_z_B = (gamma_BK * self.prior.expected_log_density(mu_BL, log_var_BL)).sum(dim=-1)
@@ -314,7 +353,7 @@ class VaeGmm(nn.Module):
         mu_BL, log_var_BL = self.encode(user_B, item_B)
         noise_BL = torch.randn(mu_BL.shape, generator=generator, device=mu_BL.device)
         z_BL = self.sample(mu_BL, log_var_BL, noise_BL)
-        return self.pair_elbo(mu_BL, log_var_BL, z_BL, rating_B, beta).mean()
+        return self.pair_elbo(mu_BL, log_var_BL, z_BL, self.bias(user_B, item_B), rating_B, beta).mean()
 
 
 def _widen_noise(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
@@ -327,6 +366,10 @@ def _widen_noise(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: o
 def bounded(value: Tensor, bound: float) -> Tensor:
     """`value` near zero, bent smoothly to stay within +-bound, so that no gradient is cut off."""
     return bound * torch.tanh(value / bound)
+
+
+def _frozen(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(size), requires_grad=False)
 
 
 def _embedding(rows: int, size: int) -> nn.Embedding:

@@ -93,8 +93,9 @@ class _Sums:
         mu_BL, log_var_BL = model.encode(user_B, item_B)
         noise_BL = torch.randn(mu_BL.shape, generator=torch.Generator().manual_seed(index)).to(device)
         z_BL = model.sample(mu_BL, log_var_BL, noise_BL)
-        terms = model.pair_elbo(mu_BL, log_var_BL, z_BL, rating_B, beta)
-        error_B = model.expected_rating(model.decode(mu_BL)) - rating_B
+        bias_B = model.bias(user_B, item_B)
+        terms = model.pair_elbo(mu_BL, log_var_BL, z_BL, bias_B, rating_B, beta)
+        error_B = model.expected_rating(model.decode(mu_BL, bias_B)) - rating_B
         scalars = [*terms, error_B.square(), error_B.abs(), rating_B, rating_B.square()]
         cluster_B = model.log_responsibilities(mu_BL).argmax(dim=-1)
         vectors = [

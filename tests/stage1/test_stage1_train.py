@@ -161,7 +161,7 @@ def test_learning_rates_fall_linearly_over_all_epochs(tiny_dataset: Path) -> Non
 
 def test_the_best_state_is_the_one_kept(tiny_dataset: Path, tmp_path: Path) -> None:
     """So many epochs that the model overfits: the artifact holds the one with the best validation ELBO."""
-    config = tiny_stage1(seed=1, learning_rate=0.02, epochs=30)
+    config = tiny_stage1(seed=1, learning_rate=0.02, epochs=30, likelihood="categorical")
     metrics = train_stage1(config, tiny_dataset, tmp_path / "stage1", LocalContext())
     elbos = {row["epoch"]: row["elbo"] for row in metrics["history"] if row["phase"] == "elbo"}
     assert metrics["best_epoch"] == max(elbos, key=lambda epoch: elbos[epoch])

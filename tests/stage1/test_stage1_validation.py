@@ -68,8 +68,8 @@ def test_validation_does_not_depend_on_the_workers(tiny_dataset: Path) -> None:
 
 def test_likelihood_follows_the_data(tiny_dataset: Path, implicit_dataset: Path) -> None:
     rated, implicit = open_dataset(tiny_dataset), open_dataset(implicit_dataset)
-    assert rating_model(tiny_stage1().stage1, rated) == ("categorical", (1, 2, 3, 4, 5))
-    assert rating_model(tiny_stage1(likelihood="gaussian").stage1, rated) == ("gaussian", (1, 5))
+    assert rating_model(tiny_stage1().stage1, rated) == ("gaussian", (1, 5))
+    assert rating_model(tiny_stage1(likelihood="categorical").stage1, rated) == ("categorical", (1, 2, 3, 4, 5))
     assert rating_model(tiny_stage1(likelihood="bernoulli").stage1, rated) == ("bernoulli", (1, 5))
     assert rating_model(tiny_stage1().stage1, implicit) == ("bernoulli", (0, 1))
     with pytest.raises(InputError, match=r"stage1\.likelihood: categorical needs ratings"):

@@ -54,7 +54,7 @@ def test_terms_equal_monte_carlo(latent_size: int) -> None:
     mu = torch.randn(1, latent_size, generator=generator, dtype=torch.double) * 0.5
     log_var = torch.randn(1, latent_size, generator=generator, dtype=torch.double) * 0.3 - 1
     anchor = model.sample(mu, log_var, torch.randn(mu.shape, generator=generator, dtype=torch.double))
-    terms = model.pair_elbo(mu, log_var, anchor, torch.tensor([4.0], dtype=torch.double), beta=1.0)
+    terms = model.pair_elbo(mu, log_var, anchor, None, torch.tensor([4.0], dtype=torch.double), beta=1.0)
 
     noise = torch.randn(SAMPLES, latent_size, generator=generator, dtype=torch.double)
     z = mu + noise * (0.5 * log_var).exp()
@@ -80,8 +80,8 @@ def test_reconstruction_equals_monte_carlo(likelihood: Likelihood, values: tuple
     with torch.no_grad():
         z = model.sample(mu, log_var, ours)
         wide = mu.expand_as(z), log_var.expand_as(z)
-        found = model.pair_elbo(*wide, z, rating.expand(SAMPLES), 1.0).reconstruction
-        output = model.decode(mu + theirs)
+        found = model.pair_elbo(*wide, z, None, rating.expand(SAMPLES), 1.0).reconstruction
+        output = model.decode(mu + theirs, None)
         if likelihood == "categorical":
             expected = torch.distributions.Categorical(logits=output).log_prob(torch.tensor(len(values) - 1))
         else:
@@ -107,7 +107,7 @@ def test_one_component_gives_the_gaussian_kl() -> None:
         model.prior.means.zero_()
         model.prior.raw_log_variances.zero_()
     mu, log_var = model.encode(*some_pairs()[:2])
-    terms = model.pair_elbo(mu, log_var, mu, some_pairs()[2], beta=0.5)
+    terms = model.pair_elbo(mu, log_var, mu, None, some_pairs()[2], beta=0.5)
     expected = 0.5 * (mu.square() + log_var.exp() - log_var - 1).sum(-1)
     torch.testing.assert_close(terms.kl, expected)
     torch.testing.assert_close(terms.loss, 0.5 * expected - terms.reconstruction)
@@ -123,7 +123,9 @@ def test_bound_is_below_the_evidence() -> None:
         for row in range(6):
             noise = torch.randn(20_000, 4, generator=generator)
             z = model.sample(mu[row], log_var[row], noise)
-            bound = model.pair_elbo(mu[row].expand_as(z), log_var[row].expand_as(z), z, rating[row].expand(20_000), 1.0)
+            bound = model.pair_elbo(
+                mu[row].expand_as(z), log_var[row].expand_as(z), z, None, rating[row].expand(20_000), 1.0
+            )
             log_joint = bound.reconstruction + (model.prior.log_weights + model.prior.log_density(z)).logsumexp(-1)
             log_q = torch.distributions.Normal(mu[row], (0.5 * log_var[row]).exp()).log_prob(z).sum(-1)
             evidence = (log_joint - log_q).logsumexp(0) - math.log(20_000)
@@ -135,7 +137,7 @@ def test_likelihoods_are_distributions_with_the_predicted_mean() -> None:
     categorical, bernoulli = small_model(), small_model("bernoulli", (0.0, 1.0))
     with torch.no_grad():
         for model, values in ((categorical, STARS), (bernoulli, (0.0, 1.0))):
-            output = model.decode(model.encode(user, item)[0])
+            output = model.decode(model.encode(user, item)[0], None)
             log_p = torch.stack([model.log_likelihood(output, torch.full((12,), value)) for value in values], dim=1)
             torch.testing.assert_close(log_p.exp().sum(1), torch.ones(12))
             torch.testing.assert_close(log_p.exp() @ torch.tensor(values), model.predict_rating(user, item))
@@ -147,7 +149,9 @@ def test_gaussian_likelihood_is_a_density_around_the_prediction() -> None:
     with torch.no_grad():
         assert model.log_noise is not None
         model.log_noise.fill_(0.7)
-        output = model.decode(model.encode(user, item)[0])
+        assert model.item_bias is not None
+        model.item_bias.uniform_(-0.2, 0.2)
+        output = model.decode(model.encode(user, item)[0], model.bias(user, item))
         grid = torch.linspace(-20, 30, 5001)
         density = model.log_likelihood(output.expand(5001, 1), grid).exp()
         assert torch.trapezoid(density, grid).item() == pytest.approx(1, abs=1e-4)
@@ -294,7 +298,8 @@ def test_elbo_is_repeatable_from_a_generator() -> None:
 def test_every_parameter_gets_a_gradient(likelihood: Likelihood) -> None:
     model = small_model(likelihood)
     model.elbo(*some_pairs(), 0.1, torch.Generator().manual_seed(0)).loss.backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    trained = [(name, p) for name, p in model.named_parameters() if not name.endswith("_bias")]
+    without = [name for name, p in trained if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
 
 
