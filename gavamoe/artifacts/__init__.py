@@ -12,4 +12,5 @@ remote        datasets and runs at s3:// and other URIs: staged here, committed 
 copying       a dataset or run copied between folders and URIs, verified
 home          the user's home folder, for caches and tokens
 object_store  requests to the storage, with retries
+stage1_cache  one training of stage 1 shared between runs that agree in all that it reads
 """

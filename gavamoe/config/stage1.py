@@ -69,6 +69,11 @@ class Stage1Config(Section):
     user_agreement: NonNegative = 1.0
     """Weight of KL(q(c|u) || gamma): how strongly a pair's responsibilities (Eq. 8) follow its user's cluster, so that
     clusters are of users. 0: the bound alone (the paper's), and the mixture is fitted to pairs, not to users."""
+    word_evidence: NonNegative = 100.0
+    """Number of a user's words that count as evidence of the user's cluster, beside ratings; further ones lower the
+    weight of each. 0: ratings alone decide (the paper's)."""
+    vocabulary: PositiveInt = 1000
+    """Number of words and punctuation marks, the most frequent of the training texts, that are such evidence."""
     mixture_restarts: PositiveInt = 4
     """Number of fits of the Gaussian mixture from different starts, of which the likeliest is taken."""
     patience: Count = 0

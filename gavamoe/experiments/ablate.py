@@ -16,6 +16,7 @@ from typing import Any
 from gavamoe.artifacts.files import write_folder
 from gavamoe.artifacts.manifest import MANIFEST, Manifest, read_manifest
 from gavamoe.artifacts.run import RunFolder, claim_run
+from gavamoe.artifacts.stage1_cache import STAGE1_CACHE, cached_stage1, stage1_key
 from gavamoe.config.files import override_config, translate_former
 from gavamoe.config.schema import RunConfig, Stage1Config
 from gavamoe.data.dataset import Dataset, open_dataset
@@ -30,7 +31,6 @@ from gavamoe.report.latent_map import plot_latents
 from gavamoe.runtime.progress import NoProgress, Progress
 from gavamoe.runtime.ray_train import Line, ray_session
 from gavamoe.stage1.artifact import load_stage1
-from gavamoe.stage1.cache import STAGE1_CACHE, cached_stage1, stage1_key
 
 
 @dataclass(frozen=True)

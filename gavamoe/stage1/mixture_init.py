@@ -11,17 +11,25 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from gavamoe.config.schema import Stage1Config
 from gavamoe.errors import InputError
+from gavamoe.stage1.user_words import UserWords
 
 SAMPLE = 20_000
 """Users, or pairs, that a mixture is fitted to, at most."""
 _MAX_ITERATIONS = 300
 _LEAST_SHARE = 1e-6
+_START_SHARE = 0.8
+"""Share with which a user starts in the cluster of its words."""
+_LEAST_VARIANCE = 1e-3
+"""Least variance of a cluster, in variances of all users."""
+_TOLERANCE = 1e-5
+"""Gain of log-likelihood per user, in nats, below which the mixture is as good as it gets."""
 
 
 class Mixture(NamedTuple):
@@ -38,8 +46,10 @@ def fit_pairs(mu_NL: np.ndarray, config: Stage1Config, seed: int) -> Mixture:
     return Mixture(fitted.weights_, fitted.means_, fitted.covariances_)
 
 
-def cluster_users(embedding_UE: np.ndarray, config: Stage1Config, seed: int) -> np.ndarray:
-    """Each user's cluster shares, (U, K), by a mixture fitted to the users' embeddings.
+def cluster_users(
+    embedding_UE: np.ndarray, config: Stage1Config, seed: int, words: UserWords | None = None
+) -> np.ndarray:
+    """Each user's cluster shares, (U, K), by a mixture fitted to the users' embeddings and, if given, words.
 
     K clusters lie in at most K - 1 directions; the embeddings are reduced to that many, and two at least.
     """
@@ -47,7 +57,32 @@ def cluster_users(embedding_UE: np.ndarray, config: Stage1Config, seed: int) -> 
     kept = min(max(config.clusters - 1, 2), size, users)
     points = PCA(kept, svd_solver="covariance_eigh").fit_transform(embedding_UE.astype(np.float64))
     sample = np.random.default_rng([seed, 2]).permutation(users)[:SAMPLE]
-    return _fit(points[np.sort(sample)], config, seed).predict_proba(points)
+    by_ratings = _fit(points[np.sort(sample)], config, seed).predict_proba(points)
+    if words is None:
+        return by_ratings
+    coordinates = words.coordinates(seed)
+    starts = [by_ratings]
+    for restart in range(config.mixture_restarts):
+        labels = KMeans(config.clusters, n_init=1, random_state=seed + restart).fit_predict(coordinates)
+        starts.append(_START_SHARE * np.eye(config.clusters)[labels] + (1 - _START_SHARE) / config.clusters)
+    found = [_em(points, words, shares_UK, config.word_evidence) for shares_UK in starts]
+    return max(found, key=lambda each: each[0])[1]
+
+
+def _em(points_UD: np.ndarray, words: UserWords, shares_UK: np.ndarray, cap: float) -> tuple[float, np.ndarray]:
+    """Expectation-maximization of a mixture over points and words, from given shares: log-likelihood and shares."""
+    likelihood = -np.inf
+    for _ in range(_MAX_ITERATIONS):
+        mixture = mixture_of_users(points_UD, np.arange(len(points_UD)), shares_UK)
+        variances_KD = mixture.variances_KL + _LEAST_VARIANCE * points_UD.var(axis=0)
+        distance_UKD = (points_UD[:, None] - mixture.means_KL) ** 2 / variances_KD
+        log_UK = -0.5 * (distance_UKD + np.log(2 * np.pi * variances_KD)).sum(axis=-1)
+        log_UK += np.log(mixture.weights_K) + words.evidence_UK(words.rates_KV(shares_UK), cap)
+        total_U = np.logaddexp.reduce(log_UK, axis=1)
+        shares_UK, before, likelihood = np.exp(log_UK - total_U[:, None]), likelihood, float(total_U.mean())
+        if likelihood - before < _TOLERANCE:
+            break
+    return likelihood, shares_UK
 
 
 def mixture_of_users(mu_NL: np.ndarray, user_N: np.ndarray, shares_UK: np.ndarray) -> Mixture:
@@ -63,10 +98,13 @@ class UserClusters:
     """q(c|u): the cluster distribution that all training pairs of a user share.
 
     An epoch gathers each user's evidence; `update` makes it the posterior of a cluster drawn once per user,
-    q(c|u) ~ pi_c * exp(sum over the user's pairs of E[log p(z|c)]). The unknown user has the users' mean.
+    q(c|u) ~ pi_c * exp(sum over the user's pairs of E[log p(z|c)] + the evidence of the user's words). The unknown user
+    has the users' mean.
     """
 
-    def __init__(self, shares_UK: np.ndarray) -> None:
+    def __init__(self, shares_UK: np.ndarray, words: UserWords | None = None, cap: float = 0.0) -> None:
+        """`cap`: how many of a user's words count, see `user_words`."""
+        self._words, self._cap = words, cap
         self.log_q = self._with_unknown(torch.from_numpy(shares_UK).clamp_min(_LEAST_SHARE).log())
         """log q(c|u) of every known user and of the unknown one: (U + 1, K) float32."""
         self._evidence = torch.zeros_like(self.log_q, dtype=torch.float64)
@@ -87,7 +125,11 @@ class UserClusters:
             shared = evidence.to(device)
             dist.all_reduce(shared)
             evidence = shared.cpu()
-        log_q_UK = (log_weights_K.detach().double().cpu() + evidence[:-1]).log_softmax(dim=-1)
+        evidence_UK = evidence[:-1]
+        if self._words is not None:
+            rates_KV = self._words.rates_KV(self.log_q[:-1].exp().double().numpy())
+            evidence_UK = evidence_UK + torch.from_numpy(self._words.evidence_UK(rates_KV, self._cap))
+        log_q_UK = (log_weights_K.detach().double().cpu() + evidence_UK).log_softmax(dim=-1)
         self.log_q = self._with_unknown(log_q_UK.clamp_min(np.log(_LEAST_SHARE)))
         self._evidence.zero_()
 

@@ -20,6 +20,7 @@ from gavamoe.stage1.artifact import save_vae_gmm
 from gavamoe.stage1.pair_stream import BUCKET_PAIRS, PairFile, Pairs
 from gavamoe.stage1.routes import ROUTES_FILE, route_pairs, training_routes, user_group_ari, write_routes
 from gavamoe.stage1.trainer import Trainer, from_rank_0
+from gavamoe.stage1.user_words import UserWords, effective, information
 from gavamoe.stage1.validation import validate
 
 _SCORE_STEPS = 2**20
@@ -64,6 +65,8 @@ def _final_metrics(trainer: Trainer, routes: Path) -> dict[str, Any]:
     shares = train.pairs_K / train.pairs_K.sum()
     metrics["cluster_shares"] = shares.tolist()
     metrics["smallest_cluster_share"] = float(shares.min())
+    metrics["effective_clusters"] = effective(shares)
+    metrics["information"] = _information(trainer, train.user_means_UK.argmax(axis=1))
     metrics["interaction_scale"] = trainer.interaction_scale
     metrics["epochs"] = trainer.epoch
     metrics["best_epoch"] = trainer.best["epoch"]
@@ -75,6 +78,14 @@ def _final_metrics(trainer: Trainer, routes: Path) -> dict[str, Any]:
         metrics["user_ari"] = user_group_ari(train.user_means_UK, groups, trainer.run_config.seed)
     metrics["history"] = trainer.history
     return metrics
+
+
+def _information(trainer: Trainer, home_U: np.ndarray) -> dict[str, Any] | None:
+    """What the users' clusters tell of held-out texts; None without texts, or with one cluster."""
+    trained = trainer.words or UserWords.read(trainer.dataset, trainer.config.vocabulary)
+    held_out = trained.of_splits(trainer.dataset, SPLITS[1:])
+    found = information(trained, held_out, home_U, trainer.config.clusters, trainer.run_config.seed)
+    return None if found is None else found._asdict()
 
 
 def _split_metrics(trainer: Trainer, pairs: PairFile) -> dict[str, Any]:

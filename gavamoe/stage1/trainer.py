@@ -25,6 +25,7 @@ from gavamoe.stage1.pair_stream import Epoch, Pairs, PairSource, global_batches,
 from gavamoe.stage1.rating_biases import fit_biases, shrink_interaction
 from gavamoe.stage1.sparse_adam import GradientSum, RowAdam, clip_gradients
 from gavamoe.stage1.spectral_init import init_embeddings
+from gavamoe.stage1.user_words import UserWords
 from gavamoe.stage1.vae_gmm import Likelihood, VaeGmm
 from gavamoe.stage1.validation import Validation, collapse_warnings, validate
 
@@ -77,6 +78,7 @@ class Trainer:
             dataset, negatives=stage1.negatives, unknown_rate=stage1.unknown_id_rate, seed=config.seed
         )
         self.held_out = self.source.held_out("valid")
+        self.words = UserWords.read(dataset, stage1.vocabulary) if stage1.word_evidence else None
         self.model = build_model(config, dataset)
         if context.rank == 0 and context.resume_from is None:
             if self.model.user_bias is not None:
@@ -232,7 +234,10 @@ class Trainer:
             return
         shares = from_rank_0(self.context, self._fit_mixture)["user_shares"]
         self._share_parameters()
-        self.user_clusters = UserClusters(shares) if shares is not None else None
+        self.user_clusters = self._user_clusters(shares) if shares is not None else None
+
+    def _user_clusters(self, shares_UK: np.ndarray) -> UserClusters:
+        return UserClusters(shares_UK, self.words, self.config.word_evidence)
 
     def _fit_mixture(self) -> dict[str, Any]:
         """Set the prior; returns the users' cluster shares (known users, K), None without `user_agreement`."""
@@ -241,7 +246,7 @@ class Trainer:
         mu_NL, var_NL = self._latents(sample)
         shares = None
         if config.user_agreement:
-            shares = cluster_users(self.model.user_embedding.weight[:-1].cpu().numpy(), config, seed)
+            shares = cluster_users(self.model.user_embedding.weight[:-1].cpu().numpy(), config, seed, self.words)
             mixture = mixture_of_users(mu_NL, sample.user, shares)
         else:
             mixture = fit_pairs(mu_NL, config, seed)
@@ -331,7 +336,7 @@ class Trainer:
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.history = state["best"], state["history"]
         if state["user_clusters"] is not None:
-            self.user_clusters = UserClusters(state["user_clusters"][:-1].exp().double().cpu().numpy())
+            self.user_clusters = self._user_clusters(state["user_clusters"][:-1].exp().double().cpu().numpy())
             self.user_clusters.log_q = state["user_clusters"].cpu()
 
 

@@ -21,12 +21,12 @@ from typing import IO, Any
 
 from gavamoe.artifacts.files import read_json, write_file, write_folder, write_json
 from gavamoe.artifacts.run import RunFolder
+from gavamoe.artifacts.stage1_cache import STAGE1_CACHE, cached_stage1, stage1_key
 from gavamoe.config.files import override_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import RunError
 from gavamoe.runtime.context import Metrics
 from gavamoe.runtime.ray_train import run_training
-from gavamoe.stage1.cache import STAGE1_CACHE, cached_stage1, stage1_key
 from gavamoe.tune.checks import trial_config
 from gavamoe.tune.metrics import curve_value, stage1_values, stage2_values, text_values
 from gavamoe.tune.space import Space, Values

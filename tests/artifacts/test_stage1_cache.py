@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from gavamoe.artifacts.stage1_cache import cached_stage1, stage1_key
 from gavamoe.config.files import parse_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import RunError
-from gavamoe.stage1.cache import cached_stage1, stage1_key
 
 
 def test_key_changes_with_what_stage1_reads_and_with_nothing_else() -> None:
