@@ -47,9 +47,14 @@ def fit_pairs(mu_NL: np.ndarray, config: Stage1Config, seed: int) -> Mixture:
 
 
 def cluster_users(
-    embedding_UE: np.ndarray, config: Stage1Config, seed: int, words: UserWords | None = None
+    embedding_UE: np.ndarray,
+    config: Stage1Config,
+    seed: int,
+    words: UserWords | None = None,
+    rating_weight: float = 1.0,
 ) -> np.ndarray:
-    """Each user's cluster shares, (U, K), by a mixture fitted to the users' embeddings and, if given, words.
+    """Each user's cluster shares, (U, K), by a mixture fitted to the users' embeddings and, if given, words, beside
+    which the embeddings' log density has a weight of `rating_weight`.
 
     K clusters lie in at most K - 1 directions; the embeddings are reduced to that many, and two at least.
     """
@@ -65,18 +70,20 @@ def cluster_users(
     for restart in range(config.mixture_restarts):
         labels = KMeans(config.clusters, n_init=1, random_state=seed + restart).fit_predict(coordinates)
         starts.append(_START_SHARE * np.eye(config.clusters)[labels] + (1 - _START_SHARE) / config.clusters)
-    found = [_em(points, words, shares_UK, config.word_evidence) for shares_UK in starts]
+    found = [_em(points, rating_weight, words, shares_UK, config.word_evidence) for shares_UK in starts]
     return max(found, key=lambda each: each[0])[1]
 
 
-def _em(points_UD: np.ndarray, words: UserWords, shares_UK: np.ndarray, cap: float) -> tuple[float, np.ndarray]:
+def _em(
+    points_UD: np.ndarray, weight: float, words: UserWords, shares_UK: np.ndarray, cap: float
+) -> tuple[float, np.ndarray]:
     """Expectation-maximization of a mixture over points and words, from given shares: log-likelihood and shares."""
     likelihood = -np.inf
     for _ in range(_MAX_ITERATIONS):
         mixture = mixture_of_users(points_UD, np.arange(len(points_UD)), shares_UK)
         variances_KD = mixture.variances_KL + _LEAST_VARIANCE * points_UD.var(axis=0)
         distance_UKD = (points_UD[:, None] - mixture.means_KL) ** 2 / variances_KD
-        log_UK = -0.5 * (distance_UKD + np.log(2 * np.pi * variances_KD)).sum(axis=-1)
+        log_UK = -0.5 * weight * (distance_UKD + np.log(2 * np.pi * variances_KD)).sum(axis=-1)
         log_UK += np.log(mixture.weights_K) + words.evidence_UK(words.rates_KV(shares_UK), cap)
         total_U = np.logaddexp.reduce(log_UK, axis=1)
         shares_UK, before, likelihood = np.exp(log_UK - total_U[:, None]), likelihood, float(total_U.mean())
@@ -98,13 +105,15 @@ class UserClusters:
     """q(c|u): the cluster distribution that all training pairs of a user share.
 
     An epoch gathers each user's evidence; `update` makes it the posterior of a cluster drawn once per user,
-    q(c|u) ~ pi_c * exp(sum over the user's pairs of E[log p(z|c)] + the evidence of the user's words). The unknown user
-    has the users' mean.
+    q(c|u) ~ pi_c * exp(w * sum over the user's pairs of E[log p(z|c)] + the evidence of the user's words). The unknown
+    user has the users' mean.
     """
 
-    def __init__(self, shares_UK: np.ndarray, words: UserWords | None = None, cap: float = 0.0) -> None:
-        """`cap`: how many of a user's words count, see `user_words`."""
-        self._words, self._cap = words, cap
+    def __init__(
+        self, shares_UK: np.ndarray, words: UserWords | None = None, cap: float = 0.0, rating_weight: float = 1.0
+    ) -> None:
+        """`cap`: how many of a user's words count, see `user_words`; `rating_weight`: w."""
+        self._words, self._cap, self.rating_weight = words, cap, rating_weight
         self.log_q = self._with_unknown(torch.from_numpy(shares_UK).clamp_min(_LEAST_SHARE).log())
         """log q(c|u) of every known user and of the unknown one: (U + 1, K) float32."""
         self._evidence = torch.zeros_like(self.log_q, dtype=torch.float64)
@@ -125,7 +134,7 @@ class UserClusters:
             shared = evidence.to(device)
             dist.all_reduce(shared)
             evidence = shared.cpu()
-        evidence_UK = evidence[:-1]
+        evidence_UK = self.rating_weight * evidence[:-1]
         if self._words is not None:
             rates_KV = self._words.rates_KV(self.log_q[:-1].exp().double().numpy())
             evidence_UK = evidence_UK + torch.from_numpy(self._words.evidence_UK(rates_KV, self._cap))

@@ -232,27 +232,47 @@ class Trainer:
         """Fit the mixture to the pretrained model on rank 0, and give it to every rank."""
         if self.config.mixture_init == "random":
             return
-        shares = from_rank_0(self.context, self._fit_mixture)["user_shares"]
+        found = from_rank_0(self.context, self._fit_mixture)
         self._share_parameters()
-        self.user_clusters = self._user_clusters(shares) if shares is not None else None
+        self.user_clusters = None if found["user_shares"] is None else self._user_clusters(**found)
 
-    def _user_clusters(self, shares_UK: np.ndarray) -> UserClusters:
-        return UserClusters(shares_UK, self.words, self.config.word_evidence)
+    def _user_clusters(self, user_shares: np.ndarray, rating_weight: float) -> UserClusters:
+        return UserClusters(user_shares, self.words, self.config.word_evidence, rating_weight)
 
     def _fit_mixture(self) -> dict[str, Any]:
         """Set the prior; returns the users' cluster shares (known users, K), None without `user_agreement`."""
         config, seed = self.config, self.run_config.seed
         sample = self.source.sample(SAMPLE, np.random.default_rng([seed, 1]))
         mu_NL, var_NL = self._latents(sample)
-        shares = None
+        shares, weight = None, self._rating_weight()
         if config.user_agreement:
-            shares = cluster_users(self.model.user_embedding.weight[:-1].cpu().numpy(), config, seed, self.words)
+            table_UE = self.model.user_embedding.weight[:-1].cpu().numpy()
+            shares = cluster_users(table_UE, config, seed, self.words, weight)
             mixture = mixture_of_users(mu_NL, sample.user, shares)
         else:
             mixture = fit_pairs(mu_NL, config, seed)
         variances_KL = mixture.variances_KL + var_NL.mean(axis=0)
         self.model.prior.set(*map(torch.from_numpy, (mixture.weights_K, mixture.means_KL, variances_KL)))
-        return {"user_shares": shares}
+        return {"user_shares": shares, "rating_weight": weight}
+
+    def _rating_weight(self) -> float:
+        """How much ratings count as evidence of users' clusters beside words: the nats that a user's latents add to what
+        is known of held-out ratings, over those that a cluster is worth; at most 1, and 1 without words or held-out pairs.
+
+        Densities of embeddings have no such measure in themselves: where ratings hold no taste, they tell outliers apart.
+        """
+        if self.words is None or not self.held_out.size or self.config.clusters < 2:
+            return 1.0
+        pairs = self.held_out.take(slice(0, SAMPLE))
+        user_N, item_N, rating_N = (torch.tensor(column, device=self.context.device) for column in pairs)
+        other_N = user_N[torch.randperm(len(user_N), generator=torch.Generator().manual_seed(self.run_config.seed))]
+        bias_N = self.model.bias(user_N, item_N)
+        own, other = (
+            self.model.log_likelihood(self.model.decode(self.model.encode(users_N, item_N)[0], bias_N), rating_N).mean()
+            for users_N in (user_N, other_N)
+        )
+        pairs_per_user = self.source.size / self.model.n_users
+        return min(1.0, max(0.0, float(own - other)) * pairs_per_user / np.log(self.config.clusters))
 
     def _latents(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
         """Means and variances of q(z|x), float64 (N, L) each."""
@@ -314,6 +334,7 @@ class Trainer:
             "best": self.best,
             "history": self.history,
             "user_clusters": None if self.user_clusters is None else self.user_clusters.log_q,
+            "rating_weight": None if self.user_clusters is None else self.user_clusters.rating_weight,
         }
 
     def restore(self, folder: Path) -> None:
@@ -336,7 +357,8 @@ class Trainer:
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.history = state["best"], state["history"]
         if state["user_clusters"] is not None:
-            self.user_clusters = self._user_clusters(state["user_clusters"][:-1].exp().double().cpu().numpy())
+            shares_UK = state["user_clusters"][:-1].exp().double().cpu().numpy()
+            self.user_clusters = self._user_clusters(shares_UK, state["rating_weight"])
             self.user_clusters.log_q = state["user_clusters"].cpu()
 
 
