@@ -68,6 +68,17 @@ def init_embeddings(model: VaeGmm, pairs: Stream, seed: int) -> bool:
     return True
 
 
+def add_clusters(model: VaeGmm, shares_UK: np.ndarray, seed: int) -> None:
+    """Add users' cluster shares to their embeddings, in K random directions: the encoder reads ids alone, and would
+    need many epochs to learn of each user what the user's words said at once. The unknown row stays where it is."""
+    square = (model.config.embedding_size,) * 2
+    directions_EE, _ = np.linalg.qr(np.random.default_rng([seed, 5]).normal(size=square))
+    added_UE = _standardized(shares_UK) @ directions_EE[: shares_UK.shape[1]]
+    with torch.no_grad():
+        table = model.user_embedding.weight
+        table[:-1] += torch.from_numpy(SCALE * added_UE).to(table)
+
+
 def _biases(pairs: Stream, n_users: int, n_items: int) -> RatingBiases:
     """The bias model in standard deviations of the rating; without ratings, the logarithm of activity and popularity,
     with a noise of 0."""

@@ -24,7 +24,7 @@ from gavamoe.stage1.mixture_init import SAMPLE, UserClusters, cluster_users, fit
 from gavamoe.stage1.pair_stream import Epoch, Pairs, PairSource, global_batches, worker_slices
 from gavamoe.stage1.rating_biases import fit_biases, shrink_interaction
 from gavamoe.stage1.sparse_adam import GradientSum, RowAdam, clip_gradients
-from gavamoe.stage1.spectral_init import init_embeddings
+from gavamoe.stage1.spectral_init import add_clusters, init_embeddings
 from gavamoe.stage1.user_words import UserWords
 from gavamoe.stage1.vae_gmm import Likelihood, VaeGmm
 from gavamoe.stage1.validation import Validation, collapse_warnings, validate
@@ -243,23 +243,22 @@ class Trainer:
         """Set the prior; returns the users' cluster shares (known users, K), None without `user_agreement`."""
         config, seed = self.config, self.run_config.seed
         sample = self.source.sample(SAMPLE, np.random.default_rng([seed, 1]))
-        mu_NL, var_NL = self._latents(sample)
         shares, weight = None, self._rating_weight()
         if config.user_agreement:
             table_UE = self.model.user_embedding.weight[:-1].cpu().numpy()
             shares = cluster_users(table_UE, config, seed, self.words, weight)
-            mixture = mixture_of_users(mu_NL, sample.user, shares)
-        else:
-            mixture = fit_pairs(mu_NL, config, seed)
+            if self.words is not None:
+                add_clusters(self.model, shares, seed)
+        mu_NL, var_NL = self._latents(sample)
+        mixture = fit_pairs(mu_NL, config, seed) if shares is None else mixture_of_users(mu_NL, sample.user, shares)
         variances_KL = mixture.variances_KL + var_NL.mean(axis=0)
         self.model.prior.set(*map(torch.from_numpy, (mixture.weights_K, mixture.means_KL, variances_KL)))
         return {"user_shares": shares, "rating_weight": weight}
 
     def _rating_weight(self) -> float:
         """How much ratings count as evidence of users' clusters beside words: the nats that a user's latents add to what
-        is known of held-out ratings, over those that a cluster is worth; at most 1, and 1 without words or held-out pairs.
-
-        Densities of embeddings have no such measure in themselves: where ratings hold no taste, they tell outliers apart.
+        is known of held-out ratings, over those that a cluster is worth; at most 1, and 1 without words or held-out
+        pairs. Densities of embeddings have no such measure: where ratings hold no taste, they tell outliers apart.
         """
         if self.words is None or not self.held_out.size or self.config.clusters < 2:
             return 1.0
