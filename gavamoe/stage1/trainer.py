@@ -256,7 +256,7 @@ class Trainer:
         return {"user_shares": shares, "rating_weight": weight}
 
     def _rating_weight(self) -> float:
-        """How much ratings count as evidence of users' clusters beside words: the nats that a user's latents add to what
+        """How much ratings count as evidence of users' clusters beside words: the nats that users' latents add to what
         is known of held-out ratings, over those that a cluster is worth; at most 1, and 1 without words or held-out
         pairs. Densities of embeddings have no such measure: where ratings hold no taste, they tell outliers apart.
         """
