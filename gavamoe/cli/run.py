@@ -65,18 +65,22 @@ def _catalog_of(run: "Run", dataset: Path | None) -> "tuple[Catalog, bool]":
 
 
 def _clusters(run: "Run", dataset: Path | None, *, as_json: bool) -> None:
+    from gavamoe.artifacts.files import read_json
+    from gavamoe.artifacts.run import METRICS_FILE
     from gavamoe.cli.output.explanation import print_clusters
     from gavamoe.report.latent_map import plot_latents
     from gavamoe.stage1.artifact import load_stage1
     from gavamoe.stage1.clusters import describe_clusters
     from gavamoe.stage1.routes import ROUTES_FILE, TrainingPairs
+    from gavamoe.stage1.user_words import ClusterWords
 
     model, _ = load_stage1(run.stage1)
     catalog, implicit = _catalog_of(run, dataset)
     pairs = TrainingPairs.read(run.stage1 / ROUTES_FILE, catalog.known_users)
-    clusters = describe_clusters(pairs, catalog, implicit=implicit)
+    words = ClusterWords.load(run.stage1, pairs.clusters)
+    clusters = describe_clusters(pairs, catalog, words, implicit=implicit)
     plot_latents(model, pairs, run.latent_map, seed=run.config.seed)
-    print_clusters(clusters, run.latent_map, as_json=as_json)
+    print_clusters(clusters, read_json(run.stage1 / METRICS_FILE), run.latent_map, as_json=as_json)
 
 
 def _sweep(run: "Run", counts: Sequence[int], dataset: Path | None, *, as_json: bool) -> None:

@@ -22,6 +22,7 @@ from gavamoe.evaluation.metrics_file import read_metrics
 from gavamoe.generation.artifact import CATALOG_FOLDER
 from gavamoe.stage1.clusters import describe_clusters
 from gavamoe.stage1.routes import ROUTES_FILE, TrainingPairs
+from gavamoe.stage1.user_words import ClusterWords
 
 MAX_PICTURE_BYTES = 8 * 2**20
 
@@ -43,7 +44,7 @@ class RunData:
     """Lines of logs/stage1.jsonl and logs/stage2.jsonl, where they are."""
 
     cluster_features: dict[int, list[str]]
-    """Features that set each cluster of the training pairs apart; empty for systems without stage 1."""
+    """Words and features that set each cluster of the training pairs apart; empty for systems without stage 1."""
     latent_map: str | None
     """clusters.png, as `gavamoe route` leaves it in the run folder, in base 64."""
 
@@ -105,8 +106,10 @@ def _cluster_features(folder: RunFolder) -> dict[int, list[str]]:
     if not (routes.is_file() and catalog_folder.is_dir()):
         return {}
     catalog = Catalog.load(catalog_folder)
-    described = describe_clusters(TrainingPairs.read(routes, catalog.known_users), catalog, implicit=True)
-    return {cluster.cluster: [trait.name for trait in cluster.features] for cluster in described}
+    pairs = TrainingPairs.read(routes, catalog.known_users)
+    words = ClusterWords.load(folder.stage1, pairs.clusters)
+    described = describe_clusters(pairs, catalog, words, implicit=True)
+    return {each.cluster: [trait.name for trait in (*each.words, *each.features)] for each in described}
 
 
 def _read_picture(path: Path) -> str | None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gavamoe.artifacts.files import write_folder
+from gavamoe.artifacts.files import read_json, write_folder
 from gavamoe.artifacts.manifest import MANIFEST, Manifest, read_manifest
-from gavamoe.artifacts.run import RunFolder, claim_run
+from gavamoe.artifacts.run import METRICS_FILE, RunFolder, claim_run
 from gavamoe.artifacts.stage1_cache import STAGE1_CACHE, cached_stage1, stage1_key
 from gavamoe.config.files import override_config, translate_former
 from gavamoe.config.schema import RunConfig, Stage1Config
@@ -31,6 +31,7 @@ from gavamoe.report.latent_map import plot_latents
 from gavamoe.runtime.progress import NoProgress, Progress
 from gavamoe.runtime.ray_train import Line, ray_session
 from gavamoe.stage1.artifact import load_stage1
+from gavamoe.stage1.validation import LEAST_CLUSTERS, idle_gates
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,23 @@ def _run(job: Job, dataset: Dataset, cache: Path, progress: Progress) -> None:
         write_evaluation(job.run.evaluation, result, job.config, inputs)
         return
     _share_stage1(job, dataset, cache, progress)
+    _check_gates(job)
     train_run(job.config, dataset.path, job.folder, resume=True, progress=progress)
     job.run.write_config(job.config)  # an earlier session may have evaluated it in another way
     progress.step("write and score texts")
     evaluate_run(job.folder, dataset=dataset.path, on_progress=progress.count)
+
+
+def _check_gates(job: Job) -> None:
+    """Refuse a comparison of gates of which all but one would never see a row.
+
+    Raises:
+        InputError: fewer than LEAST_CLUSTERS clusters in effect.
+    """
+    clusters, metrics = job.config.gates, read_json(job.run.stage1 / METRICS_FILE)
+    effective = metrics.get("effective_clusters")
+    if job.config.stage2.routes == "learned" and clusters > 1 and effective is not None and effective < LEAST_CLUSTERS:
+        raise InputError(f"{job.run.stage1}: {idle_gates(metrics, clusters)[0]}")
 
 
 def _peter(job: Job, dataset: Dataset, progress: Progress) -> Writer:

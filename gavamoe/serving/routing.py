@@ -21,6 +21,7 @@ from gavamoe.serving.schema import ClusterInfo, ServerInfo
 from gavamoe.stage1.clusters import describe_clusters
 from gavamoe.stage1.route_overrides import CONTROL_FILE
 from gavamoe.stage1.routes import ROUTES_FILE, TrainingPairs
+from gavamoe.stage1.user_words import ClusterWords
 
 CLUSTER_FEATURES = 6
 """Features by which a cluster is described to clients."""
@@ -133,14 +134,15 @@ class RoutingService:
     @cached_property
     def clusters(self) -> list[ClusterInfo]:
         """What tells each cluster apart; computed when first asked for."""
-        described = describe_clusters(
-            self.training, self.catalog, implicit=self._filler.spec.scale is None, top=CLUSTER_FEATURES
-        )
+        implicit = self._filler.spec.scale is None
+        words = ClusterWords.load(self._folder, self.training.clusters)
+        described = describe_clusters(self.training, self.catalog, words, implicit=implicit, top=CLUSTER_FEATURES)
         return [
             ClusterInfo(
                 cluster=cluster.cluster,
                 share=cluster.share,
                 mean_predicted_rating=cluster.mean_predicted_rating,
+                words=[trait.name for trait in cluster.words],
                 features=[trait.name for trait in cluster.features],
             )
             for cluster in described

@@ -194,6 +194,8 @@ class ClusterInfo(_Model):
     share: float
     """Share of all training pairs that go to it."""
     mean_predicted_rating: float | None
+    words: list[str]
+    """Words and punctuation marks that its users write, by lift; empty without texts."""
     features: list[str]
     """Usual features of its items, by lift: how much more frequent they are in it than overall."""
 

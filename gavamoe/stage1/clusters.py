@@ -1,7 +1,7 @@
 """What each cluster is, in words and numbers: the one description, for `gavamoe route`, the service and the report.
 
-It is made from the routes of the training pairs and the catalog alone, which a stage-2 artifact holds, so that nobody
-needs the dataset.
+It is made from the routes of the training pairs, the clusters' words and the catalog alone, which a stage-2 artifact
+holds, so that nobody needs the dataset.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gavamoe.data.catalog import Catalog
 from gavamoe.stage1.routes import TrainingPairs
+from gavamoe.stage1.user_words import ClusterWords
 
 _PRIOR_COUNT = 10.0
 """Occurrences, at the rate of the whole, added to each value's count, so that rare values don't lead the lists."""
@@ -39,6 +40,8 @@ class Cluster(BaseModel):
     """Known users whose mean responsibility is highest here."""
     mean_predicted_rating: float | None
     """None for a cluster without pairs."""
+    words: list[ClusterTrait]
+    """Words and punctuation marks that its users write, by lift; empty without texts."""
     features: list[ClusterTrait]
     """The usual features of its items, by lift."""
     items: list[ClusterTrait]
@@ -56,6 +59,7 @@ class Cluster(BaseModel):
             "pairs",
             "users",
             "mean predicted rating",
+            "words (lift)",
             "features (lift)",
             "items (lift)",
             "liked",
@@ -71,6 +75,7 @@ class Cluster(BaseModel):
             f"{self.pairs:,} ({self.share:.1%})",
             f"{self.users:,}",
             "" if rating is None else f"{rating:.2f}",
+            ", ".join(f"{trait.name} {trait.value:.2f}" for trait in self.words),
             ", ".join(f"{trait.name} {trait.value:.2f}" for trait in self.features),
             ", ".join(f"{trait.name} {trait.value:.2f}" for trait in self.items),
             ", ".join(f"{trait.name} {trait.value:+.2f}" for trait in self.liked),
@@ -79,10 +84,13 @@ class Cluster(BaseModel):
         )
 
 
-def describe_clusters(pairs: TrainingPairs, catalog: Catalog, *, implicit: bool, top: int = 5) -> list[Cluster]:
-    """Describe every cluster of the training pairs by its `top` features, items and users.
+def describe_clusters(
+    pairs: TrainingPairs, catalog: Catalog, words: ClusterWords | None, *, implicit: bool, top: int = 5
+) -> list[Cluster]:
+    """Describe every cluster of the training pairs by its `top` features, items and users, and twice as many words.
 
     Args:
+        words: the clusters' words, None where an artifact has none.
         implicit: the data have no ratings, so that nothing is liked or disliked.
     """
     names, count_KV, rating_KV = _features(pairs, catalog)
@@ -101,6 +109,7 @@ def describe_clusters(pairs: TrainingPairs, catalog: Catalog, *, implicit: bool,
                 share=float(share_K[cluster]),
                 users=int((home_U == cluster).sum()),
                 mean_predicted_rating=float(pairs.rating[inside].mean()) if inside.any() else None,
+                words=_words(words, cluster, 2 * top),
                 features=_leading(feature_lift_KV[cluster], names.__getitem__, top, above=1.0),
                 items=_leading(item_lift_KI[cluster], lambda item: _title(catalog, item), top, above=1.0),
                 liked=[] if implicit else _leading(gap_KV[cluster], names.__getitem__, top, above=0.0),
@@ -109,6 +118,12 @@ def describe_clusters(pairs: TrainingPairs, catalog: Catalog, *, implicit: bool,
             )
         )
     return described
+
+
+def _words(words: ClusterWords | None, cluster: int, top: int) -> list[ClusterTrait]:
+    if words is None:
+        return []
+    return _leading(words.lift_KV[cluster], words.vocabulary.__getitem__, top, above=1.0)
 
 
 def _title(catalog: Catalog, item: int) -> str:

@@ -20,8 +20,8 @@ from gavamoe.stage1.artifact import save_vae_gmm
 from gavamoe.stage1.pair_stream import BUCKET_PAIRS, PairFile, Pairs
 from gavamoe.stage1.routes import ROUTES_FILE, route_pairs, training_routes, user_group_ari, write_routes
 from gavamoe.stage1.trainer import Trainer, from_rank_0
-from gavamoe.stage1.user_words import UserWords, effective, information
-from gavamoe.stage1.validation import validate
+from gavamoe.stage1.user_words import ClusterWords, UserWords, effective, information
+from gavamoe.stage1.validation import idle_gates, validate
 
 _SCORE_STEPS = 2**20
 
@@ -47,26 +47,29 @@ def _write_artifact(trainer: Trainer, out: Path, started: float) -> dict[str, An
     with write_folder(out) as folder:
         save_vae_gmm(folder, trainer.model)
         write_routes(folder / ROUTES_FILE, trainer.dataset, trainer.model, trainer.context.device)
-        metrics = _final_metrics(trainer, folder / ROUTES_FILE)
+        metrics = _final_metrics(trainer, folder)
         metrics["seconds"] = time.perf_counter() - started
         write_json(folder / "metrics.json", metrics)
         write_manifest(folder, "stage1", trainer.run_config, {"dataset": trainer.dataset.fingerprint})
     return metrics
 
 
-def _final_metrics(trainer: Trainer, routes: Path) -> dict[str, Any]:
+def _final_metrics(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """The content of metrics.json; writes the clusters' words beside it."""
     dataset = trainer.dataset
     metrics: dict[str, Any] = {}
     for split in SPLITS[1:]:
         pairs = trainer.source.held_out(split)
         if pairs.size:
             metrics[split] = _split_metrics(trainer, pairs)
-    train = training_routes(dataset, routes)
+    train = training_routes(dataset, folder / ROUTES_FILE)
     shares = train.pairs_K / train.pairs_K.sum()
     metrics["cluster_shares"] = shares.tolist()
     metrics["smallest_cluster_share"] = float(shares.min())
     metrics["effective_clusters"] = effective(shares)
-    metrics["information"] = _information(trainer, train.user_means_UK.argmax(axis=1))
+    metrics["information"] = _information(trainer, train.user_means_UK.argmax(axis=1), folder)
+    for warning in idle_gates(metrics, trainer.config.clusters):
+        trainer.context.log({"phase": "stage1", "step": trainer.step, "epoch": trainer.epoch, "warning": warning})
     metrics["interaction_scale"] = trainer.interaction_scale
     metrics["epochs"] = trainer.epoch
     metrics["best_epoch"] = trainer.best["epoch"]
@@ -80,9 +83,13 @@ def _final_metrics(trainer: Trainer, routes: Path) -> dict[str, Any]:
     return metrics
 
 
-def _information(trainer: Trainer, home_U: np.ndarray) -> dict[str, Any] | None:
-    """What the users' clusters tell of held-out texts; None without texts, or with one cluster."""
+def _information(trainer: Trainer, home_U: np.ndarray, folder: Path) -> dict[str, Any] | None:
+    """Write the words of the users' clusters, and say what they tell of held-out texts; None without texts, or with one
+    cluster."""
     trained = trainer.words or UserWords.read(trainer.dataset, trainer.config.vocabulary)
+    if not trained.vocabulary:
+        return None
+    ClusterWords.of(trained, home_U, trainer.config.clusters).save(folder)
     held_out = trained.of_splits(trainer.dataset, SPLITS[1:])
     found = information(trained, held_out, home_U, trainer.config.clusters, trainer.run_config.seed)
     return None if found is None else found._asdict()

@@ -13,17 +13,25 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import scipy.sparse  # type: ignore[import-untyped]  # comes with scikit-learn, without stubs
 
+from gavamoe.artifacts.files import write_file
 from gavamoe.data.dataset import Dataset
+from gavamoe.errors import InputError, one_line
 
 PRIOR_WORDS = 300.0
 """m: occurrences at the rate of the whole that each cluster has beside its users' own."""
 _COORDINATES = 24
 _RANDOM_CLUSTERS, _RESAMPLES = 5, 500
+WORDS_FILE = "cluster_words.parquet"
+LITTLE = 0.02
+"""Nats a word that clusters should tell of texts: what is lost by dividing the rows among gates is about as much."""
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
@@ -101,6 +109,56 @@ class UserWords:
         weighted = scipy.sparse.diags(1 / np.maximum(length_U, 1e-9)) @ weighted
         kept = min(_COORDINATES + 1, *(size - 1 for size in weighted.shape))
         return np.asarray(TruncatedSVD(kept, random_state=seed).fit_transform(weighted)[:, 1:])
+
+
+@dataclass(frozen=True)
+class ClusterWords:
+    """How often users of K clusters write each of V words, as an artifact keeps it: no text, and nobody's counts."""
+
+    vocabulary: tuple[str, ...]
+    """The V words."""
+    rate_V: np.ndarray
+    """Each word's share of all users' words: float64 (V,)."""
+    rates_KV: np.ndarray
+    """phi: each word's share of a cluster's words, float64 (K, V)."""
+
+    @classmethod
+    def of(cls, words: UserWords, home_U: np.ndarray, clusters: int) -> "ClusterWords":
+        """The words of users by the cluster of each, `home_U` (U,)."""
+        return cls(words.vocabulary, words.rate_V, words.rates_KV(np.eye(clusters)[home_U]))
+
+    @property
+    def lift_KV(self) -> np.ndarray:
+        """How much more frequent each word is in a cluster than overall: (K, V)."""
+        return np.asarray(self.rates_KV / self.rate_V)
+
+    def save(self, folder: Path) -> None:
+        """Write an artifact's file."""
+        columns = [pa.array(self.vocabulary), pa.array(self.rate_V)]
+        names = ["word", "all", *(str(cluster) for cluster in range(len(self.rates_KV)))]
+        with write_file(Path(folder) / WORDS_FILE) as path:
+            pq.write_table(pa.table([*columns, *map(pa.array, self.rates_KV)], names=names), path, compression="zstd")
+
+    @classmethod
+    def load(cls, folder: Path, clusters: int) -> "ClusterWords | None":
+        """Read an artifact's; None for one without texts, or of a version that kept none.
+
+        Raises:
+            InputError: the file is damaged, or of another number of clusters.
+        """
+        path = Path(folder) / WORDS_FILE
+        if not path.is_file():
+            return None
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path}: can't be read ({one_line(error)})") from error
+        if table.column_names != ["word", "all", *map(str, range(clusters))]:
+            raise InputError(
+                f"{path}: columns {', '.join(table.column_names)[:80]}; expected those of {clusters} clusters"
+            )
+        rates_KV = np.stack([table[name].to_numpy() for name in table.column_names[2:]])
+        return cls(tuple(table["word"].to_pylist()), table["all"].to_numpy(), rates_KV)
 
 
 class Information(NamedTuple):

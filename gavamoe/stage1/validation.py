@@ -1,5 +1,6 @@
 """Stage 1's scores on held-out pairs, and the signs that its clusters or its latent have collapsed."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,11 +10,14 @@ from torch import Tensor
 
 from gavamoe.config.schema import Stage1Config
 from gavamoe.stage1.pair_stream import PairFile, Pairs
+from gavamoe.stage1.user_words import LITTLE
 from gavamoe.stage1.vae_gmm import ElboTerms, VaeGmm
 
 _BATCH_SIZE = 4096
 _ACTIVE_VARIANCE = 0.01
 """A latent dimension is active when the means of q(z|x) vary more than this over the pairs (Burda et al. 2015)."""
+LEAST_CLUSTERS = 1.5
+"""Effective clusters below which gates chosen by them can't be compared with one gate."""
 _MIN_KL = 0.1
 """Nats per pair; less means that q(z|x) is the prior, whatever the pair."""
 
@@ -120,6 +124,30 @@ class _Sums:
             active_dimensions=int((square_L - mean_L.square() > _ACTIVE_VARIANCE).sum()),
             pairs=count,
         )
+
+
+def idle_gates(metrics: Mapping[str, Any], clusters: int) -> list[str]:
+    """Why gates chosen by these clusters would have nothing to do, with the remedy; empty when they would.
+
+    Args:
+        metrics: stage 1's metrics.json, whose entries of today may be missing.
+        clusters: K.
+    """
+    found, told = metrics.get("effective_clusters"), metrics.get("information")
+    if clusters < 2 or found is None:
+        return []
+    if found < LEAST_CLUSTERS:
+        return [
+            f"{found:.2f} of {clusters} clusters in effect: nearly all pairs are in one, so that the other gates never"
+            " see a row; set stage1.clusters=1, or train on data whose users have more ratings and texts"
+        ]
+    if told is not None and told["nats"] < LITTLE:
+        return [
+            f"the clusters tell {max(told['nats'], 0):.3f} nats a word of held-out texts beyond clusters drawn at"
+            f" random, less than {LITTLE}: as far as such clusters can tell, these users don't differ in what they write,"
+            " and one gate would write as well; stage1.clusters=1 is the simpler choice"
+        ]
+    return []
 
 
 def collapse_warnings(validation: Validation, config: Stage1Config) -> list[str]:

@@ -19,7 +19,9 @@ from gavamoe.generation.authorship import SingleAuthors
 from gavamoe.generation.detokenize import clean_text
 from gavamoe.model.lora import merged_state
 from gavamoe.stage1.artifact import save_vae_gmm
-from gavamoe.stage1.routes import ROUTES_FILE, write_routes
+from gavamoe.stage1.rating_biases import shrink_interaction
+from gavamoe.stage1.routes import ROUTES_FILE, training_routes, write_routes
+from gavamoe.stage1.user_words import ClusterWords, UserWords
 from gavamoe.stage1.vae_gmm import VaeGmm
 from gavamoe.stage2.joint_model import EXPLAINER, VAE_GMM, part_of_state
 from gavamoe.stage2.setup import Setup
@@ -38,9 +40,11 @@ def write_artifact(
     with write_folder(out) as folder:
         setup.model.explainer.save_pretrained(folder, state_dict=explainer_state)
         setup.tokenizer.save_pretrained(folder)
-        save_vae_gmm(folder, vae_gmm)
         setup.data.catalog.save(folder / CATALOG_FOLDER)
+        shrink_interaction(vae_gmm, setup.pairs.held_out("valid"), "cpu")
+        save_vae_gmm(folder, vae_gmm)
         write_routes(folder / ROUTES_FILE, setup.data, vae_gmm)
+        _write_cluster_words(folder, config, setup)
         write_json(folder / PROMPT_FILE, setup.spec.model_dump(mode="json"))
         single_authors(setup).save(folder)
         write_json(folder / "metrics.json", metrics)
@@ -49,6 +53,13 @@ def write_artifact(
         (folder / "README.md").write_text(model_card(config, setup, metrics), encoding="utf-8")
         inputs = {"dataset": setup.data.fingerprint, "stage1": setup.stage1.fingerprint}
         write_manifest(folder, "stage2", config, inputs, {"parameters": setup.parameters})
+
+
+def _write_cluster_words(folder: Path, config: RunConfig, setup: Setup) -> None:
+    """The words of the clusters that stage 2 has made of stage 1's."""
+    words = UserWords.read(setup.data, config.stage1.vocabulary)
+    routes = training_routes(setup.data, folder / ROUTES_FILE)
+    ClusterWords.of(words, routes.user_means_UK.argmax(axis=1), len(routes.pairs_K)).save(folder)
 
 
 def single_authors(setup: Setup) -> SingleAuthors:

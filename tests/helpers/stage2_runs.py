@@ -23,8 +23,9 @@ from helpers.tiny import TWO_WORKERS, tiny
 
 FILES = [
     "README.md", "artifact.json", "catalog/catalog.json", "catalog/items.parquet", "catalog/users.parquet",
-    "config.json", "generation_config.json", "metrics.json", "model.safetensors", "prompt.json", "routes.parquet",
-    "single_author_texts.parquet", "tokenizer.json", "tokenizer_config.json", "vae_gmm.json", "vae_gmm.safetensors",
+    "cluster_words.parquet", "config.json", "generation_config.json", "metrics.json", "model.safetensors",
+    "prompt.json", "routes.parquet", "single_author_texts.parquet", "tokenizer.json", "tokenizer_config.json",
+    "vae_gmm.json", "vae_gmm.safetensors",
 ]  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def test_ari_of_perfect_random_and_constant_clusters() -> None:
 
 def test_clusters_add_up_and_lead_with_what_sets_them_apart(dataset: Dataset, routes_file: Path) -> None:
     pairs = TrainingPairs.read(routes_file, dataset.catalog.known_users)
-    clusters = describe_clusters(pairs, dataset.catalog, implicit=False)
+    clusters = describe_clusters(pairs, dataset.catalog, None, implicit=False)
     routes = read_routes(routes_file, "train")
     assert sum(one.pairs for one in clusters) == dataset.size("train")
     assert sum(one.users for one in clusters) == dataset.catalog.known_users
@@ -180,7 +180,7 @@ def test_clusters_add_up_and_lead_with_what_sets_them_apart(dataset: Dataset, ro
         assert all(feature.value < 0 for feature in one.disliked)
         assert len(one.row()) == 1 + len(one.labels())
         assert len(one.typical_users) == min(5, one.users)
-    assert not any(one.liked or one.disliked for one in describe_clusters(pairs, dataset.catalog, implicit=True))
+    assert not any(one.liked or one.disliked for one in describe_clusters(pairs, dataset.catalog, None, implicit=True))
 
 
 def test_a_planted_feature_is_found(dataset: Dataset) -> None:
@@ -192,7 +192,7 @@ def test_a_planted_feature_is_found(dataset: Dataset) -> None:
     order = np.argsort(arrays.user, kind="stable")
     means = mean_by_user(arrays.user, np.eye(2)[has.astype(int)], dataset.catalog.known_users)
     made = TrainingPairs(arrays.user[order], arrays.item[order], has[order].astype(np.int16), ratings[order], means)
-    without, within = describe_clusters(made, dataset.catalog, implicit=False)
+    without, within = describe_clusters(made, dataset.catalog, None, implicit=False)
     leaders = [one.name for one in within.features if one.value == within.features[0].value]
     assert word in leaders, "or another feature of exactly the same items"
     assert word not in [one.name for one in without.features]

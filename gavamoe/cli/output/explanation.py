@@ -1,6 +1,6 @@
 """What `gavamoe route` and `gavamoe explain` print: clusters, one pair's route, one explanation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,33 @@ if TYPE_CHECKING:  # torch takes seconds to import, and most commands need none
     from gavamoe.stage1.clusters import Cluster
 
 
-def print_clusters(clusters: "Sequence[Cluster]", picture: Path, *, as_json: bool) -> None:
-    """What each cluster is, and where its latent map lies."""
+def print_clusters(clusters: "Sequence[Cluster]", metrics: Mapping[str, Any], picture: Path, *, as_json: bool) -> None:
+    """What each cluster is, how many there are in effect, what they tell of texts, and where the latent map lies.
+
+    Args:
+        metrics: stage 1's metrics.json.
+    """
+    from gavamoe.stage1.validation import idle_gates
+
+    effective, told = metrics.get("effective_clusters"), metrics.get("information")
     if as_json:
-        print_json([cluster.model_dump(mode="json") for cluster in clusters])
+        described = [cluster.model_dump(mode="json") for cluster in clusters]
+        print_json({"clusters": described, "effective_clusters": effective, "information": told})
     for cluster in clusters:
         number, *cells = cluster.row()
         print_table(f"Cluster {number}", ["", ""], zip(cluster.labels(), cells, strict=True))
+    if effective is not None:
+        console.print(f"effective clusters: {effective:.2f} of {len(clusters)}", markup=False)
+    if told is not None:
+        low, high = told["interval"]
+        console.print(
+            f"they tell {told['nats']:.4f} nats a word ({low:.4f} to {high:.4f}) of held-out texts, beyond clusters"
+            f" drawn at random per user; {told['words']:,} words",
+            markup=False,
+            soft_wrap=True,
+        )
+    for problem in idle_gates(metrics, len(clusters)):
+        console.print(f"warning: {problem}", markup=False, soft_wrap=True)
     console.print(f"latent map: {picture}", markup=False, soft_wrap=True)
 
 
