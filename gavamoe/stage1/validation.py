@@ -144,8 +144,8 @@ def idle_gates(metrics: Mapping[str, Any], clusters: int) -> list[str]:
     if told is not None and told["nats"] < LITTLE:
         return [
             f"the clusters tell {max(told['nats'], 0):.3f} nats a word of held-out texts beyond clusters drawn at"
-            f" random, less than {LITTLE}: as far as such clusters can tell, these users don't differ in what they write,"
-            " and one gate would write as well; stage1.clusters=1 is the simpler choice"
+            f" random, less than {LITTLE}: as far as such clusters can tell, these users don't differ in what they"
+            " write, and one gate would write as well; stage1.clusters=1 is the simpler choice"
         ]
     return []
 
