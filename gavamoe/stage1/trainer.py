@@ -4,6 +4,7 @@ It runs as one of `context.world_size` workers. Every random choice is a functio
 epoch), so that a resumed run equals one that never stopped, and workers only share out the same global batches.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -271,7 +272,7 @@ class Trainer:
             for users_N in (user_N, other_N)
         )
         pairs_per_user = self.source.size / self.model.n_users
-        return min(1.0, max(0.0, float(own - other)) * pairs_per_user / np.log(self.config.clusters))
+        return min(1.0, max(0.0, float(own - other)) * pairs_per_user / math.log(self.config.clusters))
 
     def _latents(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
         """Means and variances of q(z|x), float64 (N, L) each."""

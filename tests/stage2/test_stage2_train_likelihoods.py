@@ -49,10 +49,10 @@ def datasets(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 
 @pytest.fixture(scope="module")
 def stage1s(datasets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Stage 1 of each dataset; its likelihood is the one that the ratings ask for."""
+    """Stage 1 of each dataset, with the likelihood of that name."""
     folder = tmp_path_factory.mktemp("stage1s")
     for likelihood, data in datasets.items():
-        train_stage1(tiny(), data, folder / likelihood, LocalContext())
+        train_stage1(tiny(f"stage1.likelihood={likelihood}"), data, folder / likelihood, LocalContext())
         assert json.loads((folder / likelihood / "vae_gmm.json").read_text())["likelihood"] == likelihood
     return {likelihood: folder / likelihood for likelihood in datasets}
 
