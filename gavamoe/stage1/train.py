@@ -92,7 +92,7 @@ def _information(trainer: Trainer, home_U: np.ndarray, folder: Path) -> dict[str
     ClusterWords.of(trained, home_U, trainer.config.clusters).save(folder)
     held_out = trained.of_splits(trainer.dataset, SPLITS[1:])
     found = information(trained, held_out, home_U, trainer.config.clusters, trainer.run_config.seed)
-    return None if found is None else found._asdict()
+    return None if found is None else found._asdict() | {"interval": list(found.interval)}
 
 
 def _split_metrics(trainer: Trainer, pairs: PairFile) -> dict[str, Any]:
