@@ -9,7 +9,7 @@ WHEELS := dist/wheels
 export DS_ACCELERATOR ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-hashed wheels package hashes quickstart test test-slow lint format docs bench
+.PHONY: help install install-hashed wheels package hashes quickstart test test-slow lint format docs bench gpu-check
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -71,6 +71,10 @@ format: $(READY)  ## rewrite files the way lint wants them
 
 docs: $(READY)  ## write docs/config.md from the docstrings of the settings
 	$(BIN)/python -m gavamoe.config.reference > docs/config.md
+
+gpu-check: export DS_ACCELERATOR := cuda
+gpu-check: $(READY)  ## what a GPU here does with all of this: right? fast? does it fit? (10 minutes)
+	$(BIN)/python -m benchmarks.gpu
 
 bench: $(READY)  ## measure speed and size; prints, never fails
 	$(BIN)/python -m benchmarks

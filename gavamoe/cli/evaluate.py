@@ -9,6 +9,7 @@ import typer
 from gavamoe.cli.options import (
     DatasetOfRun,
     DatasetPath,
+    Device,
     Json,
     RunPath,
     ScoreStyle,
@@ -37,6 +38,7 @@ def evaluate(
     bertscore_model: Annotated[str | None, typer.Option(help="Hub id or folder; default: not measured.")] = None,
     bertscore_layer: Annotated[int | None, typer.Option(min=1, help="Layer to compare.")] = None,
     dataset: DatasetOfRun = None,
+    device: Device = None,
     json_output: Json = False,
 ) -> None:
     """Write explanations for a split and score them."""
@@ -56,6 +58,7 @@ def evaluate(
             rows=rows,
             bertscore_model=bertscore_model,
             bertscore_layer=bertscore_layer,
+            device=device,
         )
     scores.print_evaluation(metrics, run, as_json=json_output)
 

@@ -15,6 +15,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the numbers as one JSO
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a config field, e.g. stage1.beta=0.2")
 ]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu, cuda or cuda:N, to write on; default: a GPU if the run trained on one and one is here."),
+]
 ScoreStyle = Annotated[
     str | None,
     typer.Option(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gavamoe.cli.options import DatasetOfRun, Json, RunPath, Set, counts_of
+from gavamoe.cli.options import DatasetOfRun, Device, Json, RunPath, Set, counts_of
 from gavamoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ def explain(
         bool | None,
         typer.Option("--stream/--no-stream", help="Print the text as it is written; default: on a terminal."),
     ] = None,
+    device: Device = None,
     json_output: Json = False,
 ) -> None:
     """Write the explanation for one user and one item."""
@@ -136,12 +137,14 @@ def explain(
     from gavamoe.cli.output.explanation import print_explanation
     from gavamoe.config.files import override_config
     from gavamoe.generation.generator import ExplanationGenerator
+    from gavamoe.generation.placement import writing_device
     from gavamoe.generation.request import ExplanationRequest
 
     opened = open_run(run)
     generation = override_config(opened.config, overrides or []).generation
     words = None if features is None else tuple(word.strip() for word in features.split(",") if word.strip())
-    generator = ExplanationGenerator.load(opened.stage2)
+    place = writing_device(device, gpu=opened.config.runtime.gpu)
+    generator = ExplanationGenerator.load(opened.stage2, place, generation.dtype)
     catalog = generator.catalog
     request = ExplanationRequest(catalog.user_or_unknown(user), catalog.item_or_unknown(item), rating, words)
     live = sys.stdout.isatty() if stream is None else stream

@@ -1,6 +1,6 @@
 """Settings of decoding, in evaluation and in serving."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -26,6 +26,8 @@ class GenerationConfig(Section):
     """Penalty on tokens that the text already has, which makes them less likely; the prompt's do not count; 1: off."""
     min_new_tokens: Count = 0
     """Tokens that a text has before it may end."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the explainer's weights while it writes; auto: bfloat16 on a GPU, float32 on a CPU."""
 
     @model_validator(mode="after")
     def _lengths_in_order(self) -> "GenerationConfig":

@@ -91,7 +91,7 @@ def evaluate_run(
     *,
     split: str = "test",
     dataset: Path | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     on_progress: OnProgress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -100,12 +100,14 @@ def evaluate_run(
     Args:
         options: fields of the config's `evaluation` section; None leaves the config's own.
         dataset: where the run's dataset is now, if it moved.
+        device: torch device to write on; None: a GPU if the run trains on one and one is here, else the CPU.
 
     Raises:
-        InputError: not a trained run, another dataset than it was trained on, or an impossible option.
+        InputError: not a trained run, another dataset than it was trained on, or an impossible option or device.
     """
     from gavamoe.evaluation.faithfulness.gates import measure_gates
     from gavamoe.generation.generator import ExplanationGenerator
+    from gavamoe.generation.placement import writing_device
 
     opened = open_run(run)
     config = _configured(opened.config, **options)
@@ -116,7 +118,8 @@ def evaluate_run(
     if trained.inputs.get("dataset") != data.fingerprint:
         raise InputError(f"{opened.stage2}: was trained on another dataset than {data.path}; train it again")
     data.size(split)
-    explainer = ExplanationGenerator.load(opened.stage2, device=device)
+    device = writing_device(device, gpu=config.runtime.gpu)
+    explainer = ExplanationGenerator.load(opened.stage2, device, config.generation.dtype)
     result = evaluate(
         explainer,
         data,

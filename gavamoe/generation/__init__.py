@@ -5,6 +5,7 @@
     artifact         what it reads of a stage-2 folder
     authorship       training texts that one single user wrote
     forget           a user taken out of a run
+    placement        the device and the number format to write in
     generator        explanations from a trained model
     decoding_engine  continuous batching over rows of any cluster
     engine_thread    the engine's thread behind an asyncio loop

@@ -22,6 +22,7 @@ from gavamoe.config.schema import GenerationConfig
 from gavamoe.errors import InputError
 from gavamoe.generation.decoding_engine import Engine, Row
 from gavamoe.generation.detokenize import TextStream, clean_text
+from gavamoe.generation.placement import writing_dtype
 from gavamoe.generation.prompts import PromptBuilder, PromptColumns, left_padded
 from gavamoe.generation.request import ExplanationRequest, FilledRequest, RequestFiller
 from gavamoe.generation.sampling import Sampling
@@ -91,15 +92,15 @@ class ExplanationGenerator:
         self.builder = PromptBuilder(tokenizer, model.slots, self.spec.prompt, self.spec.scale)
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> "ExplanationGenerator":
-        """Read a stage-2 artifact.
+    def load(cls, folder: Path, device: str = "cpu", dtype: str = "auto") -> "ExplanationGenerator":
+        """Read a stage-2 artifact onto a torch device, its weights in `dtype` (see `placement.writing_dtype`).
 
         Raises:
             InputError: it is missing, of another kind, damaged or not whole.
         """
         read_manifest(folder, "stage2")
         filler = RequestFiller.load(folder, device)
-        model, tokenizer = load_explainer(folder)
+        model, tokenizer = load_explainer(folder, writing_dtype(dtype, device))
         return cls(model, tokenizer, filler)
 
     def explain(

@@ -92,8 +92,13 @@ def weightless_explainer(config: RunConfig, base: PreTrainedConfig, users: int, 
     return explainer
 
 
-def load_explainer(folder: Path) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
+def load_explainer(
+    folder: Path, dtype: torch.dtype | None = None
+) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
     """Read a folder that `save_pretrained` of the model and of its tokenizer have written; nothing may be missing.
+
+    Args:
+        dtype: of the weights, but for routers and tables, which stay float32 in bfloat16; None: as they were saved.
 
     Raises:
         InputError: no such folder, damaged files, or weights that are missing, unknown or of another shape.
@@ -108,7 +113,11 @@ def load_explainer(folder: Path) -> tuple[GavamoeForCausalLM, PreTrainedTokenize
     try:
         # Other shapes are let through here only to be named below; transformers prints them and raises without.
         model, loading = GavamoeForCausalLM.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, ignore_mismatched_sizes=True
+            folder,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
         )
         # Without the word False transformers would ask whether to run a tokenizer's own code.
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -51,6 +51,8 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
     _can_compile_fullgraph = True
     _can_set_experts_implementation_cached_value = True
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    # Loaded in bfloat16, these stay float32: gate values decide a discrete choice, and tables cost nothing to read.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["router", "user_embedding", "item_embedding"]
 
     def __init__(self, config: GavamoeConfig) -> None:
         super().__init__(config)

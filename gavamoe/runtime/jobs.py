@@ -29,7 +29,7 @@ from gavamoe.runtime.progress import PROGRESS_LINE
 from gavamoe.runtime.tracking import check_tracking
 
 STEPS = ("prepare", "stage1", "stage2", "evaluate", "tune", "pipeline")
-FORWARDED = ("DS_ACCELERATOR", "HF_HUB_OFFLINE", "HF_HOME", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
+FORWARDED = ("HF_HUB_OFFLINE", "HF_HOME", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION")
 """Environment variables of this shell that a job gets, where they are set. Keys and passwords are not among them."""
 
 _INPUTS = "inputs"

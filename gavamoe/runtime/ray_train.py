@@ -397,8 +397,9 @@ def _task(loop: Callable[..., Any], job: dict[str, Any], placement: RuntimeConfi
 def _worker_environment(placement: RuntimeConfig) -> dict[str, str]:
     threads = str(placement.threads_per_worker)
     environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+    # Said in both cases: a variable that was exported for one would have DeepSpeed run its code on the other.
+    environment["DS_ACCELERATOR"] = "cuda" if placement.gpu else "cpu"
     if not placement.gpu:
-        environment["DS_ACCELERATOR"] = "cpu"
         # Large tensors on huge pages: a training step of stage 1 spends a twentieth less on page faults.
         environment["THP_MEM_ALLOC_ENABLE"] = "1"
         # Experts meet other numbers of tokens at each step: with oneDNN's default of 1,024, bfloat16 products are

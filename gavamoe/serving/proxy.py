@@ -42,9 +42,6 @@ _CODES = {
 }
 REQUEST_TIMEOUT_S = 10
 """Seconds in which a client has to send headers and body, however slowly it sends them."""
-SERVER_REQUESTS = 512
-"""Requests that HAProxy hands to one ingress replica at a time, above what a replica takes in; others wait in HAProxy,
-where health checks go before them. A replica that thousands of requests reach at once answers nobody for seconds."""
 MESSAGES = {
     400: "the request is not HTTP as it should be",
     404: "not found",
@@ -166,7 +163,6 @@ def write_launcher(folder: Path, haproxy: str) -> Path:
     for status, message in MESSAGES.items():
         (folder / f"{status}.http").write_bytes(_answer(status, message))
     (folder / "defaults.cfg").write_text(_indented(_defaults(folder)), encoding="utf-8")
-    (folder / "frontend.cfg").write_text(_indented(_FRONTEND), encoding="utf-8")
     script = folder / "haproxy"
     script.write_text(_script(folder, haproxy), encoding="utf-8")
     script.chmod(0o755)
@@ -218,12 +214,8 @@ def _defaults(folder: Path) -> list[str]:
     return [
         f"timeout http-request {REQUEST_TIMEOUT_S}s",
         "option http-buffer-request  # a replica hears of a request when its body is there, up to one buffer (16 KB)",
-        f"default-server maxconn {SERVER_REQUESTS}",
         *(f"errorfile {status} {folder}/{status}.http" for status in MESSAGES),
     ]
-
-
-_FRONTEND = ["http-request set-priority-class int(-1) if { path /healthz /readyz }"]
 
 
 def _indented(lines: list[str]) -> str:
@@ -237,8 +229,6 @@ def _script(folder: Path, haproxy: str) -> str:
     of no application it says 404, and it does so for every path as long as no application is up: clients would not ask
     again. That is a 503 here.
     """
-    sections = {"defaults": "defaults", "frontend": "frontend http_frontend"}
-    added = " ".join(f"-e '/^{first}$/r {folder}/{name}.cfg'" for name, first in sections.items())
     return f"""#!/bin/sh
 set -e
 for word do
@@ -246,7 +236,7 @@ for word do
     if [ "$last" = -f ]; then
         status=503
         if [ "$(grep -c '^backend ' "$word")" -gt 1 ]; then status=404; fi
-        sed -e '/^ *errorfile /d' {added} \\
+        sed -e '/^ *errorfile /d' -e '/^defaults$/r {folder}/defaults.cfg' \\
             -e "s/^\\( *http-request return status\\) 404 .*/\\1 $status default-errorfiles/" \\
             "$word" > "$word.completed"
         word="$word.completed"

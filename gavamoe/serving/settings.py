@@ -3,7 +3,7 @@
 import hashlib
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -56,8 +56,10 @@ class GeneratorSettings(Section):
     """New texts a step."""
     threads: Count = 1
     """CPU threads of a replica."""
-    device: str = "cpu"
-    """"cpu" or "cuda"."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """"cuda" needs `num_gpus` above 0 in `generator_scaling`: Ray Serve then gives each replica its own."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
     stuck_after_s: Positive = 30.0
     """A step that takes longer makes the replica unhealthy, and Ray Serve replaces it."""
 
@@ -136,6 +138,15 @@ class ServeArgs(Section):
     def _keys_or_none(self) -> "ServeArgs":
         if self.no_api_keys and (self.api_key_hashes or self.api_keys_file is not None):
             raise ValueError("no_api_keys: can't be true beside api_key_hashes or api_keys_file")
+        return self
+
+    @model_validator(mode="after")
+    def _gpu_or_none(self) -> "ServeArgs":
+        if (self.generator.device == "cuda") != (self.generator_scaling.num_gpus > 0):
+            raise ValueError(
+                "generator.device: cuda and generator_scaling.num_gpus above 0 go together: Ray Serve gives a replica"
+                " the GPUs that it reserves"
+            )
         return self
 
     @property

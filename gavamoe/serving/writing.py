@@ -107,7 +107,8 @@ class WritingService:
                 withheld and it doesn't know their authors.
         """
         torch.set_num_threads(settings.threads)
-        return cls(ExplanationGenerator.load(folder, settings.device), folder, settings, max_new_tokens, withhold)
+        explainer = ExplanationGenerator.load(folder, settings.device, settings.dtype)
+        return cls(explainer, folder, settings, max_new_tokens, withhold)
 
     @property
     def info(self) -> WriterInfo:

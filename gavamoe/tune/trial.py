@@ -184,7 +184,7 @@ class _Seed:
         from gavamoe.evaluation.evaluate import evaluate
         from gavamoe.generation.generator import ExplanationGenerator
 
-        explainer = ExplanationGenerator.load(stage2, device=_device(self._config))
+        explainer = ExplanationGenerator.load(stage2, _device(self._config), self._config.generation.dtype)
         data = open_dataset(self._job.dataset)
         # The registry's scores alone: a trial has no use for the probes, and they run the model again.
         quick = override_config(self._config, ["evaluation.probe_rows=0"])

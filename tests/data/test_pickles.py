@@ -1,7 +1,6 @@
 """Hostile `reviews.pickle` files: nothing in them ever runs, and no instruction claims memory it has not paid for."""
 
 import io
-import os
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -9,20 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.reviews import peter_folder, refuse
+from helpers.trap import Trap
 
 from gavamoe.data.prepare import prepare
 from gavamoe.data.readers import pickles
 from gavamoe.errors import InputError
-
-
-class Trap:
-    """Creates a file when it is unpickled by an ordinary unpickler."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.marker),)
 
 
 def pickled(tmp_path: Path, content: bytes) -> Path:

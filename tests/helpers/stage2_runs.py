@@ -20,6 +20,7 @@ from gavamoe.stage2.batches import Batch
 from gavamoe.stage2.setup import Setup
 from gavamoe.stage2.train import train_stage2
 from helpers.tiny import TWO_WORKERS, tiny
+from helpers.trap import Trap
 
 FILES = [
     "README.md", "artifact.json", "catalog/catalog.json", "catalog/items.parquet", "catalog/users.parquet",
@@ -51,16 +52,6 @@ class Trained:
         model, _ = load_explainer(self.out)
         vae_gmm = load_vae_gmm(self.out)
         return model.state_dict() | {f"vae.{name}": tensor for name, tensor in vae_gmm.state_dict().items()}
-
-
-class Trap:
-    """Makes a folder when it is unpickled by an ordinary unpickler."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (str(self.marker),)
 
 
 def put_code_into(file: Path, marker: Path) -> None:

@@ -14,7 +14,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -201,50 +200,6 @@ def test_its_log_holds_no_ids(running: tuple[int, Path]) -> None:
     assert "U000123" not in output.read_text()
     lines = [line.split() for line in (output.parent / "haproxy.cfg.completed").read_text().splitlines()]
     assert {words[1] for words in lines if words[:1] == ["log"]} == {"global", "stderr"}
-
-
-@needs_haproxy
-def test_health_checks_go_before_a_flood(folder: Path) -> None:
-    """One slow replica, more requests than HAProxy hands to it at a time: the check is the next that it gets."""
-    assert HAPROXY is not None
-    port, asked = free_port(), []
-
-    class Slow(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            time.sleep(0.3)
-            self.send_response(200)
-            self.send_header("content-length", "0")
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            del format, args
-
-    replica = HTTPServer(("127.0.0.1", 0), Slow)
-    threading.Thread(target=replica.serve_forever, daemon=True).start()
-    config = rendered(folder, port, replica.server_address[1])
-    launcher = proxy.write_launcher(folder, HAPROXY)
-    limited = (folder / "defaults.cfg").read_text().replace(f"maxconn {proxy.SERVER_REQUESTS}", "maxconn 1")
-    (folder / "defaults.cfg").write_text(limited)
-    process = subprocess.Popen([launcher, "-db", "-f", config])
-    try:
-        flood = [_connected(port) for _ in range(8)]
-        for connection in flood:
-            connection.sendall(b"GET /v1/info HTTP/1.1\r\nHost: x\r\n\r\n")
-        while not asked:
-            time.sleep(0.05)
-        time.sleep(0.1)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=20) as answer:
-            assert answer.status == 200
-        assert "/healthz" in asked
-        assert len(asked) <= 4, asked
-        for connection in flood:
-            connection.close()
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=20)
-        replica.shutdown()
-        replica.server_close()
 
 
 def test_the_launcher_becomes_what_it_starts(folder: Path) -> None:

@@ -85,7 +85,7 @@ def test_the_app_is_built_as_asked(tmp_path: Path) -> None:
     args = ServeArgs.model_validate(
         {
             "run": str(tmp_path),
-            "generator": {"slots": 5, "max_waiting": 7, "threads": 3},
+            "generator": {"slots": 5, "max_waiting": 7, "threads": 3, "device": "cuda"},
             "generator_scaling": {"min_replicas": 1, "max_replicas": 4, "num_gpus": 1},
         }
     )
@@ -154,3 +154,9 @@ def test_requests_that_come_during_a_call_share_the_next_one() -> None:
     assert (one, two, later) == (["route of a"], ["route of b", "route of c"], ["route of e"])
     assert isinstance(wrong, InputError), "and it alone"
     assert calls == [["a"], ["b", "c", "d"], ["b", "c"], ["d"], ["e"]]
+
+
+@pytest.mark.parametrize(("generator", "gpus"), [({"device": "cuda"}, 0), ({}, 1), ({"device": "cpu"}, 0.5)])
+def test_a_gpu_is_used_where_it_is_reserved_and_only_there(generator: dict[str, str], gpus: float) -> None:
+    with pytest.raises(ValueError, match=r"device: cuda and generator_scaling\.num_gpus"):
+        ServeArgs.model_validate({"run": "x", "generator": generator, "generator_scaling": {"num_gpus": gpus}})

@@ -1,0 +1,37 @@
+"""Where texts are written, and in which number format: the device and the data type of an explainer that is loaded."""
+
+import re
+
+import torch
+
+from gavamoe.errors import InputError
+
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
+
+
+def writing_device(asked: str | None, *, gpu: bool) -> str:
+    """The torch device to write on: `asked`, or else a GPU, if the run trains on one (`gpu`) and one is here.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if asked is None:
+        return "cuda" if gpu and torch.cuda.is_available() else "cpu"
+    if not _DEVICE.fullmatch(asked):
+        raise InputError(f"--device {asked}: expected cpu, cuda or cuda:N")
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked != "cpu" and int(asked.partition(":")[2] or 0) >= here:
+        raise InputError(f"--device {asked}: torch sees {here} GPU(s) here; use cpu, or a machine that has it")
+    return asked
+
+
+def writing_dtype(dtype: str, device: str) -> torch.dtype:
+    """The data type of an explainer's weights: `dtype` by name, or for "auto" bfloat16 on a GPU and float32 elsewhere.
+
+    A GPU multiplies bfloat16 some ten times as fast as float32 and reads half the bytes; routers and the tables of
+    users and items stay float32 (`GavamoeForCausalLM`).
+    """
+    if dtype == "auto":
+        return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    named: torch.dtype = getattr(torch, dtype)
+    return named
