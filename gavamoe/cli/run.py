@@ -119,8 +119,16 @@ def _route(run: "Run", user: str, item: str, dataset: Path | None, *, as_json: b
 
 def explain(
     run: RunPath,
-    user: Annotated[str, typer.Option(help="Raw user id; unknown ids are served and reported as such.")],
     item: Annotated[str, typer.Option(help="Raw item id; unknown ids are served and reported as such.")],
+    user: Annotated[
+        str | None, typer.Option(help="Raw user id; unknown ids are served and reported as such. Or --history.")
+    ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of a user that training never saw: JSON lines of item, rating, text (any may be left out; 20 lines)."
+        ),
+    ] = None,
     features: Annotated[str | None, typer.Option(help="Comma-separated; default: the item's usual ones.")] = None,
     rating: Annotated[float | None, typer.Option(help="Default: the predicted rating.")] = None,
     overrides: Set = None,
@@ -132,21 +140,30 @@ def explain(
     device: Device = None,
     json_output: Json = False,
 ) -> None:
-    """Write the explanation for one user and one item."""
+    """Write the explanation for one user and one item; the user may be one that training never saw.
+
+    For example: gavamoe explain RUN --item I7 --history mine.jsonl, where mine.jsonl has lines such as
+    {"item": "I3", "rating": 4, "text": "Short and witty."}
+    """
     from gavamoe.artifacts.run import open_run
     from gavamoe.cli.output.explanation import print_explanation
     from gavamoe.config.files import override_config
     from gavamoe.generation.generator import ExplanationGenerator
     from gavamoe.generation.placement import writing_device
     from gavamoe.generation.request import ExplanationRequest
+    from gavamoe.stage1.strangers.history import read_history
 
+    if user is None and history is None:
+        raise InputError("explain needs --user, or --history of a user that training never saw")
     opened = open_run(run)
     generation = override_config(opened.config, overrides or []).generation
     words = None if features is None else tuple(word.strip() for word in features.split(",") if word.strip())
     place = writing_device(device, gpu=opened.config.runtime.gpu)
     generator = ExplanationGenerator.load(opened.stage2, place, generation.dtype)
     catalog = generator.catalog
-    request = ExplanationRequest(catalog.user_or_unknown(user), catalog.item_or_unknown(item), rating, words)
+    entries = () if history is None else generator.filler.history(read_history(history))
+    index = catalog.n_users if user is None else catalog.user_or_unknown(user)
+    request = ExplanationRequest(index, catalog.item_or_unknown(item), rating, words, entries)
     live = sys.stdout.isatty() if stream is None else stream
     if generation.beams > 1 and not stream:
         [value] = generator.explain([request], generation, seed=seed)
@@ -154,7 +171,7 @@ def explain(
     else:
         live = live and not json_output
         value = _follow(generator.stream([request], generation, seed=seed), live=live)
-    print_explanation(value, user, item, shown=live, as_json=json_output)
+    print_explanation(value, user, item, history=len(entries), shown=live, as_json=json_output)
 
 
 def _follow(pieces: "Iterator[Piece]", *, live: bool) -> "Explanation":

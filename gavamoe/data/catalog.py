@@ -9,6 +9,7 @@ import functools
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -81,6 +82,10 @@ class Catalog:
             return None
         title: str | None = self._items["title"][index].as_py()
         return title
+
+    def training_rows(self) -> np.ndarray:
+        """Training rows of each known user: int64 (known_users,)."""
+        return self._users["count"].to_numpy()[: self.known_users].astype(np.int64)
 
     def item_features(self) -> pa.ListArray:
         """The usual features of every item, by index: list<string> (n_items,)."""

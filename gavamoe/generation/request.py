@@ -7,6 +7,7 @@ that are not given are the item's usual ones.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ from gavamoe.generation.prompts import PromptSpec
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage1.route_overrides import RouteControl
 from gavamoe.stage1.routes import Routes, route_pairs
+from gavamoe.stage1.strangers.fold_in import Crowd, FoldIn
+from gavamoe.stage1.strangers.history import Entry, HistoryEntry, indexed
+from gavamoe.stage1.user_words import ClusterWords
 from gavamoe.stage1.vae_gmm import VaeGmm
 
 
@@ -31,6 +35,8 @@ class ExplanationRequest:
     """None: stage 1's prediction takes its place."""
     features: tuple[str, ...] | None = None
     """None: the item's usual features take their place; empty: none are named."""
+    history: tuple[Entry, ...] = ()
+    """What a user that training never saw tells of itself: it is then routed by that, and its rating predicted."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,13 @@ class RequestFiller:
         spec: PromptSpec,
         device: str = "cpu",
         control: RouteControl | None = None,
+        crowd: Crowd | None = None,
+        words: ClusterWords | None = None,
     ) -> None:
-        """`control` routes in stage 1's place."""
+        """`control` routes in stage 1's place; `crowd` and `words`: of the clusters' users, for histories."""
         self.vae_gmm = vae_gmm.to(device).eval()
         self.catalog, self.spec, self.device, self.control = catalog, spec, device, control
+        self._crowd, self._words = crowd, words
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "RequestFiller":
@@ -77,7 +86,36 @@ class RequestFiller:
         """
         folder = Path(folder)
         spec, catalog = read_prompt_spec(folder), Catalog.load(folder / CATALOG_FOLDER)
-        return cls(load_vae_gmm(folder), catalog, spec, device, RouteControl.load(folder))
+        vae_gmm = load_vae_gmm(folder)
+        words = ClusterWords.load(folder, vae_gmm.config.clusters)
+        return cls(vae_gmm, catalog, spec, device, RouteControl.load(folder), Crowd.load(folder, vae_gmm), words)
+
+    @cached_property
+    def fold_in(self) -> FoldIn:
+        """Folds histories of strangers in; made when first asked for.
+
+        Raises:
+            InputError: an earlier version made the artifact, and kept nothing to compare a stranger with.
+        """
+        if self._crowd is None:
+            raise InputError("history: this run was made before strangers were served; train it again, or leave it out")
+        return FoldIn(self.vae_gmm, self._crowd, self._words, self.device)
+
+    def history(self, entries: Sequence[HistoryEntry]) -> tuple[Entry, ...]:
+        """A history by item index; raises InputError, with the entry's number, for a rating off the scale."""
+        return indexed(entries, self.catalog.item_or_unknown, self.spec.scale)
+
+    def routes_of_stranger(self, user: int, history: Sequence[Entry], items: np.ndarray) -> Routes:
+        """As `routes`, of the pairs of a user with a history.
+
+        Raises:
+            InputError: the user is known, the routes are a control's, or an earlier version made the artifact.
+        """
+        if user < self.catalog.known_users:
+            raise InputError("history: the user is known by its training rows; leave out the history, or the user")
+        if self.control is not None:
+            raise InputError("history: this run routes by a rule (stage2.routes), which knows none; leave it out")
+        return self.fold_in.routes(self.fold_in.stranger(history), items)
 
     def routes(self, users: np.ndarray, items: np.ndarray) -> Routes:
         """Clusters, responsibilities and predicted ratings of pairs by index: int64 (N,) each."""
@@ -88,11 +126,16 @@ class RequestFiller:
         """The requests, in order, with all that they leave out.
 
         Raises:
-            InputError: a rating off the scale, or one for a model of data without ratings.
+            InputError: a rating off the scale, one for a model of data without ratings, or a history of a known user.
         """
         users = np.array([request.user for request in requests], dtype=np.int64)
         items = np.array([request.item for request in requests], dtype=np.int64)
         routes = self.routes(users, items)
+        for row, request in enumerate(requests):
+            if request.history:
+                own = self.routes_of_stranger(request.user, request.history, items[row : row + 1])
+                for column, value in zip(routes, own, strict=True):
+                    column[row] = value[0]
         return [self._filled(request, routes, row) for row, request in enumerate(requests)]
 
     def _filled(self, request: ExplanationRequest, routes: Routes, row: int) -> FilledRequest:

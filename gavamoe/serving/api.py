@@ -18,7 +18,7 @@ from gavamoe.serving import errors, schema
 from gavamoe.serving.backend import Backend, Interrupted, Overloaded
 from gavamoe.serving.keys import ApiKeys
 from gavamoe.serving.pages import page_router
-from gavamoe.serving.routing import Pair, RoutedPair
+from gavamoe.serving.routing import Pair, RankRequest, RoutedPair
 from gavamoe.serving.security import Gate, Guard
 from gavamoe.serving.settings import Browse, Limits, ServeArgs
 from gavamoe.serving.writing import Piece, TextRequest, Written
@@ -106,8 +106,10 @@ class Service:
             raise InputError(f"k: {request.k} explanations; this server writes {self.limits.max_batch} at once")
         text = self.text_request(request)
         async with asyncio.timeout(self.limits.request_timeout_s):
-            ranking = await self.backend.rank(request.user, request.k, request.candidates, exclude_seen)
-            pairs = [Pair(request.user, item) for item in ranking.items]
+            history = tuple(request.history)
+            candidates = None if request.candidates is None else tuple(request.candidates)
+            ranking = await self.backend.rank(RankRequest(request.user, request.k, candidates, exclude_seen, history))
+            pairs = [Pair(request.user, item, history=history) for item in ranking.items]
             routed = await self.backend.route(pairs) if pairs else []
             answers: list[Any] = [None] * len(routed)
             if request.explain:
@@ -134,7 +136,7 @@ class Service:
     async def route(self, request: schema.PairRequest) -> schema.RouteResponse:
         """Stage 1 alone."""
         async with asyncio.timeout(self.limits.request_timeout_s):
-            [routed] = await self.backend.route([Pair(request.user, request.item)])
+            [routed] = await self.backend.route([Pair(request.user, request.item, history=tuple(request.history))])
         return schema.RouteResponse(**_route(routed))
 
     async def look_up(self, answer: Awaitable[T]) -> T:
@@ -258,6 +260,7 @@ def _route(routed: RoutedPair) -> dict[str, Any]:
         "item_title": routed.filled.title,
         "user_known": routed.filled.user_known,
         "item_known": routed.filled.item_known,
+        "history_entries": len(routed.pair.history),
         "cluster": routed.filled.cluster,
         "responsibilities": list(routed.filled.responsibilities),
         "predicted_rating": routed.filled.predicted_rating,
@@ -266,7 +269,8 @@ def _route(routed: RoutedPair) -> dict[str, Any]:
 
 
 def _pair(item: schema.ExplainItem) -> Pair:
-    return Pair(item.user, item.item, item.rating, None if item.features is None else tuple(item.features))
+    features = None if item.features is None else tuple(item.features)
+    return Pair(item.user, item.item, item.rating, features, tuple(item.history))
 
 
 def _sse(event: str, data: dict[str, Any]) -> str:

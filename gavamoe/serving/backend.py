@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gavamoe.generation.decoding_engine import EngineFull
-from gavamoe.serving.routing import Pair, Ranking, RoutedPair, RoutingService
+from gavamoe.serving.routing import Pair, Ranking, RankRequest, RoutedPair, RoutingService
 from gavamoe.serving.schema import CatalogResponse, ServerInfo
 from gavamoe.serving.settings import ServeArgs
 from gavamoe.serving.writing import Piece, TextRequest, WritingService, Written
@@ -33,7 +33,7 @@ class Backend(Protocol):
     async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
         """Route pairs."""
 
-    async def rank(self, user: str, k: int, candidates: Sequence[str] | None, exclude_seen: bool) -> Ranking:
+    async def rank(self, request: RankRequest) -> Ranking:
         """The best items of a user."""
 
     async def search(self, kind: str, query: str, limit: int) -> CatalogResponse:
@@ -68,8 +68,8 @@ class LocalBackend:
     async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
         return self._router.route(pairs)
 
-    async def rank(self, user: str, k: int, candidates: Sequence[str] | None, exclude_seen: bool) -> Ranking:
-        return await asyncio.to_thread(self._router.rank, user, k, candidates, exclude_seen=exclude_seen)
+    async def rank(self, request: RankRequest) -> Ranking:
+        return await asyncio.to_thread(self._router.rank, request)
 
     async def search(self, kind: str, query: str, limit: int) -> CatalogResponse:
         return self._router.browser.search(kind, query, limit)

@@ -21,7 +21,7 @@ from gavamoe.serving import schema
 from gavamoe.serving.api import create_api
 from gavamoe.serving.backend import Interrupted, Overloaded, Unavailable
 from gavamoe.serving.keys import environment_keys
-from gavamoe.serving.routing import Pair, Ranking, RoutedPair, RoutingService
+from gavamoe.serving.routing import Pair, Ranking, RankRequest, RoutedPair, RoutingService
 from gavamoe.serving.settings import GeneratorSettings, Scaling, ServeArgs, Withhold
 from gavamoe.serving.writing import Piece, TextRequest, WriterInfo, WritingService, Written
 
@@ -41,9 +41,9 @@ class ClusterRouter:
         """Route the pairs of one request."""
         return self._router.route(pairs)
 
-    async def rank(self, user: str, k: int, candidates: Sequence[str] | None, exclude_seen: bool) -> Ranking:
+    async def rank(self, request: RankRequest) -> Ranking:
         """The best items of a user; in a thread, as it may look at all items."""
-        return await asyncio.to_thread(self._router.rank, user, k, candidates, exclude_seen=exclude_seen)
+        return await asyncio.to_thread(self._router.rank, request)
 
     async def search(self, kind: str, query: str, limit: int) -> schema.CatalogResponse:
         """Look for users or items."""
@@ -184,8 +184,8 @@ class RayBackend:
     async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
         return await self._batcher.route(pairs)
 
-    async def rank(self, user: str, k: int, candidates: Sequence[str] | None, exclude_seen: bool) -> Ranking:
-        return await self._call(self._router.rank, user, k, candidates, exclude_seen)
+    async def rank(self, request: RankRequest) -> Ranking:
+        return await self._call(self._router.rank, request)
 
     async def search(self, kind: str, query: str, limit: int) -> schema.CatalogResponse:
         return await self._call(self._router.search, kind, query, limit)

@@ -21,6 +21,7 @@ from gavamoe.serving.schema import ClusterInfo, ServerInfo
 from gavamoe.stage1.clusters import describe_clusters
 from gavamoe.stage1.route_overrides import CONTROL_FILE
 from gavamoe.stage1.routes import ROUTES_FILE, TrainingPairs
+from gavamoe.stage1.strangers.history import HistoryEntry
 from gavamoe.stage1.user_words import ClusterWords
 
 CLUSTER_FEATURES = 6
@@ -30,10 +31,11 @@ CLUSTER_FEATURES = 6
 class Pair(NamedTuple):
     """A pair as a client names it, with what the client gives."""
 
-    user: str
+    user: str | None
     item: str
     rating: float | None = None
     features: tuple[str, ...] | None = None
+    history: tuple[HistoryEntry, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,17 @@ class RoutedPair:
     """Version of the artifact that routed it: a generator of another version routes anew."""
     seconds: float
     """Time spent on routing."""
+
+
+class RankRequest(NamedTuple):
+    """Which items a client wants ranked, and for whom."""
+
+    user: str | None
+    k: int
+    candidates: tuple[str, ...] | None
+    """None: all known items."""
+    exclude_seen: bool
+    history: tuple[HistoryEntry, ...] = ()
 
 
 class Ranking(NamedTuple):
@@ -94,15 +107,27 @@ class RoutingService:
             InputError: a rating off the scale, or one for a model of data without ratings.
         """
         started = time.perf_counter()
-        user, item = self.catalog.user_or_unknown, self.catalog.item_or_unknown
-        requests = [ExplanationRequest(user(pair.user), item(pair.item), pair.rating, pair.features) for pair in pairs]
-        filled = self._filler.fill(requests)
+        filled = self._filler.fill([self._request(pair) for pair in pairs])
         seconds = time.perf_counter() - started
         return [RoutedPair(pair, each, self.version, seconds) for pair, each in zip(pairs, filled, strict=True)]
 
-    def rank(self, user: str, k: int, candidates: Sequence[str] | None, *, exclude_seen: bool) -> Ranking:
-        """The `k` items with the highest predicted rating; of two equal ones, that with the lower index."""
-        index = self.catalog.user_or_unknown(user)
+    def _request(self, pair: Pair) -> ExplanationRequest:
+        item = self.catalog.item_or_unknown(pair.item)
+        return ExplanationRequest(
+            self._user(pair.user), item, pair.rating, pair.features, self._filler.history(pair.history)
+        )
+
+    def _user(self, raw: str | None) -> int:
+        return self.catalog.n_users if raw is None else self.catalog.user_or_unknown(raw)
+
+    def rank(self, request: RankRequest) -> Ranking:
+        """The `k` items with the highest predicted rating; of two equal ones, that with the lower index.
+
+        Raises:
+            InputError: as `route`.
+        """
+        index, entries = self._user(request.user), self._filler.history(request.history)
+        candidates = request.candidates
         if candidates is None:
             items, unknown = np.arange(self.catalog.known_items), []
         else:
@@ -110,10 +135,14 @@ class RoutingService:
             unknown = [raw for raw, at in index_of.items() if at is None or at >= self.catalog.known_items]
             items = np.array(sorted(at for raw, at in index_of.items() if raw not in unknown and at is not None), int)
         compared = len(items)  # before anything is left out: how many are missing is the user's own affair
-        if exclude_seen:
-            items = np.setdiff1d(items, self.training.items_of_user(index))
-        ratings = self._filler.routes(np.full(len(items), index), items).rating
-        best = np.argsort(-ratings, kind="stable")[:k]
+        if request.exclude_seen:
+            met = [entry.item for entry in entries]
+            items = np.setdiff1d(items, met if entries else self.training.items_of_user(index))
+        if entries:
+            ratings = self._filler.routes_of_stranger(index, entries, items).rating
+        else:
+            ratings = self._filler.routes(np.full(len(items), index), items).rating
+        best = np.argsort(-ratings, kind="stable")[: request.k]
         chosen = [self.catalog.item_id(int(at)) for at in items[best]]
         return Ranking(chosen, compared, unknown, index < self.catalog.known_users)
 

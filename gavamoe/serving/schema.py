@@ -9,6 +9,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from gavamoe.config.section import StrictNumbers
 from gavamoe.data.bounds import MAX_FEATURE_CHARS, MAX_ID_CHARS
+from gavamoe.stage1.strangers.history import MAX_HISTORY, HistoryEntry, printable
 
 MAX_FEATURES = 16
 MAX_BATCH = 64
@@ -17,27 +18,35 @@ MAX_NEW_TOKENS = 512
 MAX_CANDIDATES = 1000
 
 
-def _printable(text: str) -> str:
-    """Refuses lone surrogates: they are not characters, and no UTF-8 answer could name them."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("contains half of a surrogate pair, which is not a character")
-    return text
-
-
-RawId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS), AfterValidator(_printable)]
-Feature = Annotated[str, Field(min_length=1, max_length=MAX_FEATURE_CHARS), AfterValidator(_printable)]
+RawId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS), AfterValidator(printable)]
+Feature = Annotated[str, Field(min_length=1, max_length=MAX_FEATURE_CHARS), AfterValidator(printable)]
 Features = Annotated[list[Feature], Field(max_length=MAX_FEATURES)]
+History = Annotated[list[HistoryEntry], Field(max_length=MAX_HISTORY)]
 
 
 class _Model(StrictNumbers):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
-class PairRequest(_Model):
-    """A user and an item, by the dataset's own ids. Ids that training never saw are served and reported as such."""
+class _OfUser(_Model):
+    user: RawId | None = None
+    """By the dataset's own id. One that training never saw is served and reported as such; may be left out with a
+    history."""
+    history: History = Field(default_factory=list)
+    """What a user that training never saw tells of itself; it is used for this answer, and neither kept nor logged."""
 
-    user: RawId
+    @model_validator(mode="after")
+    def _is_somebody(self) -> "_OfUser":
+        if self.user is None and not self.history:
+            raise ValueError("needs a user, or a history of one that training never saw")
+        return self
+
+
+class PairRequest(_OfUser):
+    """A user and an item."""
+
     item: RawId
+    """By the dataset's own id. One that training never saw is served and reported as such."""
 
 
 class TextOptions(_Model):
@@ -75,16 +84,15 @@ class BatchRequest(TextOptions):
     requests: Annotated[list[ExplainItem], Field(min_length=1, max_length=MAX_BATCH)]
 
 
-class RecommendRequest(TextOptions):
+class RecommendRequest(TextOptions, _OfUser):
     """Rank items for a user by predicted rating, and explain the first k."""
 
-    user: RawId
     k: Annotated[int, Field(ge=1, le=MAX_RECOMMEND)] = 5
     candidates: Annotated[list[RawId], Field(min_length=1, max_length=MAX_CANDIDATES)] | None = None
     """Items to choose from; left out: all known items."""
     exclude_seen: bool | None = None
-    """Leave out the items of the user's training rows: the default without `candidates`, and refused with them, as what
-    is missing of items that a caller names would tell what the user has reviewed."""
+    """Leave out the items of the user's training rows, or of its history: the default without `candidates`, and refused
+    with them, as what is missing of items that a caller names would tell what the user has reviewed."""
     explain: bool = True
     """False: rank only."""
 
@@ -98,11 +106,14 @@ class RecommendRequest(TextOptions):
 class RouteResponse(_Model):
     """What stage 1 says about a pair."""
 
-    user: str
+    user: str | None
+    """As asked for; null with a history alone."""
     item: str
     item_title: str | None
     user_known: bool
     item_known: bool
+    history_entries: int
+    """Entries of a history that the user was routed by."""
     cluster: int
     responsibilities: list[float]
     """One per cluster (Eq. 8); they sum to 1."""
@@ -158,7 +169,7 @@ class RankedItem(_Model):
 
 
 class RecommendResponse(_Model):
-    user: str
+    user: str | None
     user_known: bool
     ranked: int
     """Items to choose from, those that were left out as seen among them."""

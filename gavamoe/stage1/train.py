@@ -19,6 +19,7 @@ from gavamoe.runtime.context import Context
 from gavamoe.stage1.artifact import save_vae_gmm
 from gavamoe.stage1.pair_stream import BUCKET_PAIRS, PairFile, Pairs
 from gavamoe.stage1.routes import ROUTES_FILE, route_pairs, training_routes, user_group_ari, write_routes
+from gavamoe.stage1.strangers.fold_in import Crowd
 from gavamoe.stage1.trainer import Trainer, from_rank_0
 from gavamoe.stage1.user_words import ClusterWords, UserWords, effective, information
 from gavamoe.stage1.validation import idle_gates, validate
@@ -55,7 +56,7 @@ def _write_artifact(trainer: Trainer, out: Path, started: float) -> dict[str, An
 
 
 def _final_metrics(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """The content of metrics.json; writes the clusters' words beside it."""
+    """The content of metrics.json; writes what is known of the clusters' users beside it."""
     dataset = trainer.dataset
     metrics: dict[str, Any] = {}
     for split in SPLITS[1:]:
@@ -67,7 +68,9 @@ def _final_metrics(trainer: Trainer, folder: Path) -> dict[str, Any]:
     metrics["cluster_shares"] = shares.tolist()
     metrics["smallest_cluster_share"] = float(shares.min())
     metrics["effective_clusters"] = effective(shares)
-    metrics["information"] = _information(trainer, train.user_means_UK.argmax(axis=1), folder)
+    home_U = train.user_means_UK.argmax(axis=1)
+    Crowd.of(trainer.model, home_U, dataset.catalog.training_rows()).save(folder)
+    metrics["information"] = _information(trainer, home_U, folder)
     for warning in idle_gates(metrics, trainer.config.clusters):
         trainer.context.log({"phase": "stage1", "step": trainer.step, "epoch": trainer.epoch, "warning": warning})
     metrics["interaction_scale"] = trainer.interaction_scale

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,6 +128,18 @@ class ClusterWords:
         """The words of users by the cluster of each, `home_U` (U,)."""
         return cls(words.vocabulary, words.rate_V, words.rates_KV(np.eye(clusters)[home_U]))
 
+    def evidence_K(self, texts: Iterable[str], cap: float) -> np.ndarray:
+        """Nats by which a user's texts speak for each cluster, against all users together; see the module: (K,)."""
+        counts = Counter(self._place[word] for text in texts for word in words_in(text) if word in self._place)
+        if not counts:
+            return np.zeros(len(self.rates_KV))
+        places, times = np.array(list(counts)), np.array(list(counts.values()), np.float64)
+        return np.asarray(min(1.0, cap / times.sum()) * (np.log(self.lift_KV[:, places]) @ times))
+
+    @cached_property
+    def _place(self) -> dict[str, int]:
+        return {word: index for index, word in enumerate(self.vocabulary)}
+
     @property
     def lift_KV(self) -> np.ndarray:
         """How much more frequent each word is in a cluster than overall: (K, V)."""
@@ -158,7 +171,10 @@ class ClusterWords:
                 f"{path}: columns {', '.join(table.column_names)[:80]}; expected those of {clusters} clusters"
             )
         rates_KV = np.stack([table[name].to_numpy() for name in table.column_names[2:]])
-        return cls(tuple(table["word"].to_pylist()), table["all"].to_numpy(), rates_KV)
+        rate_V = table["all"].to_numpy()
+        if not ((rates_KV > 0).all() and (rate_V > 0).all()):
+            raise InputError(f"{path}: has shares that are not above 0")
+        return cls(tuple(table["word"].to_pylist()), rate_V, rates_KV)
 
 
 class Information(NamedTuple):

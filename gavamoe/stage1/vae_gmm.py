@@ -295,14 +295,27 @@ class VaeGmm(nn.Module):
 
     def expected_rating(self, output_BR: Tensor) -> Tensor:
         """Mean of p(x|z) in rating units, (B,), from the decoder's output; never off the scale."""
-        return self._mean(output_BR).clamp(self.rating_values[0], self.rating_values[-1])
+        return self.mean_rating(output_BR).clamp(self.rating_values[0], self.rating_values[-1])
 
-    def _mean(self, output_BR: Tensor) -> Tensor:
+    def mean_rating(self, output_BR: Tensor) -> Tensor:
+        """Mean of p(x|z) in rating units, (B,); a gaussian's may lie off the scale."""
         if self.likelihood == "categorical":
             return output_BR.softmax(dim=-1) @ self.rating_scale
         low, high = self.rating_values[0], self.rating_values[-1]
         position_B = output_BR[:, 0].sigmoid() if self.likelihood == "bernoulli" else (output_BR[:, 0] + 1) / 2
         return low + (high - low) * position_B
+
+    def rating_variance(self, output_BR: Tensor) -> Tensor:
+        """Variance of p(x|z) in rating units, squared: (B,)."""
+        low, high = self.rating_values[0], self.rating_values[-1]
+        if self.likelihood == "categorical":
+            share_BR = output_BR.softmax(dim=-1)
+            return share_BR @ self.rating_scale.square() - (share_BR @ self.rating_scale).square()
+        if self.likelihood == "bernoulli":
+            position_B = output_BR[:, 0].sigmoid()
+            return (high - low) ** 2 * position_B * (1 - position_B)
+        assert self.log_noise is not None
+        return bounded(self.log_noise, LOG_VAR_BOUND).exp().expand(len(output_BR))
 
     def log_likelihood(self, output_BR: Tensor, rating_B: Tensor) -> Tensor:
         """log p(x|z), (B,), from the decoder's output and the ratings."""
@@ -315,7 +328,7 @@ class VaeGmm(nn.Module):
             return -F.binary_cross_entropy_with_logits(output_BR[:, 0], target_B, reduction="none")
         assert self.log_noise is not None
         log_var = bounded(self.log_noise, LOG_VAR_BOUND)
-        error_B = rating_B - self._mean(output_BR)
+        error_B = rating_B - self.mean_rating(output_BR)
         return -0.5 * (LOG_2PI + log_var + error_B.square() * torch.exp(-log_var))
 
     def sample(self, mu_BL: Tensor, log_var_BL: Tensor, noise_BL: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from gavamoe.model.lora import merged_state
 from gavamoe.stage1.artifact import save_vae_gmm
 from gavamoe.stage1.rating_biases import shrink_interaction
 from gavamoe.stage1.routes import ROUTES_FILE, training_routes, write_routes
+from gavamoe.stage1.strangers.fold_in import Crowd
 from gavamoe.stage1.user_words import ClusterWords, UserWords
 from gavamoe.stage1.vae_gmm import VaeGmm
 from gavamoe.stage2.joint_model import EXPLAINER, VAE_GMM, part_of_state
@@ -44,7 +45,7 @@ def write_artifact(
         shrink_interaction(vae_gmm, setup.pairs.held_out("valid"), "cpu")
         save_vae_gmm(folder, vae_gmm)
         write_routes(folder / ROUTES_FILE, setup.data, vae_gmm)
-        _write_cluster_words(folder, config, setup)
+        _write_clusters(folder, config, setup, vae_gmm)
         write_json(folder / PROMPT_FILE, setup.spec.model_dump(mode="json"))
         single_authors(setup).save(folder)
         write_json(folder / "metrics.json", metrics)
@@ -55,11 +56,13 @@ def write_artifact(
         write_manifest(folder, "stage2", config, inputs, {"parameters": setup.parameters})
 
 
-def _write_cluster_words(folder: Path, config: RunConfig, setup: Setup) -> None:
-    """The words of the clusters that stage 2 has made of stage 1's."""
+def _write_clusters(folder: Path, config: RunConfig, setup: Setup, vae_gmm: VaeGmm) -> None:
+    """Words and moments of the users of the clusters that stage 2 has made of stage 1's."""
     words = UserWords.read(setup.data, config.stage1.vocabulary)
     routes = training_routes(setup.data, folder / ROUTES_FILE)
-    ClusterWords.of(words, routes.user_means_UK.argmax(axis=1), len(routes.pairs_K)).save(folder)
+    home_U = routes.user_means_UK.argmax(axis=1)
+    ClusterWords.of(words, home_U, len(routes.pairs_K)).save(folder)
+    Crowd.of(vae_gmm, home_U, setup.data.catalog.training_rows()).save(folder)
 
 
 def single_authors(setup: Setup) -> SingleAuthors:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from gavamoe.artifacts.files import read_json, sha256, write_folder, write_json
 from gavamoe.artifacts.lock import locked_folder
 from gavamoe.artifacts.run import first_difference
-from gavamoe.config.files import translate_former
+from gavamoe.config.files import parse_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import DATA_FILES, ROWS_SCHEMA, Dataset, fingerprint, open_dataset
 from gavamoe.errors import InputError
@@ -96,7 +96,7 @@ def _check(folder: Path, space: Space, config: RunConfig, dataset: Dataset, seed
     for key, name in (("dataset", "dataset"), ("space", "space"), ("config", "config"), ("seeds", "--seeds")):
         recorded = before.get(key)
         if key == "config" and isinstance(recorded, dict):
-            recorded = translate_former(recorded, path)
+            recorded = _identity(space, parse_config(recorded, str(path)), dataset, seeds)["config"]
         difference = first_difference(recorded, now[key], name)
         if difference is not None:
             field, old, new = difference

@@ -19,7 +19,7 @@ from gavamoe.serving.settings import ServeArgs
 
 
 def guarded_args(folder: Path) -> ServeArgs:
-    return ServeArgs.model_validate({"run": str(folder), "withhold": {"single_author": True}})
+    return ServeArgs.model_validate({"run": str(folder), "withhold": {"single_author": True, "least_words": 1}})
 
 
 def list_again(folder: Path) -> None:

@@ -68,13 +68,20 @@ def print_route(route: dict[str, Any], *, as_json: bool) -> None:
     _print_unknown(route["user_known"], route["item_known"])
 
 
-def print_explanation(value: "Explanation", user: str, item: str, *, shown: bool, as_json: bool) -> None:
-    """The text on standard output, unless it was `shown` as it was written; how it came about on standard error."""
+def print_explanation(
+    value: "Explanation", user: str | None, item: str, *, history: int, shown: bool, as_json: bool
+) -> None:
+    """The text on standard output, unless it was `shown` as it was written; how it came about on standard error.
+
+    `history`: entries by which the user was routed.
+    """
     if as_json:
-        print_json({"user": user, "item": item} | asdict(value))
+        print_json({"user": user, "item": item, "history_entries": history} | asdict(value))
         return
     print("" if shown else value.text)
-    _print_unknown(value.user_known, value.item_known)
+    _print_unknown(value.user_known or history > 0, value.item_known)
+    if history:
+        console.print(f"user routed by {history} {'entry' if history == 1 else 'entries'} of history", markup=False)
     shares = ", ".join(f"{share:.2f}" for share in value.responsibilities)
     console.print(f"cluster {value.cluster} (responsibilities {shares})", markup=False)
     if value.rating is not None:
