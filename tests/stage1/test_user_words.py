@@ -111,6 +111,28 @@ def test_effective_clusters(shares: list[float], expected: float) -> None:
     assert effective(np.array(shares)) == pytest.approx(expected, abs=0.01)
 
 
+def test_the_users_clusters_are_where_the_bound_is_largest_and_tight() -> None:
+    """With words alone the bound's largest value is log p(w) itself, and q(c|u) is the posterior by Bayes' rule."""
+    words, _, _ = written(users=12, texts=2, mixed=0.3)
+    start_UK = np.random.default_rng(0).dirichlet(np.ones(3), size=12)
+    clusters = UserClusters(start_UK, words, cap=1e9)
+    weights_K = np.array([0.2, 0.3, 0.5])
+    clusters.update(torch.from_numpy(np.log(weights_K)), 1, "cpu")
+    q_UK = clusters.log_q[:-1].exp().double().numpy()
+    rates_KV = words.rates_KV(np.exp(np.log(start_UK)))
+    joint_UK = np.log(weights_K) + words.counts_UV @ np.log(rates_KV / words.rate_V).T
+    evidence_U = np.logaddexp.reduce(joint_UK, axis=1)
+
+    def bound(q_UK: np.ndarray) -> np.ndarray:
+        return (q_UK * (joint_UK - np.log(q_UK))).sum(axis=1)
+
+    assert bound(q_UK) == pytest.approx(evidence_U, abs=1e-4)
+    random = np.random.default_rng(1)
+    for _ in range(50):
+        other_UK = 0.9 * q_UK + 0.1 * random.dirichlet(np.ones(3), size=12)
+        assert (bound(other_UK) <= evidence_U + 1e-9).all()
+
+
 def test_words_move_a_user_between_clusters_and_without_weight_nothing_does() -> None:
     words, _, group_U = written(60, 4, 0.3)
     even_UK = np.full((60, 3), 1 / 3)
