@@ -1,7 +1,7 @@
 """Taking a user out of a trained run: what is this user's alone is removed, what was learned from everybody stays.
 
 Removed: the id and the usual features (catalog), all the user's pairs (routes), the rows written for the user
-(evaluation), the report, and the user's row in every embedding table, which becomes the unknown user's. Staying: the
+(evaluation), the report, and the user's row in every table of users, which becomes the unknown user's. Staying: the
 weights that all users share, as the user's reviews shaped them among all others', the counts and scores of everybody,
 hashes of the user's texts as nobody's, by which a service goes on withholding them (`authorship`), and the dataset,
 which is prepared again with `--drop-users`.
@@ -33,7 +33,8 @@ from gavamoe.generation.artifact import CATALOG_FOLDER
 from gavamoe.generation.authorship import AUTHORS_FILE, SingleAuthors
 from gavamoe.stage1.routes import ROUTES_FILE
 
-USER_TABLE = "user_embedding.weight"
+USER_TABLES = ("user_embedding.weight", "user_bias")
+"""Parameters with a row for each user, the unknown one's last."""
 _NO_REPORT = """<!doctype html>
 <meta charset="utf-8"><title>Report removed</title>
 <p>This report showed reviews of a user whom the run has forgotten. <code>gavamoe report RUN</code> writes it again.</p>
@@ -50,7 +51,7 @@ class Forgotten(NamedTuple):
     texts: int
     """Rows of the evaluation."""
     tables: int
-    """Embedding tables in which the users' rows were replaced."""
+    """Tables of users in which their rows were replaced."""
 
 
 def forget_users(run: Run, users: Sequence[str]) -> Forgotten:
@@ -129,23 +130,24 @@ def _blank_users(path: Path, indices: Sequence[int]) -> None:
 
 
 def _blank_rows(path: Path, indices: Sequence[int]) -> int:
-    """Overwrite users' rows of the table in a safetensors file with the unknown user's, which is the last; in place,
+    """Overwrite users' rows of the tables in a safetensors file with the unknown user's, which is the last; in place,
     since a model's file may be larger than memory. Returns how many tables there were."""
     with path.open("r+b") as file:
-        entry = _header(file).get(USER_TABLE)
-        if entry is None:
-            return 0
-        rows, _ = entry["shape"]
-        start, end = entry["data_offsets"]
-        size = (end - start) // rows
-        first = file.tell() + start
-        file.seek(first + (rows - 1) * size)
-        unknown = file.read(size)
-        for index in np.unique(indices).tolist():
-            if index < rows - 1:  # users without training rows have no row of their own
-                file.seek(first + index * size)
-                file.write(unknown)
-    return 1
+        header = _header(file)
+        data = file.tell()
+        tables = [header[name] for name in USER_TABLES if name in header]
+        for table in tables:
+            rows = table["shape"][0]
+            start, end = table["data_offsets"]
+            size = (end - start) // rows
+            first = data + start
+            file.seek(first + (rows - 1) * size)
+            unknown = file.read(size)
+            for index in np.unique(indices).tolist():
+                if index < rows - 1:  # users without training rows have no row of their own
+                    file.seek(first + index * size)
+                    file.write(unknown)
+    return len(tables)
 
 
 def _header(file: BinaryIO) -> dict[str, dict[str, list[int]]]:
