@@ -129,7 +129,7 @@ def explain(
             help="Of a user that training never saw: JSON lines of item, rating, text (any may be left out; 20 lines)."
         ),
     ] = None,
-    features: Annotated[str | None, typer.Option(help="Comma-separated; default: the item's usual ones.")] = None,
+    features: Annotated[str | None, typer.Option(help="Comma-separated; default: the likely ones.")] = None,
     rating: Annotated[float | None, typer.Option(help="Default: the predicted rating.")] = None,
     overrides: Set = None,
     seed: Annotated[int, typer.Option(min=0, help="For sampling; greedy by default.")] = 0,

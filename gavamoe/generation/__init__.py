@@ -3,6 +3,7 @@
     request          what is asked for, and the same with all that it leaves out
     prompts          what the model reads, as token ids
     artifact         what it reads of a stage-2 folder
+    pair_features    features for a pair that names none
     authorship       training texts that one single user wrote
     forget           a user taken out of a run
     placement        the device and the number format to write in

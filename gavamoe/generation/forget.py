@@ -1,10 +1,10 @@
 """Taking a user out of a trained run: what is this user's alone is removed, what was learned from everybody stays.
 
-Removed: the id and the usual features (catalog), all the user's pairs (routes), the rows written for the user
-(evaluation), the report, and the user's row in every table of users, which becomes the unknown user's. Staying: the
-weights that all users share, as the user's reviews shaped them among all others', the counts and scores of everybody,
-hashes of the user's texts as nobody's, by which a service goes on withholding them (`authorship`), and the dataset,
-which is prepared again with `--drop-users`.
+Removed: the id, the features and their counts (catalog, `pair_features`), all the user's pairs (routes), the rows
+written for the user (evaluation), the report, and the user's row in every table of users, which becomes the unknown
+user's. Staying: the weights that all users share, as the user's reviews shaped them among all others', the counts and
+scores of everybody, hashes of the user's texts as nobody's, by which a service goes on withholding them
+(`authorship`), and the dataset, which is prepared again with `--drop-users`.
 
 Such a run is served and explains; it is not evaluated or resumed on its dataset any more, whose rows it lacks.
 """
@@ -31,6 +31,7 @@ from gavamoe.data.catalog import Catalog
 from gavamoe.errors import InputError, did_you_mean
 from gavamoe.generation.artifact import CATALOG_FOLDER
 from gavamoe.generation.authorship import AUTHORS_FILE, SingleAuthors
+from gavamoe.generation.pair_features import FEATURES_FILE
 from gavamoe.stage1.routes import ROUTES_FILE
 
 USER_TABLES = ("user_embedding.weight", "user_bias")
@@ -85,6 +86,8 @@ def forget_users(run: Run, users: Sequence[str]) -> Forgotten:
                     counts["texts"] += _drop_rows(path, users)
                 elif path.parent.name == CATALOG_FOLDER and path.name == "users.parquet":
                     _blank_users(path, indices)
+                elif path.name == FEATURES_FILE:
+                    _drop_features(path, indices)
                 elif path.name == AUTHORS_FILE:
                     SingleAuthors.load(aside).without(indices).save(aside)
             fingerprints[kind] = _describe(aside, manifest, fingerprints, len(users))
@@ -117,6 +120,13 @@ def _drop_rows(path: Path, users: Sequence[int] | Sequence[str]) -> int:
                 writer.write_table(kept)
     os.replace(aside, path)
     return dropped
+
+
+def _drop_features(path: Path, indices: Sequence[int]) -> None:
+    """Rewrite the counts of features without the users' own."""
+    table = pq.read_table(path)
+    theirs = pc.and_(pc.equal(table["of"], "user"), pc.is_in(table["index"], value_set=pa.array(indices, pa.int32())))
+    pq.write_table(table.filter(pc.invert(theirs)), path, compression="zstd")
 
 
 def _blank_users(path: Path, indices: Sequence[int]) -> None:

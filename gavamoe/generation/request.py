@@ -2,7 +2,7 @@
 
 `explain`, `evaluate` and the service fill requests in by this one code: stage 1 routes the pair and predicts its
 rating in one pass. A rating that is not given is that prediction, moved to the nearest rating of the scale; features
-that are not given are the item's usual ones.
+that are not given are those that a review of the pair names most probably (`pair_features`).
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ import numpy as np
 from gavamoe.data.catalog import Catalog
 from gavamoe.errors import InputError
 from gavamoe.generation.artifact import CATALOG_FOLDER, read_prompt_spec
+from gavamoe.generation.pair_features import PairFeatures
 from gavamoe.generation.prompts import PromptSpec
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage1.route_overrides import RouteControl
@@ -71,11 +72,13 @@ class RequestFiller:
         control: RouteControl | None = None,
         crowd: Crowd | None = None,
         words: ClusterWords | None = None,
+        features: PairFeatures | None = None,
     ) -> None:
-        """`control` routes in stage 1's place; `crowd` and `words`: of the clusters' users, for histories."""
+        """`control` routes in stage 1's place; `crowd` and `words`: of the clusters' users, for histories; `features`:
+        what pairs are asked about when nobody says; None: the item's usual ones."""
         self.vae_gmm = vae_gmm.to(device).eval()
         self.catalog, self.spec, self.device, self.control = catalog, spec, device, control
-        self._crowd, self._words = crowd, words
+        self._crowd, self._words, self._pair_features = crowd, words, features
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "RequestFiller":
@@ -87,8 +90,10 @@ class RequestFiller:
         folder = Path(folder)
         spec, catalog = read_prompt_spec(folder), Catalog.load(folder / CATALOG_FOLDER)
         vae_gmm = load_vae_gmm(folder)
-        words = ClusterWords.load(folder, vae_gmm.config.clusters)
-        return cls(vae_gmm, catalog, spec, device, RouteControl.load(folder), Crowd.load(folder, vae_gmm), words)
+        clusters = vae_gmm.config.clusters
+        words, features = ClusterWords.load(folder, clusters), PairFeatures.load(folder, catalog, clusters)
+        crowd, control = Crowd.load(folder, vae_gmm), RouteControl.load(folder)
+        return cls(vae_gmm, catalog, spec, device, control, crowd, words, features)
 
     @cached_property
     def fold_in(self) -> FoldIn:
@@ -146,7 +151,7 @@ class RequestFiller:
             responsibilities=tuple(map(float, routes.responsibilities[row])),
             predicted_rating=predicted,
             rating=self._rating(request.rating, predicted),
-            features=self._features(request),
+            features=self._features(request, routes.responsibilities[row]),
             title=self.catalog.item_title(request.item),
             user_known=0 <= request.user < self.catalog.known_users,
             item_known=0 <= request.item < self.catalog.known_items,
@@ -162,10 +167,14 @@ class RequestFiller:
         scale.check(given)
         return given
 
-    def _features(self, request: ExplanationRequest) -> tuple[str, ...]:
-        """As given, else the item's usual ones; none where prompts name no features."""
+    def _features(self, request: ExplanationRequest, gamma_K: np.ndarray) -> tuple[str, ...]:
+        """As given, else those that a review of the pair names most probably; none where prompts name no features."""
         if not self.spec.prompt.features:
             return ()
         if request.features is not None:
             return request.features[: self.spec.prompt.max_features]
-        return self.catalog.usual_features(request.user, request.item, self.spec.usual_features)
+        count = self.spec.usual_features
+        if self._pair_features is None:
+            return self.catalog.usual_features(request.user, request.item, count)
+        texts = [entry.text for entry in request.history if entry.text]
+        return self._pair_features.rank(request.user, request.item, gamma_K.tolist(), count, texts)

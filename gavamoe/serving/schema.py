@@ -68,7 +68,7 @@ class ExplainItem(PairRequest):
     rating: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     """Left out: stage 1's prediction takes its place."""
     features: Features | None = None
-    """Left out: the item's usual ones take their place; empty: none."""
+    """Left out: those that a review of the pair names most probably; empty: none."""
 
 
 class ExplainRequest(ExplainItem, TextOptions):

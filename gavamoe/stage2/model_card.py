@@ -17,6 +17,7 @@ from gavamoe.config.schema import RunConfig
 from gavamoe.generation.artifact import CATALOG_FOLDER, PROMPT_FILE
 from gavamoe.generation.authorship import SingleAuthors
 from gavamoe.generation.detokenize import clean_text
+from gavamoe.generation.pair_features import PairFeatures
 from gavamoe.model.lora import merged_state
 from gavamoe.stage1.artifact import save_vae_gmm
 from gavamoe.stage1.rating_biases import shrink_interaction
@@ -57,12 +58,13 @@ def write_artifact(
 
 
 def _write_clusters(folder: Path, config: RunConfig, setup: Setup, vae_gmm: VaeGmm) -> None:
-    """Words and moments of the users of the clusters that stage 2 has made of stage 1's."""
+    """Words, moments and features of the users of the clusters that stage 2 has made of stage 1's."""
     words = UserWords.read(setup.data, config.stage1.vocabulary)
     routes = training_routes(setup.data, folder / ROUTES_FILE)
     home_U = routes.user_means_UK.argmax(axis=1)
     ClusterWords.of(words, home_U, len(routes.pairs_K)).save(folder)
     Crowd.of(vae_gmm, home_U, setup.data.catalog.training_rows()).save(folder)
+    PairFeatures.read(setup.data, home_U, len(routes.pairs_K)).save(folder)
 
 
 def single_authors(setup: Setup) -> SingleAuthors:

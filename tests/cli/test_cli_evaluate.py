@@ -68,9 +68,7 @@ def test_evaluate_prints_both_protocols_and_what_lies_beyond(
     gavamoe: Runner, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted = open_dataset(tiny_dataset)
-    monkeypatch.setattr(
-        ExplanationGenerator, "load", lambda folder, device="cpu": FakeExplainer(planted, parrot(planted))
-    )
+    monkeypatch.setattr(ExplanationGenerator, "load", lambda *_: FakeExplainer(planted, parrot(planted)))
     monkeypatch.setattr("gavamoe.evaluation.faithfulness.gates.measure_gates", lambda *_: None)
     monkeypatch.setattr("gavamoe.report.page.write_report", lambda runs, out: out)
     run = make_run(tmp_path / "run", planted)

@@ -168,9 +168,7 @@ def test_files_of_both_protocols_are_kept_apart(
     tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planted = open_dataset(tiny_dataset)
-    monkeypatch.setattr(
-        ExplanationGenerator, "load", lambda folder, device="cpu": FakeExplainer(planted, parrot(planted))
-    )
+    monkeypatch.setattr(ExplanationGenerator, "load", lambda *_: FakeExplainer(planted, parrot(planted)))
     monkeypatch.setattr("gavamoe.evaluation.faithfulness.gates.measure_gates", lambda *_: None)
     run = make_run(tmp_path / "run", planted)
     evaluate_run(run, rows=7, protocol="both", style="both", probe_rows=3)

@@ -194,9 +194,7 @@ def test_generations_hold_what_was_asked_and_said(planted: Dataset) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, planted: Dataset, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(
-        ExplanationGenerator, "load", lambda folder, device="cpu": FakeExplainer(planted, parrot(planted))
-    )
+    monkeypatch.setattr(ExplanationGenerator, "load", lambda *_: FakeExplainer(planted, parrot(planted)))
     monkeypatch.setattr("gavamoe.evaluation.faithfulness.gates.measure_gates", lambda *_: None)  # the fake has no gates
     return make_run(tmp_path / "run", planted)
 

@@ -17,6 +17,7 @@ from gavamoe.data.prepare import prepare
 from gavamoe.errors import InputError
 from gavamoe.generation.decoding_engine import Engine, Row
 from gavamoe.generation.generator import Explanation, ExplanationGenerator
+from gavamoe.generation.pair_features import PairFeatures
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.base_model import special_ids
 from gavamoe.runtime.context import LocalContext
@@ -144,13 +145,14 @@ def test_given_values_are_used_as_they_are(explainer: ExplanationGenerator) -> N
     assert (bare.features, bare.features_given) == ((), True)
 
 
-def test_missing_values_are_predicted(explainer: ExplanationGenerator) -> None:
+def test_missing_values_are_predicted(explainer: ExplanationGenerator, stage2: Path) -> None:
     [found] = explainer.explain([ExplanationRequest(1, 2)], GREEDY)
     routes = route_pairs(explainer.filler.vae_gmm, np.array([1]), np.array([2]))
     assert found.predicted_rating == routes.rating[0]
     assert (found.rating, found.rating_given) == (round(found.predicted_rating), False)
-    assert found.features == explainer.catalog.usual_features(1, 2, 2)  # as many as training rows have
-    assert len(found.features) == 2
+    ranked = PairFeatures.load(stage2, explainer.catalog, 3)
+    assert ranked is not None
+    assert found.features == ranked.rank(1, 2, found.responsibilities, 2)  # as many as training rows have
     assert found.features_given is False
     assert found.cluster == routes.cluster[0]
     assert found.responsibilities == tuple(routes.responsibilities[0])

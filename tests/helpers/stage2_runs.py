@@ -25,7 +25,8 @@ from helpers.trap import Trap
 FILES = [
     "README.md", "artifact.json", "catalog/catalog.json", "catalog/items.parquet", "catalog/users.parquet",
     "cluster_words.parquet", "config.json", "generation_config.json", "metrics.json", "model.safetensors",
-    "prompt.json", "routes.parquet", "single_author_texts.parquet", "tokenizer.json", "tokenizer_config.json",
+    "pair_features.parquet", "prompt.json", "routes.parquet", "single_author_texts.parquet", "strangers.safetensors",
+    "tokenizer.json", "tokenizer_config.json",
     "vae_gmm.json", "vae_gmm.safetensors",
 ]  # fmt: skip
 

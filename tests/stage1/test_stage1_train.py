@@ -29,8 +29,8 @@ def test_artifact_is_whole_and_says_what_it_measured(tiny_dataset: Path, tmp_pat
     metrics = train_stage1(tiny_stage1(), tiny_dataset, tmp_path / "stage1", context)
     files = sorted(path.name for path in (tmp_path / "stage1").iterdir())
     assert files == [
-        "artifact.json", "cluster_words.parquet", "metrics.json", "routes.parquet", "vae_gmm.json",
-        "vae_gmm.safetensors",
+        "artifact.json", "cluster_words.parquet", "metrics.json", "routes.parquet",
+        "strangers.safetensors", "vae_gmm.json", "vae_gmm.safetensors",
     ]  # fmt: skip
     assert json.loads((tmp_path / "stage1" / "metrics.json").read_text()) == metrics
     data = open_dataset(tiny_dataset)

@@ -88,7 +88,7 @@ def print_explanation(
         origin = "given" if value.rating_given else f"predicted as {value.predicted_rating:.2f}"
         console.print(f"rating {value.rating:.3g} ({origin})", markup=False)
     if value.features:
-        origin = "given" if value.features_given else "the usual ones"
+        origin = "given" if value.features_given else "the likely ones"
         console.print(f"features {', '.join(value.features)} ({origin})", markup=False)
 
 
