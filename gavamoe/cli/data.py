@@ -53,6 +53,19 @@ def prepare(
     hash_users: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Replace users' ids by hashes, with the secret in this file.")
     ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A table of more user-item pairs, without text: stage 1 alone trains on them."
+        ),
+    ] = None,
+    pairs_column: Annotated[
+        list[str] | None, typer.Option(metavar="FIELD=NAME", help="Its column of user, item, rating or time.")
+    ] = None,
+    keep_textless: Annotated[
+        bool,
+        typer.Option("--keep-textless", help="Keep rows without a text as such pairs; default: they are rejected."),
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Turn raw reviews into a dataset folder: ids, splits, features, one explanation a row."""
@@ -79,6 +92,9 @@ def prepare(
             escape=escape,
             drop_users=drop_users,
             hash_users=hash_users,
+            pairs=pairs,
+            pairs_columns=pairs_of("--pairs-column", pairs_column),
+            keep_textless=keep_textless,
             progress=progress.rows,
         )
     print_prepared(result, out, as_json=json_output)

@@ -4,7 +4,8 @@ Two passes: `validation` reads the source once, keeps the good rows and counts w
 texts are read back to choose sentences and features and to write the dataset.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from gavamoe.artifacts.files import write_folder
 from gavamoe.data.bounds import MAX_TITLE_CHARS
 from gavamoe.data.cleaning import clean, sentences
 from gavamoe.data.features import Vocabulary
+from gavamoe.data.readers.batches import FIELDS, RawBatch
 from gavamoe.data.readers.formats import Format, TextMode, check_columns, get_format, read_titles
 from gavamoe.data.readers.sources import NO_COLUMN, Quoting, SourceOptions, check_encoding
 from gavamoe.data.splits import check_ratio, draw_splits, given_splits, repeated_pairs
@@ -52,6 +54,8 @@ class PrepareSummary(BaseModel):
     """Number of rows whose time is not understood; of repeated pairs they count as the earliest."""
     texts_cut: int
     """Number of texts that were longer than the bound, and shortened."""
+    without_text: int
+    """Number of kept rows that are pairs without a text, by choice."""
     without_feature: int
     """Number of kept rows in whose text no feature was found or given."""
     vocabulary: int
@@ -88,6 +92,9 @@ def prepare(
     escape: str | None = None,
     drop_users: Path | None = None,
     hash_users: Path | None = None,
+    pairs: Path | None = None,
+    pairs_columns: Mapping[str, str] | None = None,
+    keep_textless: bool = False,
     progress: OnRows | None = None,
 ) -> PrepareSummary:
     """Write the dataset folder `out` from `source`; whole or not at all.
@@ -104,6 +111,9 @@ def prepare(
         encoding, quoting, escape: of a text source, see `readers.sources.SourceOptions`.
         drop_users: file with an id a line: these users' rows are left out, and nothing of them is kept.
         hash_users: file with a secret: ids of users become their keyed hashes (`user_ids.hash_id`).
+        pairs: a table of more pairs, without text, on which stage 1 alone trains.
+        pairs_columns: its columns of user, item, rating and time whose names are others, as `columns`.
+        keep_textless: rows of the source without a text are kept as such pairs, rather than rejected.
 
     Raises:
         InputError: something about the source, the arguments or `out` is wrong.
@@ -113,20 +123,26 @@ def prepare(
     check_ratio(split)
     options = _source_options(format, columns or {}, encoding, quoting, escape)
     _check_arguments(source, format, kind, text_mode, rating_scale, max_rejected_share, titles)
+    _check_pairs(pairs, pairs_columns or {}, index_dir)
     mode, scale = text_mode or kind.text_mode, rating_scale or kind.scale
     report = progress or (lambda phase, rows: None)
     ids = UserIds(read_ids(drop_users) if drop_users else (), read_hash_key(hash_users) if hash_users else None)
     with write_folder(Path(out)) as folder:
-        with RowValidator(folder, mode, scale, rated=kind.rated, ids=ids) as validator:
+        with RowValidator(folder, mode, scale, kind.rated, ids, keep_textless) as validator:
             for batch in kind.read(source, options):
                 validator.add(batch)
                 report("read", validator.read)
+            if pairs is not None:
+                for batch in _read_pairs(Path(pairs), options, pairs_columns or {}, validator.rated):
+                    validator.add(batch, pairs=True)
+                    report("read", validator.read)
         accepted = validator.accepted()
         _check_rejections(source, validator, len(accepted.row), max_rejected_share)
         _check_times(source, format, validator, max_rejected_share)
         _read_title_file(source, kind, titles, validator)
         rows, repeats = _split(validator, accepted, index_dir, split, seed)
-        settings = {"source": source.name, "format": format, "text_mode": mode, "seed": seed}
+        name = source.name if pairs is None else f"{source.name} + {Path(pairs).name}"
+        settings = {"source": name, "format": format, "text_mode": mode, "seed": seed}
         settings["split"] = Path(index_dir).name if index_dir is not None else ":".join(f"{share:g}" for share in split)
         return _write(folder, validator, rows, repeats, settings, scale, report)
 
@@ -150,6 +166,33 @@ def _check_arguments(
         raise InputError(f"rating_scale: {rating_scale[0]}..{rating_scale[1]} is not a valid range (low to high)")
     if titles is not None and kind.title_keys is None:
         raise InputError(f"titles: format {format} has no title file; a table has a title column (--column title=NAME)")
+
+
+_PAIR_FIELDS = ("user", "item", "rating", "time")
+
+
+def _check_pairs(pairs: Path | None, columns: Mapping[str, str], index_dir: Path | None) -> None:
+    if unknown := sorted(set(columns) - set(_PAIR_FIELDS)):
+        raise InputError(f"pairs_columns: a pair has no {unknown[0]}; its fields are {', '.join(_PAIR_FIELDS)}")
+    if pairs is None:
+        if columns:
+            raise InputError("pairs_columns: there is no file of pairs; name one with --pairs")
+        return
+    if not Path(pairs).exists():
+        raise InputError(f"{pairs}: no such file")
+    if index_dir is not None:
+        raise InputError("pairs: index files give the splits of one source; leave out --pairs or --index-dir")
+
+
+def _read_pairs(pairs: Path, options: SourceOptions, columns: Mapping[str, str], rated: bool) -> Iterator[RawBatch]:
+    """The file of pairs, without what only rows with a text have, and without ratings where these have none."""
+    left_out = [field for field in FIELDS if field not in _PAIR_FIELDS or (field == "rating" and not rated)]
+    try:
+        yield from get_format("table").read(
+            pairs, replace(options, columns=dict(columns) | dict.fromkeys(left_out, NO_COLUMN))
+        )
+    except InputError as error:
+        raise InputError(str(error).replace("--column ", "--pairs-column ")) from error
 
 
 def _source_options(
@@ -216,9 +259,11 @@ def _split(
     if index_dir is not None:
         split, repeats = given_splits(index_dir, accepted.row, validator.last_row), 0
     else:
-        single = ~repeated_pairs(accepted.user, accepted.item, accepted.time)
+        single = ~repeated_pairs(accepted.user, accepted.item, accepted.time, accepted.has_text)
         split, repeats = np.full(len(single), LEFT_OUT, dtype=np.int8), int(np.count_nonzero(~single))
-        split[single] = draw_splits(len(single) - repeats, ratio, seed)
+        # Rows with a text are split as they are without the others.
+        for rows, seeds in ((single & accepted.has_text, seed), (single & ~accepted.has_text, [seed, 1])):
+            split[rows] = draw_splits(int(np.count_nonzero(rows)), ratio, seeds)
     rows = Rows(
         users=validator.users.values,
         items=validator.items.values,
@@ -241,9 +286,9 @@ def _write(
     report: OnRows,
 ) -> PrepareSummary:
     vocabulary = validator.vocabulary()
-    kept = rows.split != LEFT_OUT
+    kept, has_text = rows.split != LEFT_OUT, validator.accepted().has_text
     with DatasetWriter(folder, rows) as writer:
-        bare = _write_texts(validator, writer, kept, vocabulary, settings["text_mode"], report)
+        without_feature = _write_texts(validator, writer, kept & has_text, vocabulary, settings["text_mode"], report)
         validator.remove_spool()
         counts = {
             "read": validator.read,
@@ -253,7 +298,8 @@ def _write(
             "in_no_index": int((~kept).sum()) - repeats,
             "unknown_times": validator.unknown_times,
             "texts_cut": validator.texts_cut,
-            "without_feature": bare,
+            "without_text": int((kept & ~has_text).sum()),
+            "without_feature": without_feature,
             "vocabulary": len(vocabulary.features) if vocabulary else 0,
         }
         rejected = {f"rejected: {reason}": count for reason, count in sorted(validator.rejected.items())}
@@ -286,12 +332,13 @@ def _remarks(validator: RowValidator) -> list[str]:
 def _write_texts(
     validator: RowValidator,
     writer: DatasetWriter,
-    kept: np.ndarray,
+    counted: np.ndarray,
     vocabulary: Vocabulary | None,
     text_mode: str,
     report: OnRows,
 ) -> int:
-    """Choose text and features of every accepted row and write them; returns how many kept rows have no feature."""
+    """Choose text and features of every accepted row and write them; returns how many of the `counted` rows have no
+    feature."""
     start = bare = 0
     for text, features in validator.spooled():
         if vocabulary is not None:
@@ -302,7 +349,7 @@ def _write_texts(
             text, features = vocabulary.choose(sentence, row, len(text))
         writer.write(text, features)
         empty = pc.equal(pc.list_value_length(features), 0).to_numpy(zero_copy_only=False)
-        bare += int(np.count_nonzero(empty & kept[start : start + len(text)]))
+        bare += int(np.count_nonzero(empty & counted[start : start + len(text)]))
         start += len(text)
         report("write", start)
     return bare

@@ -19,7 +19,7 @@ def check_ratio(ratio: Sequence[float]) -> None:
         raise InputError(f"split: {':'.join(map(str, ratio))} is not three positive numbers such as 8:1:1")
 
 
-def draw_splits(count: int, ratio: Sequence[float], seed: int) -> np.ndarray:
+def draw_splits(count: int, ratio: Sequence[float], seed: int | Sequence[int]) -> np.ndarray:
     """int8 (count,): positions in SPLITS, shuffled, sizes exact to rounding; no split is empty where 3 rows are."""
     ends = np.round(np.cumsum(ratio) / np.sum(ratio) * count).astype(int)
     ends = np.clip(ends, [1, 2, 3], [count - 2, count - 1, count]) if count >= len(SPLITS) else ends
@@ -27,9 +27,11 @@ def draw_splits(count: int, ratio: Sequence[float], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(split)
 
 
-def repeated_pairs(user: np.ndarray, item: np.ndarray, time: np.ndarray) -> np.ndarray:
-    """bool (N,): rows whose (user, item) pair has a later row, by `time` (NaN: earliest), then by place."""
-    order = np.lexsort((np.nan_to_num(time, nan=-np.inf), item, user))  # stable, so ties keep their place
+def repeated_pairs(user: np.ndarray, item: np.ndarray, time: np.ndarray, has_text: np.ndarray) -> np.ndarray:
+    """bool (N,): rows whose (user, item) pair has a later row, by `time` (NaN: earliest), then by place; a row with a
+    text is later than any without."""
+    # Stable, so ties keep their place.
+    order = np.lexsort((np.nan_to_num(time, nan=-np.inf), has_text, item, user))
     same = (np.diff(user[order]) == 0) & (np.diff(item[order]) == 0)
     repeated = np.zeros(len(user), dtype=bool)
     repeated[order[:-1][same]] = True

@@ -64,6 +64,8 @@ class AcceptedRows(NamedTuple):
     """Ratings, NaN where there is none: float32 (N,)."""
     time: np.ndarray
     """Times, NaN where there is none: float64 (N,)."""
+    has_text: np.ndarray
+    """Whether there is a text, or none is wanted of any row: bool (N,)."""
 
 
 class RowValidator:
@@ -76,6 +78,7 @@ class RowValidator:
         scale: tuple[float, float] | None,
         rated: bool,
         ids: UserIds | None = None,
+        keep_textless: bool = False,
     ) -> None:
         """
         Args:
@@ -83,7 +86,9 @@ class RowValidator:
             scale: lowest and highest rating allowed; None: any.
             rated: every row must have a rating, whether or not the source has such a column.
             ids: which users are left out, and how ids are hashed.
+            keep_textless: a row without a text is accepted, as a pair that stage 1 alone trains on.
         """
+        self._keep_textless = keep_textless
         self.user_ids = ids or UserIds()
         self.users, self.items = StringEncoder(), StringEncoder()
         self.titles: dict[int, str] = {}
@@ -105,6 +110,8 @@ class RowValidator:
         self.notes: list[str] = []
         """What the reader says about the source."""
         self._text_mode: TextMode = text_mode
+        self._of_pairs = False
+        """Whether the batch at hand is of the file of pairs."""
         self._scale = scale
         self._rated: bool | None = True if rated else None
         self._featured: bool | None = None
@@ -123,12 +130,16 @@ class RowValidator:
         self._spool.close()
         self._log.close()
 
-    def add(self, batch: RawBatch) -> None:
+    def add(self, batch: RawBatch, *, pairs: bool = False) -> None:
         """Accept or reject each row of a batch.
+
+        Args:
+            pairs: the rows are of a second file, of pairs without text.
 
         Raises:
             InputError: the source has no texts, or has ratings or features in later rows only.
         """
+        self._of_pairs = pairs
         count = len(batch.row)
         self.read += count + len(batch.broken)
         ends = [rejection.row for rejection in batch.broken] + batch.row[-1:].tolist()
@@ -139,7 +150,8 @@ class RowValidator:
         if not count:
             self._reject(batch, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int8))
             return
-        self._settle_columns(batch)
+        if not pairs:
+            self._settle_columns(batch)
         reasons = _Reasons(count)
         user, item = (self._ids(batch, field, reasons) for field in ("user", "item"))
         rating = self._ratings(batch, reasons)
@@ -157,6 +169,7 @@ class RowValidator:
                 items,
                 rating[accepted],
                 time[accepted],
+                pc.not_equal(text.filter(mask), "").to_numpy(zero_copy_only=False) | (self._text_mode == "none"),
             )
         )
         self._keep_titles(batch, items, mask)
@@ -166,9 +179,14 @@ class RowValidator:
         """All accepted rows, in order."""
         if not self._parts:
             return AcceptedRows(
-                *(np.empty(0, dtype=kind) for kind in (np.int64, np.int32, np.int32, np.float32, np.float64))
+                *(np.empty(0, dtype=kind) for kind in (np.int64, np.int32, np.int32, np.float32, np.float64, np.bool_))
             )
         return AcceptedRows(*(np.concatenate(parts) for parts in zip(*self._parts, strict=True)))
+
+    @property
+    def rated(self) -> bool:
+        """Whether the rows so far have ratings."""
+        return bool(self._rated)
 
     def vocabulary(self) -> Vocabulary | None:
         """The features found in the texts; None where the source gives them or has no texts."""
@@ -227,7 +245,7 @@ class RowValidator:
 
     def _texts(self, batch: RawBatch, reasons: "_Reasons") -> pa.Array:
         count = len(batch.row)
-        if self._text_mode == "none":
+        if self._text_mode == "none" or self._of_pairs:
             return pa.array([""] * count, pa.string())
         text = batch.columns.get("text", pa.nulls(count, pa.string()))
         if self._text_mode == "review":
@@ -236,12 +254,14 @@ class RowValidator:
         else:
             self.texts_cut += too_long(text, MAX_EXPLANATION_CHARS)
             text = clean(text, MAX_EXPLANATION_CHARS)
+        if self._keep_textless:
+            return pc.fill_null(text, "")
         reasons.mark(pc.or_kleene(pc.is_null(text), pc.equal(text, "")), "text missing")
         return text
 
     def _features(self, batch: RawBatch, reasons: "_Reasons") -> pa.Array:
         """list<string> (R,): the given features; empty lists where the source gives none."""
-        if not self._featured:
+        if not self._featured or self._of_pairs:
             return pa.array([[]] * len(batch.row), _SPOOL_SCHEMA.field("features").type)
         features, long, broken = given_features(batch.columns.get("features", pa.nulls(len(batch.row), pa.string())))
         reasons.mark(long, _LONG_FEATURE)
@@ -263,7 +283,7 @@ class RowValidator:
 
     def _reject(self, batch: RawBatch, rows: np.ndarray, codes: np.ndarray) -> None:
         judged = [
-            Rejection(int(batch.row[row]), REASONS[code], batch.show(row))
+            Rejection(int(batch.row[row]), ("pairs: " if self._of_pairs else "") + REASONS[code], batch.show(row))
             for row, code in zip(rows.tolist(), codes.tolist(), strict=True)
         ]
         for rejection in sorted(judged + batch.broken, key=lambda rejection: rejection.row):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gavamoe.data.dataset import Dataset, PairArrays
 from gavamoe.errors import InputError
@@ -27,13 +28,14 @@ class EvaluatedRows:
 
 
 def select_rows(dataset: Dataset, split: str, limit: int, seed: int) -> EvaluatedRows:
-    """All rows of a split, or `limit` of them drawn by the seed, in the split's order."""
-    size = dataset.size(split)
-    if size == 0:
+    """All rows of a split that have a text, or `limit` of them drawn by the seed, in the split's order; all its rows
+    where none has."""
+    if dataset.size(split) == 0:
         raise InputError(f"{dataset.path}: the {split} split has no rows to evaluate")
-    index = np.arange(size)
-    if 0 < limit < size:
-        index = np.sort(np.random.default_rng(seed).choice(size, limit, replace=False))
+    written = pc.greater(pc.utf8_length(dataset.table(split, ["text"])["text"]), 0).fill_null(False).to_numpy()
+    index = np.flatnonzero(written) if written.any() else np.arange(len(written))
+    if 0 < limit < len(index):
+        index = np.sort(np.random.default_rng(seed).choice(index, limit, replace=False))
     table = dataset.table(split, ["text", "features"]).take(pa.array(index))
     return EvaluatedRows(
         index=index,

@@ -18,11 +18,12 @@ from gavamoe.data.dataset import SPLITS, open_dataset
 from gavamoe.runtime.context import Context
 from gavamoe.stage1.artifact import save_vae_gmm
 from gavamoe.stage1.pair_stream import BUCKET_PAIRS, PairFile, Pairs
+from gavamoe.stage1.rating_biases import RatingBiases, fit_biases
 from gavamoe.stage1.routes import ROUTES_FILE, route_pairs, training_routes, user_group_ari, write_routes
 from gavamoe.stage1.strangers.fold_in import Crowd
 from gavamoe.stage1.trainer import Trainer, from_rank_0
 from gavamoe.stage1.user_words import ClusterWords, UserWords, effective, information
-from gavamoe.stage1.validation import idle_gates, validate
+from gavamoe.stage1.validation import idle_gates, no_better_than_biases, validate
 
 _SCORE_STEPS = 2**20
 
@@ -59,10 +60,13 @@ def _final_metrics(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """The content of metrics.json; writes what is known of the clusters' users beside it."""
     dataset = trainer.dataset
     metrics: dict[str, Any] = {}
+    biases = None
+    if not dataset.implicit:
+        biases = fit_biases(trainer.source.observed, trainer.model.n_users + 1, trainer.model.n_items + 1)
     for split in SPLITS[1:]:
         pairs = trainer.source.held_out(split)
         if pairs.size:
-            metrics[split] = _split_metrics(trainer, pairs)
+            metrics[split] = _split_metrics(trainer, pairs, biases)
     train = training_routes(dataset, folder / ROUTES_FILE)
     shares = train.pairs_K / train.pairs_K.sum()
     metrics["cluster_shares"] = shares.tolist()
@@ -71,7 +75,7 @@ def _final_metrics(trainer: Trainer, folder: Path) -> dict[str, Any]:
     home_U = train.user_means_UK.argmax(axis=1)
     Crowd.of(trainer.model, home_U, dataset.catalog.training_rows()).save(folder)
     metrics["information"] = _information(trainer, home_U, folder)
-    for warning in idle_gates(metrics, trainer.config.clusters):
+    for warning in (*idle_gates(metrics, trainer.config.clusters), *no_better_than_biases(metrics)):
         trainer.context.log({"phase": "stage1", "step": trainer.step, "epoch": trainer.epoch, "warning": warning})
     metrics["interaction_scale"] = trainer.interaction_scale
     metrics["epochs"] = trainer.epoch
@@ -98,9 +102,16 @@ def _information(trainer: Trainer, home_U: np.ndarray, folder: Path) -> dict[str
     return None if found is None else found._asdict() | {"interval": list(found.interval)}
 
 
-def _split_metrics(trainer: Trainer, pairs: PairFile) -> dict[str, Any]:
+def _split_metrics(trainer: Trainer, pairs: PairFile, biases: RatingBiases | None) -> dict[str, Any]:
     worker = _SingleWorker(trainer.context)
     numbers = validate(trainer.model, pairs, trainer.config.beta, worker).numbers()
+    if biases is not None:
+        squares = 0.0
+        for start in range(0, pairs.size, BUCKET_PAIRS):
+            batch = pairs.take(slice(start, start + BUCKET_PAIRS))
+            users, items = (np.minimum(ids, len(known) - 1) for ids, known in zip(batch[:2], biases[1:3], strict=True))
+            squares += float(np.square(biases.predict(users, items) - batch.rating).sum())
+        numbers["bias_rmse"] = (squares / pairs.size) ** 0.5
     if trainer.dataset.implicit:
         popularity = np.zeros(trainer.dataset.catalog.n_items, np.int64)
         for observed in trainer.source.observed():

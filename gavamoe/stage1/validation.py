@@ -150,6 +150,25 @@ def idle_gates(metrics: Mapping[str, Any], clusters: int) -> list[str]:
     return []
 
 
+def no_better_than_biases(metrics: Mapping[str, Any]) -> list[str]:
+    """That ratings are predicted no better than by user and item biases alone, with the remedy; empty when they are.
+
+    Args:
+        metrics: stage 1's metrics.json, whose entries of today may be missing.
+    """
+    for split in ("test", "valid"):
+        scores = metrics.get(split) or {}
+        if (biases := scores.get("bias_rmse")) is not None:
+            if scores["rmse"] < biases:
+                return []
+            return [
+                f"the {split} RMSE {scores['rmse']:.4f} is no better than that of user + item biases, {biases:.4f}: no"
+                " taste beyond them is learned; try stage1.rating_biases=true, a lower stage1.beta or more epochs, or"
+                " take the ratings for what the biases say"
+            ]
+    return []
+
+
 def collapse_warnings(validation: Validation, config: Stage1Config) -> list[str]:
     """Signs of a collapse, with numbers and the remedy; empty when there are none."""
     warnings = []

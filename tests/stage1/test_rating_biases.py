@@ -14,6 +14,7 @@ from gavamoe.stage1.pair_stream import PairFile, Pairs
 from gavamoe.stage1.rating_biases import LEAST_HELD_OUT, fit_biases, shrink_interaction
 from gavamoe.stage1.train import train_stage1
 from gavamoe.stage1.trainer import build_model
+from gavamoe.stage1.validation import no_better_than_biases
 
 USERS, ITEMS = 400, 300
 
@@ -127,3 +128,31 @@ def test_a_model_of_a_version_before_is_read_without(tiny_dataset: Path, tmp_pat
     spec = tmp_path / "stage1" / "vae_gmm.json"
     spec.write_text(spec.read_text().replace('"rating_biases": false,', ""))
     assert load_vae_gmm(tmp_path / "stage1").user_bias is None
+
+
+def test_training_compares_itself_with_the_biases(tiny_dataset: Path, tmp_path: Path) -> None:
+    context = LocalContext()
+    metrics = train_stage1(tiny_stage1(), tiny_dataset, tmp_path / "stage1", context)
+    data = open_dataset(tiny_dataset)
+    pairs = data.arrays("test")
+    biases = fit_biases(lambda: [Pairs(*data.arrays("train"))], data.catalog.n_users, data.catalog.n_items)
+    errors = biases.predict(pairs.user, pairs.item) - pairs.rating
+    assert metrics["test"]["bias_rmse"] == pytest.approx(float(np.sqrt(np.mean(errors**2))), rel=1e-4)
+    warned = [line["warning"] for line in context.lines if "user + item biases" in str(line.get("warning"))]
+    assert bool(warned) == (metrics["test"]["rmse"] >= metrics["test"]["bias_rmse"])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"test": {"rmse": 0.8, "bias_rmse": 0.9}}, False),
+        ({"test": {"rmse": 0.9, "bias_rmse": 0.9}}, True),
+        ({"valid": {"rmse": 1.0, "bias_rmse": 0.9}}, True),
+        ({"test": {"rmse": 0.8}}, False),
+        ({}, False),
+    ],
+)
+def test_no_gain_over_biases_is_said(metrics: dict[str, dict[str, float]], said: bool) -> None:
+    warnings = no_better_than_biases(metrics)
+    assert bool(warnings) == said
+    assert all("no better than that of user + item biases" in warning for warning in warnings)

@@ -19,7 +19,8 @@ def print_prepared(result: PrepareSummary, out: Path, *, as_json: bool) -> None:
         ("left out: in no index file", result.in_no_index),
         ("kept", result.kept),
         *[(f"  {split}", count) for split, count in result.rows.items()],
-        ("kept rows without a feature", result.without_feature),
+        ("kept without a text, for stage 1 alone", result.without_text),
+        ("kept texts without a feature", result.without_feature),
         ("times not understood", result.unknown_times),
         ("texts cut to the longest allowed", result.texts_cut),
     ]

@@ -1,6 +1,7 @@
 """The one sampler of training texts, which faithfulness is measured against."""
 
 import numpy as np
+import pyarrow.compute as pc
 
 from gavamoe.data.dataset import Dataset
 
@@ -16,7 +17,8 @@ def sampled_texts(
     """
     table = dataset.table("train", [column, "text"])
     values = table[column].to_numpy(zero_copy_only=False)
-    rows = np.flatnonzero(~np.isnan(values.astype(np.float64))) if rated else np.arange(table.num_rows)
+    written = pc.greater(pc.utf8_length(table["text"]), 0).fill_null(False).to_numpy()
+    rows = np.flatnonzero(written & ~np.isnan(values.astype(np.float64)) if rated else written)
     if len(rows) > most:
         rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
     return [text or "" for text in table["text"].take(rows).to_pylist()], values[rows]
