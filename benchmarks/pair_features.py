@@ -87,11 +87,14 @@ def _texts(run: Run, data: Dataset, ranked: PairFeatures | None, split: str, row
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--split", default="test")
     parser.add_argument("--texts", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if not arguments.runs:
+        print("name a run folder: python -m benchmarks.pair_features RUN")
+        return
     results = {str(path): measure(open_run(path), arguments.split, arguments.texts) for path in arguments.runs}
     if arguments.json:
         print(json.dumps(results, indent=2))

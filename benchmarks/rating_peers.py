@@ -1,11 +1,11 @@
 """Stage 1's ratings against those of the field's usual models, by scikit-surprise, in one run.
 
-    python -m benchmarks.rating_peers DATASET... [--preset quickstart] [--seeds 0 1 2] [--set FIELD=VALUE] [--json]
+    python -m benchmarks.rating_peers [DATASET...] [--preset quickstart] [--seeds 0 1 2] [--set FIELD=VALUE] [--json]
 
-Test RMSE of models of which none is tuned on the data: the training mean; user + item biases (ALS); SVD with 20 factors,
-30 epochs; SVD++ with 10 factors, 15 epochs (rate .005, regularization .1); this project's biases alone
-(`stage1.rating_biases`), and stage 1. Predictions are cut to the scale, as scikit-surprise does. The mean of the seeds and
-their range; seconds are of one training, on one thread.
+Test RMSE of models of which none is tuned on the data: the training mean; user + item biases (ALS); SVD with 20
+factors, 30 epochs; SVD++ with 10 factors, 15 epochs (rate .005, regularization .1); this project's biases alone
+(`stage1.rating_biases`), and stage 1. Predictions are cut to the scale, as scikit-surprise does. The mean of the seeds
+and their range; seconds are of one training, on one thread.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from surprise import Dataset as SurpriseData
 
 from gavamoe.config.files import load_config
 from gavamoe.data.dataset import Dataset, PairArrays, open_dataset
+from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.pair_stream import Pairs
 from gavamoe.stage1.rating_biases import fit_biases
@@ -103,7 +104,7 @@ def summary(scores: Scores) -> dict[str, Any]:
 def main() -> None:
     """Measure and print a table for each dataset."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("datasets", nargs="+", type=Path)
+    parser.add_argument("datasets", nargs="*", type=Path, help="default: planted data")
     parser.add_argument("--preset", default="quickstart")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="values", action="append", default=[], metavar="FIELD=VALUE")
@@ -111,6 +112,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = {}
+    if not arguments.datasets:
+        arguments.datasets = [synthesize(Path(tempfile.mkdtemp()) / "planted")]
     for path in arguments.datasets:
         results[path.name] = summary(measure(open_dataset(path), arguments.preset, arguments.values, arguments.seeds))
         if arguments.json:

@@ -1,6 +1,6 @@
 """Users never seen, served from a few of their rows: ratings and clusters by rows of history.
 
-    python -m benchmarks.strangers DATASET... [--preset quickstart] [--seeds 0] [--set FIELD=VALUE] [--json]
+    python -m benchmarks.strangers [DATASET...] [--preset quickstart] [--seeds 0] [--set FIELD=VALUE] [--json]
 
 One user in ten is held out whole: stage 1 is trained without any of their rows ("without"), and once with all training
 rows ("with"). Their training rows are the history, their other rows are what is predicted. Compared: the item mean
@@ -23,6 +23,7 @@ from gavamoe.config.files import load_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import SPLITS, Dataset, open_dataset
 from gavamoe.data.prepare import prepare
+from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage1.pair_stream import Pairs
@@ -154,7 +155,7 @@ def _item_means(others: Dataset) -> np.ndarray:
 def main() -> None:
     """Measure and print a table for each dataset."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("datasets", nargs="+", type=Path)
+    parser.add_argument("datasets", nargs="*", type=Path, help="default: planted data")
     parser.add_argument("--preset", default="quickstart")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", dest="values", action="append", default=[], metavar="FIELD=VALUE")
@@ -162,6 +163,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = {}
+    if not arguments.datasets:
+        arguments.datasets = [synthesize(Path(tempfile.mkdtemp()) / "planted")]
     for path in arguments.datasets:
         for seed in arguments.seeds:
             found = measure(path, load_config(arguments.preset, [*arguments.values, f"seed={seed}"]))
