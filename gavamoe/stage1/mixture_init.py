@@ -67,7 +67,7 @@ def cluster_users(
         return by_ratings
     coordinates = words.coordinates(seed)
     starts = [by_ratings]
-    for restart in range(config.mixture_restarts):
+    for restart in range(config.mixture_restarts if coordinates.shape[1] else 0):
         labels = KMeans(config.clusters, n_init=1, random_state=seed + restart).fit_predict(coordinates)
         starts.append(_START_SHARE * np.eye(config.clusters)[labels] + (1 - _START_SHARE) / config.clusters)
     found = [_em(points, rating_weight, words, shares_UK, config.word_evidence) for shares_UK in starts]

@@ -99,7 +99,7 @@ class UserWords:
 
     def coordinates(self, seed: int) -> np.ndarray:
         """Leading singular vectors of the users' words (logarithms of counts, rare words weighing more, each user of
-        length 1), without the first, which is what all share: (U, R)."""
+        length 1), without the first, which is what all share: (U, R), R = 0 for fewer than three words or users."""
         from sklearn.decomposition import TruncatedSVD
 
         users_V = np.asarray((self.counts_UV > 0).sum(axis=0)).ravel()
@@ -109,6 +109,8 @@ class UserWords:
         length_U = np.sqrt(np.asarray(weighted.multiply(weighted).sum(axis=1)).ravel())
         weighted = scipy.sparse.diags(1 / np.maximum(length_U, 1e-9)) @ weighted
         kept = min(_COORDINATES + 1, *(size - 1 for size in weighted.shape))
+        if kept < 2:  # of one or two words, what is not shared by all is nothing to measure distances by
+            return np.zeros((len(self.totals_U), 0))
         return np.asarray(TruncatedSVD(kept, random_state=seed).fit_transform(weighted)[:, 1:])
 
 

@@ -144,3 +144,14 @@ def test_words_move_a_user_between_clusters_and_without_weight_nothing_does() ->
         share = clusters.log_q[0].exp()[group_U[0]].item()
         assert share >= expected
         assert cap or share == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("texts", [["good"], ["good", "good beer"], ["", "x"]])
+def test_hardly_a_word_changes_nothing(texts: list[str]) -> None:
+    rows = [(user, texts[user % len(texts)]) for user in range(40)]
+    vocabulary = sorted({word for _, text in rows for word in words_in(text)})
+    words = UserWords._count(rows, vocabulary, 40)
+    embedding_UE = np.random.default_rng(0).normal(size=(40, 4))
+    embedding_UE[:20] += 5
+    found = cluster_users(embedding_UE, tiny_stage1(clusters=2).stage1, 0, words).argmax(axis=1)
+    assert adjusted_rand_score(found, np.arange(40) < 20) == 1
