@@ -17,9 +17,9 @@ _BATCH_SIZE = 4096
 _ACTIVE_VARIANCE = 0.01
 """A latent dimension is active when the means of q(z|x) vary more than this over the pairs (Burda et al. 2015)."""
 LEAST_CLUSTERS = 1.5
+"""Effective clusters below which gates chosen by them can't be compared with one gate."""
 LEAST_GAIN = 1e-4
 """Share of the biases' RMSE by which stage 1's has to be lower to be better."""
-"""Effective clusters below which gates chosen by them can't be compared with one gate."""
 _MIN_KL = 0.1
 """Nats per pair; less means that q(z|x) is the prior, whatever the pair."""
 
