@@ -5,6 +5,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -146,22 +147,33 @@ class RouteBatcher:
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((pairs, future))
         if self._sender is None:
-            self._sender = asyncio.create_task(self._send())
+            # In no request's context: when a client goes, Ray Serve cancels the calls that were made in its request's,
+            # and this one is everybody's.
+            self._sender = asyncio.create_task(self._send(), context=Context())
         routed: list[RoutedPair] = await future
         return routed
 
     async def _send(self) -> None:
-        while self._waiting:
-            requests, self._waiting = self._waiting[:_BATCHED], self._waiting[_BATCHED:]
-            if not await self._answer(requests) and len(requests) > 1:
-                for request in requests:  # one of them is wrong: the others must not suffer
-                    await self._answer([request])
-        self._sender = None
+        try:
+            while self._waiting:
+                requests, self._waiting = self._waiting[:_BATCHED], self._waiting[_BATCHED:]
+                if not await self._answer(requests) and len(requests) > 1:
+                    for request in requests:  # one of them is wrong: the others must not suffer
+                        await self._answer([request])
+        finally:
+            self._sender = None
 
     async def _answer(self, requests: list[tuple[Sequence[Pair], "asyncio.Future[list[RoutedPair]]"]]) -> bool:
         """Whether the requests were answered; an error is the answer of one that stands alone."""
         try:
             routed = await self._call([pair for pairs, _ in requests for pair in pairs])
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            if len(requests) == 1 and not requests[0][1].done():  # the call was cancelled, not this task
+                requests[0][1].set_exception(Unavailable("the call was cancelled"))
+            return False
         except Exception as error:  # noqa: BLE001 - it belongs to the request that waits, whatever it is
             if len(requests) == 1 and not requests[0][1].done():
                 requests[0][1].set_exception(error)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import stat
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,40 @@ def test_requests_that_come_during_a_call_share_the_next_one() -> None:
     assert (one, two, later) == (["route of a"], ["route of b", "route of c"], ["route of e"])
     assert isinstance(wrong, InputError), "and it alone"
     assert calls == [["a"], ["b", "c", "d"], ["b", "c"], ["d"], ["e"]]
+
+
+def test_a_call_that_is_cancelled_does_not_end_routing() -> None:
+    """Ray Serve cancels the calls of a request whose client is gone: those who were routed with it are answered."""
+    from gavamoe.serving.backend import Unavailable
+    from gavamoe.serving.deployments import RouteBatcher
+
+    client = ContextVar("client", default="nobody")
+    calls: list[tuple[str, int]] = []
+
+    async def call(pairs: Sequence[Pair]) -> Any:
+        calls.append((client.get(), len(pairs)))
+        await asyncio.sleep(0.01)
+        if len(calls) in (2, 4):
+            raise asyncio.CancelledError
+        return [pair.user for pair in pairs]
+
+    async def ask(name: str, together: RouteBatcher) -> Any:
+        client.set(name)
+        return await asyncio.wait_for(together.route([Pair(name, "item")]), 5)
+
+    async def run() -> list[Any]:
+        together = RouteBatcher(call)
+        asked = [asyncio.create_task(ask("first", together))]
+        await asyncio.sleep(0.002)
+        asked += [asyncio.create_task(ask(name, together)) for name in ("second", "third")]
+        answers: list[Any] = await asyncio.gather(*asked, return_exceptions=True)
+        return [*answers, await ask("later", together)]
+
+    first, second, third, later = asyncio.run(run())
+    assert (first, second) == (["first"], ["second"])
+    assert isinstance(third, Unavailable), "cancelled when it stood alone too"
+    assert later == ["later"]
+    assert calls == [("nobody", 1), ("nobody", 2), ("nobody", 1), ("nobody", 1), ("nobody", 1)]
 
 
 @pytest.mark.parametrize(("generator", "gpus"), [({"device": "cuda"}, 0), ({}, 1), ({"device": "cpu"}, 0.5)])
