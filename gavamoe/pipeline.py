@@ -102,6 +102,7 @@ def evaluate_and_report(run_dir: Path, *, progress: Progress | None = None, **op
     return metrics
 
 
+@alone_in("run_dir", make=True)
 def quickstart(run_dir: Path, config: RunConfig, *, data_seed: int = 0, progress: Progress | None = None) -> Run:
     """Synthesize the embedded default dataset, train on it, evaluate, report; resumes where it ended."""
     from gavamoe.data.synthetic.generator import synthesize

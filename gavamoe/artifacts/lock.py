@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, ParamSpec, TypeVar
@@ -25,19 +26,26 @@ LOCK_FILE = ".lock"
 """Hidden, so that it belongs to no artifact and is never stored."""
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _SHOWN_CHARS = 200
+_held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
+"""Lock files that this thread of work holds."""
 
 
 @contextmanager
 def locked_folder(folder: Path, name: str = LOCK_FILE) -> Iterator[None]:
     """Keep other commands out of a folder, which is made if it is not there, for as long as the block runs.
 
-    A folder that was made for it and stayed empty is removed again. Filesystems without locks keep nobody out. What
+    A block within another one for the same folder has it already. A folder that was made for it and stayed empty is
+    removed again. Filesystems without locks keep nobody out. What
     killed commands left half written anywhere in the folder is removed once it is a day old.
 
     Raises:
         InputError: another command works in it (who, where, since when), or no file can be made in it.
     """
     folder = Path(folder)
+    own = (folder / name).absolute()
+    if own in _held.get():
+        yield
+        return
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,10 +56,12 @@ def locked_folder(folder: Path, name: str = LOCK_FILE) -> Iterator[None]:
             raise InputError(f"{folder}: is a file, and a run needs a folder; {way_out}") from error
         raise InputError(f"{folder}: no run can be kept there ({error.strerror}); {way_out}") from error
     with file:
+        before = _held.set(_held.get() | {own})
         try:
             forget_abandoned(folder, below=True)
             yield
         finally:
+            _held.reset(before)
             (folder / name).unlink(missing_ok=True)  # while it is still held
             if made:
                 with suppress(OSError):  # not empty

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextvars import Context
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,11 @@ def holder_of(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
+def another_takes(folder: Path) -> None:
+    """As another command would: what a block holds, those within it have, but nobody else."""
+    Context().run(locked_folder(folder).__enter__)
+
+
 def test_commands_on_one_run_are_kept_apart(gavamoe: Runner, tiny_dataset: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", open_dataset(tiny_dataset))
     (tmp_path / "tiny.yaml").write_text(tiny_yaml())
@@ -63,11 +69,8 @@ def test_commands_on_one_run_are_kept_apart(gavamoe: Runner, tiny_dataset: Path,
 def test_a_lock_leaves_nothing_behind(tmp_path: Path) -> None:
     with locked_folder(tmp_path / "new"):
         assert (tmp_path / "new" / LOCK_FILE).is_file()
-        with (
-            pytest.raises(InputError, match=f"new: in use by process {os.getpid()} on "),
-            locked_folder(tmp_path / "new"),
-        ):
-            pass
+        with pytest.raises(InputError, match=f"new: in use by process {os.getpid()} on "):
+            another_takes(tmp_path / "new")
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="file: is a file, and a run needs a folder"), locked_folder(tmp_path / "file"):
@@ -87,8 +90,8 @@ def test_a_lock_that_its_owner_removes_is_not_taken_for_held(tmp_path: Path, mon
         real(file, how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fcntl, "flock", replaced)
-    with locked_folder(tmp_path), pytest.raises(InputError, match="in use by"), locked_folder(tmp_path):
-        pass
+    with locked_folder(tmp_path), pytest.raises(InputError, match="in use by"):
+        another_takes(tmp_path)
     assert len(calls) == 3
 
 
@@ -102,7 +105,7 @@ def test_a_function_works_alone_in_its_folder(tmp_path: Path) -> None:
     assert work(4, folder=tmp_path / "none") == 4
     assert not (tmp_path / "none").exists()
     with locked_folder(tmp_path), pytest.raises(InputError, match="in use by"):
-        work(5, folder=tmp_path)
+        Context().run(work, 5, folder=tmp_path)
 
 
 def test_what_killed_commands_left_anywhere_in_a_run_goes_with_the_next_command(tmp_path: Path) -> None:
@@ -114,3 +117,28 @@ def test_what_killed_commands_left_anywhere_in_a_run_goes_with_the_next_command(
     os.utime(old, (1, 1))
     with locked_folder(tmp_path):
         assert [path.name for path in old.parent.iterdir()] == [new.name]
+
+
+def test_a_block_within_another_has_the_lock_already(tmp_path: Path) -> None:
+    with locked_folder(tmp_path):
+        with locked_folder(tmp_path):
+            pass
+        assert (tmp_path / LOCK_FILE).is_file(), "the inner one does not give it up"
+        refused = subprocess.run(
+            [sys.executable, "-c", HOLDING, str(tmp_path)], capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        assert "in use by process" in refused.stderr
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_second_quickstart_is_told_before_it_begins(gavamoe: Runner, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    holder = holder_of(run)
+    try:
+        refused = gavamoe("quickstart", "--run-dir", run)
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    assert (refused.code, "in use by process" in refused.err) == (2, True)
+    assert [path.name for path in run.iterdir()] == [LOCK_FILE], "nothing was synthesized"
