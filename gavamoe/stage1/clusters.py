@@ -18,6 +18,11 @@ _PRIOR_COUNT = 10.0
 """Occurrences, at the rate of the whole, added to each value's count, so that rare values don't lead the lists."""
 
 
+_SWEEPS = 10
+_ERRORS = 2.0
+"""Standard errors by which a feature's ratings have to differ to be liked or disliked."""
+
+
 class ClusterTrait(BaseModel):
     """An item or a feature that sets a cluster apart."""
 
@@ -25,7 +30,8 @@ class ClusterTrait(BaseModel):
     name: str
     value: float
     """Lift: its share of the cluster's pairs over its share of all pairs. For `liked` and `disliked`: how far the
-    cluster's mean predicted rating of items with this feature is from that of all clusters, in rating units."""
+    cluster's mean predicted rating of items with this feature is from that of all clusters, beside the cluster's own
+    level, in rating units."""
 
 
 class Cluster(BaseModel):
@@ -97,7 +103,7 @@ def describe_clusters(
     share_K = pairs.counts_K() / max(len(pairs.cluster), 1)
     feature_lift_KV = _lift(count_KV, share_K)
     item_lift_KI = _lift(pairs.items_of_clusters(catalog.n_items), share_K)
-    gap_KV = _rating_gaps(count_KV, rating_KV)
+    gap_KV = _rating_gaps(count_KV, rating_KV, float(pairs.rating.std()) if len(pairs.rating) else 0.0)
     home_U = pairs.user_means_UK.argmax(axis=1)
     described = []
     for cluster in range(pairs.clusters):
@@ -151,10 +157,19 @@ def _lift(count_KV: np.ndarray, share_K: np.ndarray) -> np.ndarray:
     return np.asarray((count_KV + _PRIOR_COUNT) / (expected_KV + _PRIOR_COUNT))
 
 
-def _rating_gaps(count_KV: np.ndarray, rating_KV: np.ndarray) -> np.ndarray:
-    """Mean rating of every feature in every cluster less its mean over all, shrunk to 0 where rare, (K, V)."""
-    mean_V = rating_KV.sum(axis=0) / np.maximum(count_KV.sum(axis=0), 1)
-    return np.asarray((rating_KV - count_KV * mean_V) / (count_KV + _PRIOR_COUNT))
+def _rating_gaps(count_KV: np.ndarray, rating_KV: np.ndarray, spread: float) -> np.ndarray:
+    """Mean rating of every feature in every cluster less its mean over all and the cluster's own level, shrunk to 0
+    where rare, and 0 where chance explains it: (K, V).
+
+    Args:
+        spread: standard deviation of the ratings.
+    """
+    level_K = np.zeros(len(count_KV))
+    for _ in range(_SWEEPS):  # means and levels are fitted together: clusters have their features in unlike numbers
+        mean_V = (rating_KV - count_KV * level_K[:, None]).sum(axis=0) / np.maximum(count_KV.sum(axis=0), 1)
+        level_K = (rating_KV - count_KV * mean_V).sum(axis=1) / np.maximum(count_KV.sum(axis=1), 1)
+    gap_KV = (rating_KV - count_KV * (mean_V + level_K[:, None])) / (count_KV + _PRIOR_COUNT)
+    return np.where(np.abs(gap_KV) > _ERRORS * spread / np.sqrt(count_KV + _PRIOR_COUNT), gap_KV, 0.0)
 
 
 def _leading(score_V: np.ndarray, name: Callable[[int], str], top: int, above: float) -> list[ClusterTrait]:

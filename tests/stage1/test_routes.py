@@ -13,7 +13,7 @@ from gavamoe.data.dataset import SPLITS, Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.report.latent_map import plot_latents
 from gavamoe.stage1.artifact import load_vae_gmm, save_vae_gmm
-from gavamoe.stage1.clusters import describe_clusters
+from gavamoe.stage1.clusters import _rating_gaps, describe_clusters
 from gavamoe.stage1.routes import (
     Routes,
     TrainingPairs,
@@ -216,3 +216,19 @@ def test_latent_map_is_a_picture_and_repeats(dataset: Dataset, model: VaeGmm, tm
     assert content.startswith(b"\x89PNG")
     assert len(content) > 10_000
     assert content == (tmp_path / "b.png").read_bytes()
+
+
+def test_what_chance_and_levels_explain_is_neither_liked_nor_disliked() -> None:
+    random = np.random.default_rng(0)
+    count_KV = random.integers(5, 200, size=(3, 400)).astype(float)
+    level_K = np.array([-1.0, 0.0, 1.0])
+    rating_KV = count_KV * (3 + level_K[:, None]) + random.normal(size=(3, 400)) * np.sqrt(count_KV) * 0.8
+    gap_KV = _rating_gaps(count_KV, rating_KV, 0.8)
+    assert np.mean(gap_KV != 0) < 0.05
+    count_KV[:, 7] = 150.0
+    rating_KV[:, 7] = 150.0 * (3 + level_K + [0.0, 0.6, 0.0])
+    assert _rating_gaps(count_KV, rating_KV, 0.8)[:, 7].tolist() == [
+        pytest.approx(-0.19, abs=0.05),
+        pytest.approx(0.38, abs=0.05),
+        pytest.approx(-0.19, abs=0.05),
+    ]
