@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextvars import Context
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +136,10 @@ def test_budget_and_place_may_change_when_resuming(tiny_dataset: Path, tmp_path:
 
 def test_one_search_at_a_time_works_in_a_folder(tiny_dataset: Path, tmp_path: Path) -> None:
     opened, space = open_dataset(tiny_dataset), space_of(SPACE)
-    with (
-        claimed_folder(tmp_path / "search", space, RunConfig(), opened, 1, resume=False),
-        pytest.raises(InputError, match="in use by process"),
-        claimed_folder(tmp_path / "search", space, RunConfig(), opened, 1, resume=True),
-    ):
-        pass
-    with claimed_folder(tmp_path / "search", space, RunConfig(), opened, 1, resume=True):
-        pass
+    with claimed_folder(tmp_path / "search", space, RunConfig(), opened, 1, resume=False):
+        other = claimed_folder(tmp_path / "search", space, RunConfig(), opened, 1, resume=True)
+        with pytest.raises(InputError, match="in use by process"):
+            Context().run(other.__enter__)  # as another command would
 
 
 @pytest.mark.parametrize("place", ["a file", "below a file", "name of 300 letters", "lock is a folder"])
