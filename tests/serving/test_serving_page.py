@@ -52,7 +52,7 @@ def test_an_explanation_is_shown_whole(site: Site) -> None:
         assert await page.run("document.querySelectorAll('.heat tr').length") == 2
         badges = await page.run("[...document.querySelectorAll('.badge')].map(b => b.textContent).join('|')")
         assert "(predicted" in badges
-        assert "(usual)" in badges
+        assert "(likely)" in badges
         assert not [line for line in page.complaints if "Content Security Policy" in line or "exception" in line]
 
     browse(visit)
@@ -74,6 +74,29 @@ def test_by_keyboard_alone_and_two_users_side_by_side(site: Site) -> None:
         assert tops[0] == tops[1]
         assert await page.run("document.querySelectorAll('.badge.warn').length") >= 1
         assert "other=nobody" in await page.run("location.search")
+
+    browse(visit)
+
+
+@needs_browser
+def test_somebody_who_is_not_in_the_data_tells_a_history(site: Site, tmp_path: Path) -> None:
+    async def visit(page: Page) -> None:
+        await page.open(site.url)
+        await page.run("document.getElementById('stranger').open = true")
+        await page.run("document.getElementById('history').focus()")
+        await page.type("I000003 | 5 | Wow, really awesome dragons, no kidding!\n | 4\n\nI000004")
+        await page.run("document.getElementById('item').value = 'I000001'")
+        await page.run("document.getElementById('go').click()")
+        await page.until(IDLE)
+        assert (await page.run("document.querySelector('.card h2').textContent")).startswith("You → ")
+        badges = await page.run("[...document.querySelectorAll('.badge')].map(b => b.textContent).join('|')")
+        assert "routed by what you told: 3" in badges
+        assert len(await page.run("document.querySelector('.text').textContent")) > 0
+        assert "I000003" not in await page.run("location.search"), "what was told is in no address"
+        await page.picture(tmp_path / "stranger.png")
+        await page.run("document.getElementById('best').click()")
+        await page.until(f"{IDLE} && document.querySelectorAll('ol button').length === 5")
+        assert not [line for line in page.complaints if "exception" in line]
 
     browse(visit)
 
