@@ -40,6 +40,8 @@ ingress_scaling: {min_replicas: 2, max_replicas: 2, num_cpus: 0.25}
 limits: {request_timeout_s: 30, max_in_flight: 60}
 """
 RETRIED = (429, 502, 503, 504)
+ENDS_WITH = {signal.SIGTERM: 143, signal.SIGINT: 130}
+"""Exit codes of the command by the signal that ended it."""
 _OF_A_REQUEST = ("request_id", "timings_ms")
 
 
@@ -207,7 +209,7 @@ class Service:
             code = self.process.wait()
             problems.append(f"serve: does not end by signal {number}")
         shown = self.log.read_text(errors="replace")
-        if number != signal.SIGKILL and (code != 0 or "Traceback" in shown):
+        if number != signal.SIGKILL and (code != ENDS_WITH[number] or "Traceback" in shown):
             problems.append(f"serve: signal {number} ends it with {code}: {shown[-300:]}")
         _, alive = psutil.wait_procs(left, 60)
         for process in alive:
