@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.stage1 import BATCH, ITEMS, USERS, paper_size, timed, yelp_size
 from gavamoe.config.schema import Stage1Config
-from gavamoe.data.dataset import open_dataset
+from gavamoe.data.dataset import Dataset
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.pair_stream import global_batches
 from gavamoe.stage1.trainer import Trainer
@@ -81,9 +81,8 @@ def plain_step(config: Stage1Config) -> Callable[[], None]:
     return step
 
 
-def own_step(config: Stage1Config, folder: Path) -> Callable[[], None]:
+def own_step(config: Stage1Config, data: Dataset) -> Callable[[], None]:
     """A step of stage 1 on the ELBO, with clusters of users, over random pairs of as many users and items."""
-    data = open_dataset(folder) if folder.exists() else yelp_size(folder)
     run = paper_size(clusters=config.clusters)
     trainer = Trainer(run, data, LocalContext())
     shares_UK = np.full((trainer.model.n_users, config.clusters), 1 / config.clusters)
@@ -109,11 +108,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
-        steps: dict[str, Callable[[], None]] = {}
+        data, steps = yelp_size(Path(folder)), dict[str, Callable[[], None]]()
         for clusters in arguments.clusters:
             config = paper_size(clusters=clusters).stage1
             steps[f"plain, K {clusters}"] = plain_step(config)
-            steps[f"stage 1, K {clusters}"] = own_step(config, Path(folder) / "data")
+            steps[f"stage 1, K {clusters}"] = own_step(config, data)
         times: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(arguments.rounds + 1):  # the first warms up
             for name, step in steps.items():
