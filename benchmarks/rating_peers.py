@@ -4,8 +4,8 @@
 
 Test RMSE of models of which none is tuned on the data: the training mean; user + item biases (ALS); SVD with 20
 factors, 30 epochs, rate .005; SVD++ with 10 factors, 15 epochs, rate .007 (both: regularization .1); this project's
-biases alone (`stage1.rating_biases`), and stage 1. Predictions are cut to the scale, as scikit-surprise does. The mean of the seeds
-and their range; seconds are of one training, on one thread.
+biases alone (`stage1.rating_biases`), and stage 1. Predictions are cut to the scale, as scikit-surprise does. The mean
+of the seeds and their range; seconds are of one training, on one thread.
 """
 
 import argparse
