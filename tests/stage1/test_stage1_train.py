@@ -84,7 +84,7 @@ def test_resuming_a_finished_run_only_writes_it(tiny_dataset: Path, tmp_path: Pa
     expected = train_stage1(tiny_stage1(), tiny_dataset, tmp_path / "whole", whole)
     again = LocalContext(resume_from=whole.checkpoints[-1])
     found = train_stage1(tiny_stage1(), tiny_dataset, tmp_path / "again", again)
-    assert again.lines == []
+    assert [line for line in again.lines if "warning" not in line] == [], "what its artifact is warned of is said again"
     assert found["test"] == expected["test"]
 
 
