@@ -144,7 +144,7 @@ def prepare(
         name = source.name if pairs is None else f"{source.name} + {Path(pairs).name}"
         settings = {"source": name, "format": format, "text_mode": mode, "seed": seed}
         settings["split"] = Path(index_dir).name if index_dir is not None else ":".join(f"{share:g}" for share in split)
-        return _write(folder, validator, rows, repeats, settings, scale, report)
+        return _write(folder, validator, rows, accepted.has_text, repeats, settings, scale, report)
 
 
 def _check_arguments(
@@ -280,13 +280,14 @@ def _write(
     folder: Path,
     validator: RowValidator,
     rows: Rows,
+    has_text: np.ndarray,
     repeats: int,
     settings: dict[str, Any],
     scale: tuple[float, float] | None,
     report: OnRows,
 ) -> PrepareSummary:
     vocabulary = validator.vocabulary()
-    kept, has_text = rows.split != LEFT_OUT, validator.accepted().has_text
+    kept = rows.split != LEFT_OUT
     with DatasetWriter(folder, rows) as writer:
         without_feature = _write_texts(validator, writer, kept & has_text, vocabulary, settings["text_mode"], report)
         validator.remove_spool()
