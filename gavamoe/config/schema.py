@@ -54,6 +54,18 @@ class RunConfig(Section):
         return self.stage1.clusters if self.stage2.experts.multi_gate else 1
 
     @model_validator(mode="after")
+    def _gates_fit(self) -> "RunConfig":
+        experts, clusters = self.stage2.experts, self.stage1.clusters
+        if self.stage2.soft_routes and clusters == 1:
+            raise ValueError("stage2.soft_routes: one cluster has one gate, none to mix; set stage1.clusters above 1")
+        if experts.enabled and experts.gate_bias and self.gates > experts.count:
+            raise ValueError(
+                f"stage2.experts.gate_bias: {self.gates} gates can't own one of {experts.count} experts each; raise"
+                " experts.count or set gate_bias to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _expert_parallel_fits(self) -> "RunConfig":
         stage2, share = self.stage2, self.stage2.expert_parallel
         if share == 1:
@@ -63,6 +75,8 @@ class RunConfig(Section):
             problem = "there are no experts to share out with experts.enabled false"
         elif stage2.alpha == 1:
             problem = "alpha 1 trains no experts"
+        elif stage2.experts.conversion == "lora":
+            problem = "low-rank experts share a matrix, and are too small to be worth sharing out; set it to 1"
         elif stage2.experts.count % share:
             problem = (
                 f"{share} workers can't share {stage2.experts.count} experts evenly; take a divisor of experts.count"

@@ -41,15 +41,25 @@ class ExpertsConfig(Section):
     """Number of experts that see a token."""
     intermediate_size: Count = 0
     """Width of one expert; 0: the dense width divided by `count`, or the multiple of 8 nearest to that."""
-    conversion: Literal["random", "split", "shared"] = "shared"
+    conversion: Literal["random", "split", "shared", "upcycle", "lora"] = "shared"
     """Conversion of a dense checkpoint's feed-forward networks into experts. random: new weights (the paper's). split:
-    slices of the dense feed-forward network. shared: that network stays as a shared expert, and routed ones add to it
-    and start at zero output."""
+    slices of the dense feed-forward network. shared: that network stays as a shared expert, and routed ones, copies of
+    its neurons with zero output, add to it. upcycle: its strongest neurons leave the shared expert, and each routed one
+    is a copy of them. lora: the base model is frozen, and routed experts are low-rank additions to its layers."""
+    lora_rank: PositiveInt = 8
+    """Rank of each expert of conversion lora; they share the matrix that reads, and each has its own that writes."""
     split_by: Literal["position", "importance"] = "position"
     """Order of the dense network's neurons before `split` cuts it: as they stand, or by falling norms of their
     weights."""
-    renormalise: bool = False
-    """Whether the gate values of the chosen experts are divided by their sum; Eq. 11 as printed does not."""
+    renormalise: bool | Literal["auto"] = "auto"
+    """Whether the gate values of the chosen experts are divided by their sum, which Eq. 11 as printed does not. auto:
+    with the conversions shared, upcycle and lora."""
+    scale: NonNegative = 0.0
+    """Factor on the routed experts' output. 0: with conversion shared the dense width over that of one expert, so that
+    routed experts learn as fast as the dense network beside them; with lora 16; else 1."""
+    gate_bias: NonNegative = 0.0
+    """Start of a bias that each gate adds for the experts that it owns: those whose number is the gate's plus a
+    multiple of the number of gates. Each gate so begins with experts of its own, and may borrow others. 0: no bias."""
     multi_gate: bool = True
     """Whether each cluster has a gate of its own. False: one gate for all (the paper's ablation without
     multi-gating)."""
@@ -72,6 +82,22 @@ class ExpertsConfig(Section):
         if self.split_by != "position" and self.conversion != "split":
             raise ValueError(f"split_by: {self.split_by} is for conversion split, not {self.conversion}")
         return self
+
+    @model_validator(mode="after")
+    def _upcycle_keeps_the_output(self) -> "ExpertsConfig":
+        if self.conversion == "upcycle" and (self.scale not in (0, 1) or self.renormalise is False):
+            raise ValueError(
+                "conversion: upcycle starts as the dense model only with scale 1 and renormalised gate values; leave"
+                " both as they are"
+            )
+        return self
+
+    @property
+    def renormalised(self) -> bool:
+        """`renormalise`, with auto decided."""
+        if self.renormalise == "auto":
+            return self.conversion in ("shared", "upcycle", "lora")
+        return self.renormalise
 
 
 class LoraConfig(Section):
@@ -96,6 +122,8 @@ class PromptConfig(Section):
     """Features in a prompt at most; the first ones are kept."""
     title: bool = True
     """Whether the prompt names the item's title, where the dataset has one."""
+    cluster: bool = False
+    """Whether the prompt has a slot for the user's cluster: conditioning without gates, to compare gates with."""
     max_tokens: Annotated[int, Field(ge=16)] = 96
     """Tokens of a prompt at most; titles, then features, are shortened to fit, the slots of user and item never."""
     max_explanation_tokens: Annotated[int, Field(ge=4)] = 64
@@ -117,8 +145,20 @@ class Stage2Config(Section):
     prompt: PromptConfig = PromptConfig()
     """Contents of the prompt, and the lengths that prompts and explanations may have."""
     routes: Literal["learned", "random", "oracle"] = "learned"
-    """The rule that picks a pair's gate. learned: stage 1 (Eq. 9). Controls: random, a hash of the pair; oracle, the
+    """The rule that picks a pair's gate. learned: stage 1 (Eq. 9). Controls: random, a hash of the user; oracle, the
     user's planted group in synthetic data."""
+    soft_routes: bool = False
+    """Whether a pair's gate values are the mean of all gates' by its responsibilities (Eq. 8). False: those of the
+    gate of its likeliest cluster (Eq. 9)."""
+    gate_dropout: Rate = 0.0
+    """Share of the training rows whose responsibilities are replaced by the clusters' shares of all training rows, as
+    for a user of whom nothing is known; needs `soft_routes`."""
+    slot_dropout: Rate = 0.0
+    """Share of the training rows whose user is the unknown one, where that is more than `stage1.unknown_id_rate`: the
+    gate alone then tells of the user, as with users never seen."""
+    extra_width: Count = 0
+    """Neurons added to each dense feed-forward layer of a pretrained base model, started at zero output: a control of
+    what experts add; needs `experts.enabled` false."""
     alpha: Share = 0.1
     """Weight of the ELBO in the joint loss (Eq. 13); the explanation's loss has the weight 1 - alpha."""
     elbo_batch_size: PositiveInt = 256
@@ -190,6 +230,23 @@ class Stage2Config(Section):
 
     @model_validator(mode="after")
     def _lora_needs_weights(self) -> "Stage2Config":
-        if self.lora.rank and self.base_model == "scratch":
-            raise ValueError("lora.rank: would freeze base_model scratch, which has learned nothing yet; set it to 0")
+        if self.base_model != "scratch":
+            return self
+        frozen = " would freeze base_model scratch, which has learned nothing yet;"
+        if self.lora.rank:
+            raise ValueError(f"lora.rank:{frozen} set it to 0")
+        if self.experts.enabled and self.experts.conversion == "lora":
+            raise ValueError(f"experts.conversion: lora{frozen} take shared or upcycle")
+        if self.extra_width:
+            raise ValueError("extra_width: base_model scratch is as wide as scratch.intermediate_size says; set that")
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_gates(self) -> "Stage2Config":
+        if self.extra_width and self.experts.enabled:
+            raise ValueError("extra_width: is for dense layers; set experts.enabled to false or this to 0")
+        if self.gate_dropout and not self.soft_routes:
+            raise ValueError("gate_dropout: needs soft_routes; with them off each row has one gate, none to mix")
+        if self.soft_routes and not (self.experts.enabled and self.experts.multi_gate):
+            raise ValueError("soft_routes: there is one gate or none to mix; set it to false, or experts.multi_gate")
         return self

@@ -16,6 +16,9 @@ from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
 from gavamoe.experiments.baselines.retrieval import Source
+from gavamoe.model.base_config import base_shape
+from gavamoe.model.conversion import expert_width
+from gavamoe.model.decoders import dense_width
 
 GPT2 = "openai-community/gpt2"
 Changes = Callable[[RunConfig, Dataset], list[str]]
@@ -78,16 +81,64 @@ def _coarse(config: RunConfig, dataset: Dataset) -> list[str]:
     return [f"stage2.experts.{name}={value}" for name, value in changes.items()]
 
 
-def _wide_base(config: RunConfig, dataset: Dataset) -> list[str]:
-    """A dense layer with the parameters of dense layer and experts together, where the base is made from scratch."""
+def _dense(config: RunConfig, dataset: Dataset) -> list[str]:
+    """The base model's own feed-forward layers."""
     del dataset
-    stage2 = config.stage2
-    experts, width = stage2.experts, stage2.scratch.intermediate_size
-    if stage2.base_model != "scratch" or not experts.enabled or experts.conversion == "split":
-        raise InputError("only a scratch base can be made wider, and only experts that add parameters call for it")
-    routed = experts.count * (experts.intermediate_size or width // experts.count)
-    total = routed + (width if experts.conversion == "shared" else 0)
-    return ["stage2.experts.enabled=false", f"stage2.scratch.intermediate_size={total}"]
+    if not config.stage2.experts.enabled:
+        raise InputError("the config itself has stage2.experts.enabled=false")
+    if config.stage2.experts.conversion == "lora":
+        raise InputError("conversion lora freezes the base model, and a dense one would be trained as a whole")
+    return [*_WITHOUT_GATES, "stage2.experts.enabled=false"]
+
+
+_WITHOUT_GATES = ("stage2.soft_routes=false", "stage2.gate_dropout=0", "stage2.experts.gate_bias=0")
+"""What a system of one gate, or of none, can't have."""
+
+
+def _one_gate(config: RunConfig, dataset: Dataset) -> list[str]:
+    del dataset
+    _must_differ(config, "stage2.experts.multi_gate=false")
+    return [*_WITHOUT_GATES, "stage2.experts.multi_gate=false"]
+
+
+def _wide(*, active: bool) -> Changes:
+    """Dense layers with as many parameters as shared and routed experts have together, or as those of them that a
+    token uses; for conversion lora one low-rank addition with as many."""
+
+    def changes(config: RunConfig, dataset: Dataset) -> list[str]:
+        experts = config.stage2.experts
+        used = experts.top_k if active else experts.count
+        if experts.enabled and experts.conversion == "lora":
+            rank = round((used + 1) * experts.lora_rank / 2)  # the matrix that reads counts like one more that writes
+            one = {"count": 1, "top_k": 1, "lora_rank": rank, "multi_gate": "false"}
+            return [*_WITHOUT_GATES, *(f"stage2.experts.{name}={value}" for name, value in one.items())]
+        dense = _dense(config, dataset)
+        extra = _extra_width(config, used)
+        if config.stage2.base_model == "scratch":
+            width = config.stage2.scratch.intermediate_size + extra
+            return [*dense, f"stage2.scratch.intermediate_size={width}"]
+        if extra <= 0:
+            raise InputError("the experts that are meant have no more parameters than the base model's own layers")
+        return [*dense, f"stage2.extra_width={extra}"]
+
+    return changes
+
+
+def _extra_width(config: RunConfig, used: int) -> int:
+    """Neurons that `used` routed experts have beside the shared one, beyond those of the dense layer."""
+    experts, base = config.stage2.experts, base_shape(config.stage2)
+    if experts.conversion == "split":
+        raise InputError("only experts that add parameters call for a wider dense layer")
+    width, size = dense_width(base), expert_width(experts, base)
+    shared = {"shared": width, "upcycle": width - size}.get(experts.conversion, 0)
+    return shared + used * size - width
+
+
+def _cluster_token(config: RunConfig, dataset: Dataset) -> list[str]:
+    _must_differ(config, "stage2.prompt.cluster=true")
+    if config.stage1.clusters == 1:
+        raise InputError("one cluster tells nothing")
+    return [*_wide(active=False)(config, dataset), "stage2.prompt.cluster=true"]
 
 
 def _gpt2(config: RunConfig, dataset: Dataset) -> list[str]:
@@ -121,7 +172,7 @@ SYSTEMS: dict[str, System] = {
             "no-multi-gating",
             "w/o multi-gating",
             "one gate for all clusters",
-            _fixed("stage2.experts.multi_gate=false"),
+            _one_gate,
         ),
         System(
             "no-fine-grained",
@@ -129,13 +180,13 @@ SYSTEMS: dict[str, System] = {
             "fewer, wider experts with the same parameters, all and active",
             _coarse,
         ),
-        System(
-            "base", "Base (dense)", "the base model's own feed-forward layers", _fixed("stage2.experts.enabled=false")
-        ),
-        System("base-wide", "Base, as large", "dense, with as many parameters as GaVaMoE", _wide_base),
+        System("base", "Base (dense)", "the base model's own feed-forward layers", _dense),
+        System("base-active", "Base, as active", "dense, with the parameters that a token uses", _wide(active=True)),
+        System("base-wide", "Base, as large", "dense, with as many parameters as GaVaMoE", _wide(active=False)),
+        System("cluster-token", "cluster token", "dense, as large, with the cluster in the prompt", _cluster_token),
         System("gpt2", "GaVaMoE [GPT-2]", "GPT-2 as the base model", _gpt2),
         System("alpha-0", "alpha 0", "stage 1 is not trained along (Eq. 13)", _fixed("stage2.alpha=0")),
-        System("random-routes", "random routes", "each pair's gate is drawn by a hash", _fixed("stage2.routes=random")),
+        System("random-routes", "random routes", "each user's gate is drawn by a hash", _fixed("stage2.routes=random")),
         System("oracle-routes", "oracle routes", "each user's gate is the planted group's", _oracle),
         System("peter", "PETER", "a small Transformer on the two ids (Li et al. 2021)", peter="ids"),
         System("peter-plus", "PETER+", "the same, which reads the features too", peter="features"),

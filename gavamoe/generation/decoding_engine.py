@@ -45,7 +45,8 @@ class Row:
     """One text being written. The fields from `tokens` on are the engine's."""
 
     prompt: Sequence[int]
-    cluster: int
+    route: int | tuple[float, ...]
+    """Cluster, or for a model with soft routes the responsibilities (K,); the same kind in all rows of an engine."""
     sampling: Sampling
     trace: bool = False
     """Count which experts the row's tokens take."""
@@ -212,7 +213,7 @@ class Engine:
 
     def _inputs(self, rows: list[Row]) -> dict[str, Any]:
         return {
-            "cluster_ids": torch.tensor([row.cluster for row in rows], device=self.device),
+            "cluster_ids": torch.tensor([row.route for row in rows], device=self.device),
             "output_router_logits": any(row.trace for row in rows),
             "use_cache": True,
         }

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gavamoe.artifacts.manifest import read_manifest
@@ -161,6 +162,10 @@ class ExplanationGenerator:
         )
         return self.builder.prompts(columns)
 
+    def route(self, filled: FilledRequest) -> int | tuple[float, ...]:
+        """What the model is told of a request's gates: the cluster, or with soft routes the responsibilities."""
+        return filled.responsibilities if self.model.config.soft_routes else filled.cluster
+
     def engine(self, *, slots: int, capacity: int, max_waiting: int, prefill_rows: int, join_rows: int = 1) -> Engine:
         """A decoding engine over this model, which writes no special token but the end; see `Engine`."""
         end = self.builder.end
@@ -211,7 +216,7 @@ class ExplanationGenerator:
         Rows of similar length join together, since a prefill is as wide as its longest prompt.
         """
         rows = [
-            Row(prompt, filled.cluster, sampling_of(generation, seed + place))
+            Row(prompt, self.route(filled), sampling_of(generation, seed + place))
             for place, (prompt, filled) in enumerate(zip(prepared.prompts, prepared.requests, strict=True))
         ]
         place_of = {id(row): place for place, row in enumerate(rows)}
@@ -247,23 +252,24 @@ class ExplanationGenerator:
     ) -> Iterator[dict[int, list[int]]]:
         """The tokens of each row, batch by batch of similar length."""
         order = sorted(range(len(prepared.prompts)), key=lambda row: len(prepared.prompts[row]))
-        options, clusters = self._beam_options(generation), prepared.clusters
+        options, routes = self._beam_options(generation), [self.route(filled) for filled in prepared.requests]
         with torch.random.fork_rng(devices=[self.device] if self.device != "cpu" else []):
             torch.manual_seed(seed)
             for start in range(0, len(order), generation.batch_size):
                 rows = order[start : start + generation.batch_size]
                 prompts = [prepared.prompts[row] for row in rows]
-                yield dict(zip(rows, self._beam_batch(prompts, clusters[rows], options), strict=True))
+                texts = self._beam_batch(prompts, torch.tensor([routes[row] for row in rows]), options)
+                yield dict(zip(rows, texts, strict=True))
 
     @torch.inference_mode()
     def _beam_batch(
-        self, prompts: list[list[int]], cluster_B: np.ndarray, options: transformers.GenerationConfig
+        self, prompts: list[list[int]], clusters: Tensor, options: transformers.GenerationConfig
     ) -> Iterable[list[int]]:
         ids_BT, mask_BT = left_padded(prompts, options.pad_token_id)
         output_BT = self.model.generate(
             torch.from_numpy(ids_BT).to(self.device),
             attention_mask=torch.from_numpy(mask_BT).to(self.device),
-            cluster_ids=torch.from_numpy(cluster_B).to(self.device),
+            cluster_ids=clusters.to(self.device),
             generation_config=options,
         )
         end = self.builder.end

@@ -7,7 +7,7 @@ Outputs: lists of token ids.
 One template serves every model, scratch or pretrained; parts in brackets appear where they are known:
 
     Explain the recommendation.
-    User: [slot] Item: [slot] [Title: ...] [Rating: positive|neutral|negative] [Features: a, b]
+    User: [slot] [cluster] Item: [slot] [Title: ...] [Rating: positive|neutral|negative] [Features: a, b]
     Explanation:
 
 Each piece is tokenized on its own and special tokens are never parsed in it, so no text of a user can
@@ -106,6 +106,7 @@ class PromptBuilder:
         self._sentiments = {
             word: (*self._constants[_RATING], *ids) for word, ids in zip(SENTIMENTS, words, strict=True)
         }
+        self._cluster = (slots.cluster,) if config.cluster else ()
         self._check_room()
 
     @property
@@ -155,7 +156,7 @@ class PromptBuilder:
         sentiment: tuple[int, ...],
         features: list[tuple[int, ...]],
     ) -> list[int]:
-        item = (user_slot, *self._constants[_ITEM], item_slot)
+        item = (user_slot, *self._cluster, *self._constants[_ITEM], item_slot)
         answer = self._constants[_ANSWER]
         room = self.config.max_tokens - len(self._start) - len(item) - len(sentiment) - len(answer)
         listed = self._list_features(features, room)
@@ -179,7 +180,7 @@ class PromptBuilder:
     def _check_room(self) -> None:
         longest = max(map(len, self._sentiments.values())) if self.shows_ratings else 0
         fixed = (self._start, self._constants[_ITEM], self._constants[_ANSWER])
-        needed = sum(map(len, fixed)) + 2 + longest  # 2: the slots
+        needed = sum(map(len, fixed)) + 2 + len(self._cluster) + longest  # 2: the slots of user and item
         if needed > self.config.max_tokens:
             raise InputError(
                 f"stage2.prompt.max_tokens: {self.config.max_tokens} is below the {needed} tokens that"

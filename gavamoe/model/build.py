@@ -21,12 +21,10 @@ from transformers import initialization as init
 from gavamoe.artifacts.files import read_json
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError
-from gavamoe.model.conversion import ExplainerSizes, convert_block, explainer_config
+from gavamoe.model.conversion import ExplainerSizes, convert_block, explainer_config, widen
 from gavamoe.model.decoders import GavamoeConfig
-from gavamoe.model.experts import MlpExperts, SwiGluExperts
 from gavamoe.model.explainer import GavamoeForCausalLM
-from gavamoe.model.lora import add_lora
-from gavamoe.model.router import MultiGateRouter
+from gavamoe.model.lora import ROUTED_MODULES, add_lora, freeze_base, slot_modules
 
 
 def build_explainer(
@@ -52,6 +50,9 @@ def build_explainer(
     model_config = explainer_config(config, base.config, sizes)
     with init.no_init_weights():
         model: GavamoeForCausalLM = AutoModelForCausalLM.from_config(model_config, dtype=base.dtype)
+    if config.stage2.extra_width:
+        for dense in _feed_forwards(base.base_model):
+            widen(dense, config.stage2.extra_width)
     _take_over(model, base)
     if not empty_weights:
         _draw_new_weights(model, config.seed)
@@ -85,11 +86,19 @@ def weightless_explainer(config: RunConfig, base: PreTrainedConfig, users: int, 
     sizes = explainer_config(config, base, ExplainerSizes(users, items, config.stage1.embedding_size, config.gates))
     with torch.device("meta"), init.no_init_weights():
         explainer = GavamoeForCausalLM(sizes)
-        if config.stage2.lora.rank:
-            add_lora(explainer, config.stage2.lora, config.seed)
+        adapt(explainer, config)
     if sizes.tie_word_embeddings:
         explainer.tie_weights()  # initializing weights does it otherwise
     return explainer
+
+
+def adapt(explainer: GavamoeForCausalLM, config: RunConfig) -> None:
+    """Freeze the base model and add adapters, as far as the settings say so."""
+    stage2 = config.stage2
+    if stage2.lora.rank:
+        add_lora(explainer, stage2.lora, config.seed)
+    elif stage2.experts.enabled and stage2.experts.conversion == "lora":
+        freeze_base(explainer)
 
 
 def load_explainer(
@@ -144,13 +153,13 @@ def _take_over(model: GavamoeForCausalLM, base: PreTrainedModel) -> None:
 
 def _draw_new_weights(model: GavamoeForCausalLM, seed: int) -> None:
     """Initialize what has no counterpart in the base model: slots, routers, experts."""
-    slots = (model.user_embedding, model.item_embedding, model.user_projection, model.item_projection)
+    slots = slot_modules(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in slots:
             model._init_weights(module)
         for module in model.model.modules():
-            if isinstance(module, MultiGateRouter | SwiGluExperts | MlpExperts):
+            if isinstance(module, ROUTED_MODULES):
                 model.model._init_weights(module)
 
 

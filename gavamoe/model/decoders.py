@@ -3,6 +3,8 @@
 transformers' own models are kept as they are except for the layer, which passes the rows' cluster ids to its block.
 """
 
+import copy
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -11,13 +13,16 @@ from transformers import AutoConfig, GPT2Config, GPT2Model, LlamaConfig, LlamaMo
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import SubConfigSpec
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 from transformers.utils.output_capturing import OutputRecorder
 
 from gavamoe.model.block import MultiGateMoe
-from gavamoe.model.experts import MlpExperts, MoeSpec, SwiGluExperts
-from gavamoe.model.router import MultiGateRouter
+from gavamoe.model.experts import LoraExperts, MlpExperts, MoeSpec, SwiGluExperts
+from gavamoe.model.router import OWNED_WEIGHTS, MultiGateRouter
+
+KEEPS_DENSE = ("shared", "upcycle", "lora")
+"""Conversions that leave the dense network, or most of it, beside the routed experts."""
 
 
 class GavamoeConfig(PreTrainedConfig):
@@ -47,9 +52,19 @@ class GavamoeConfig(PreTrainedConfig):
     expert_size: int = 8
     """I: width of one expert."""
     conversion: str = "shared"
-    """How the experts came from the dense model; "shared" keeps the dense network beside them."""
+    """How the experts came from the dense model, which decides what of the dense network stays beside them."""
+    expert_lora_rank: int = 0
+    """Rank of the experts of conversion lora; 0: experts are feed-forward networks."""
     renormalise: bool = False
     """Whether the gate values of the chosen experts are divided by their sum."""
+    expert_scale: float = 1.0
+    """Factor on the routed experts' output."""
+    gate_bias: float = 0.0
+    """Where each gate's bias for the experts that it owns started; 0: gates have no bias."""
+    soft_routes: bool = False
+    """Whether gate values are mixed by responsibilities: rows then come with those, not with cluster ids."""
+    n_cluster_slots: int = 0
+    """K: rows of the table of the prompt's slot for a cluster; 0: prompts have none."""
     load_balance_weight: float = 0.0
     """Weight of the load-balancing loss in training."""
     router_z_weight: float = 0.0
@@ -68,17 +83,36 @@ class GavamoeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def shared_width(self) -> int:
+        """Width of what stays of the dense network beside the experts; 0: nothing."""
+        if self.conversion not in KEEPS_DENSE:
+            return 0
+        return dense_width(self.text_config) - (self.expert_size if self.conversion == "upcycle" else 0)
+
+    @property
     def vocab_size(self) -> int:
         """V: number of text tokens; the ids of users and items follow above."""
         return self.text_config.vocab_size
 
 
+def dense_width(text_config: PreTrainedConfig) -> int:
+    """Width of a dense LLaMA's or GPT-2's feed-forward layers."""
+    if text_config.model_type == "llama":
+        return int(text_config.intermediate_size)
+    return int(text_config.n_inner or 4 * text_config.hidden_size)
+
+
 class MoeLlamaLayer(LlamaDecoderLayer):
     """A LLaMA layer whose feed-forward network is a GaVaMoE block and so needs the rows' clusters."""
 
-    def __init__(self, config: LlamaConfig, layer_idx: int, spec: MoeSpec, keep_dense: bool) -> None:
+    def __init__(self, config: LlamaConfig, layer_idx: int, spec: MoeSpec, shared_width: int) -> None:
         super().__init__(config, layer_idx)
-        self.mlp = MultiGateMoe(config, spec, shared_expert=self.get_submodule("mlp") if keep_dense else None)
+        shared: nn.Module | None = self.get_submodule("mlp") if shared_width else None
+        if shared is not None and shared_width != dense_width(config):
+            narrow = copy.copy(config)
+            narrow.intermediate_size = shared_width
+            shared = LlamaMLP(narrow)
+        self.mlp = MultiGateMoe(config, spec, shared_expert=shared)
 
     def forward(self, hidden_states: Tensor, *, cluster_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
         """hidden_states (B, T, D) to the same shape; `kwargs` go to the attention, as in the parent class."""
@@ -90,9 +124,12 @@ class MoeLlamaLayer(LlamaDecoderLayer):
 class MoeGpt2Layer(GPT2Block):
     """A GPT-2 layer whose feed-forward network is a GaVaMoE block and so needs the rows' clusters."""
 
-    def __init__(self, config: GPT2Config, layer_idx: int, spec: MoeSpec, keep_dense: bool) -> None:
+    def __init__(self, config: GPT2Config, layer_idx: int, spec: MoeSpec, shared_width: int) -> None:
         super().__init__(config, layer_idx)
-        self.mlp = MultiGateMoe(config, spec, shared_expert=self.get_submodule("mlp") if keep_dense else None)
+        shared: nn.Module | None = self.get_submodule("mlp") if shared_width else None
+        if shared is not None and shared_width != dense_width(config):
+            shared = GPT2MLP(shared_width, config)
+        self.mlp = MultiGateMoe(config, spec, shared_expert=shared)
 
     def forward(
         self,
@@ -117,7 +154,14 @@ class MoeGpt2Layer(GPT2Block):
 def init_moe_weights(module: nn.Module, std: float) -> None:
     """Draw a router's or experts' weights with standard deviation `std`, biases 0; other modules are left alone."""
     if isinstance(module, MultiGateRouter):
-        init.normal_(module.weight, std=std)
+        if module.bias is None:
+            init.normal_(module.weight, std=std)
+        else:
+            init.normal_(module.weight, std=std * OWNED_WEIGHTS)
+            init.copy_(module.bias, module.owned_KN())
+    elif isinstance(module, LoraExperts):
+        init.normal_(module.read, std=1 / math.sqrt(module.read.shape[1]))
+        init.zeros_(module.write)
     elif isinstance(module, SwiGluExperts | MlpExperts):
         for name, parameter in module.named_parameters():
             if name.endswith("bias"):
@@ -138,11 +182,11 @@ class MoeLlamaModel(LlamaModel):
         "router_logits": OutputRecorder(MultiGateRouter, index=0),
     }
 
-    def __init__(self, config: LlamaConfig, spec: MoeSpec, keep_dense: bool) -> None:
+    def __init__(self, config: LlamaConfig, spec: MoeSpec, shared_width: int) -> None:
         with init.no_init_weights():
             super().__init__(config)
         layers = range(config.num_hidden_layers)
-        self.layers = nn.ModuleList([MoeLlamaLayer(config, index, spec, keep_dense) for index in layers])
+        self.layers = nn.ModuleList([MoeLlamaLayer(config, index, spec, shared_width) for index in layers])
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -160,11 +204,11 @@ class MoeGpt2Model(GPT2Model):
         "router_logits": OutputRecorder(MultiGateRouter, index=0),
     }
 
-    def __init__(self, config: GPT2Config, spec: MoeSpec, keep_dense: bool) -> None:
+    def __init__(self, config: GPT2Config, spec: MoeSpec, shared_width: int) -> None:
         with init.no_init_weights():
             super().__init__(config)
         layers = range(config.num_hidden_layers)
-        self.h = nn.ModuleList([MoeGpt2Layer(config, index, spec, keep_dense) for index in layers])
+        self.h = nn.ModuleList([MoeGpt2Layer(config, index, spec, shared_width) for index in layers])
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -185,6 +229,9 @@ def moe_spec(config: GavamoeConfig) -> MoeSpec:
         activation=text.hidden_act if llama else text.activation_function,
         gated=llama,
         renormalize=config.renormalise,
+        scale=config.expert_scale,
+        gate_bias=config.gate_bias,
+        lora_rank=config.expert_lora_rank,
         dropout=0.0 if llama else text.resid_pdrop,
     )
 
@@ -195,7 +242,7 @@ def build_decoder(config: GavamoeConfig) -> PreTrainedModel:
     moe, dense = DECODERS[text.model_type]
     if not config.experts_enabled:
         return dense(text)
-    return moe(text, moe_spec(config), config.conversion == "shared")
+    return moe(text, moe_spec(config), config.shared_width)
 
 
 DECODERS = {"llama": (MoeLlamaModel, LlamaModel), "gpt2": (MoeGpt2Model, GPT2Model)}

@@ -40,6 +40,12 @@ class MoeSpec:
     """Kind of the experts. True: SwiGLU without bias (LLaMA). False: plain MLP with bias (GPT-2)."""
     renormalize: bool = False
     """Whether the gate values of the chosen experts are divided by their sum."""
+    scale: float = 1.0
+    """Factor on the routed output."""
+    gate_bias: float = 0.0
+    """Start of each gate's bias for the experts that it owns; 0: gates have no bias."""
+    lora_rank: int = 0
+    """Rank of experts that are low-rank additions to the dense layer; 0: they are feed-forward networks."""
     dropout: float = 0.0
     """Dropout rate on the routed output, as the dense block has it (GPT-2)."""
 
@@ -80,8 +86,17 @@ class _Experts(nn.Module):
         """E_i(x) of Eq. 11 for all the given tokens."""
         raise NotImplementedError
 
+    def _slices(self) -> Tensor:
+        """Numbers of the neurons of consecutive slices: int64 (N, I)."""
+        return torch.arange(self.num_experts * self.intermediate_dim).view(self.num_experts, self.intermediate_dim)
+
+    def load_neurons(self, dense: Any, neurons_NI: Tensor) -> None:
+        """Give each expert the weights of the dense network's neurons with these numbers, int64 (N, I); no bias of the
+        output, which all neurons share."""
+        raise NotImplementedError
+
     def load_slices(self, dense: Any) -> None:
-        """Cut a dense feed-forward network of width N x I into the N experts, by position.
+        """Cut a dense feed-forward network of width N x I into the N experts, consecutive slices, by position.
 
         The dense output is the plain sum of its slices, while Eq. 11 weights experts by gate values that sum to 1
         over all N. So each slice is scaled by N: where all gate values are 1/N, all experts active give exactly the
@@ -131,13 +146,16 @@ class SwiGluExperts(_Experts):
         return functional.linear(self.act_fn(gate_MI) * up_MI, self.down_proj[expert])
 
     @torch.no_grad()
+    def load_neurons(self, dense: Any, neurons_NI: Tensor) -> None:
+        """See `_Experts.load_neurons`; `dense` is a LlamaMLP."""
+        self.gate_up_proj.copy_(torch.cat([dense.gate_proj.weight[neurons_NI], dense.up_proj.weight[neurons_NI]], 1))
+        self.down_proj.copy_(dense.down_proj.weight[:, neurons_NI].transpose(0, 1))
+
+    @torch.no_grad()
     def load_slices(self, dense: Any) -> None:
-        """Fill the experts with consecutive slices of a LlamaMLP of width N x I; see `_Experts.load_slices`."""
-        shape = (self.num_experts, self.intermediate_dim, self.hidden_dim)
-        gate, up = dense.gate_proj.weight.reshape(shape), dense.up_proj.weight.reshape(shape)
-        self.gate_up_proj.copy_(torch.cat([gate, up], dim=1))
-        down = dense.down_proj.weight.reshape(self.hidden_dim, self.num_experts, self.intermediate_dim)
-        self.down_proj.copy_(down.transpose(0, 1) * self.num_experts)
+        """See `_Experts.load_slices`; `dense` is a LlamaMLP."""
+        self.load_neurons(dense, self._slices())
+        self.down_proj.mul_(self.num_experts)
 
 
 @use_experts_implementation(has_gate=False, has_bias=True, is_transposed=True)
@@ -156,11 +174,36 @@ class MlpExperts(_Experts):
         return inner_MI @ self.down_proj[expert] + self.down_proj_bias[expert]
 
     @torch.no_grad()
+    def load_neurons(self, dense: Any, neurons_NI: Tensor) -> None:
+        """See `_Experts.load_neurons`; `dense` is a GPT2MLP."""
+        self.up_proj.copy_(dense.c_fc.weight[:, neurons_NI].transpose(0, 1))
+        self.up_proj_bias.copy_(dense.c_fc.bias[neurons_NI])
+        self.down_proj.copy_(dense.c_proj.weight[neurons_NI])
+        self.down_proj_bias.zero_()
+
+    @torch.no_grad()
     def load_slices(self, dense: Any) -> None:
-        """Fill the experts with consecutive slices of a GPT2MLP of width N x I; see `_Experts.load_slices`."""
-        up = dense.c_fc.weight.reshape(self.hidden_dim, self.num_experts, self.intermediate_dim)
-        self.up_proj.copy_(up.transpose(0, 1))
-        self.up_proj_bias.copy_(dense.c_fc.bias.reshape(self.num_experts, self.intermediate_dim))
-        down = dense.c_proj.weight.reshape(self.num_experts, self.intermediate_dim, self.hidden_dim)
-        self.down_proj.copy_(down * self.num_experts)
+        """See `_Experts.load_slices`; `dense` is a GPT2MLP."""
+        self.load_neurons(dense, self._slices())
+        self.down_proj.mul_(self.num_experts)
         self.down_proj_bias.copy_(dense.c_proj.bias.expand_as(self.down_proj_bias))
+
+
+class LoraExperts(nn.Module):
+    """Experts that are low-rank additions to a frozen dense layer: E_i(x) = B_i A x, with one A for all (HydraLoRA).
+
+    So small that no kernel is needed: the experts' products are one, of the tokens' A x times their gate values.
+    """
+
+    def __init__(self, spec: MoeSpec) -> None:
+        super().__init__()
+        self.num_experts = spec.experts
+        self.read = nn.Parameter(torch.empty(spec.lora_rank, spec.hidden_size))
+        self.write = nn.Parameter(torch.empty(spec.experts, spec.hidden_size, spec.lora_rank))
+
+    def forward(self, hidden_MD: Tensor, experts_MS: Tensor, weights_MS: Tensor) -> Tensor:
+        """Eq. 11; returns (M, D)."""
+        read_MR = functional.linear(hidden_MD, self.read)
+        share_MN = weights_MS.new_zeros(len(hidden_MD), self.num_experts).scatter(1, experts_MS, weights_MS)
+        mixed_MZ = (share_MN[:, :, None] * read_MR[:, None]).flatten(1).to(read_MR.dtype)
+        return functional.linear(mixed_MZ, self.write.transpose(0, 1).flatten(1))

@@ -38,7 +38,7 @@ class GavamoeOutput(MoeCausalLMOutputWithPast):
 
 
 class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
-    """The explainer. `generate()` takes `cluster_ids` (B,) beside `input_ids`."""
+    """The explainer. `generate()` takes `cluster_ids`, (B,) or (B, K), beside `input_ids`."""
 
     config: GavamoeConfig
     config_class = GavamoeConfig
@@ -63,6 +63,8 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         self.item_embedding = nn.Embedding(config.n_items + 1, config.slot_size)
         self.user_projection = nn.Linear(config.slot_size, text.hidden_size, bias=False)
         self.item_projection = nn.Linear(config.slot_size, text.hidden_size, bias=False)
+        if config.n_cluster_slots:
+            self.cluster_embedding = nn.Embedding(config.n_cluster_slots, text.hidden_size)
         self.slots = SlotIds(config.vocab_size, config.n_users, config.n_items)
         table = "embed_tokens" if text.model_type == "llama" else "wte"
         self._tied_weights_keys = {"lm_head.weight": f"model.{table}.weight"}
@@ -97,7 +99,7 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         super().activation_checkpointing_enable(options, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, with `cluster_ids` (B,) as one more keyword.
+        """transformers' `generate`, with `cluster_ids`, (B,) or (B, K), as one more keyword.
 
         `repetition_penalty` counts what was written, not the prompt: users and items in it have no logits, and its
         features are to be named.
@@ -120,17 +122,23 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         """Token id of an item by index; every index from `n_items` on is the unknown item."""
         return self.slots.item_token(index)
 
-    def embed(self, input_ids_BT: Tensor) -> Tensor:
-        """Embeddings (B, T, D) of text tokens, users and items.
+    def embed(self, input_ids_BT: Tensor, clusters: Tensor | None = None) -> Tensor:
+        """Embeddings (B, T, D) of text tokens, users, items and, with such slots, clusters.
 
-        All three are computed for every position and one is chosen: shapes stay static, nothing waits for a GPU, and
-        each table gets a gradient (perhaps zero) on every worker, as DDP and ZeRO need.
+        All are computed for every position and one is chosen: shapes stay static, nothing waits for a GPU, and each
+        table gets a gradient (perhaps zero) on every worker, as DDP and ZeRO need.
+
+        Args:
+            clusters: ids (B,) or responsibilities (B, K) of the rows, for slots of clusters alone.
 
         Raises:
             IndexError: an id is negative or above the last item's (on a GPU, the device's own assertion).
         """
         slots = self.slots
         first_user, first_item = slots.vocabulary, slots.first_item
+        is_cluster = input_ids_BT == slots.cluster if self.config.n_cluster_slots else None
+        if is_cluster is not None:
+            input_ids_BT = input_ids_BT.masked_fill(is_cluster, 0)
         is_item = input_ids_BT >= first_item
         is_user = (input_ids_BT >= first_user) & ~is_item
         tokens_BTD = self.get_input_embeddings()(input_ids_BT.masked_fill(is_user | is_item, 0))
@@ -139,7 +147,22 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         users_BTD = self.user_projection(users_BTE.to(self.user_projection.weight.dtype)).to(tokens_BTD.dtype)
         items_BTD = self.item_projection(items_BTE.to(self.item_projection.weight.dtype)).to(tokens_BTD.dtype)
         slots_BTD = torch.where(is_item[..., None], items_BTD, users_BTD)
-        return torch.where((is_user | is_item)[..., None], slots_BTD, tokens_BTD)
+        embeds_BTD = torch.where((is_user | is_item)[..., None], slots_BTD, tokens_BTD)
+        if is_cluster is None:
+            return embeds_BTD
+        return torch.where(
+            is_cluster[..., None], self._cluster_slots(clusters)[:, None].to(embeds_BTD.dtype), embeds_BTD
+        )
+
+    def _cluster_slots(self, clusters: Tensor | None) -> Tensor:
+        """Embeddings (B, D) of the rows' clusters, or their means by responsibilities."""
+        if clusters is None:
+            raise ValueError("cluster_ids: needed by a model whose prompts have a slot for the cluster; one per row")
+        if clusters.is_floating_point():
+            weight = self.cluster_embedding.weight
+            return clusters.to(weight.dtype) @ weight
+        slots_BD: Tensor = self.cluster_embedding(clusters)
+        return slots_BD
 
     @torch.no_grad()
     def calibrate_slots(self) -> None:
@@ -179,7 +202,8 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (B, T), users and items as ids above the vocabulary; or `inputs_embeds` (B, T, D).
             attention_mask: (B, T), 0 at padding, on either side.
             labels: (B, T), the input ids or -100 where there is no loss; shifted inside.
-            cluster_ids: (B,), the gate of each row; may be missing with one gate, which then serves every cluster.
+            cluster_ids: int64 (B,), the gate of each row; or float (B, K), its responsibilities, by which all gates'
+                values are mixed. May be missing with one gate, which then serves every cluster.
             logits_to_keep: score only the last n positions (0: all), or the positions in a 1-D tensor. The loss
                 covers only positions that are scored.
 
@@ -188,12 +212,13 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        embeds_BTD = inputs_embeds if input_ids is None else self.embed(input_ids)
+        cluster_ids = self._checked(cluster_ids)
+        embeds_BTD = inputs_embeds if input_ids is None else self.embed(input_ids, cluster_ids)
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = _positions(attention_mask, embeds_BTD)
         record = self._records_router(output_router_logits, labels)
         if self.config.experts_enabled:
-            kwargs |= {"cluster_ids": self._checked(cluster_ids), "output_router_logits": record}
+            kwargs |= {"cluster_ids": cluster_ids, "output_router_logits": record}
         outputs = self.model(
             inputs_embeds=embeds_BTD,
             attention_mask=attention_mask,
@@ -221,8 +246,10 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _checked(self, cluster_ids: Tensor | None) -> Tensor | None:
-        if cluster_ids is not None and self.config.n_gates > 1:
-            check_cluster_ids(cluster_ids, self.config.n_gates)
+        config = self.config
+        clusters = max(config.n_gates if config.experts_enabled else 1, config.n_cluster_slots)
+        if cluster_ids is not None and clusters > 1:
+            check_cluster_ids(cluster_ids, clusters)
         return cluster_ids
 
     def _records_router(self, requested: bool | None, labels: Tensor | None) -> bool:

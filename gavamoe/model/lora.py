@@ -1,19 +1,22 @@
-"""Low-rank adapters (LoRA, through peft) on the attention of an explainer: training for a fraction of the states.
+"""What is trained where the base model is frozen: low-rank adapters (LoRA, through peft) on its attention, and what it
+does not have itself (slots, routers, experts).
 
-`add_lora` inserts them and freezes the base model's own weights; `merged_state` merges them into the plain model's
-weights, so that an artifact has no trace of them.
+`freeze_base` freezes the base model's own weights; `add_lora` adds adapters as well; `merged_state` merges those into
+the plain model's weights, so that an artifact has no trace of them.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gavamoe.config.schema import LoraConfig
-from gavamoe.model.experts import MlpExperts, SwiGluExperts
+from gavamoe.model.experts import LoraExperts, MlpExperts, SwiGluExperts
 from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.model.router import MultiGateRouter
 
+ROUTED_MODULES = (MultiGateRouter, SwiGluExperts, MlpExperts, LoraExperts)
+"""What a GaVaMoE block has and the base model has not."""
 _ADAPTER = "default"
 _ATTENTION = r".*\.(self_attn\.[qkvo]_proj|attn\.c_(attn|proj))"
 """Every projection of LLaMA's and of GPT-2's attention; GPT-2's feed-forward layer has a c_proj as well."""
@@ -38,9 +41,25 @@ def add_lora(model: GavamoeForCausalLM, lora: LoraConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(adapter, model)  # leaves only the adapters trainable
-    new = (model.user_embedding, model.item_embedding, model.user_projection, model.item_projection)
+    _train_new(model)
+
+
+def freeze_base(model: GavamoeForCausalLM) -> None:
+    """Freeze the base model's own weights, as `add_lora` does, without adapters on its attention."""
+    model.requires_grad_(False)
+    _train_new(model)
+
+
+def slot_modules(model: GavamoeForCausalLM) -> list[nn.Module]:
+    """What reads users, items and clusters in prompts, which the base model has not."""
+    names = ("user_embedding", "item_embedding", "user_projection", "item_projection", "cluster_embedding")
+    return [module for name, module in model.named_children() if name in names]
+
+
+def _train_new(model: GavamoeForCausalLM) -> None:
+    slots = slot_modules(model)
     for module in model.modules():
-        if module in new or isinstance(module, MultiGateRouter | SwiGluExperts | MlpExperts):
+        if module in slots or isinstance(module, ROUTED_MODULES):
             module.requires_grad_(True)
 
 

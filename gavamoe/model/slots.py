@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SlotIds:
-    """Token ids of users and items: above the vocabulary, known ones and one for all others, users first.
+    """Token ids of users and items: above the vocabulary, known ones and one for all others, users first; and one id
+    that stands for the cluster of the row that it is in.
 
     The layout of a model's slots, for the model itself, for prompts and for id dropout.
     """
@@ -24,8 +25,13 @@ class SlotIds:
 
     @property
     def unknown_item(self) -> int:
-        """Token id of the unknown item, the last of all."""
+        """Token id of the unknown item, the last of the items'."""
         return self.unknown_user + 1 + self.n_items
+
+    @property
+    def cluster(self) -> int:
+        """Token id of the row's cluster, whichever that is: the model is told it beside the tokens."""
+        return self.unknown_item + 1
 
     @property
     def first_item(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gavamoe.config.schema import RunConfig
-from gavamoe.model.decoders import GavamoeConfig
+from gavamoe.model.decoders import GavamoeConfig, dense_width
 from gavamoe.plan.parameters import Blueprint
 
 FLOAT, HALF, LONG = 4, 2, 8
@@ -137,7 +137,10 @@ def layer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
     """Bytes that one decoder layer keeps: its attention half and its feed-forward half, each after a norm."""
     text, word = config.text_config, HALF if bf16 else FLOAT
     norm = _norm(text, word)
-    feed_forward = _moe(config, shape, word) if config.experts_enabled else _dense(text, word) * shape.count
+    if config.experts_enabled:
+        feed_forward = _moe(config, shape, word)
+    else:
+        feed_forward = _dense(text, dense_width(text), word) * shape.count
     routed_cast = 0 if config.experts_enabled else word * text.hidden_size
     kept = (2 * norm + _attention(text, word) + (routed_cast if bf16 else 0)) * shape.count + feed_forward
     # Autocast's half-precision copies of the weights live as long as the graph does.
@@ -177,12 +180,11 @@ def _attention(text: Any, word: int) -> float:
     return word * (2 * inner + 2 * shared + casts * text.hidden_size) + FLOAT * heads + dropout
 
 
-def _dense(text: Any, word: int) -> float:
-    """Bytes a token of the dense feed-forward network."""
+def _dense(text: Any, width: int, word: int) -> float:
+    """Bytes a token of a dense feed-forward network of this width."""
     if text.model_type == "llama":
         casts = text.hidden_size if word == HALF else 0  # its input, a second time
-        return word * (4 * text.intermediate_size + casts)
-    width = text.n_inner or 4 * text.hidden_size
+        return word * (4 * width + casts)
     return word * GELU_TENSORS * width + (text.hidden_size if text.resid_pdrop else 0)
 
 
@@ -193,15 +195,32 @@ GELU_TENSORS = 5
 def _moe(config: GavamoeConfig, shape: Shape, word: int) -> float:
     """Bytes of a GaVaMoE block. Experts compute in the weights' float32 under autocast as well."""
     text = config.text_config
-    chosen, hidden, size = config.experts_per_token, text.hidden_size, config.expert_size
-    gated = text.model_type == "llama"
-    inner = 4 * size if gated else GELU_TENSORS * size
-    routed = FLOAT * chosen * (2 * hidden + inner + 1)
+    chosen, hidden = config.experts_per_token, text.hidden_size
+    routed = _lora_experts(config, word) if config.expert_lora_rank else _expert_networks(config)
     router = (FLOAT * hidden if word == HALF else 0) + FLOAT * config.n_experts
-    sorting = 6 * LONG * chosen
-    shared = _dense(text, word) + (word * hidden if word == HALF else 0) if config.conversion == "shared" else 0
-    gates = FLOAT * shape.rows * config.n_experts * hidden if config.n_gates > 1 else 0
-    return (routed + router + sorting + shared) * shape.count + gates
+    if config.renormalise:
+        router += FLOAT * chosen
+    if config.soft_routes:  # all gates' logits, their softmax, the mixture and its sum
+        router += FLOAT * (4 * config.n_gates * config.n_experts + 2 * config.n_experts)
+    shared = 0.0
+    if config.shared_width:
+        shared = _dense(text, config.shared_width, word) + (word * hidden if word == HALF else 0)
+    one_gate = config.n_gates == 1 or config.soft_routes
+    gates = 0 if one_gate else FLOAT * shape.rows * config.n_experts * hidden
+    return (routed + router + shared) * shape.count + gates
+
+
+def _expert_networks(config: GavamoeConfig) -> float:
+    """Bytes a token of the experts that are feed-forward networks, sorting by expert included."""
+    text, size = config.text_config, config.expert_size
+    inner = 4 * size if text.model_type == "llama" else GELU_TENSORS * size
+    return config.experts_per_token * (FLOAT * (2 * text.hidden_size + inner + 1) + 6 * LONG)
+
+
+def _lora_experts(config: GavamoeConfig, word: int) -> float:
+    """Bytes a token of the experts that are low-rank additions: what is read, its products with the gate values."""
+    mixed = config.n_experts * config.expert_lora_rank
+    return word * (config.expert_lora_rank + mixed) + FLOAT * config.n_experts + LONG * config.experts_per_token
 
 
 def _cast_weights(config: GavamoeConfig) -> float:
@@ -212,10 +231,11 @@ def _cast_weights(config: GavamoeConfig) -> float:
         size = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
         shared = (text.num_key_value_heads or text.num_attention_heads) * size
         attention = hidden * (2 * text.num_attention_heads * size + 2 * shared)
-        dense = 3 * hidden * text.intermediate_size
+        matrices = 3
     else:
-        attention, dense = 4 * hidden * hidden, 2 * hidden * (text.n_inner or 4 * hidden)
-    return attention + (dense if not config.experts_enabled or config.conversion == "shared" else 0)
+        attention, matrices = 4 * hidden * hidden, 2
+    width = config.shared_width if config.experts_enabled else dense_width(text)
+    return attention + matrices * hidden * width
 
 
 def run_shape(config: RunConfig) -> Shape:

@@ -24,7 +24,7 @@ PERSISTENT = 10**5
 """Parameters of at most this many numbers stay whole on every device at ZeRO-3 (DeepSpeed's default)."""
 _PARTS = {
     r"lora_": "adapters",
-    r"user_embedding|item_embedding": "slot tables",
+    r"user_embedding|item_embedding|cluster_embedding": "slot tables",
     r"^vae_gmm\.": "stage 1",
     r"_projection\.": "slot projections",
     r"\.experts\.": "experts",
@@ -99,7 +99,9 @@ def draw(config: RunConfig, base: PreTrainedConfig, users: int, items: int) -> B
     with torch.device("meta"), init.no_init_weights():
         joint = JointModel(explainer, draw_stage1(config.stage1, users, items), config.stage2.alpha)
     sizes = explainer.config
-    share = {"experts": sizes.experts_per_token / sizes.n_experts, "gates": 1 / sizes.n_gates}
+    # Low-rank experts are multiplied all at once; soft routes need every gate.
+    chosen = 1 if sizes.expert_lora_rank else sizes.experts_per_token / sizes.n_experts
+    share: dict[str, float] = {"experts": chosen, "gates": 1 if sizes.soft_routes else 1 / sizes.n_gates}
     share |= {"slot tables": 0, "stage 1": 0}
     parts: dict[str, Part] = {}
     for name, parameter in joint.named_parameters():

@@ -173,7 +173,7 @@ class WritingService:
         changes = {name: value for name, value in asked.items() if value is not None}
         sampling = sampling_of(self.defaults.model_copy(update=changes), request.seed)
         trace = request.trace and self._explainer.model.config.experts_enabled
-        return Row(prompt, routed.filled.cluster, sampling, trace=trace)
+        return Row(prompt, self._explainer.route(routed.filled), sampling, trace=trace)
 
     def _most_tokens(self, request: TextRequest) -> int:
         return self.defaults.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens

@@ -24,7 +24,9 @@ class RouteControl(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     kind: Literal["random", "oracle"]
-    """The rule. random: a hash of the pair; oracle: the user's planted group."""
+    """The rule. random: a hash; oracle: the user's planted group."""
+    by: Literal["pair", "user"] = "pair"
+    """What random routes hash: the user, or, in artifacts of earlier versions, the pair."""
     clusters: int
     """K: number of clusters."""
     seed: int
@@ -43,7 +45,7 @@ class RouteControl(BaseModel):
         if kind == "learned":
             return None
         if kind == "random":
-            return cls(kind=kind, clusters=clusters, seed=config.seed)
+            return cls(kind=kind, by="user", clusters=clusters, seed=config.seed)
         truth = dataset.truth()
         if truth is None:
             raise InputError(
@@ -57,11 +59,15 @@ class RouteControl(BaseModel):
         return cls(kind=kind, clusters=clusters, seed=config.seed, groups=tuple(map(int, truth.group)))
 
     def cluster(self, user: np.ndarray, item: np.ndarray) -> np.ndarray:
-        """int64 (N,): random: a hash of seed, user and item; oracle: the user's group, 0 for users without one."""
+        """int64 (N,): random: a hash of seed and user; oracle: the user's group, 0 for users without one.
+
+        Random routes are by user since routes by pair would be too weak a control: clusters of users tell the model
+        which users it is not, and so something of who the user is, even if they mean nothing.
+        """
         if self.kind == "random":
-            mixed = _scramble(
-                _scramble(_scramble(np.uint64(self.seed)) ^ user.astype(np.uint64)) ^ item.astype(np.uint64)
-            )
+            mixed = _scramble(_scramble(np.uint64(self.seed)) ^ user.astype(np.uint64))
+            if self.by == "pair":
+                mixed = _scramble(mixed ^ item.astype(np.uint64))
             return (mixed % np.uint64(self.clusters)).astype(np.int64)
         groups = np.append(np.array(self.groups, dtype=np.int64), 0)
         return groups[np.minimum(user, len(self.groups))]

@@ -11,6 +11,7 @@
     tokenized_rows    a dataset's rows as token ids
     token_cache       the same, made once, beside the dataset
     training_engines  DeepSpeed or plain torch behind one interface
+    expert_movement   whether the routed experts learn
     expert_parallel   experts sharded over workers; all-to-all of tokens
 
 Shape letters: N rows of a split, B rows of a batch, T tokens of a row, A accumulated batches of an optimizer step,

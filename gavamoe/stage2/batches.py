@@ -75,11 +75,14 @@ class TextRows:
         """Tokens of each row, prompt and answer: int64 (N,)."""
         return self.prompts.lengths + self.answers.lengths
 
-    def collate(self, rows: np.ndarray, cluster_N: np.ndarray, pad: int) -> Batch:
+    def collate(self, rows: np.ndarray, clusters: np.ndarray, pad: int) -> Batch:
         """Tensors of the given rows, padded on the right; only answers carry labels.
 
+        Args:
+            clusters: of all rows, whole numbers (N,), or responsibilities, float32 (N, K).
+
         Returns:
-            input_ids, attention_mask, labels: int64 (B, T); cluster_ids: int64 (B,).
+            input_ids, attention_mask, labels: int64 (B, T); cluster_ids: int64 (B,) or float32 (B, K).
         """
         pieces = [(self.prompts[row], self.answers[row]) for row in rows]
         width = max(len(prompt) + len(answer) for prompt, answer in pieces)
@@ -95,7 +98,7 @@ class TextRows:
             "input_ids": torch.from_numpy(ids_BT),
             "attention_mask": torch.from_numpy(mask_BT),
             "labels": torch.from_numpy(labels_BT),
-            "cluster_ids": torch.from_numpy(cluster_N[rows].astype(np.int64)),
+            "cluster_ids": torch.from_numpy(clusters[rows].astype(np.int64 if clusters.ndim == 1 else np.float32)),
         }
 
 
@@ -103,17 +106,36 @@ class TextRows:
 class IdDropout:
     """Id dropout: replaces some users and items by the unknown ones, so that users never seen can be served."""
 
-    share: float
-    """Share of the rows whose user, and share of the rows whose item, is replaced."""
+    users: float
+    """Share of the rows whose user is replaced."""
+    items: float
+    """Share of the rows whose item is replaced."""
     slots: SlotIds
 
     def apply(self, input_ids_BT: Tensor, random: np.random.Generator) -> Tensor:
         """The same ids with the user, the item or both replaced in a random share of the rows: int64 (B, T)."""
-        hidden_B2 = torch.from_numpy(random.random((len(input_ids_BT), 2)) < self.share)
-        is_item = input_ids_BT >= self.slots.first_item
-        is_user = (input_ids_BT >= self.slots.vocabulary) & ~is_item
-        ids_BT = input_ids_BT.masked_fill(is_user & hidden_B2[:, :1], self.slots.unknown_user)
-        return ids_BT.masked_fill(is_item & hidden_B2[:, 1:], self.slots.unknown_item)
+        hidden_B2 = torch.from_numpy(random.random((len(input_ids_BT), 2)) < (self.users, self.items))
+        slots = self.slots
+        is_item = (input_ids_BT >= slots.first_item) & (input_ids_BT <= slots.unknown_item)
+        is_user = (input_ids_BT >= slots.vocabulary) & (input_ids_BT < slots.first_item)
+        ids_BT = input_ids_BT.masked_fill(is_user & hidden_B2[:, :1], slots.unknown_user)
+        return ids_BT.masked_fill(is_item & hidden_B2[:, 1:], slots.unknown_item)
+
+
+@dataclass(frozen=True)
+class GateDropout:
+    """Gate dropout: some rows get the clusters' shares for their responsibilities, as users have of whom nothing is
+    known, so that the mixture of all gates is trained too."""
+
+    rate: float
+    """Share of the rows whose responsibilities are replaced."""
+    prior_K: Tensor
+    """Shares of the clusters: float32 (K,)."""
+
+    def apply(self, share_BK: Tensor, random: np.random.Generator) -> Tensor:
+        """The same responsibilities, replaced in a random share of the rows: float32 (B, K)."""
+        dropped_B = torch.from_numpy(random.random(len(share_BK)) < self.rate)
+        return torch.where(dropped_B[:, None], self.prior_K, share_BK)
 
 
 class BatchPlan:

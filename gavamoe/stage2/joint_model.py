@@ -54,7 +54,7 @@ class JointModel(nn.Module):
         """Losses of a batch; a part that gets no input, or has weight 0 in training, is left out.
 
         Args:
-            input_ids, attention_mask, labels: (B, T); cluster_ids: (B,).
+            input_ids, attention_mask, labels: (B, T); cluster_ids: (B,), or responsibilities (B, K).
             label_count: what to divide the summed negative log-likelihood by; None: this batch's labels.
             users, items, ratings: (P,).
 
@@ -113,27 +113,33 @@ class JointModel(nn.Module):
 
 _ROUTED = (".experts.", ".router.")
 """Marks of routed experts and gates in parameter names."""
+ADAM_EPS, ROUTED_EPS = 1e-8, 1e-8
+"""What Adam adds to the root of the second moment. Routed experts whose output starts at zero get gradients that
+clipping, by the norm of all, leaves near 1e-8: with the usual value they would hardly move."""
 
 
 def parameter_groups(model: JointModel, config: Stage2Config) -> list[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters: each side's rate; no decay of norms, biases, tables and prior.
+    """Optimizer groups of the trainable parameters: each side's rate; no decay of norms, biases, tables and prior; a
+    smaller eps of routed experts and gates.
 
     Each group keeps its peak rate as "peak_lr", which schedules scale.
     """
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         of_explainer = name.startswith(EXPLAINER) and not name.removeprefix(EXPLAINER).startswith(_TABLES)
         rate = config.learning_rate if of_explainer else config.stage1_learning_rate
-        if any(mark in name for mark in _ROUTED):
+        routed = any(mark in name for mark in _ROUTED)
+        if routed:
             rate = config.expert_learning_rate or rate
         plain = parameter.ndim < 2 or name.endswith("bias") or id(parameter) in tables or ".prior." in name
-        groups.setdefault((rate, 0.0 if plain else config.weight_decay), []).append(parameter)
+        key = (rate, 0.0 if plain else config.weight_decay, ROUTED_EPS if routed else ADAM_EPS)
+        groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
+        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay, "eps": eps}
+        for (rate, decay, eps), parameters in groups.items()
     ]
 
 

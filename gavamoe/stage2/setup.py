@@ -10,19 +10,18 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from gavamoe.artifacts.manifest import Manifest
-from gavamoe.config.schema import RunConfig
+from gavamoe.config.schema import RunConfig, Stage2Config
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.generation.prompts import PromptBuilder, PromptSpec
 from gavamoe.model.base_model import load_base
-from gavamoe.model.build import build_explainer
+from gavamoe.model.build import adapt, build_explainer
 from gavamoe.model.conversion import ExplainerSizes
 from gavamoe.model.explainer import GavamoeForCausalLM
-from gavamoe.model.lora import add_lora
 from gavamoe.stage1.artifact import load_stage1
 from gavamoe.stage1.pair_stream import PairSource
 from gavamoe.stage1.route_overrides import RouteControl
-from gavamoe.stage1.routes import ROUTES_FILE, read_routes
+from gavamoe.stage1.routes import ROUTES_FILE, Routes, read_routes
 from gavamoe.stage1.vae_gmm import VaeGmm
 from gavamoe.stage2.batches import TextRows
 from gavamoe.stage2.joint_model import JointModel
@@ -61,7 +60,8 @@ class Setup:
     routed: dict[str, Split]
     """Users and items of the rows of `train` and `valid`, by split name."""
     clusters: dict[str, np.ndarray]
-    """Cluster of each row of `train` and `valid`, by stage 1 or by the control, by split name: int64."""
+    """Cluster of each row of `train` and `valid`, by stage 1 or by the control, by split name: int64 (N,); with soft
+    routes their responsibilities, float32 (N, K)."""
     control: RouteControl | None
     """Rule that routes pairs instead of stage 1; None: stage 1 routes them."""
     pairs: PairSource
@@ -109,7 +109,7 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path, *, empty_weights: bo
         valid=encode_rows(builder, data, "valid", chosen["valid"]),
         routed=routed,
         clusters={
-            split: control.cluster(*routed[split]) if control else _clusters(data, Path(stage1), split)[rows]
+            split: clusters_of(_routes(data, Path(stage1), split, control, routed[split], rows), config.stage2)
             for split, rows in chosen.items()
         },
         control=control,
@@ -144,15 +144,21 @@ def _build_explainer(
     check_positions(config, base.config)
     sizes = ExplainerSizes(vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates)
     explainer = build_explainer(config, base, sizes, empty_weights=empty_weights)
-    if stage2.lora.rank:
-        add_lora(explainer, stage2.lora, config.seed)
+    adapt(explainer, config)
     if stage2.gradient_checkpointing:
         explainer.activation_checkpointing_enable()
     return explainer, tokenizer
 
 
-def _clusters(data: Dataset, stage1: Path, split: str) -> np.ndarray:
-    clusters = read_routes(stage1 / ROUTES_FILE, split).cluster.astype(np.int64)
-    if len(clusters) != data.size(split):
-        raise InputError(f"{stage1 / ROUTES_FILE}: {len(clusters)} {split} rows, the dataset has {data.size(split)}")
-    return clusters
+def _routes(
+    data: Dataset, stage1: Path, split: str, control: RouteControl | None, pairs: Split, rows: np.ndarray
+) -> Routes:
+    """Routes of the given rows of a split, which are those `pairs`."""
+    every = read_routes(stage1 / ROUTES_FILE, split, data.size(split))
+    routes = Routes(*(column[rows] for column in every))
+    return routes if control is None else control.apply(routes, *pairs)
+
+
+def clusters_of(routes: Routes, stage2: Stage2Config) -> np.ndarray:
+    """What the model is told of the pairs' gates: clusters, int64 (N,); with soft routes responsibilities, (N, K)."""
+    return routes.responsibilities if stage2.soft_routes else routes.cluster.astype(np.int64)

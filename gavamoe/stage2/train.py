@@ -30,12 +30,13 @@ from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.context import Context
 from gavamoe.stage1.routes import route_pairs
 from gavamoe.stage1.vae_gmm import VaeGmm
-from gavamoe.stage2.batches import Batch, BatchPlan, IdDropout, PairBatches
+from gavamoe.stage2.batches import Batch, BatchPlan, GateDropout, IdDropout, PairBatches
 from gavamoe.stage2.best_state import BestState
+from gavamoe.stage2.expert_movement import PROBE_ROWS, Movement, MovementProbe
 from gavamoe.stage2.joint_model import VAE_GMM, Losses, part_of_state
 from gavamoe.stage2.model_card import write_artifact
 from gavamoe.stage2.schedule import rate_at
-from gavamoe.stage2.setup import Setup, prepare
+from gavamoe.stage2.setup import Setup, clusters_of, prepare
 from gavamoe.stage2.training_engines import Engine, make_engine
 
 LOG_EVERY = 10
@@ -43,6 +44,10 @@ LOG_EVERY = 10
 SHORT_ROW = 256
 """Tokens up to which plain attention is the faster one on a CPU: the fused kernel's backward pass, made for long
 rows, takes a tenth of a step at 96 tokens."""
+IDLE_EXPERTS = (
+    "the routed experts are idle: their output is {:.1e} of the dense network's beside them, or less, in every layer; "
+    "raise stage2.experts.scale or stage2.expert_learning_rate, train for longer, or take experts.conversion=upcycle"
+)
 STATE_FILE, CLUSTERS_FILE = "state.json", "clusters.safetensors"
 
 
@@ -97,6 +102,8 @@ class _Progress:
     """Tokens that were trained on."""
     seconds: float = 0.0
     """Wall time spent in optimizer steps, in seconds."""
+    movements: list[tuple[int, dict[str, list[float]]]] = field(default_factory=list)
+    """Validations' measurements of the experts: (optimizer steps done, a `Movement`)."""
 
 
 class Training:
@@ -112,20 +119,29 @@ class Training:
         self._pairs_per_batch = -(-stage2.elbo_batch_size // stage2.gradient_accumulation)
         pairs_per_step = self._pairs_per_batch * stage2.gradient_accumulation * context.world_size
         self._pairs = PairBatches(setup.pairs, pairs_per_step) if stage2.alpha > 0 else None
-        self._id_dropout = IdDropout(config.stage1.unknown_id_rate, setup.model.explainer.slots)
+        unknown = config.stage1.unknown_id_rate
+        self._id_dropout = IdDropout(max(unknown, stage2.slot_dropout), unknown, setup.model.explainer.slots)
+        self._gate_dropout: GateDropout | None = None
+        if stage2.gate_dropout:
+            prior_K = torch.from_numpy(setup.clusters["train"].mean(axis=0))
+            self._gate_dropout = GateDropout(stage2.gate_dropout, prior_K)
         planned = stage2.epochs * self._plan.steps_per_epoch
         self.steps = min(planned, stage2.max_steps) if stage2.max_steps else planned
         self._clusters = dict(setup.clusters)
         self._progress = _Progress()
         self._best = BestState(stage2)
+        self._probe = MovementProbe(setup.model.explainer) if stage2.alpha < 1 else None
         self._unlogged: list[Losses] = []
         self._unlogged_tokens, self._unlogged_since = 0, time.perf_counter()
 
     def run(self) -> None:
         """Take the steps that are left, or fewer by `patience`; validate at the start, in between and at the end."""
         stage2, progress = self._config.stage2, self._progress
-        if progress.step == 0 and stage2.evaluate_every:
-            self._validate()
+        if progress.step == 0:
+            if self._probe:
+                self._probe.start(self._pass_probe_rows)
+            if stage2.evaluate_every:
+                self._validate()
         while not self._ended():
             self._start_step()
             self._step()
@@ -160,6 +176,7 @@ class Training:
             "validation_loss_at_start": losses.get(0),
             "validation_loss_at_end": losses.get(progress.step),
             "validation_losses": [{"step": step, "loss": loss} for step, loss in progress.validations],
+            "experts": self._experts_of(kept_step),
             "train_loss": progress.train_loss,
             "steps": progress.step,
             "planned_steps": self.steps,
@@ -171,6 +188,14 @@ class Training:
             "trained_parameters": self._setup.trained,
             "workers": self._context.world_size,
         }
+
+    def _experts_of(self, step: int) -> dict[str, Any] | None:
+        """What the experts of the kept state do beside the dense network; None where there is none beside them."""
+        values = dict(self._progress.movements).get(step)
+        if values is None:
+            return None
+        movement = Movement(**values)
+        return movement.scalars() | {"movement_ratio": movement.ratio, "layers": values}
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint.
@@ -189,8 +214,11 @@ class Training:
                 )
         self._engine.load(folder)
         self._clusters = load_file(folder / CLUSTERS_FILE)
+        if self._probe:
+            self._probe.load(folder)
+        pairs = ("validations", "movements")
         values = state["progress"]
-        self._progress = _Progress(**values | {"validations": [tuple(pair) for pair in values["validations"]]})
+        self._progress = _Progress(**values | {name: [tuple(pair) for pair in values[name]] for name in pairs})
         self._best.load(folder, self._progress.validations, self._context.rank)
 
     def _identity(self) -> dict[str, Any]:
@@ -204,6 +232,8 @@ class Training:
             "steps": self.steps,
             "steps per epoch": self._plan.steps_per_epoch,
             "seed": self._config.seed,
+            "stage2.experts": stage2.experts.model_dump(mode="json"),
+            "stage2.soft_routes": stage2.soft_routes,
             "dataset": self._setup.data.fingerprint,
         }
 
@@ -240,6 +270,8 @@ class Training:
             if self._config.stage2.alpha < 1:
                 batch = train.collate(rows_WB[self._context.rank], self._clusters["train"], pad)
                 batch["input_ids"] = self._id_dropout.apply(batch["input_ids"], random)
+                if self._gate_dropout is not None:
+                    batch["cluster_ids"] = self._gate_dropout.apply(batch["cluster_ids"], random)
                 batch["label_count"] = torch.tensor(labels)
             if pairs is not None:
                 batch |= {name: values[index] for name, values in pairs.items()}
@@ -286,6 +318,7 @@ class Training:
         started = time.perf_counter()
         if self._progress.step:
             self._refresh_routes("valid")
+        experts = self._measure_experts()
         share = self._config.stage2.batch_size
         order = np.argsort(valid.lengths, kind="stable")
         total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
@@ -306,9 +339,25 @@ class Training:
                 "steps": self.steps,
                 "validation_loss": summed / labels_all,
                 "seconds": time.perf_counter() - started,
+                **experts,
             }
         )
         self._unlogged_since = time.perf_counter()
+
+    def _pass_probe_rows(self) -> None:
+        rows = np.arange(min(PROBE_ROWS, len(self._setup.train)))
+        self._engine.evaluate(self._setup.train.collate(rows, self._clusters["train"], self._setup.pad))
+
+    def _measure_experts(self) -> dict[str, Any]:
+        """How much the routed experts do, and how fast they change: means for the log, and each layer's values."""
+        if not self._probe or not self._progress.step:
+            return {}
+        movement = self._probe.measure(self._pass_probe_rows)
+        self._progress.movements.append((self._progress.step, vars(movement)))
+        values: dict[str, Any] = movement.scalars() | {"layers": vars(movement)}
+        if movement.idle and 2 * self._progress.step >= self.steps:
+            values["warning"] = IDLE_EXPERTS.format(max(movement.routed_share))
+        return values
 
     def _refresh_routes(self, split: str) -> None:
         """Route a split's pairs by stage 1's present parameters; each worker routes a slice."""
@@ -321,8 +370,9 @@ class Training:
         users, items = self._setup.routed[split]
         cuts = np.linspace(0, len(users), self._context.world_size + 1).astype(int)
         rows = slice(cuts[self._context.rank], cuts[self._context.rank + 1])
-        clusters = np.zeros(len(users), dtype=np.int64)
-        clusters[rows] = route_pairs(model, users[rows], items[rows], device=self._context.device).cluster
+        clusters = np.zeros_like(self._clusters[split])
+        routes = route_pairs(model, users[rows], items[rows], device=self._context.device)
+        clusters[rows] = clusters_of(routes, self._config.stage2)
         self._clusters[split] = self._sum(torch.from_numpy(clusters)).numpy()
         self._unlogged_since = time.perf_counter()
 
@@ -342,6 +392,8 @@ class Training:
                 write_json(folder / STATE_FILE, {"identity": self._identity(), "progress": vars(self._progress)})
                 save_file(self._clusters, folder / CLUSTERS_FILE)
                 self._best.save(folder)
+                if self._probe:
+                    self._probe.save(folder)
             self._context.checkpoint(folder, {"step": self._progress.step, "steps": self.steps})
         self._unlogged_since = time.perf_counter()
 

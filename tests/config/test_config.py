@@ -40,7 +40,7 @@ def test_paper_preset_is_section_4_2() -> None:
     assert (stage2.experts.count, stage2.experts.intermediate_size, stage2.experts.top_k) == (12, 1280, 2)
     assert (stage2.experts.conversion, stage2.epochs, stage2.base_model) == ("random", 3, "meta-llama/Llama-3.1-8B")
     assert config.gates == stage1.clusters
-    assert not stage2.experts.renormalise
+    assert not stage2.experts.renormalised
     assert stage2.experts.load_balance_weight == stage2.experts.router_z_weight == 0
 
 
@@ -200,7 +200,7 @@ def test_the_former_place_of_peter_is_read_but_not_written() -> None:
 def test_truth_values_are_no_numbers(field: str, value: str) -> None:
     with pytest.raises(InputError, match=rf"{field}: (True|False): input should be a number, not true or false"):
         parse_config({}, "x", [f"{field}={value}"])
-    assert parse_config({}, "x", ["stage2.experts.renormalise=yes"]).stage2.experts.renormalise
+    assert parse_config({}, "x", ["stage2.experts.renormalise=yes"]).stage2.experts.renormalise is True
 
 
 def test_a_name_longer_than_a_files_is_unknown() -> None:

@@ -30,6 +30,8 @@ from gavamoe.evaluation.comparison import (
 from gavamoe.experiments.ablate import run_ablation
 from gavamoe.experiments.baselines import retrieval
 from gavamoe.experiments.variants import SYSTEMS, find_systems
+from gavamoe.model.base_config import base_shape
+from gavamoe.model.build import weightless_explainer
 
 COPIERS = ["constant", "copy-user", "copy-item", "copy-features"]
 
@@ -71,8 +73,44 @@ def test_the_wide_base_is_as_large_as_the_full_system(planted: Dataset) -> None:
     assert changed("base-wide", config, planted).stage2.scratch.intermediate_size == 2 * 192
     random = override_config(config, ["stage2.experts.conversion=random"])
     assert changed("base-wide", random, planted).stage2.scratch.intermediate_size == 192
-    with pytest.raises(InputError, match="only a scratch base"):
-        changed("base-wide", load_config("gpt2"), planted)
+    with pytest.raises(InputError, match="only experts that add parameters"):
+        changed("base-wide", override_config(config, ["stage2.experts.conversion=split"]), planted)
+
+
+def test_dense_controls_of_a_pretrained_base_have_the_experts_parameters(planted: Dataset) -> None:
+    """SmolLM2: 1,536 neurons a layer; 12 experts of 128, two of them active."""
+    base = "stage2.base_model=HuggingFaceTB/SmolLM2-135M"
+
+    def extra(name: str, *overrides: str) -> int:
+        return changed(name, override_config(load_config("smollm2"), [base, *overrides]), planted).stage2.extra_width
+
+    assert (extra("base-wide"), extra("base-active")) == (12 * 128, 2 * 128)
+    upcycle = "stage2.experts.conversion=upcycle"
+    assert (extra("base-wide", upcycle), extra("base-active", upcycle)) == (11 * 128, 128)
+    token = changed("cluster-token", override_config(load_config("smollm2"), [base]), planted)
+    assert (token.stage2.prompt.cluster, token.stage2.extra_width) == (True, 12 * 128)
+    with pytest.raises(InputError, match="no more parameters"):
+        extra("base-active", "stage2.experts.conversion=random")
+
+
+def test_low_rank_experts_are_compared_with_one_of_their_size(planted: Dataset) -> None:
+    lora = ["stage2.base_model=HuggingFaceTB/SmolLM2-135M", "stage2.experts.conversion=lora"]
+    config = override_config(load_config("smollm2"), lora)
+    one = changed("base-wide", config, planted)
+    assert (one.stage2.experts.count, one.stage2.experts.lora_rank, one.gates) == (1, 52, 1)
+    sizes = [weightless_explainer(each, base_shape(each.stage2), 10, 10) for each in (config, one)]
+    experts = [sum(p.numel() for n, p in size.named_parameters() if ".experts." in n) for size in sizes]
+    assert experts[0] == experts[1]
+    with pytest.raises(InputError, match="freezes the base model"):
+        changed("base", config, planted)
+
+
+def test_systems_without_several_gates_drop_what_needs_them(planted: Dataset) -> None:
+    gates = ["stage2.soft_routes=true", "stage2.gate_dropout=0.1", "stage2.experts.gate_bias=2"]
+    config = override_config(load_config("quickstart"), gates)
+    for name in ("no-multi-gating", "base", "base-active", "base-wide", "cluster-token"):
+        other = changed(name, config, planted).stage2
+        assert (other.soft_routes, other.gate_dropout, other.experts.gate_bias) == (False, 0, 0)
 
 
 def test_what_makes_no_sense_says_why(planted: Dataset, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def generated(
     texts: list[str] = []
     for start in range(0, len(prompts), settings.batch_size):
         rows = slice(start, start + settings.batch_size)
-        tokens = explainer._beam_batch(prompts[rows], np.array(clusters[rows]), options)
+        tokens = explainer._beam_batch(prompts[rows], torch.tensor(clusters[rows]), options)
         texts += [explainer.text(row) for row in tokens]
     return texts
 

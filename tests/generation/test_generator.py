@@ -180,7 +180,7 @@ def test_what_is_given_reaches_the_model(explainer: ExplanationGenerator, monkey
     by_slots = {tuple(token for token in row.prompt if token >= model.config.vocab_size): row for row in seen}
     for request, explanation, word in zip(pairs, found, ("negative", "positive"), strict=True):
         row = by_slots[model.user_token(request.user), model.item_token(request.item)]
-        assert row.cluster == explanation.cluster
+        assert row.route == explanation.cluster
         prompt = [token for token in row.prompt if token < model.config.vocab_size]
         text = explainer.tokenizer.decode(prompt, skip_special_tokens=True)
         assert f"Rating: {word}\nFeatures: {', '.join(request.features or ())}\n" in text

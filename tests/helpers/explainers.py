@@ -41,7 +41,8 @@ def dense_model(family: str = "llama", tied: bool = True) -> PreTrainedModel:
 
 def run_config(**experts: Any) -> RunConfig:
     values = {"count": 4, "top_k": 2, "conversion": "random", "implementation": "eager"} | experts
-    return parse_config({"stage2": {"experts": values}}, "test")
+    base = "scratch" if values["conversion"] != "lora" else "some/model"  # what is frozen must have learned something
+    return parse_config({"stage2": {"experts": values, "base_model": base}}, "test")
 
 
 def explainer(base: PreTrainedModel | None = None, gates: int = GATES, **experts: Any) -> GavamoeForCausalLM:

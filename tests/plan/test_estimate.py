@@ -15,7 +15,7 @@ from gavamoe.config.files import load_config, parse_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.model.base_config import base_shape, shipped_shapes
 from gavamoe.model.base_model import locate_base
-from gavamoe.model.build import build_explainer
+from gavamoe.model.build import adapt, build_explainer
 from gavamoe.model.conversion import ExplainerSizes
 from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.model.lora import add_lora
@@ -34,7 +34,8 @@ PUBLISHED = {
     "HuggingFaceTB/SmolLM2-135M": 134_515_008,
     "openai-community/gpt2": 124_439_808,
 }
-CASES = [(arch, conversion) for arch in ("llama", "gpt2") for conversion in ("dense", "random", "split", "shared")]
+CONVERSIONS = ("dense", "random", "split", "shared", "upcycle", "lora", "soft")
+CASES = [(arch, conversion) for arch in ("llama", "gpt2") for conversion in CONVERSIONS]
 
 
 def tiny_base(arch: str) -> PreTrainedConfig:
@@ -51,14 +52,18 @@ def tiny_base(arch: str) -> PreTrainedConfig:
 def tiny_config(arch: str, conversion: str, *overrides: str) -> RunConfig:
     width = {"llama": 48, "gpt2": 64}[arch]
     experts = {"enabled": conversion != "dense", "count": 4, "top_k": 2, "intermediate_size": width}
-    experts |= {"conversion": "shared" if conversion == "dense" else conversion, "implementation": "eager"}
-    return tiny(*(f"stage2.experts.{name}={value}" for name, value in experts.items()), *overrides)
+    plain = conversion in ("dense", "soft")
+    experts |= {"conversion": "shared" if plain else conversion, "implementation": "eager"}
+    others = {"soft": ("stage2.soft_routes=true",), "lora": ("stage2.base_model=openai-community/gpt2",)}
+    settings = (f"stage2.experts.{name}={value}" for name, value in experts.items())
+    return tiny(*settings, *others.get(conversion, ()), *overrides)
 
 
 def built(config: RunConfig, base: PreTrainedConfig) -> GavamoeForCausalLM:
     dense = AutoModelForCausalLM.from_config(base)
     model = build_explainer(config, dense, ExplainerSizes(USERS, ITEMS, config.stage1.embedding_size, config.gates))
     model.set_attn_implementation("eager")  # torch doesn't count its fused attention on the CPU
+    adapt(model, config)
     return model.train()
 
 
@@ -74,8 +79,8 @@ def test_parameters_equal_the_built_model(arch: str, conversion: str, alpha: flo
     assert ("experts" in plan.parts) == bool(experts)
     if experts:
         assert plan.parts["experts"].total == sum(p.numel() for p in experts)
-        assert plan.parts["experts"].active == plan.parts["experts"].total // 2
-        assert plan.parts["gates"].total == 3 * plan.parts["gates"].active
+        assert plan.parts["experts"].active == plan.parts["experts"].total // (1 if conversion == "lora" else 2)
+        assert plan.parts["gates"].total == plan.parts["gates"].active * (1 if conversion == "soft" else 3)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -118,7 +123,7 @@ def test_flops_equal_torchs_count(arch: str, conversion: str) -> None:
     config, base = tiny_config(arch, conversion), tiny_base(arch)
     model = built(config, base)
     with FlopCounterMode(display=False) as forward:
-        loss = model(**batch(), logits_to_keep=positions(), use_cache=False).loss
+        loss = model(**batch(model), logits_to_keep=positions(), use_cache=False).loss
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     found = row_flops(draw(config, base, USERS, ITEMS), Shape(1, TOKENS, SCORED), checkpointing=False)
@@ -131,12 +136,12 @@ def test_flops_with_gradient_checkpointing() -> None:
     model = built(config, base)
     model.activation_checkpointing_enable()
     with FlopCounterMode(display=False) as counter:
-        model(**batch(), logits_to_keep=positions(), use_cache=False).loss.backward()
+        model(**batch(model), logits_to_keep=positions(), use_cache=False).loss.backward()
     found = row_flops(draw(config, base, USERS, ITEMS), Shape(1, TOKENS, SCORED), checkpointing=True)
     assert ROWS * found.total == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
-def batch() -> dict[str, Tensor]:
+def batch(model: GavamoeForCausalLM) -> dict[str, Tensor]:
     ids = torch.randint(2, 1000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
     ids[:, 1], ids[:, 3] = 1000 + torch.arange(ROWS), 1000 + USERS + 1 + torch.arange(ROWS)
     labels = ids.masked_fill(torch.arange(TOKENS) < TOKENS - SCORED, -100)
@@ -144,7 +149,7 @@ def batch() -> dict[str, Tensor]:
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "labels": labels,
-        "cluster_ids": torch.arange(ROWS),
+        "cluster_ids": torch.eye(3)[:ROWS] if model.config.soft_routes else torch.arange(ROWS),
     }
 
 
@@ -164,7 +169,7 @@ def test_activations_are_what_autograd_keeps(arch: str, conversion: str, precisi
     bf16, shape = precision == "bf16", Shape(ROWS, TOKENS, SCORED)
     if checkpointing:
         model.activation_checkpointing_enable()
-    kept = kept_bytes(model, lambda: model(**batch(), logits_to_keep=positions(), use_cache=False), bf16)
+    kept = kept_bytes(model, lambda: model(**batch(model), logits_to_keep=positions(), use_cache=False), bf16)
     planned = activations(model.config, shape, bf16=bf16, checkpointing=False)
     if checkpointing:  # autograd keeps the layers' inputs alone: the layer that is run again comes later
         planned = outer_activations(model.config, shape, bf16) + 3 * 4 * 64 * shape.count

@@ -1,5 +1,6 @@
 """Routes that are not stage 1's: even, repeatable, kept with the model, and never served."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +29,26 @@ def control(config: RunConfig, dataset: Dataset) -> RouteControl:
     return found
 
 
-def test_random_routes_are_even_and_depend_on_seed_and_pair_alone(planted: Dataset) -> None:
+def test_random_routes_are_even_and_depend_on_seed_and_user_alone(planted: Dataset) -> None:
     rule = control(tiny("stage2.routes=random", "stage1.clusters=3"), planted)
+    user, item = np.arange(3000), np.arange(3000) % 40
+    cluster = rule.cluster(user, item)
+    assert np.bincount(cluster, minlength=3) / len(cluster) == pytest.approx([1 / 3] * 3, abs=0.03)
+    assert np.array_equal(rule.cluster(user, item[::-1]), cluster)
+    other = control(tiny("stage2.routes=random", "seed=1"), planted).cluster(user, item)
+    assert (other == cluster).mean() == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_random_routes_of_earlier_artifacts_go_by_pair(planted: Dataset, tmp_path: Path) -> None:
+    saved = {"kind": "random", "clusters": 3, "seed": 0, "groups": []}  # as written before there was `by`
+    (tmp_path / CONTROL_FILE).write_text(json.dumps(saved))
+    rule = RouteControl.load(tmp_path)
+    assert rule is not None
     user, item = (grid.ravel() for grid in np.meshgrid(np.arange(60), np.arange(40)))
     cluster = rule.cluster(user, item)
     assert np.bincount(cluster, minlength=3) / len(cluster) == pytest.approx([1 / 3] * 3, abs=0.03)
     order = np.random.default_rng(0).permutation(len(user))
     assert np.array_equal(rule.cluster(user[order], item[order]), cluster[order])
-    other = control(tiny("stage2.routes=random", "seed=1"), planted).cluster(user, item)
-    assert (other == cluster).mean() == pytest.approx(1 / 3, abs=0.05)
     # Neither a user's nor an item's pairs lean to one cluster.
     for owner in (user, item):
         shares = [np.bincount(cluster[owner == one], minlength=3).max() / (owner == one).sum() for one in range(40)]

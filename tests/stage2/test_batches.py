@@ -91,7 +91,7 @@ def test_few_rows_are_repeated() -> None:
 
 def test_hidden_slots_become_the_unknown_ones() -> None:
     ids = torch.tensor([[5, 103, 9, 118, 1]] * 2000)  # vocabulary 100, users 100..110, items 111..131
-    hiding = IdDropout(0.25, SlotIds(vocabulary=100, n_users=10, n_items=20))
+    hiding = IdDropout(0.25, 0.25, SlotIds(vocabulary=100, n_users=10, n_items=20))
     hidden = hiding.apply(ids, np.random.default_rng(0))
     assert (hidden[:, [0, 2, 4]] == ids[:, [0, 2, 4]]).all()
     for column, unknown in ((1, 110), (3, 131)):
@@ -100,7 +100,7 @@ def test_hidden_slots_become_the_unknown_ones() -> None:
         assert 0.2 < changed.float().mean() < 0.3
     assert (hidden[:, 1] == 110).logical_xor(hidden[:, 3] == 131).any()
     assert torch.equal(
-        IdDropout(0.0, SlotIds(vocabulary=100, n_users=10, n_items=20)).apply(ids, np.random.default_rng(0)), ids
+        IdDropout(0.0, 0.0, SlotIds(vocabulary=100, n_users=10, n_items=20)).apply(ids, np.random.default_rng(0)), ids
     )
 
 

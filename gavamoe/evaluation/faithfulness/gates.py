@@ -152,6 +152,8 @@ def _recorded(routers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 def _choices(router: MultiGateRouter, hidden_BTD: Tensor) -> Tensor:
     """Which experts every gate would choose for every token: (K, B, T, E) of 1 and 0."""
     logits_KBTE = torch.einsum("btd,ked->kbte", hidden_BTD.float(), router.weight.float())
+    if router.bias is not None:
+        logits_KBTE = logits_KBTE + router.bias.float()[:, None, None]
     best_KBTS = logits_KBTE.topk(router.top_k, dim=-1).indices
     return torch.zeros_like(logits_KBTE).scatter(-1, best_KBTS, 1.0)
 
