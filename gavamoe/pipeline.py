@@ -144,12 +144,13 @@ def _empty_folder_removed(path: Path) -> Iterator[None]:
 
 def _check_stage2(config: RunConfig, dataset: Dataset, folder: Path, progress: Progress) -> None:
     """What stage 2 would fail of, before stage 1 takes its time."""
-    from gavamoe.stage2.preflight import check_disk, precision_warning
+    from gavamoe.stage2.preflight import check_disk, precision_warning, scratch_warning
 
     if config.stage2.base_model != "scratch":
         progress.step("Check the base model")
-    if (warning := precision_warning(config)) is not None:
-        progress.line({"warning": warning})
+    for warning in (precision_warning(config), scratch_warning(config, dataset)):
+        if warning is not None:
+            progress.line({"warning": warning})
     check_disk(config, dataset, folder, _base_model_sizes(config, dataset))
 
 

@@ -92,6 +92,19 @@ def precision_warning(config: RunConfig) -> str | None:
     )
 
 
+def scratch_warning(config: RunConfig, dataset: Dataset) -> str | None:
+    """What to say where a model that knows no language is to learn it from people's own texts; None elsewhere.
+
+    Texts that a grammar made, as those of `data synthesize`, are few enough words for it.
+    """
+    if config.stage2.base_model != "scratch" or dataset.truth() is not None or config.stage2.alpha == 1:
+        return None
+    return (
+        f"base_model scratch learns English from {dataset.size('train'):,} rows alone, and writes poor sentences;"
+        " the preset reviews starts from a pretrained language model"
+    )
+
+
 def check_disk(config: RunConfig, dataset: Dataset, folder: Path, sizes: Sizes) -> None:
     """Check that stage 2's checkpoints and the finished model have room on this machine.
 

@@ -23,7 +23,7 @@ def test_presets_load_and_round_trip(preset: str, tmp_path: Path) -> None:
 
 
 def test_shipped_presets() -> None:
-    assert set(PRESETS) == {"quickstart", "smollm2", "paper", "gpt2"}
+    assert set(PRESETS) == {"quickstart", "reviews", "smollm2", "paper", "gpt2"}
 
 
 def test_paper_preset_is_section_4_2() -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers.bare_dataset import bare_dataset
 from helpers.base_models import save_base_model
 from helpers.stage2_runs import Trained
 from helpers.tiny import tiny
@@ -17,7 +18,14 @@ from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
 from gavamoe.stage2 import preflight
-from gavamoe.stage2.preflight import Sizes, check_base_model, check_disk, checkpoint_bytes, kept_checkpoints
+from gavamoe.stage2.preflight import (
+    Sizes,
+    check_base_model,
+    check_disk,
+    checkpoint_bytes,
+    kept_checkpoints,
+    scratch_warning,
+)
 
 GIB = 2**30
 
@@ -231,3 +239,13 @@ def test_bfloat16_on_a_cpu_that_emulates_it_is_warned_of(
     warning = preflight.precision_warning(tiny(*overrides))
     assert (warning is not None) == warns
     assert warning is None or "--set stage2.precision=fp32" in warning
+
+
+def test_people_s_own_texts_and_a_model_that_knows_no_language(planted: Dataset, tmp_path: Path) -> None:
+    own = bare_dataset(tmp_path / "own", ["a text of one's own"] * 10)
+    warning = scratch_warning(tiny(), own)
+    assert warning is not None
+    assert "the preset reviews starts from a pretrained language model" in warning
+    assert scratch_warning(tiny(), planted) is None
+    assert scratch_warning(tiny("stage2.base_model=some/model"), own) is None
+    assert scratch_warning(tiny("stage2.alpha=1"), own) is None
