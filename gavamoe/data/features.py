@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 
 from gavamoe.data.bounds import MAX_FEATURE_CHARS
 from gavamoe.data.lexicon import DESCRIBERS, DETERMINERS, JOINING, NEVER_FEATURES, OPINIONS, STOP_WORDS, VERB_CUES
+from gavamoe.data.text.words import PAUSE, SPACE, STOP, Words, among, distinct_keys, part_words
 
 MAX_ROW_FEATURES = 5
 MAX_VOCABULARY = 2_000
@@ -49,27 +50,6 @@ _CLOSING = {"(": ")", "{": "}"}
 _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 _NUMPY = re.compile(r"\[\s*(?:(?:'[^']*'|\"[^\"]*\")\s*)*\]")
 _CANDIDATE = r"^\p{L}{3,24}$"
-_STRANGE = r"[^\p{L}\p{M}\p{N}\x00-\x7f]+"
-"""Typographic quotes, dashes, emoji: bytes that `_words` would otherwise take for letters."""
-_SPACE, _PAUSE, _STOP, _LETTER = range(4)
-_KINDS = np.full(256, _SPACE, dtype=np.uint8)
-_KINDS[np.frombuffer(b",/-&", dtype=np.uint8)] = _PAUSE
-_KINDS[np.frombuffer(b'.!?;:()[]{}"|\n', dtype=np.uint8)] = _STOP
-_KINDS[np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", dtype=np.uint8)] = _LETTER
-_KINDS[0x80:] = _LETTER  # what is not ASCII and not strange is a letter
-
-
-class _Words(NamedTuple):
-    """The words of a batch of texts, in order, lower case; apostrophes part words ("don", "t")."""
-
-    distinct: pa.Array
-    """string (W,)"""
-    code: np.ndarray
-    """int32 (T,): positions in `distinct`"""
-    text: np.ndarray
-    """int64 (T,): the text each word is in"""
-    gap: np.ndarray
-    """uint8 (T,): what follows the word: _SPACE, _PAUSE (comma, hyphen) or _STOP (other punctuation, end of text)"""
 
 
 class WordCounts:
@@ -82,14 +62,14 @@ class WordCounts:
 
     def add(self, text: pa.Array) -> None:
         """Count the words of a batch of texts."""
-        words = _words(text)
+        words = part_words(text)
         size = len(words.distinct)
         candidate = pc.match_substring_regex(words.distinct, _CANDIDATE).to_numpy(zero_copy_only=False)
-        candidate &= ~_among(words.distinct, NEVER_FEATURES)
+        candidate &= ~among(words.distinct, NEVER_FEATURES)
         occurrences = np.bincount(words.code, minlength=size)
         balance = np.bincount(words.code, _noun_evidence(words, candidate), size)
         counted = candidate[words.code]
-        pairs = _distinct(words.text[counted] * size + words.code[counted])
+        pairs = distinct_keys(words.text[counted] * size + words.code[counted])
         texts = np.bincount(pairs % max(size, 1), minlength=size)
         taken = np.flatnonzero(candidate)
         numbers = np.stack([texts[taken], occurrences[taken], balance[taken]], axis=1).tolist()
@@ -145,7 +125,7 @@ class Vocabulary:
             n_rows: R.
         """
         none = len(self.features)
-        words = _words(sentence)
+        words = part_words(sentence)
         rank_T = self._ranks(words.distinct)[words.code]
         best_S = np.full(len(sentence), none + 1)
         starts = np.flatnonzero(np.diff(words.text, prepend=-1))
@@ -168,7 +148,7 @@ class Vocabulary:
 
     def _lists(self, row: np.ndarray, rank: np.ndarray, n_rows: int) -> pa.Array:
         size = max(len(self.features), 1)
-        keys = _distinct(row * size + rank)
+        keys = distinct_keys(row * size + rank)
         row, rank = keys // size, keys % size
         kept = np.arange(len(row)) - np.searchsorted(row, row) < MAX_ROW_FEATURES
         offsets = np.searchsorted(row[kept], np.arange(n_rows + 1)).astype(np.int32)
@@ -259,64 +239,18 @@ def _is_noun(word: str, evidence: float, occurrences: float) -> bool:
     return sure > MIN_NOUN_SHARE * occurrences and evidence >= needed * occurrences
 
 
-def _noun_evidence(words: _Words, candidate: np.ndarray) -> np.ndarray:
+def _noun_evidence(words: Words, candidate: np.ndarray) -> np.ndarray:
     """float (T,): 1 in the place of a noun, COMPOUND_EVIDENCE at the end of a compound, -1 in the place of a verb.
 
     In "a cozy, quiet room" a comma follows an adjective, in "tasty food, fast service" a noun: after a comma or
     "and" only words that an adjective precedes count.
     """
-    spaced = np.roll(words.gap, 1) == _SPACE
+    spaced = np.roll(words.gap, 1) == SPACE
     before, after = np.roll(words.code, 1), np.roll(words.code, -1)
-    joins = (words.gap == _PAUSE) | _among(words.distinct, JOINING)[after]
-    closes = (words.gap == _STOP) | (~joins & _among(words.distinct, STOP_WORDS)[after])
-    noun = closes & _among(words.distinct, DETERMINERS)[before]
-    noun |= (closes | joins) & _among(words.distinct, DESCRIBERS | OPINIONS)[before]
+    joins = (words.gap == PAUSE) | among(words.distinct, JOINING)[after]
+    closes = (words.gap == STOP) | (~joins & among(words.distinct, STOP_WORDS)[after])
+    noun = closes & among(words.distinct, DETERMINERS)[before]
+    noun |= (closes | joins) & among(words.distinct, DESCRIBERS | OPINIONS)[before]
     compound = closes & candidate[before]
-    verb = _among(words.distinct, VERB_CUES)[before]
+    verb = among(words.distinct, VERB_CUES)[before]
     return spaced * (noun + COMPOUND_EVIDENCE * compound - verb)
-
-
-def _words(text: pa.Array) -> _Words:
-    """Part texts (R,) into words by looking at each byte once; string kernels with patterns take ten times as long."""
-    text = pc.utf8_lower(text)
-    strange = pc.invert(pc.string_is_ascii(text))
-    if pc.any(strange).as_py():
-        text = pc.replace_with_mask(text, strange, pc.replace_substring_regex(text.filter(strange), _STRANGE, " "))
-    text = pa.concat_arrays([text])  # one buffer that starts at offset 0
-    ends = np.frombuffer(text.buffers()[1], dtype=np.int32)[: len(text) + 1]
-    data = np.frombuffer(text.buffers()[2] or b"", dtype=np.uint8)[ends[0] : ends[-1]]
-    ends = ends - ends[0]
-    kinds = np.append(_KINDS[data], np.uint8(_STOP))
-    starts, stops = _spans(kinds == _LETTER, ends)
-    offsets = np.zeros(len(starts) + 1, dtype=np.int32)
-    np.cumsum(stops - starts, out=offsets[1:])
-    letters = data[kinds[:-1] == _LETTER]
-    flat = pa.StringArray.from_buffers(len(starts), pa.py_buffer(offsets), pa.py_buffer(letters))
-    encoded = flat.dictionary_encode()
-    parent = np.searchsorted(ends, starts, side="right") - 1
-    gap = np.full(len(starts), _STOP, dtype=np.uint8)
-    if len(starts):
-        bounds = np.stack([starts, stops], axis=1).ravel()
-        same_text = np.diff(parent, append=-1) == 0
-        gap[same_text] = np.maximum.reduceat(kinds, bounds)[1::2][same_text]
-    return _Words(encoded.dictionary, encoded.indices.to_numpy(), parent, gap)
-
-
-def _spans(letter: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and ends of the runs in `letter` (the last byte is none); no run crosses an end of a text."""
-    first, last = letter.copy(), letter[:-1] & ~letter[1:]
-    first[1:] &= ~letter[:-1]
-    filled = np.diff(ends) > 0
-    first[ends[:-1][filled]] = letter[ends[:-1][filled]]
-    last[ends[1:][filled] - 1] = letter[ends[1:][filled] - 1]
-    return np.flatnonzero(first), np.flatnonzero(last) + 1
-
-
-def _among(distinct: pa.Array, words: frozenset[str] | set[str]) -> np.ndarray:
-    return pc.is_in(distinct, value_set=pa.array(sorted(words), pa.string())).to_numpy(zero_copy_only=False)
-
-
-def _distinct(keys: np.ndarray) -> np.ndarray:
-    """np.unique of non-negative integers; sorting is several times as fast as its hash table here."""
-    keys = np.sort(keys)
-    return keys[np.diff(keys, prepend=-1) > 0]

@@ -1,0 +1,4 @@
+"""Texts as words.
+
+words  texts parted into words, vectorised
+"""
