@@ -17,7 +17,7 @@ import ast
 import json
 import math
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 
 from gavamoe.data.bounds import MAX_FEATURE_CHARS
 from gavamoe.data.lexicon import DESCRIBERS, DETERMINERS, JOINING, NEVER_FEATURES, OPINIONS, STOP_WORDS, VERB_CUES
+from gavamoe.data.text.sentence_scores import sentence_scores
 from gavamoe.data.text.words import PAUSE, SPACE, STOP, Words, among, distinct_keys, part_words
 
 MAX_ROW_FEATURES = 5
@@ -33,6 +34,12 @@ MAX_COUNTED_WORDS = 500_000
 """Distinct words counted at a time; beyond it, words seen in a single text are forgotten."""
 MIN_WORDS = 3
 """Words that make a sentence worth choosing when none carries a feature."""
+MIN_CHOSEN_WORDS = 4
+"""Rule best takes a shorter sentence ("Good beer.") only where no other has a feature."""
+LEAST_FEATURE_WEIGHT = 0.3
+"""Weight of the rarest feature: rare ones are more often names and places than aspects of the item."""
+_TIER = 100.0
+"""More than sentences' scores differ by."""
 MIN_TEXTS = 3
 MIN_TEXTS_SHARE = 0.0002
 MIN_NOUN_SHARE = 0.03
@@ -89,6 +96,11 @@ class WordCounts:
             self._counts = {word: numbers for word, numbers in counts.items() if numbers[0] > 1}
 
 
+SentenceRule = Literal["best", "frequent"]
+"""Which sentence of a review is its explanation. best: of those with a feature, the one with the highest score
+(`text.sentence_scores`); frequent: the one with the most frequent feature."""
+
+
 class Chosen(NamedTuple):
     """What `Vocabulary.choose` found for each of R rows."""
 
@@ -104,6 +116,9 @@ class Vocabulary:
     def __init__(self, features: list[str]) -> None:
         self.features = features
         self._array = pa.array(features, pa.string())
+        share_V = np.log1p(np.arange(len(features))) / np.log1p(max(len(features), 1))
+        self._weights = 1 - (1 - LEAST_FEATURE_WEIGHT) * share_V
+        """float (V,): how much a feature is worth in a sentence, the most frequent 1."""
 
     @classmethod
     def from_counts(cls, counts: WordCounts) -> "Vocabulary":
@@ -116,31 +131,60 @@ class Vocabulary:
         ]
         return cls([word for _, word in sorted(ranked)[:MAX_VOCABULARY]])
 
-    def choose(self, sentence: pa.Array, row: np.ndarray, n_rows: int) -> Chosen:
+    def choose(
+        self,
+        sentence: pa.Array,
+        row: np.ndarray,
+        n_rows: int,
+        rule: SentenceRule = "frequent",
+        leaning: np.ndarray | None = None,
+    ) -> Chosen:
         """Choose one sentence for each row.
 
         Args:
             sentence: string (S,), in order of rows.
             row: int64 (S,) the row of each sentence.
             n_rows: R.
+            rule: how.
+            leaning: (R,) the sentiment of each row's rating, which rule best agrees with: -1, 0 or 1; None: none.
         """
         none = len(self.features)
         words = part_words(sentence)
         rank_T = self._ranks(words.distinct)[words.code]
-        best_S = np.full(len(sentence), none + 1)
-        starts = np.flatnonzero(np.diff(words.text, prepend=-1))
-        if len(starts):
-            best_S[words.text[starts]] = np.minimum.reduceat(np.where(rank_T < none, rank_T, none + 1), starts)
         n_words_S = np.bincount(words.text, minlength=len(sentence))
-        best_S[(best_S > none) & (n_words_S >= MIN_WORDS)] = none
-        order = np.lexsort((np.arange(len(sentence)), best_S, row))
-        rows_with, first = np.unique(row[order], return_index=True)
-        chosen_R = np.full(n_rows, -1)
-        chosen_R[rows_with] = order[first]
+        if rule == "frequent":
+            worth_S = -self._best_rank(words, rank_T, len(sentence))
+            worth_S[(worth_S < -none) & (n_words_S >= MIN_WORDS)] = -none
+        else:
+            leaning_S = np.zeros(len(sentence)) if leaning is None else leaning[row]
+            worth_S = self._worth(sentence, words, rank_T, n_words_S, leaning_S)
+        chosen_R = _first_of_best(worth_S, row, n_rows)
         taken_T = (rank_T < none) & (chosen_R[row[words.text]] == words.text)
         features = self._lists(row[words.text[taken_T]], rank_T[taken_T], n_rows)
         picked = sentence.take(pa.array(chosen_R, mask=chosen_R < 0))
         return Chosen(pc.fill_null(picked, ""), features)
+
+    def _best_rank(self, words: Words, rank_T: np.ndarray, size: int) -> np.ndarray:
+        """(S,) rank of each sentence's most frequent feature; V + 1 without any."""
+        none = len(self.features)
+        best_S = np.full(size, none + 1)
+        starts = np.flatnonzero(np.diff(words.text, prepend=-1))
+        if len(starts):
+            best_S[words.text[starts]] = np.minimum.reduceat(np.where(rank_T < none, rank_T, none + 1), starts)
+        return best_S
+
+    def _worth(
+        self, sentence: pa.Array, words: Words, rank_T: np.ndarray, n_words_S: np.ndarray, leaning_S: np.ndarray
+    ) -> np.ndarray:
+        """(S,) the score of each sentence, above those without a feature or of few words, whatever theirs."""
+        size = max(len(self.features), 1)
+        found = rank_T < len(self.features)
+        keys = distinct_keys(words.text[found] * size + rank_T[found])
+        weights_S = np.bincount(keys // size, self._weights[keys % size], len(sentence))
+        featured_S = weights_S > 0
+        score_S = sentence_scores(sentence, words, weights_S, leaning_S)
+        tier_S = np.where(featured_S, 2 + (n_words_S >= MIN_CHOSEN_WORDS), n_words_S >= MIN_WORDS)
+        return _TIER * tier_S + np.where(featured_S, score_S, 0)
 
     def _ranks(self, distinct: pa.Array) -> np.ndarray:
         found = pc.index_in(distinct, value_set=self._array)
@@ -231,6 +275,17 @@ def _split_all(values: pa.Array) -> tuple[pa.Array, pa.Array]:
         found = split_features(values[row].as_py())
         lists[row], broken[row] = found or [], found is None
     return pa.array(lists, pa.list_(pa.string())), pa.array(broken)
+
+
+def _first_of_best(worth_S: np.ndarray, row_S: np.ndarray, n_rows: int) -> np.ndarray:
+    """(R,) the first of each row's sentences with the highest worth; -1 for a row without any."""
+    chosen_R = np.full(n_rows, -1)
+    starts = np.flatnonzero(np.diff(row_S, prepend=-1))
+    if len(starts):
+        highest = np.repeat(np.maximum.reduceat(worth_S, starts), np.diff(starts, append=len(row_S)))
+        best = np.flatnonzero(worth_S == highest)[::-1]
+        chosen_R[row_S[best]] = best  # of several, the assignment of the first comes last
+    return chosen_R
 
 
 def _is_noun(word: str, evidence: float, occurrences: float) -> bool:
