@@ -115,35 +115,35 @@ NEVER_FEATURES = STOP_WORDS | DESCRIBERS | OPINIONS | VAGUE_NOUNS
 
 POSITIVE = _words(
     """
-    accurate adorable affordable amazing appreciate attentive attractive authentic awesome beautiful beautifully
-    best better bonus brilliant catchy charming clean clear clever comfortable comfy complement convenient
-    convincing cool cozy crisp cute decent delicate delicious delight delightful durable earned ease easier easiest
-    easily easy effective efficient elegant enjoy enjoyable enjoyed excellent exceptional exciting exquisite
-    fabulous fantastic fast favorite favourite fine flavorful flawless flawlessly fresh friendly fun funny gem
-    generous genuine glad gorgeous great handy happier happy helpful ideal impressed impressive incredible
-    intelligent interesting inviting knowledgeable love loved lovely loves luscious magical magnificent masterpiece
-    memorable neat nice nicely outstanding perfect perfection perfectly pleasant pleasantly pleased pleasing
-    pleasure polite powerful precise pretty quality quick quickly quiet reasonable recommend recommended refreshing
-    reliable rich robust romantic satisfied satisfying sharp silky skilled smart smooth smoothly solid spacious
-    spectacular spotless stellar strong stunning sturdy sublime super superb superior surprised sweet talented tasty
-    tender terrific thoughtful thrilled top useful velvety versatile vibrant warm welcoming well win wins witty
-    wonderful wonderfully worth worthwhile worthy wow yummy
+    accurate adorable affordable amazing amazingly appreciate attentive attractive authentic awesome beautiful
+    beautifully best better brilliant catchy charming clean clever comfortable comfy convenient convincing cool cozy
+    crisp cute decent delicate delicious delight delightful durable earned ease easier easiest easily easy effective
+    efficient elegant enjoy enjoyable enjoyed enjoys excellent exceptional exciting exquisite fabulous fantastic
+    fast favorite favourite fine flavorful flawless flawlessly fresh friendly fun funny gem generous genuine glad
+    gorgeous great handy happier happy helpful ideal impressed impressive incredible intelligent interesting
+    inviting knowledgeable likable love loved lovely loves luscious magical magnificent masterpiece memorable neat
+    nice nicely outstanding perfect perfection perfectly phenomenal pleasant pleasantly pleased pleasing pleasure
+    polite powerful quick quickly quiet reasonable recommend recommended refreshing reliable rich robust romantic
+    satisfied satisfying sharp silky skilled smart smooth smoothly solid spacious spectacular spotless stellar
+    stunning sturdy sublime super superb superior sweet talented tasty tender terrific thoughtful thrilled useful
+    velvety versatile vibrant warm welcoming witty wonderful wonderfully worth worthwhile worthy wow yummy
     """
 )
 """Words of praise, whatever the item; "dry", "long" and the like, which are praise of some items, are left out."""
 
 NEGATIVE = _words(
     """
-    annoyed annoying average avoid awful bad bland boring broke broken cheaply cheesy chemical cliched clumsy
-    complain complained complaint complaints confused confusing crap crappy dead defective dirty disappoint
-    disappointed disappointing disappointingly disappointment disaster disgusting dislike dreadful dull empty fail
-    failed fails failure faint fake flat flawed flimsy forgettable generic greasy harsh hate hated hopeless horrible
-    issue issues junk lack lacking lackluster lacks lame lifeless lousy lukewarm mediocre mess messy metallic
-    mistake moldy muddy nasty noisy off overcooked overpriced overrated overwhelmed pathetic pointless poor poorly
-    predictable problem problems refund regret ridiculous rough rubbish rude ruined sad scam shallow shame sick
-    sloppy slow soapy soggy stained stale stiff strange stupid sucks tedious terrible thin tired trouble ugly
-    unacceptable unbalanced uncomfortable underwhelming unfortunate unfortunately unhappy unimpressive uninspired
-    unpleasant unusable upset useless waste wasted watery weak weird wooden worn worse worst wrong
+    annoyed annoying artificial average avoid awful bad bland boring breaks broke broken buzzing cheaply cheesy
+    chemical cliched cloying clumsy complain complained complaint complaints confused confusing cracked crap crappy
+    defective difficult dirty disappoint disappointed disappointing disappointingly disappointment disaster
+    disgusting dislike distorted dreadful dull fail failed fails failure flawed flimsy forgettable generic greasy
+    harsh hate hated hopeless horrible impossible issue issues junk lack lacking lackluster lacks lame lifeless
+    loose lousy lukewarm mediocre meh mess messy metallic mistake muddy muffled nasty noisy overcooked overpriced
+    overrated overwhelmed pathetic pointless poor poorly predictable problem problems refund regret ridiculous rough
+    rubbish rude ruined sad scam scratched shallow shame sloppy slow soapy soggy stale stiff strange stupid sucks
+    tedious terrible thin tinny ugly unacceptable unbalanced uncomfortable underwhelming unfortunate unfortunately
+    unhappy unimpressive uninspired unpleasant unremarkable unusable upset useless waste wasted watery weak weird
+    wooden worn worse worst wrong
     """
 )
 """Words of blame, whatever the item."""
@@ -155,11 +155,11 @@ FIRST_PERSON = _words("i me mine my myself our ours ourselves us we")
 
 STORY_WORDS = _words(
     """
-    ago anniversary asked aunt bought boyfriend brother buddies buddy christmas cousin coworkers dad daughter
-    decided drove emailed family father flew friend friends gave girlfriend grandchildren granddaughter grandkids
-    grandma grandmother grandson husband kid kids mom mother neighbor nephew niece ordered parents purchased
-    received returned roommate roommates sister son thank thanks told traded uncle visited waited wanted went wife
-    yesterday
+    ago amazon anniversary asked aunt bought boyfriend brother buddies buddy christmas cousin coworkers dad daughter
+    decided drove ebay emailed family father flew friend friends gave girlfriend grandchildren granddaughter
+    grandkids grandma grandmother grandson husband kid kids mom mother neighbor nephew niece ordered owned parents
+    purchased rated received returned review reviewer reviewers reviews roommate roommates seller shipped shipping
+    sister son stars thank thanks told traded uncle visited waited wanted went wife yesterday
     """
 )
 """Around the item: whom it was for, how it was got, what was done with it."""

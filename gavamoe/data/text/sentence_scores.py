@@ -24,6 +24,8 @@ STORY = -2.0
 """As much as length: a long, rich sentence about the writer's family is no explanation."""
 FULL_STORY_SHARE = 0.25
 """Share of words that are about the writer, from which on STORY counts whole."""
+OWN_OPENING = -0.75
+"""Begins with "I" or "my", and no opinion follows: the writer is whom the sentence is about."""
 AGREEMENT = 1.0
 """Praise under a good rating, blame under a bad one; against it where they differ."""
 JUDGEMENT = 0.5
@@ -32,7 +34,7 @@ GOOD_END, GOOD_START = 0.5, 0.25
 """A full stop or exclamation mark at the end; a capital or number at the start. Half a text may lack them."""
 FAULT = -1.0
 """Each of: a question, an address, capitals only, a header that ends in a colon."""
-LEANS = -0.25
+LEANS = -0.5
 """Begins with "but", "also", ...: understood without the sentence before, but not well."""
 NEGATION_REACH = 3
 """Words after a negation whose judgement it turns around ("not a very good ...")."""
@@ -66,7 +68,9 @@ def sentence_scores(sentence: pa.Array, words: Words, features_S: np.ndarray, le
         flags_W[among(words.distinct, _LISTS[name])] |= flag
     flags_T = flags_W[words.code]
     n_words_S = np.bincount(words.text, minlength=len(sentence))
-    story_share_S = _story_words(words, flags_T, len(sentence)) / np.maximum(n_words_S, 1)
+    own_T = _own(words, flags_T)
+    story_T = own_T | _has(flags_T, "story")
+    story_share_S = np.bincount(words.text[story_T], minlength=len(sentence)) / np.maximum(n_words_S, 1)
     balance_S, judges_S = _judgement(words, flags_T, len(sentence))
     return (
         FEATURES * np.minimum(features_S / ENOUGH_FEATURES, 1)
@@ -75,7 +79,8 @@ def sentence_scores(sentence: pa.Array, words: Words, features_S: np.ndarray, le
         + AGREEMENT * leaning_S * np.sign(balance_S)
         + JUDGEMENT * judges_S
         + _form(sentence)
-        + _opening_and_links(words, flags_T, len(sentence))
+        + _opening(words, own_T, flags_T, len(sentence))
+        + FAULT * (np.bincount(words.text[_has(flags_T, "link")], minlength=len(sentence)) > 0)
     )
 
 
@@ -103,19 +108,18 @@ def _judgement(words: Words, flags_T: np.ndarray, size: int) -> tuple[np.ndarray
     return np.bincount(text, polarity_T[judged], size), judges
 
 
-def _story_words(words: Words, flags_T: np.ndarray, size: int) -> np.ndarray:
-    """Words about the writer (S,); "I" is none where an opinion on the item follows ("I really like the ...")."""
-    opinion = _has(flags_T, "opinion_verb")
-    near = np.roll(opinion, -1) | np.roll(opinion, -2)
-    own = (_has(flags_T, "first_person") & ~near) | _has(flags_T, "story")
-    return np.bincount(words.text[own], minlength=size)
+def _own(words: Words, flags_T: np.ndarray) -> np.ndarray:
+    """Words that name the writer: bool (T,); not those that an opinion on the item follows ("I really like ...")."""
+    opinion, spaced = _has(flags_T, "opinion_verb"), words.gap == SPACE
+    follows = spaced & np.roll(opinion, -1)
+    return _has(flags_T, "first_person") & ~follows & ~(spaced & np.roll(follows, -1))
 
 
-def _opening_and_links(words: Words, flags_T: np.ndarray, size: int) -> np.ndarray:
-    first = np.diff(words.text, prepend=-1) > 0
-    leans = np.bincount(words.text[first & _has(flags_T, "connective")], minlength=size)
-    links = np.bincount(words.text[_has(flags_T, "link")], minlength=size) > 0
-    return LEANS * leans + FAULT * links
+def _opening(words: Words, own_T: np.ndarray, flags_T: np.ndarray, size: int) -> np.ndarray:
+    """What the first word of each sentence adds: float (S,)."""
+    first = np.flatnonzero(np.diff(words.text, prepend=-1))
+    added = LEANS * _has(flags_T[first], "connective") + OWN_OPENING * own_T[first]
+    return np.bincount(words.text[first], added, size)
 
 
 def _form(sentence: pa.Array) -> np.ndarray:
