@@ -8,6 +8,7 @@ Shape letters: S sentences, T words, W distinct words of a batch.
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gavamoe.data import lexicon
 from gavamoe.data.text.words import SPACE, Words, among, text_bytes
@@ -16,11 +17,11 @@ FEATURES = 1.5
 """Of sentences alike in the rest, the one with more aspects explains more; less than what length weighs, for lists."""
 ENOUGH_FEATURES = 2.0
 """Sum of the features' weights beyond which more count nothing."""
-LENGTH = 2.0
+LENGTH = 2.5
 """What most sets explanations off from exclamations ("Great beer.") and from run-on texts."""
 LENGTHS, LENGTH_SHARES = (3, 12, 25, 50), (0.0, 1.0, 1.0, 0.0)
 """Words of a sentence, and its share of LENGTH; straight lines between."""
-STORY = -2.0
+STORY = -2.5
 """As much as length: a long, rich sentence about the writer's family is no explanation."""
 FULL_STORY_SHARE = 0.25
 """Share of words that are about the writer, from which on STORY counts whole."""
@@ -36,6 +37,8 @@ FAULT = -1.0
 """Each of: a question, an address, capitals only, a header that ends in a colon."""
 LEANS = -0.5
 """Begins with "but", "also", ...: understood without the sentence before, but not well."""
+OPINION_REACH = 2
+"""Words after "I" within which its opinion begins ("I really like")."""
 NEGATION_REACH = 3
 """Words after a negation whose judgement it turns around ("not a very good ...")."""
 
@@ -63,63 +66,74 @@ def sentence_scores(sentence: pa.Array, words: Words, features_S: np.ndarray, le
         features_S: sum of the weights of each sentence's different features.
         leaning_S: the sentiment of the rating: -1, 1, or 0 where it is neutral or there is none.
     """
-    flags_W = np.zeros(len(words.distinct), dtype=np.uint16)
-    for name, flag in _FLAGS.items():
-        flags_W[among(words.distinct, _LISTS[name])] |= flag
-    flags_T = flags_W[words.code]
+    marks = _Marks(words, len(sentence))
     n_words_S = np.bincount(words.text, minlength=len(sentence))
-    own_T = _own(words, flags_T)
-    story_T = own_T | _has(flags_T, "story")
-    story_share_S = np.bincount(words.text[story_T], minlength=len(sentence)) / np.maximum(n_words_S, 1)
-    balance_S, judges_S = _judgement(words, flags_T, len(sentence))
+    balance_S, judges_S = marks.judgement()
+    own = marks.own()
+    story_share_S = (marks.count(own) + marks.count(marks.at("story"))) / np.maximum(n_words_S, 1)
     return (
         FEATURES * np.minimum(features_S / ENOUGH_FEATURES, 1)
         + LENGTH * np.interp(n_words_S, LENGTHS, LENGTH_SHARES)
         + STORY * np.minimum(story_share_S / FULL_STORY_SHARE, 1)
+        + OWN_OPENING * marks.count(marks.opening(own))
         + AGREEMENT * leaning_S * np.sign(balance_S)
         + JUDGEMENT * judges_S
+        + LEANS * marks.count(marks.opening(marks.at("connective")))
+        + FAULT * (marks.count(marks.at("link")) > 0)
         + _form(sentence)
-        + _opening(words, own_T, flags_T, len(sentence))
-        + FAULT * (np.bincount(words.text[_has(flags_T, "link")], minlength=len(sentence)) > 0)
     )
 
 
-def _has(flags_T: np.ndarray, name: str) -> np.ndarray:
-    return flags_T & _FLAGS[name] > 0
+class _Marks:
+    """Where words of the lists stand in S sentences: positions among their T words, of which these are few."""
 
+    def __init__(self, words: Words, size: int) -> None:
+        self._text, self._gap, self._size = words.text, words.gap, size
+        flags_W = np.zeros(len(words.distinct), dtype=np.uint16)
+        for name, flag in _FLAGS.items():
+            flags_W[among(words.distinct, _LISTS[name])] |= flag
+        self._flags = flags_W[words.code]
+        self._marked = np.flatnonzero(self._flags)
 
-def _judgement(words: Words, flags_T: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Words of praise less words of blame, and whether there are any: (S,).
+    def at(self, name: str) -> np.ndarray:
+        """Positions of the words of a list."""
+        return self._marked[self._flags[self._marked] & _FLAGS[name] > 0]
 
-    "too" blames before an adjective ("too sweet"), not at the end of a clause ("nice, too").
-    """
-    spaced = words.gap == SPACE
-    negative = _has(flags_T, "negative") | (_has(flags_T, "too") & spaced)
-    polarity_T = _has(flags_T, "positive").astype(np.int8) - negative.astype(np.int8)
-    reach, negated = _has(flags_T, "negation"), np.zeros(len(flags_T), dtype=bool)
-    passes = spaced & ~_has(flags_T, "only")  # "not only good"
-    for _ in range(NEGATION_REACH):
-        reach = np.roll(reach & passes, 1)
-        negated |= reach
-    polarity_T[negated] *= -1
-    judged = np.flatnonzero(polarity_T)
-    text = words.text[judged]
-    judges = np.bincount(text, minlength=size) > 0
-    return np.bincount(text, polarity_T[judged], size), judges
+    def count(self, places: np.ndarray) -> np.ndarray:
+        """How many of the positions are in each sentence: (S,)."""
+        return np.bincount(self._text[places], minlength=self._size)
 
+    def opening(self, places: np.ndarray) -> np.ndarray:
+        """Those of the positions at which a sentence begins."""
+        return places[(places == 0) | (self._text[places - 1] != self._text[places])]
 
-def _own(words: Words, flags_T: np.ndarray) -> np.ndarray:
-    """Words that name the writer: bool (T,); not those that an opinion on the item follows ("I really like ...")."""
-    opinion, spaced = _has(flags_T, "opinion_verb"), words.gap == SPACE
-    follows = spaced & np.roll(opinion, -1)
-    return _has(flags_T, "first_person") & ~follows & ~(spaced & np.roll(follows, -1))
+    def own(self) -> np.ndarray:
+        """Positions of words for the writer, but those that an opinion on the item follows ("I really like ...")."""
+        places = self.at("first_person")
+        opinion = np.zeros(len(places), dtype=bool)
+        near, reach = places, np.arange(len(places))
+        for _ in range(OPINION_REACH):
+            reach = reach[self._gap[near[reach]] == SPACE]
+            near = near + 1
+            opinion[reach] |= self._flags[near[reach]] & _FLAGS["opinion_verb"] > 0
+        return places[~opinion]
 
+    def judgement(self) -> tuple[np.ndarray, np.ndarray]:
+        """Words of praise less words of blame, and whether there are any: (S,).
 
-def _opening(words: Words, own_T: np.ndarray, flags_T: np.ndarray, size: int) -> np.ndarray:
-    """What the first word of each sentence adds: float (S,)."""
-    first = np.flatnonzero(np.diff(words.text, prepend=-1))
-    added = LEANS * _has(flags_T[first], "connective") + OWN_OPENING * own_T[first]
-    return np.bincount(words.text[first], added, size)
+        "too" blames before an adjective ("too sweet"), not at the end of a clause ("nice, too").
+        """
+        too = self.at("too")
+        blame = np.concatenate([self.at("negative"), too[self._gap[too] == SPACE]])
+        praise = self.at("positive")
+        negated = np.zeros(len(self._flags), dtype=bool)
+        near = self.at("negation")
+        for _ in range(NEGATION_REACH):  # as far as the clause goes, and not past "only" ("not only good")
+            near = near[(self._gap[near] == SPACE) & (self._flags[near] & _FLAGS["only"] == 0)] + 1
+            negated[near] = True
+        judged = np.concatenate([praise, blame])
+        polarity = np.repeat([1, -1], [len(praise), len(blame)]) * np.where(negated[judged], -1, 1)
+        return np.bincount(self._text[judged], polarity, self._size), self.count(judged) > 0
 
 
 def _form(sentence: pa.Array) -> np.ndarray:
@@ -127,32 +141,23 @@ def _form(sentence: pa.Array) -> np.ndarray:
     data, ends = text_bytes(sentence)
     filled = np.diff(ends) > 0
     score = np.zeros(len(sentence))
-    if not filled.any():
-        return score
     start, stop = ends[:-1][filled], ends[1:][filled]
     first, last = data[start], data[stop - 1]
-    before = data[np.maximum(stop - 2, start)]
+    second_last, third_last = (data[np.maximum(stop - back, start)] for back in (2, 3))
     closed = _one_of(last, b"\"')]")
-    end, before = np.where(closed, before, last), np.where(closed, data[np.maximum(stop - 3, start)], before)
+    end, before = np.where(closed, second_last, last), np.where(closed, third_last, second_last)
     trails_off = (end == ord(".")) & (before == ord("."))
-    upper = _counts((data >= ord("A")) & (data <= ord("Z")), start, stop)
-    lower = _counts((data >= ord("a")) & (data <= ord("z")), start, stop)
-    starts_well = ((first >= ord("A")) & (first <= ord("Z"))) | _one_of(first, b"0123456789\"'") | (first >= 0x80)
+    starts_well = _one_of(first, b"ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789\"'") | (first >= 0x80)
     score[filled] = (
         GOOD_START * starts_well
         + GOOD_END * (_one_of(end, b".!") & ~trails_off)
-        + FAULT * (end == ord("?"))
-        + FAULT * (end == ord(":"))
-        + FAULT * (upper > lower)
+        + FAULT * (_one_of(end, b"?:"))
+        + FAULT * pc.ascii_is_upper(sentence).to_numpy(zero_copy_only=False)[filled]
     )
     return score
 
 
 def _one_of(byte: np.ndarray, characters: bytes) -> np.ndarray:
-    return np.isin(byte, np.frombuffer(characters, dtype=np.uint8))
-
-
-def _counts(mask: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """How many bytes of each span [start, stop) are in the mask."""
-    total = np.concatenate([[0], np.cumsum(mask)])
-    return total[stop] - total[start]
+    table = np.zeros(256, dtype=bool)
+    table[list(characters)] = True
+    return table[byte]
