@@ -27,8 +27,8 @@ FULL_STORY_SHARE = 0.25
 """Share of words that are about the writer, from which on STORY counts whole."""
 OWN_OPENING = -0.75
 """Begins with "I" or "my", and no opinion follows: the writer is whom the sentence is about."""
-AGREEMENT = 1.0
-"""Praise under a good rating, blame under a bad one; against it where they differ."""
+AGREEMENT, CONTRADICTION = 1.0, -2.0
+"""Praise under a good rating, blame under a bad one; the opposite, a concession, misleads more than no judgement."""
 JUDGEMENT = 0.5
 """Words of praise or blame at all, also where there is no rating: "the story is about a pilot" judges nothing."""
 GOOD_END, GOOD_START = 0.5, 0.25
@@ -76,7 +76,8 @@ def sentence_scores(sentence: pa.Array, words: Words, features_S: np.ndarray, le
         + LENGTH * np.interp(n_words_S, LENGTHS, LENGTH_SHARES)
         + STORY * np.minimum(story_share_S / FULL_STORY_SHARE, 1)
         + OWN_OPENING * marks.count(marks.opening(own))
-        + AGREEMENT * leaning_S * np.sign(balance_S)
+        + AGREEMENT * (leaning_S * balance_S > 0)
+        + CONTRADICTION * (leaning_S * balance_S < 0)
         + JUDGEMENT * judges_S
         + LEANS * marks.count(marks.opening(marks.at("connective")))
         + FAULT * (marks.count(marks.at("link")) > 0)
