@@ -5,8 +5,8 @@ A statistical extractor, no downloads, two passes over the texts with bounded me
 1. `WordCounts` counts for every word the texts it occurs in and how often it stands where a noun stands: after
    a determiner, possessive or common adjective AND before a function word or punctuation; occurrences after a
    pronoun, "to" or an auxiliary count against it. `Vocabulary.from_counts` keeps the most frequent nouns.
-2. `Vocabulary.choose` picks, for each review, the sentence with the most frequent feature (ties: the first) and
-   names its features, most frequent first. A review without any gives its first sentence of MIN_WORDS words.
+2. `Vocabulary.choose` picks a sentence of each review by a `SentenceRule` (ties: the first) and names its features,
+   most frequent first. A review without any gives its first sentence of MIN_WORDS words.
 
 English only, single words, surface forms ("room" and "rooms" are two features). Word lists: `lexicon`.
 

@@ -120,7 +120,7 @@ POSITIVE = _words(
     crisp cute decent delicate delicious delight delightful durable earned ease easier easiest easily easy effective
     efficient elegant enjoy enjoyable enjoyed enjoys excellent exceptional exciting exquisite fabulous fantastic
     fast favorite favourite fine flavorful flawless flawlessly fresh friendly fun funny gem generous genuine glad
-    gorgeous great handy happier happy helpful ideal impressed impressive incredible intelligent interesting
+    good gorgeous great handy happier happy helpful ideal impressed impressive incredible intelligent interesting
     inviting knowledgeable likable love loved lovely loves luscious magical magnificent masterpiece memorable neat
     nice nicely outstanding perfect perfection perfectly phenomenal pleasant pleasantly pleased pleasing pleasure
     polite powerful quick quickly quiet reasonable recommend recommended refreshing reliable rich robust romantic
