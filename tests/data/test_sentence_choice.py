@@ -83,15 +83,16 @@ PARTS = {
         "The room " + "has a carpet and a desk and a lamp and a chair and " * 5 + "has a door.",
     ),
     "features": ("The room and the view were as shown.", "The room and the rest were as shown."),
-    "end": ("The room has a carpet and a desk.", "The room has a carpet and a"),
+    "end": ("The room has a carpet and a desk.", "The room has a carpet and a desk"),
     "start": ("The room has a carpet and a desk.", "the room has a carpet and a desk."),
     "no trailing off": ("The room has a carpet and a desk.", "The room has a carpet and a desk..."),
-    "no question": ("The room has a carpet and a desk.", "The room has a carpet and a desk?"),
-    "no header": ("The room has a carpet and a desk.", "The room has a carpet and a desk:"),
+    "no question": ("The room has a carpet and a desk", "The room has a carpet and a desk?"),
+    "no header": ("The room has a carpet and a desk", "The room has a carpet and a desk:"),
     "no link": ("The room has a carpet and a desk.", "The room has a carpet, see www.rooms.example."),
     "no shouting": ("The room has a carpet and a desk.", "THE ROOM HAS A CARPET AND A DESK!"),
     "no connective": ("The room has a carpet and a desk.", "But the room has a carpet and desk."),
-    "no story": ("The room had a carpet and a long desk by the door.", "We went to the room with my wife and our son."),
+    "no story": ("The room had a carpet and a desk.", "The room had my wife and our son."),
+    "no writer first": ("The room had my bags on the desk.", "My room had the bags on the desk."),
     "opinion, no story": ("I really like the room with its carpet.", "I opened up the room with its carpet."),
     "judgement": ("The room has a lovely carpet.", "The room has a woolen carpet."),
 }
@@ -120,8 +121,16 @@ def test_praise_goes_with_good_ratings_and_blame_with_bad_ones(praise: str, blam
     for review in (f"{praise} {blame}", f"{blame} {praise}"):
         chosen = choose([review, review, review], "best", [1, -1, 0]).text.to_pylist()
         assert chosen[:2] == [praise, blame]
-    both = [choose([review] * 2, "best", [0, 0]).text[0].as_py() for review in (f"{praise} {blame}",)]
-    assert both == choose([f"{praise} {blame}"], "best").text.to_pylist(), "neutral is as without a rating"
+        assert chosen[2:] == choose([review], "best").text.to_pylist(), "neutral is as without a rating"
+
+
+def test_what_agrees_goes_before_what_says_both() -> None:
+    review = "The room is lovely but ugly. The room is lovely to see. The room is ugly to see."
+    assert choose([review] * 3, "best", [0, 1, -1]).text.to_pylist() == [
+        "The room is lovely but ugly.",
+        "The room is lovely to see.",
+        "The room is ugly to see.",
+    ]
 
 
 def test_of_equals_the_first_is_chosen_and_what_has_a_feature_goes_before_what_has_none() -> None:
