@@ -121,12 +121,12 @@ POSITIVE = _words(
     efficient elegant enjoy enjoyable enjoyed enjoys excellent exceptional exciting exquisite fabulous fantastic
     fast favorite favourite fine flavorful flawless flawlessly fresh friendly fun funny gem generous genuine glad
     good gorgeous great handy happier happy helpful ideal impressed impressive incredible intelligent interesting
-    inviting knowledgeable likable love loved lovely loves luscious magical magnificent masterpiece memorable neat
-    nice nicely outstanding perfect perfection perfectly phenomenal pleasant pleasantly pleased pleasing pleasure
-    polite powerful quick quickly quiet reasonable recommend recommended refreshing reliable rich robust romantic
-    satisfied satisfying sharp silky skilled smart smooth smoothly solid spacious spectacular spotless stellar
-    stunning sturdy sublime super superb superior sweet talented tasty tender terrific thoughtful thrilled useful
-    velvety versatile vibrant warm welcoming witty wonderful wonderfully worth worthwhile worthy wow yummy
+    inviting knowledgeable likable liked love loved lovely loves luscious magical magnificent masterpiece memorable
+    neat nice nicely outstanding perfect perfection perfectly phenomenal pleasant pleasantly pleased pleasing
+    pleasure polite powerful quick quickly quiet reasonable recommend recommended refreshing reliable rich robust
+    romantic satisfied satisfying sharp silky skilled smart smooth smoothly solid spacious spectacular spotless
+    stellar stunning sturdy sublime super superb superior sweet talented tasty tender terrific thoughtful thrilled
+    useful velvety versatile vibrant warm welcoming witty wonderful wonderfully worth worthwhile worthy wow yummy
     """
 )
 """Words of praise, whatever the item; "dry", "long" and the like, which are praise of some items, are left out."""
@@ -136,14 +136,14 @@ NEGATIVE = _words(
     annoyed annoying artificial average avoid awful bad bland boring breaks broke broken buzzing cheaply cheesy
     chemical cliched cloying clumsy complain complained complaint complaints confused confusing cracked crap crappy
     defective difficult dirty disappoint disappointed disappointing disappointingly disappointment disaster
-    disgusting dislike distorted dreadful dull fail failed fails failure flawed flimsy forgettable generic greasy
-    harsh hate hated hopeless horrible impossible issue issues junk lack lacking lackluster lacks lame lifeless
-    loose lousy lukewarm mediocre meh mess messy metallic mistake muddy muffled nasty noisy overcooked overpriced
-    overrated overwhelmed pathetic pointless poor poorly predictable problem problems refund regret ridiculous rough
-    rubbish rude ruined sad scam scratched shallow shame sloppy slow soapy soggy stale stiff strange stupid sucks
-    tedious terrible thin tinny ugly unacceptable unbalanced uncomfortable underwhelming unfortunate unfortunately
-    unhappy unimpressive uninspired unpleasant unremarkable unusable upset useless waste wasted watery weak weird
-    wooden worn worse worst wrong
+    disgusting dislike distorted downside drawback dreadful dull fail failed fails failure flawed flimsy forgettable
+    generic greasy harsh hate hated hopeless horrible impossible issue issues junk lack lacking lackluster lacks
+    lame lifeless loose lousy lukewarm mediocre meh mess messy metallic mistake muddy muffled nasty negative
+    negatives noisy overcooked overpriced overrated overwhelmed pathetic pointless poor poorly predictable problem
+    problems refund regret ridiculous rough rubbish rude ruined sad scam scratched shallow shame shortcomings sloppy
+    slow soapy soggy stale stiff strange stupid sucks tedious terrible thin tinny ugly unacceptable unbalanced
+    uncomfortable underwhelming unfit unfortunate unfortunately unhappy unimpressive uninspired unpleasant
+    unremarkable unusable upset useless waste wasted watery weak weird wooden worn worse worst wrong
     """
 )
 """Words of blame, whatever the item."""
@@ -172,7 +172,10 @@ OPINION_VERBS = _words(
 )
 """After "I", what is said is about the item rather than the writer."""
 
-CONNECTIVES = _words("also although and because but however or otherwise so then therefore though")
-"""Begin sentences that lean on the one before."""
+CONNECTIVES = _words("after also although and because but however if or otherwise since so then therefore though when")
+"""Begin sentences that lean on the one before, advice ("if you ...") and stories ("when we arrived")."""
+
+ITEM_OPENINGS = _words("it its the these they this")
+"""Begin sentences that are about the item more often than others."""
 
 LINK_WORDS = _words("com http https www")

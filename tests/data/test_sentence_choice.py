@@ -57,7 +57,7 @@ def test_most_marked_reviews_get_a_sentence_that_a_person_would_choose(
         found[rule] = [of_review[text] for of_review, text in zip(marks, chosen, strict=True)]
     assert len(REVIEWS) == 50
     acceptable = {rule: 50 - marks.count("no") for rule, marks in found.items()}
-    assert acceptable["best"] >= 45, "docs/data.md says 48"
+    assert acceptable["best"] >= 45, "docs/data.md says 49"
     assert acceptable["frequent"] <= acceptable["best"] - 10
     assert found["best"].count("best") >= 42
     assert 12 <= statistics.median(len(text.split()) for text in chosen) <= 25
@@ -90,9 +90,10 @@ PARTS = {
     "no header": ("The room has a carpet and a desk", "The room has a carpet and a desk:"),
     "no link": ("The room has a carpet and a desk.", "The room has a carpet, see www.rooms.example."),
     "no shouting": ("The room has a carpet and a desk.", "THE ROOM HAS A CARPET AND A DESK!"),
-    "no connective": ("The room has a carpet and a desk.", "But the room has a carpet and desk."),
+    "no connective": ("One room has a carpet and a desk.", "But the room has a carpet and desk."),
     "no story": ("The room had a carpet and a desk.", "The room had my wife and our son."),
-    "no writer first": ("The room had my bags on the desk.", "My room had the bags on the desk."),
+    "no writer first": ("Each room had my bags on a desk.", "My room had bags on each desk too."),
+    "the item first": ("The room had bags on each desk.", "Each room had bags on the desk."),
     "opinion, no story": ("I really like the room with its carpet.", "I opened up the room with its carpet."),
     "judgement": ("The room has a lovely carpet.", "The room has a woolen carpet."),
 }

@@ -36,7 +36,9 @@ GOOD_END, GOOD_START = 0.5, 0.25
 FAULT = -1.0
 """Each of: a question, an address, capitals only, a header that ends in a colon."""
 LEANS = -0.5
-"""Begins with "but", "also", ...: understood without the sentence before, but not well."""
+"""Begins with "but", "also", ... and is not well understood alone, or with "if" or "when": advice, or a story."""
+ITEM_OPENING = 0.5
+"""Begins with "it", "this", "the": more often about the item than others."""
 OPINION_REACH = 2
 """Words after "I" within which its opinion begins ("I really like")."""
 NEGATION_REACH = 3
@@ -50,6 +52,7 @@ _LISTS = {
     "story": lexicon.STORY_WORDS,
     "opinion_verb": lexicon.OPINION_VERBS,
     "connective": lexicon.CONNECTIVES,
+    "item_opening": lexicon.ITEM_OPENINGS,
     "link": lexicon.LINK_WORDS,
     "too": frozenset({"too"}),
     "only": frozenset({"only"}),
@@ -80,6 +83,7 @@ def sentence_scores(sentence: pa.Array, words: Words, features_S: np.ndarray, le
         + CONTRADICTION * (leaning_S * balance_S < 0)
         + JUDGEMENT * judges_S
         + LEANS * marks.count(marks.opening(marks.at("connective")))
+        + ITEM_OPENING * marks.count(marks.opening(marks.at("item_opening")))
         + FAULT * (marks.count(marks.at("link")) > 0)
         + _form(sentence)
     )
