@@ -201,6 +201,16 @@ def test_the_rule_is_an_option_stands_in_the_dataset_and_words_are_counted(tmp_p
     assert without.words is None
 
 
+def test_datasets_from_before_there_was_a_choice_are_read(tmp_path: Path) -> None:
+    records = [{"user": f"u{n}", "item": "i", "rating": 5, "text": REVIEW} for n in range(10)]
+    prepare(write_lines(tmp_path / "t.jsonl", records), tmp_path / "out", "table", text_mode="review")
+    path = tmp_path / "out" / "meta.json"
+    meta = json.loads(path.read_text())
+    assert meta.pop("sentence") == "best"
+    path.write_text(json.dumps(meta))
+    assert open_dataset(tmp_path / "out").meta.sentence is None
+
+
 def test_ratings_count_by_their_scale(tmp_path: Path) -> None:
     """6 of 10 is good and 4 bad, whatever the range that a source's ratings have."""
     text = "The room was lovely. The room was horrible."
