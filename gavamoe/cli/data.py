@@ -8,6 +8,7 @@ import typer
 from gavamoe.cli.options import Json, OutPath, bounds_of, input_folder, pairs_of, shares_of
 
 if TYPE_CHECKING:
+    from gavamoe.data.features import SentenceRule
     from gavamoe.data.readers.formats import TextMode
     from gavamoe.data.readers.sources import Quoting
 
@@ -43,6 +44,14 @@ def prepare(
     text_mode: Annotated[
         str | None,
         typer.Option(help="review: choose a sentence with a feature; explanation: take the text; none: no text."),
+    ] = None,
+    sentence: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RULE",
+            help="review: best (default): of the sentences with a feature the one most about the item, complete, of "
+            "12 to 25 words, in agreement with the rating; frequent: the one with the most frequent feature.",
+        ),
     ] = None,
     rating_scale: Annotated[str | None, typer.Option(metavar="LOW:HIGH", help="Ratings outside are rejected.")] = None,
     max_rejected_share: Annotated[float, typer.Option(min=0, max=1, help="Fail above this share of bad rows.")] = 0.1,
@@ -84,6 +93,7 @@ def prepare(
             index_dir=index_dir,
             titles=titles,
             text_mode=cast("TextMode | None", text_mode),
+            sentence=cast("SentenceRule | None", sentence),
             rating_scale=bounds_of(rating_scale),
             max_rejected_share=max_rejected_share,
             seed=seed,

@@ -22,8 +22,15 @@ _INVISIBLE = "[\u202a-\u202e\u2066-\u2069\ufeff]"
 _BLANKS = r"[\p{Cc}\p{Z}]+"
 _NEWLINE = "\x1e"  # a control character, so none is left once blanks are folded
 _DOT = "\x1f"
-_ABBREVIATION = r"\b((?i:mr|mrs|ms|dr|st|vs|approx|e\.g|i\.e)|[A-Z])\.\s+"
+_ABBREVIATION = r"\b((?i:mr|mrs|ms|dr|prof|st|mt|vs|approx|e\.g|i\.e)|[A-Z])\.\s+"
+_OPEN_ABBREVIATION = (
+    r"\b((?i:oz|lbs?|ft|ml|cl|etc|jr|sr|ave|inc|incl|co|ltd|dept|min|max|[ap]\.m)\.)\s+([\p{Ll}\p{N}])"
+    r"|\b((?i:no|vol)\.)\s+(\p{N})"
+)
+"""May end a sentence too; they do not where the next word has a small letter or is a number."""
 _SENTENCE_END = "([.!?…]+[\"')\\]”’]*)\\s+"
+_GLUED = "(\\p{Ll}\\p{Ll}|[\\p{N})\"])([.!?…]+)(\\p{Lu}[\\p{Ll}'’ ])"
+"""The end of a sentence right before the next, as where paragraphs were joined ("period.Then" in Amazon's reviews)."""
 
 
 def clean(text: pa.Array, max_chars: int) -> pa.Array:
@@ -76,7 +83,9 @@ def sentences(text: pa.Array) -> tuple[pa.Array, np.ndarray]:
     Returns:
         sentences string (S,), each at most MAX_SENTENCE_CHARS, and int64 (S,) the review each came from.
     """
+    text = pc.replace_substring_regex(text, _GLUED, "\\1\\2\n\\3")
     text = pc.replace_substring_regex(text, _ABBREVIATION, rf"\1.{_DOT}")
+    text = pc.replace_substring_regex(text, _OPEN_ABBREVIATION, rf"\1\3{_DOT}\2\4")
     text = pc.replace_substring_regex(text, _SENTENCE_END, r"\1" + "\n")
     parts = pc.split_pattern(text, "\n")
     row = pc.list_parent_indices(parts).to_numpy()

@@ -5,8 +5,8 @@ A statistical extractor, no downloads, two passes over the texts with bounded me
 1. `WordCounts` counts for every word the texts it occurs in and how often it stands where a noun stands: after
    a determiner, possessive or common adjective AND before a function word or punctuation; occurrences after a
    pronoun, "to" or an auxiliary count against it. `Vocabulary.from_counts` keeps the most frequent nouns.
-2. `Vocabulary.choose` picks, for each review, the sentence with the most frequent feature (ties: the first) and
-   names its features, most frequent first. A review without any gives its first sentence of MIN_WORDS words.
+2. `Vocabulary.choose` picks a sentence of each review by a `SentenceRule` (ties: the first) and names its features,
+   most frequent first. A review without any gives its first sentence of MIN_WORDS words.
 
 English only, single words, surface forms ("room" and "rooms" are two features). Word lists: `lexicon`.
 
@@ -17,7 +17,7 @@ import ast
 import json
 import math
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,8 @@ import pyarrow.compute as pc
 
 from gavamoe.data.bounds import MAX_FEATURE_CHARS
 from gavamoe.data.lexicon import DESCRIBERS, DETERMINERS, JOINING, NEVER_FEATURES, OPINIONS, STOP_WORDS, VERB_CUES
+from gavamoe.data.text.sentence_scores import sentence_scores
+from gavamoe.data.text.words import PAUSE, SPACE, STOP, Words, among, distinct_keys, part_words
 
 MAX_ROW_FEATURES = 5
 MAX_VOCABULARY = 2_000
@@ -32,6 +34,12 @@ MAX_COUNTED_WORDS = 500_000
 """Distinct words counted at a time; beyond it, words seen in a single text are forgotten."""
 MIN_WORDS = 3
 """Words that make a sentence worth choosing when none carries a feature."""
+MIN_CHOSEN_WORDS = 4
+"""Rule best takes a shorter sentence ("Good beer.") only where no other has a feature."""
+LEAST_FEATURE_WEIGHT = 0.3
+"""Weight of the rarest feature: rare ones are more often names and places than aspects of the item."""
+_TIER = 100.0
+"""More than sentences' scores differ by."""
 MIN_TEXTS = 3
 MIN_TEXTS_SHARE = 0.0002
 MIN_NOUN_SHARE = 0.03
@@ -49,27 +57,6 @@ _CLOSING = {"(": ")", "{": "}"}
 _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 _NUMPY = re.compile(r"\[\s*(?:(?:'[^']*'|\"[^\"]*\")\s*)*\]")
 _CANDIDATE = r"^\p{L}{3,24}$"
-_STRANGE = r"[^\p{L}\p{M}\p{N}\x00-\x7f]+"
-"""Typographic quotes, dashes, emoji: bytes that `_words` would otherwise take for letters."""
-_SPACE, _PAUSE, _STOP, _LETTER = range(4)
-_KINDS = np.full(256, _SPACE, dtype=np.uint8)
-_KINDS[np.frombuffer(b",/-&", dtype=np.uint8)] = _PAUSE
-_KINDS[np.frombuffer(b'.!?;:()[]{}"|\n', dtype=np.uint8)] = _STOP
-_KINDS[np.frombuffer(b"abcdefghijklmnopqrstuvwxyz0123456789", dtype=np.uint8)] = _LETTER
-_KINDS[0x80:] = _LETTER  # what is not ASCII and not strange is a letter
-
-
-class _Words(NamedTuple):
-    """The words of a batch of texts, in order, lower case; apostrophes part words ("don", "t")."""
-
-    distinct: pa.Array
-    """string (W,)"""
-    code: np.ndarray
-    """int32 (T,): positions in `distinct`"""
-    text: np.ndarray
-    """int64 (T,): the text each word is in"""
-    gap: np.ndarray
-    """uint8 (T,): what follows the word: _SPACE, _PAUSE (comma, hyphen) or _STOP (other punctuation, end of text)"""
 
 
 class WordCounts:
@@ -82,14 +69,14 @@ class WordCounts:
 
     def add(self, text: pa.Array) -> None:
         """Count the words of a batch of texts."""
-        words = _words(text)
+        words = part_words(text)
         size = len(words.distinct)
         candidate = pc.match_substring_regex(words.distinct, _CANDIDATE).to_numpy(zero_copy_only=False)
-        candidate &= ~_among(words.distinct, NEVER_FEATURES)
+        candidate &= ~among(words.distinct, NEVER_FEATURES)
         occurrences = np.bincount(words.code, minlength=size)
         balance = np.bincount(words.code, _noun_evidence(words, candidate), size)
         counted = candidate[words.code]
-        pairs = _distinct(words.text[counted] * size + words.code[counted])
+        pairs = distinct_keys(words.text[counted] * size + words.code[counted])
         texts = np.bincount(pairs % max(size, 1), minlength=size)
         taken = np.flatnonzero(candidate)
         numbers = np.stack([texts[taken], occurrences[taken], balance[taken]], axis=1).tolist()
@@ -109,6 +96,11 @@ class WordCounts:
             self._counts = {word: numbers for word, numbers in counts.items() if numbers[0] > 1}
 
 
+SentenceRule = Literal["best", "frequent"]
+"""Which sentence of a review is its explanation. best: of those with a feature, the one with the highest score
+(`text.sentence_scores`); frequent: the one with the most frequent feature."""
+
+
 class Chosen(NamedTuple):
     """What `Vocabulary.choose` found for each of R rows."""
 
@@ -124,6 +116,9 @@ class Vocabulary:
     def __init__(self, features: list[str]) -> None:
         self.features = features
         self._array = pa.array(features, pa.string())
+        share_V = np.log1p(np.arange(len(features))) / np.log1p(max(len(features), 1))
+        self._weights = 1 - (1 - LEAST_FEATURE_WEIGHT) * share_V
+        """float (V,): how much a feature is worth in a sentence, the most frequent 1."""
 
     @classmethod
     def from_counts(cls, counts: WordCounts) -> "Vocabulary":
@@ -136,31 +131,60 @@ class Vocabulary:
         ]
         return cls([word for _, word in sorted(ranked)[:MAX_VOCABULARY]])
 
-    def choose(self, sentence: pa.Array, row: np.ndarray, n_rows: int) -> Chosen:
+    def choose(
+        self,
+        sentence: pa.Array,
+        row: np.ndarray,
+        n_rows: int,
+        rule: SentenceRule = "frequent",
+        leaning: np.ndarray | None = None,
+    ) -> Chosen:
         """Choose one sentence for each row.
 
         Args:
             sentence: string (S,), in order of rows.
             row: int64 (S,) the row of each sentence.
             n_rows: R.
+            rule: how.
+            leaning: (R,) the sentiment of each row's rating, which rule best agrees with: -1, 0 or 1; None: none.
         """
         none = len(self.features)
-        words = _words(sentence)
+        words = part_words(sentence)
         rank_T = self._ranks(words.distinct)[words.code]
-        best_S = np.full(len(sentence), none + 1)
-        starts = np.flatnonzero(np.diff(words.text, prepend=-1))
-        if len(starts):
-            best_S[words.text[starts]] = np.minimum.reduceat(np.where(rank_T < none, rank_T, none + 1), starts)
         n_words_S = np.bincount(words.text, minlength=len(sentence))
-        best_S[(best_S > none) & (n_words_S >= MIN_WORDS)] = none
-        order = np.lexsort((np.arange(len(sentence)), best_S, row))
-        rows_with, first = np.unique(row[order], return_index=True)
-        chosen_R = np.full(n_rows, -1)
-        chosen_R[rows_with] = order[first]
+        if rule == "frequent":
+            worth_S = -self._best_rank(words, rank_T, len(sentence))
+            worth_S[(worth_S < -none) & (n_words_S >= MIN_WORDS)] = -none
+        else:
+            leaning_S = np.zeros(len(sentence)) if leaning is None else leaning[row]
+            worth_S = self._worth(sentence, words, rank_T, n_words_S, leaning_S)
+        chosen_R = _first_of_best(worth_S, row, n_rows)
         taken_T = (rank_T < none) & (chosen_R[row[words.text]] == words.text)
         features = self._lists(row[words.text[taken_T]], rank_T[taken_T], n_rows)
         picked = sentence.take(pa.array(chosen_R, mask=chosen_R < 0))
         return Chosen(pc.fill_null(picked, ""), features)
+
+    def _best_rank(self, words: Words, rank_T: np.ndarray, size: int) -> np.ndarray:
+        """(S,) rank of each sentence's most frequent feature; V + 1 without any."""
+        none = len(self.features)
+        best_S = np.full(size, none + 1)
+        starts = np.flatnonzero(np.diff(words.text, prepend=-1))
+        if len(starts):
+            best_S[words.text[starts]] = np.minimum.reduceat(np.where(rank_T < none, rank_T, none + 1), starts)
+        return best_S
+
+    def _worth(
+        self, sentence: pa.Array, words: Words, rank_T: np.ndarray, n_words_S: np.ndarray, leaning_S: np.ndarray
+    ) -> np.ndarray:
+        """(S,) the score of each sentence, above those without a feature or of few words, whatever theirs."""
+        size = max(len(self.features), 1)
+        found = rank_T < len(self.features)
+        keys = distinct_keys(words.text[found] * size + rank_T[found])
+        weights_S = np.bincount(keys // size, self._weights[keys % size], len(sentence))
+        featured_S = weights_S > 0
+        score_S = sentence_scores(sentence, words, weights_S, leaning_S)
+        tier_S = np.where(featured_S, 2 + (n_words_S >= MIN_CHOSEN_WORDS), n_words_S >= MIN_WORDS)
+        return _TIER * tier_S + np.where(featured_S, score_S, 0)
 
     def _ranks(self, distinct: pa.Array) -> np.ndarray:
         found = pc.index_in(distinct, value_set=self._array)
@@ -168,7 +192,7 @@ class Vocabulary:
 
     def _lists(self, row: np.ndarray, rank: np.ndarray, n_rows: int) -> pa.Array:
         size = max(len(self.features), 1)
-        keys = _distinct(row * size + rank)
+        keys = distinct_keys(row * size + rank)
         row, rank = keys // size, keys % size
         kept = np.arange(len(row)) - np.searchsorted(row, row) < MAX_ROW_FEATURES
         offsets = np.searchsorted(row[kept], np.arange(n_rows + 1)).astype(np.int32)
@@ -253,70 +277,35 @@ def _split_all(values: pa.Array) -> tuple[pa.Array, pa.Array]:
     return pa.array(lists, pa.list_(pa.string())), pa.array(broken)
 
 
+def _first_of_best(worth_S: np.ndarray, row_S: np.ndarray, n_rows: int) -> np.ndarray:
+    """(R,) the first of each row's sentences with the highest worth; -1 for a row without any."""
+    chosen_R = np.full(n_rows, -1)
+    starts = np.flatnonzero(np.diff(row_S, prepend=-1))
+    if len(starts):
+        highest = np.repeat(np.maximum.reduceat(worth_S, starts), np.diff(starts, append=len(row_S)))
+        best = np.flatnonzero(worth_S == highest)[::-1]
+        chosen_R[row_S[best]] = best  # of several, the assignment of the first comes last
+    return chosen_R
+
+
 def _is_noun(word: str, evidence: float, occurrences: float) -> bool:
     needed = next((share for suffix, share in SUFFIX_NOUN_SHARES.items() if word.endswith(suffix)), 0.0)
     sure = evidence - math.sqrt(max(evidence, 0.0))
     return sure > MIN_NOUN_SHARE * occurrences and evidence >= needed * occurrences
 
 
-def _noun_evidence(words: _Words, candidate: np.ndarray) -> np.ndarray:
+def _noun_evidence(words: Words, candidate: np.ndarray) -> np.ndarray:
     """float (T,): 1 in the place of a noun, COMPOUND_EVIDENCE at the end of a compound, -1 in the place of a verb.
 
     In "a cozy, quiet room" a comma follows an adjective, in "tasty food, fast service" a noun: after a comma or
     "and" only words that an adjective precedes count.
     """
-    spaced = np.roll(words.gap, 1) == _SPACE
+    spaced = np.roll(words.gap, 1) == SPACE
     before, after = np.roll(words.code, 1), np.roll(words.code, -1)
-    joins = (words.gap == _PAUSE) | _among(words.distinct, JOINING)[after]
-    closes = (words.gap == _STOP) | (~joins & _among(words.distinct, STOP_WORDS)[after])
-    noun = closes & _among(words.distinct, DETERMINERS)[before]
-    noun |= (closes | joins) & _among(words.distinct, DESCRIBERS | OPINIONS)[before]
+    joins = (words.gap == PAUSE) | among(words.distinct, JOINING)[after]
+    closes = (words.gap == STOP) | (~joins & among(words.distinct, STOP_WORDS)[after])
+    noun = closes & among(words.distinct, DETERMINERS)[before]
+    noun |= (closes | joins) & among(words.distinct, DESCRIBERS | OPINIONS)[before]
     compound = closes & candidate[before]
-    verb = _among(words.distinct, VERB_CUES)[before]
+    verb = among(words.distinct, VERB_CUES)[before]
     return spaced * (noun + COMPOUND_EVIDENCE * compound - verb)
-
-
-def _words(text: pa.Array) -> _Words:
-    """Part texts (R,) into words by looking at each byte once; string kernels with patterns take ten times as long."""
-    text = pc.utf8_lower(text)
-    strange = pc.invert(pc.string_is_ascii(text))
-    if pc.any(strange).as_py():
-        text = pc.replace_with_mask(text, strange, pc.replace_substring_regex(text.filter(strange), _STRANGE, " "))
-    text = pa.concat_arrays([text])  # one buffer that starts at offset 0
-    ends = np.frombuffer(text.buffers()[1], dtype=np.int32)[: len(text) + 1]
-    data = np.frombuffer(text.buffers()[2] or b"", dtype=np.uint8)[ends[0] : ends[-1]]
-    ends = ends - ends[0]
-    kinds = np.append(_KINDS[data], np.uint8(_STOP))
-    starts, stops = _spans(kinds == _LETTER, ends)
-    offsets = np.zeros(len(starts) + 1, dtype=np.int32)
-    np.cumsum(stops - starts, out=offsets[1:])
-    letters = data[kinds[:-1] == _LETTER]
-    flat = pa.StringArray.from_buffers(len(starts), pa.py_buffer(offsets), pa.py_buffer(letters))
-    encoded = flat.dictionary_encode()
-    parent = np.searchsorted(ends, starts, side="right") - 1
-    gap = np.full(len(starts), _STOP, dtype=np.uint8)
-    if len(starts):
-        bounds = np.stack([starts, stops], axis=1).ravel()
-        same_text = np.diff(parent, append=-1) == 0
-        gap[same_text] = np.maximum.reduceat(kinds, bounds)[1::2][same_text]
-    return _Words(encoded.dictionary, encoded.indices.to_numpy(), parent, gap)
-
-
-def _spans(letter: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and ends of the runs in `letter` (the last byte is none); no run crosses an end of a text."""
-    first, last = letter.copy(), letter[:-1] & ~letter[1:]
-    first[1:] &= ~letter[:-1]
-    filled = np.diff(ends) > 0
-    first[ends[:-1][filled]] = letter[ends[:-1][filled]]
-    last[ends[1:][filled] - 1] = letter[ends[1:][filled] - 1]
-    return np.flatnonzero(first), np.flatnonzero(last) + 1
-
-
-def _among(distinct: pa.Array, words: frozenset[str] | set[str]) -> np.ndarray:
-    return pc.is_in(distinct, value_set=pa.array(sorted(words), pa.string())).to_numpy(zero_copy_only=False)
-
-
-def _distinct(keys: np.ndarray) -> np.ndarray:
-    """np.unique of non-negative integers; sorting is several times as fast as its hash table here."""
-    keys = np.sort(keys)
-    return keys[np.diff(keys, prepend=-1) > 0]

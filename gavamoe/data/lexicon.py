@@ -1,4 +1,4 @@
-"""English word lists for the feature extractor: what a feature is not, and what stands around one."""
+"""English word lists: what a feature is not and what stands around one; what judges an item, what tells a story."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -112,3 +112,70 @@ VAGUE_NOUNS = _words(
 
 STOP_WORDS = DETERMINERS | VERB_CUES | JOINING | FUNCTION_WORDS
 NEVER_FEATURES = STOP_WORDS | DESCRIBERS | OPINIONS | VAGUE_NOUNS
+
+POSITIVE = _words(
+    """
+    accurate adorable affordable amazing amazingly appreciate attentive attractive authentic awesome beautiful
+    beautifully best better brilliant catchy charming clean clever comfortable comfy convenient convincing cool cozy
+    crisp cute decent delicate delicious delight delightful durable earned ease easier easiest easily easy effective
+    efficient elegant enjoy enjoyable enjoyed enjoys excellent exceptional exciting exquisite fabulous fantastic
+    fast favorite favourite fine flavorful flawless flawlessly fresh friendly fun funny gem generous genuine glad
+    good gorgeous great handy happier happy helpful ideal impressed impressive incredible intelligent interesting
+    inviting knowledgeable likable liked love loved lovely loves luscious magical magnificent masterpiece memorable
+    neat nice nicely outstanding perfect perfection perfectly phenomenal pleasant pleasantly pleased pleasing
+    pleasure polite powerful quick quickly quiet reasonable recommend recommended refreshing reliable rich robust
+    romantic satisfied satisfying sharp silky skilled smart smooth smoothly solid spacious spectacular spotless
+    stellar stunning sturdy sublime super superb superior sweet talented tasty tender terrific thoughtful thrilled
+    useful velvety versatile vibrant warm welcoming witty wonderful wonderfully worth worthwhile worthy wow yummy
+    """
+)
+"""Words of praise, whatever the item; "dry", "long" and the like, which are praise of some items, are left out."""
+
+NEGATIVE = _words(
+    """
+    annoyed annoying artificial average avoid awful bad bland boring breaks broke broken buzzing cheaply cheesy
+    chemical cliched cloying clumsy complain complained complaint complaints confused confusing cracked crap crappy
+    defective difficult dirty disappoint disappointed disappointing disappointingly disappointment disaster
+    disgusting dislike distorted downside drawback dreadful dull fail failed fails failure flawed flimsy forgettable
+    generic greasy harsh hate hated hopeless horrible impossible issue issues junk lack lacking lackluster lacks
+    lame lifeless loose lousy lukewarm mediocre meh mess messy metallic mistake muddy muffled nasty negative
+    negatives noisy overcooked overpriced overrated overwhelmed pathetic pointless poor poorly predictable problem
+    problems refund regret ridiculous rough rubbish rude ruined sad scam scratched shallow shame shortcomings sloppy
+    slow soapy soggy stale stiff strange stupid sucks tedious terrible thin tinny ugly unacceptable unbalanced
+    uncomfortable underwhelming unfit unfortunate unfortunately unhappy unimpressive uninspired unpleasant
+    unremarkable unusable upset useless waste wasted watery weak weird wooden worn worse worst wrong
+    """
+)
+"""Words of blame, whatever the item."""
+
+NEGATIONS = _words("barely cannot hardly neither never no nor not nothing scarcely t without")
+"""Turn the judgement of the next words around; "t" is what "don't" leaves."""
+
+FIRST_PERSON = _words("i me mine my myself our ours ourselves us we")
+
+STORY_WORDS = _words(
+    """
+    ago amazon anniversary asked aunt bought boyfriend brother buddies buddy christmas cousin coworkers dad daughter
+    decided drove ebay emailed family father flew friend friends gave girlfriend grandchildren granddaughter
+    grandkids grandma grandmother grandson husband kid kids mom mother neighbor nephew niece ordered owned parents
+    purchased rated received returned review reviewer reviewers reviews roommate roommates seller shipped shipping
+    sister son stars thank thanks told traded uncle visited waited wanted went wife yesterday
+    """
+)
+"""Around the item: whom it was for, how it was got, what was done with it."""
+
+OPINION_VERBS = _words(
+    """
+    adore appreciate detect dislike enjoy enjoyed feel felt find found hate hated hear like liked love loved notice
+    prefer recommend smell taste think
+    """
+)
+"""After "I", what is said is about the item rather than the writer."""
+
+CONNECTIVES = _words("after also although and because but however if or otherwise since so then therefore though when")
+"""Begin sentences that lean on the one before, advice ("if you ...") and stories ("when we arrived")."""
+
+ITEM_OPENINGS = _words("it its the these they this")
+"""Begin sentences that are about the item more often than others."""
+
+LINK_WORDS = _words("com http https www")

@@ -7,7 +7,7 @@ texts are read back to choose sentences and features and to write the dataset.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +15,10 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
 from gavamoe.artifacts.files import write_folder
-from gavamoe.data.bounds import MAX_TITLE_CHARS
+from gavamoe.data.bounds import MAX_EXPLANATION_CHARS, MAX_TITLE_CHARS
 from gavamoe.data.cleaning import clean, sentences
-from gavamoe.data.features import Vocabulary
+from gavamoe.data.features import SentenceRule, Vocabulary
+from gavamoe.data.ratings import RatingScale
 from gavamoe.data.readers.batches import FIELDS, RawBatch
 from gavamoe.data.readers.formats import Format, TextMode, check_columns, get_format, read_titles
 from gavamoe.data.readers.sources import NO_COLUMN, Quoting, SourceOptions, check_encoding
@@ -25,12 +26,34 @@ from gavamoe.data.splits import check_ratio, draw_splits, given_splits, repeated
 from gavamoe.data.user_ids import UserIds, read_hash_key, read_ids
 from gavamoe.data.validation import AcceptedRows, RowValidator
 from gavamoe.data.writer import LEFT_OUT, DatasetWriter, Rows
+from gavamoe.data.writer import rating_scale as scale_of
 from gavamoe.errors import InputError
 
 DEFAULT_MAX_REJECTED_SHARE = 0.1
 
 OnRows = Callable[[str, int], None]
 """Called with the phase ("read" or "write") and the number of rows done in it."""
+
+
+class Quartiles(BaseModel):
+    """A fourth, half and three fourths of the values are at most these."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    low: int
+    """Lower quartile."""
+    median: int
+    """Median."""
+    high: int
+    """Upper quartile."""
+
+    @classmethod
+    def of_counts(cls, counts: np.ndarray) -> "Quartiles | None":
+        """Those of a histogram: how often 0, 1, 2, ... occur. None where nothing does."""
+        if not counts.sum():
+            return None
+        low, median, high = np.searchsorted(np.cumsum(counts), counts.sum() * np.array([0.25, 0.5, 0.75])).tolist()
+        return cls(low=low, median=median, high=high)
 
 
 class PrepareSummary(BaseModel):
@@ -70,6 +93,10 @@ class PrepareSummary(BaseModel):
     """Number of items with a title."""
     fingerprint: str
     """Fingerprint of the dataset: SHA-256 over its data files."""
+    sentence: str | None
+    """Of reviews, which sentence is the explanation: best or frequent."""
+    words: Quartiles | None
+    """Number of words of the explanations of kept rows; None without texts."""
     notes: list[str]
     """What the user should know about how the source was read."""
 
@@ -86,6 +113,7 @@ def prepare(
     max_rejected_share: float = DEFAULT_MAX_REJECTED_SHARE,
     titles: Path | None = None,
     text_mode: TextMode | None = None,
+    sentence: SentenceRule | None = None,
     rating_scale: tuple[float, float] | None = None,
     encoding: str | None = None,
     quoting: Quoting = "auto",
@@ -107,6 +135,7 @@ def prepare(
         max_rejected_share: fail when a larger share of rows is rejected, or of times is not understood.
         titles: file of item titles (Amazon's meta file, Yelp's business file).
         text_mode: explanation, review or none; None: the format's own.
+        sentence: which sentence of a review is its explanation: best (None: this) or frequent; text mode review only.
         rating_scale: lowest and highest rating; None: the format's own.
         encoding, quoting, escape: of a text source, see `readers.sources.SourceOptions`.
         drop_users: file with an id a line: these users' rows are left out, and nothing of them is kept.
@@ -125,6 +154,7 @@ def prepare(
     _check_arguments(source, format, kind, text_mode, rating_scale, max_rejected_share, titles)
     _check_pairs(pairs, pairs_columns or {}, index_dir)
     mode, scale = text_mode or kind.text_mode, rating_scale or kind.scale
+    rule = _sentence_rule(sentence, mode)
     report = progress or (lambda phase, rows: None)
     ids = UserIds(read_ids(drop_users) if drop_users else (), read_hash_key(hash_users) if hash_users else None)
     with write_folder(Path(out)) as folder:
@@ -142,7 +172,7 @@ def prepare(
         _read_title_file(source, kind, titles, validator)
         rows, repeats = _split(validator, accepted, index_dir, split, seed)
         name = source.name if pairs is None else f"{source.name} + {Path(pairs).name}"
-        settings = {"source": name, "format": format, "text_mode": mode, "seed": seed}
+        settings = {"source": name, "format": format, "text_mode": mode, "sentence": rule, "seed": seed}
         settings["split"] = Path(index_dir).name if index_dir is not None else ":".join(f"{share:g}" for share in split)
         return _write(folder, validator, rows, accepted.has_text, repeats, settings, scale, report)
 
@@ -166,6 +196,19 @@ def _check_arguments(
         raise InputError(f"rating_scale: {rating_scale[0]}..{rating_scale[1]} is not a valid range (low to high)")
     if titles is not None and kind.title_keys is None:
         raise InputError(f"titles: format {format} has no title file; a table has a title column (--column title=NAME)")
+
+
+def _sentence_rule(sentence: SentenceRule | None, text_mode: TextMode) -> SentenceRule | None:
+    """The rule by which sentences are chosen; None where none are."""
+    if sentence is not None and sentence not in get_args(SentenceRule):
+        raise InputError(f"sentence: unknown value {sentence!r}; known are {', '.join(get_args(SentenceRule))}")
+    if text_mode == "review":
+        return sentence or "best"
+    if sentence is not None:
+        raise InputError(
+            f"sentence: text mode {text_mode} chooses no sentences; leave --sentence out, or take --text-mode review"
+        )
+    return None
 
 
 _PAIR_FIELDS = ("user", "item", "rating", "time")
@@ -289,7 +332,8 @@ def _write(
     vocabulary = validator.vocabulary()
     kept = rows.split != LEFT_OUT
     with DatasetWriter(folder, rows) as writer:
-        without_feature = _write_texts(validator, writer, kept & has_text, vocabulary, settings["text_mode"], report)
+        leaning = _leaning(rows.rating, kept, scale) if settings["sentence"] == "best" else None
+        written = _write_texts(validator, writer, kept & has_text, vocabulary, settings["sentence"], leaning, report)
         validator.remove_spool()
         counts = {
             "read": validator.read,
@@ -300,7 +344,7 @@ def _write(
             "unknown_times": validator.unknown_times,
             "texts_cut": validator.texts_cut,
             "without_text": int((kept & ~has_text).sum()),
-            "without_feature": without_feature,
+            "without_feature": written.without_feature,
             "vocabulary": len(vocabulary.features) if vocabulary else 0,
         }
         rejected = {f"rejected: {reason}": count for reason, count in sorted(validator.rejected.items())}
@@ -313,6 +357,8 @@ def _write(
         items=meta.items,
         titles=sum(rows.titles[code] is not None for code in np.unique(rows.item[kept]).tolist()),
         fingerprint=meta.fingerprint,
+        sentence=settings["sentence"],
+        words=Quartiles.of_counts(written.words) if settings["text_mode"] != "none" else None,
         notes=validator.notes + _remarks(validator),
     )
 
@@ -330,27 +376,48 @@ def _remarks(validator: RowValidator) -> list[str]:
     return remarks
 
 
+def _leaning(rating: np.ndarray, kept: np.ndarray, bounds: tuple[float, float] | None) -> np.ndarray | None:
+    """The sentiment of each row's rating, -1, 0 or 1: int8 (N,); None without ratings."""
+    rated = rating[kept & ~np.isnan(rating)]
+    values, extent = scale_of(np.unique(rated), bounds)
+    return None if extent is None else RatingScale(low=extent[0], high=extent[1], values=values).leaning(rating)
+
+
+class _Written(NamedTuple):
+    """Counts of the texts that `_write_texts` wrote, of the rows to count."""
+
+    without_feature: int
+    """How many have no feature."""
+    words: np.ndarray
+    """How many have 0, 1, 2, ... words: int64."""
+
+
 def _write_texts(
     validator: RowValidator,
     writer: DatasetWriter,
     counted: np.ndarray,
     vocabulary: Vocabulary | None,
-    text_mode: str,
+    rule: SentenceRule | None,
+    leaning: np.ndarray | None,
     report: OnRows,
-) -> int:
-    """Choose text and features of every accepted row and write them; returns how many of the `counted` rows have no
-    feature."""
+) -> _Written:
+    """Choose text and features of every accepted row and write them; counts are of the `counted` rows."""
     start = bare = 0
+    words = np.zeros(MAX_EXPLANATION_CHARS, dtype=np.int64)
     for text, features in validator.spooled():
-        if vocabulary is not None:
-            if text_mode == "review":
-                sentence, row = sentences(text)
-            else:
-                sentence, row = text, np.arange(len(text))
-            text, features = vocabulary.choose(sentence, row, len(text))
+        span = slice(start, start + len(text))
+        if vocabulary is not None and rule is not None:
+            sentence, row = sentences(text)
+            of_rows = None if leaning is None else leaning[span]
+            text, features = vocabulary.choose(sentence, row, len(text), rule, of_rows)
+        elif vocabulary is not None:
+            text, features = vocabulary.choose(text, np.arange(len(text)), len(text))
         writer.write(text, features)
         empty = pc.equal(pc.list_value_length(features), 0).to_numpy(zero_copy_only=False)
-        bare += int(np.count_nonzero(empty & counted[start : start + len(text)]))
+        bare += int(np.count_nonzero(empty & counted[span]))
+        shown = text.filter(pa.array(counted[span]))
+        n_words = pc.count_substring(shown, " ").to_numpy() + pc.not_equal(shown, "").to_numpy(zero_copy_only=False)
+        words += np.bincount(n_words, minlength=len(words))
         start += len(text)
         report("write", start)
-    return bare
+    return _Written(bare, words)

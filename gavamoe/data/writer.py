@@ -108,12 +108,14 @@ class DatasetWriter:
         text_mode: str,
         seed: int,
         split: str,
+        sentence: str | None = None,
         preparation: dict[str, int],
         bounds: tuple[float, float] | None = None,
     ) -> DatasetMeta:
         """Write users, items and meta.json once all rows are written.
 
         Args:
+            sentence: which sentence of a review was chosen, if one was.
             bounds: the ends of the rating scale where they are known; otherwise the observed ones.
         """
         if self._start != len(self._rows.split):
@@ -129,6 +131,7 @@ class DatasetWriter:
             source=source,
             format=format,
             text_mode=text_mode,
+            sentence=sentence,
             seed=seed,
             split=split,
             users=self._users.size,

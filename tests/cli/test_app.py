@@ -61,6 +61,7 @@ def reviews(tmp_path: Path) -> Path:
         (["data", "prepare", "REVIEWS", "OUT", "--format", "table", "--split", "0:1:1"], "train is above 0"),
         (["data", "prepare", "REVIEWS", "OUT", "--format", "table", "--rating-scale", "5:1"], "--rating-scale 5:1"),
         (["data", "prepare", "REVIEWS", "HERE", "--format", "table"], "already exists"),
+        (["data", "prepare", "REVIEWS", "OUT", "--format", "table", "--sentence", "best"], "--text-mode review"),
         (["data", "synthesize", "HERE"], "already exists"),
         (["data", "describe", "missing"], "missing: no such dataset folder"),
         (["train", "nosuch", "--dataset", "DATASET"], "nosuch: no such config file"),

@@ -189,6 +189,35 @@ def test_sentences() -> None:
     assert row.tolist() == [0] * 6 + [1]
 
 
+@pytest.mark.parametrize(
+    "whole",
+    [
+        "We paid 4.50 for 12 oz. bottles, chips etc. and soda.",
+        "Open at 7 a.m. and again at 9 p.m. on Sundays.",
+        "Songs of the 70s, e.g. Mr. Lee and Prof. Day, in vol. 2 and no. 9.",
+        "See example.com or v1.2 for more.",
+        "He came, saw ...",
+    ],
+)
+def test_abbreviations_and_numbers_end_no_sentence(whole: str) -> None:
+    sentence, _ = sentences(clean_review(pa.array([whole + " Then we left."])))
+    assert sentence.to_pylist() == [whole, "Then we left."]
+
+
+def test_sentences_that_lost_the_blank_between_them_are_parted() -> None:
+    text = 'It hums.The strap (red).I like it!It\'s fine...And "good".Bye, etc. Then J.R.R. Tolkien and Node.js.'
+    sentence, _ = sentences(clean_review(pa.array([text])))
+    assert sentence.to_pylist() == [
+        "It hums.",
+        "The strap (red).",
+        "I like it!",
+        "It's fine...",
+        'And "good".',
+        "Bye, etc.",
+        "Then J.R.R. Tolkien and Node.js.",
+    ]
+
+
 def test_markup_of_web_pages_is_removed() -> None:
     assert unmarked(pa.array(["A &amp; B<br />C &#34;d&#34;", "a < b <br> c", None])).to_pylist() == [
         'A & B\nC "d"',

@@ -27,6 +27,14 @@ def print_prepared(result: PrepareSummary, out: Path, *, as_json: bool) -> None:
     print_table(f"Dataset {out}", ["", "rows"], [row for row in rows if row[1] or row[0] in ("read", "kept")])
     for note in result.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
+    if result.words is not None:
+        chosen = f", chosen by the rule {result.sentence}" if result.sentence else ""
+        console.print(
+            f"explanations: {result.words.median} words (median; the middle half {result.words.low} to "
+            f"{result.words.high}){chosen}",
+            markup=False,
+            soft_wrap=True,
+        )
     rejected = f"; rejected rows are in {out / 'rejected.jsonl'}" if result.rejected else ""
     console.print(
         f"{result.users:,} users, {result.items:,} items ({result.titles:,} with a title){rejected}",
