@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from gavamoe.artifacts.manifest import read_manifest
@@ -160,6 +161,10 @@ class ExplanationGenerator:
             titles=[filled.title for filled in requests],
         )
         return self.builder.prompts(columns)
+
+    def cluster_ids(self, requests: Sequence[FilledRequest]) -> Tensor:
+        """What the model takes as `cluster_ids` beside the prompts of N requests: int64 (N,)."""
+        return torch.tensor([filled.cluster for filled in requests], dtype=torch.int64)
 
     def engine(self, *, slots: int, capacity: int, max_waiting: int, prefill_rows: int, join_rows: int = 1) -> Engine:
         """A decoding engine over this model, which writes no special token but the end; see `Engine`."""
