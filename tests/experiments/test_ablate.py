@@ -210,8 +210,9 @@ def test_losses_of_the_same_rows_decide_whether_gates_pay(tmp_path: Path) -> Non
     assert losses is not None
     assert {each.system for each in losses.differences} == {"base-wide", "random-routes"}
     assert losses.losses["hidden"]["1-4"] == pytest.approx(4.0)
-    assert losses.verdict[0] == "Gates pay on this data set: full beats all 2 controls that were run over all users," \
-        " though not in every group."  # fmt: skip
+    assert losses.verdict[0] == (
+        "Gates pay on this data set: full beats all 2 controls that were run over all users, though not in every group."
+    )
     assert "users with 1 to 4 rows 0.020 (0.020 to 0.020; base-wide)" in losses.verdict[1]
     write_comparison(tmp_path, comparison.model_copy(update={"losses": losses}))
     assert read_comparison(tmp_path).losses == losses
