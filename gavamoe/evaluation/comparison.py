@@ -303,7 +303,7 @@ def markdown(comparison: Comparison) -> str:
     seeds = max(len(outcomes) for outcomes in systems_of(comparison).values())
     rows = comparison.outcomes[0].rows
     parts = [
-        *([" ".join(comparison.losses.verdict)] if comparison.losses and comparison.losses.verdict else []),
+        *(comparison.losses.verdict if comparison.losses else []),
         f"{comparison.dataset}, {rows:,} rows, {seeds} seed(s): mean ± half the 95 % t interval over the seeds.",
         _grid(*table(comparison)),
         "Differences under the same seed; * where the interval leaves out 0.",

@@ -118,6 +118,12 @@ def test_missing_controls_and_one_seed_are_said() -> None:
     )
 
 
+def test_leads_below_the_spread_of_the_seeds_are_said() -> None:
+    found = [difference(name, 0.003, 0.001) for name in CONTROLS]
+    found += [difference(name, 0.05, group="1-4") for name in CONTROLS]
+    assert verdict(found)[-1] == "Smaller than their own spread over the seeds: 1 of these 2 differences."
+
+
 def test_without_a_control_nothing_is_said() -> None:
     for found in ([], [difference("gpt2", 0.5)]):
         [only] = verdict(found, "Ours")

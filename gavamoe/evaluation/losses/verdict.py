@@ -58,8 +58,8 @@ def verdict(differences: Iterable[Difference], label: str = "GaVaMoE") -> list[s
         said.append(f"A control is better, in nats a token: {_where(losses, -1)}.")
     elif not wins:
         said.append(_level(places, label))
-    if open_questions := _open(ours, run):
-        said.append(open_questions)
+    if doubts := _doubts(ours, run, [*wins.values(), *losses.values()]):
+        said.append(doubts)
     return said
 
 
@@ -108,11 +108,14 @@ def _level(places: dict[Place, list[Difference]], label: str) -> str:
     )
 
 
-def _open(ours: Sequence[Difference], run: list[str]) -> str:
+def _doubts(ours: Sequence[Difference], run: list[str], named: Sequence[Difference]) -> str:
+    """Controls that were not run, and what the intervals do not know: that trainings differ."""
     missing = [name for name in CONTROLS if name not in run]
     parts = [f"not compared with {_listed(missing)}"] if missing else []
     if all(difference.seeds < 2 for difference in ours):
         parts.append("one seed, so another training may come out otherwise")
+    if small := sum(each.seed_sd is not None and abs(each.value) < each.seed_sd for each in named):
+        parts.append(f"smaller than their own spread over the seeds: {small} of these {len(named)} differences")
     said = "; ".join(parts)
     return f"{said[0].upper()}{said[1:]}." if said else ""
 
