@@ -124,6 +124,11 @@ def test_leads_below_the_spread_of_the_seeds_are_said() -> None:
     assert verdict(found)[-1] == "Smaller than their own spread over the seeds: 1 of these 2 differences."
 
 
+def test_few_users_are_said() -> None:
+    found = [difference(name, 0.03).model_copy(update={"users": 19}) for name in CONTROLS]
+    assert verdict(found)[-1] == "Resting on fewer than 20 users: 1 of these 1 differences."
+
+
 def test_without_a_control_nothing_is_said() -> None:
     for found in ([], [difference("gpt2", 0.5)]):
         [only] = verdict(found, "Ours")

@@ -17,6 +17,8 @@ CONTROLS = {
     "cluster-token": "a cluster token in the prompt",
 }
 """The systems that gates must beat, and what each one is."""
+FEW_USERS = 20
+"""Below this, a bootstrap over users gives intervals that are too narrow."""
 _CONDITION = {"shown": "user's slot shown", "hidden": "user's slot hidden", "stranger": "strangers"}
 _GROUP = {
     "0": "users without training rows",
@@ -109,11 +111,13 @@ def _level(places: dict[Place, list[Difference]], label: str) -> str:
 
 
 def _doubts(ours: Sequence[Difference], run: list[str], named: Sequence[Difference]) -> str:
-    """Controls that were not run, and what the intervals do not know: that trainings differ."""
+    """Controls that were not run, and what the intervals do not know: trainings differ, and few users differ more."""
     missing = [name for name in CONTROLS if name not in run]
     parts = [f"not compared with {_listed(missing)}"] if missing else []
     if all(difference.seeds < 2 for difference in ours):
         parts.append("one seed, so another training may come out otherwise")
+    if few := sum(each.users < FEW_USERS for each in named):
+        parts.append(f"resting on fewer than {FEW_USERS} users: {few} of these {len(named)} differences")
     if small := sum(each.seed_sd is not None and abs(each.value) < each.seed_sd for each in named):
         parts.append(f"smaller than their own spread over the seeds: {small} of these {len(named)} differences")
     said = "; ".join(parts)
