@@ -37,6 +37,9 @@ def evaluate(
     rows: Annotated[int | None, typer.Option(min=1, help="At most this many rows, chosen by the seed.")] = None,
     bertscore_model: Annotated[str | None, typer.Option(help="Hub id or folder; default: not measured.")] = None,
     bertscore_layer: Annotated[int | None, typer.Option(min=1, help="Layer to compare.")] = None,
+    row_losses: Annotated[
+        bool | None, typer.Option("--row-losses/--no-row-losses", help="Losses of the rows' own texts, row by row.")
+    ] = None,
     dataset: DatasetOfRun = None,
     device: Device = None,
     json_output: Json = False,
@@ -58,6 +61,7 @@ def evaluate(
             rows=rows,
             bertscore_model=bertscore_model,
             bertscore_layer=bertscore_layer,
+            row_losses=row_losses,
             device=device,
         )
     scores.print_evaluation(metrics, run, as_json=json_output)

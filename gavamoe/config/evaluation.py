@@ -22,3 +22,6 @@ class EvaluationConfig(Section):
     bertscore_layer: Count = 0
     """Layer of the BERTScore model whose states are compared; 0: bert-score's own choice for a known id, the last layer
     for a folder."""
+    row_losses: bool = False
+    """Whether losses.parquet is written: how likely the model finds each row's own text, with less and less known of
+    the user. `gavamoe ablate` always writes it, to compare systems on the same rows."""

@@ -1,7 +1,8 @@
 """What a comparison of systems found: means over seeds, differences to the full system, the files behind its figure.
 
 comparison.json holds everything; scores.csv one line a system, seed and score; table.md Figure 3's table; figure3.png
-its picture. All are made again from the run folders at every call.
+its picture; differences.csv and differences.png the losses of the same rows (`losses`), where they were read. All are
+made again from the run folders at every call.
 """
 
 import math
@@ -17,10 +18,15 @@ from gavamoe.artifacts.files import read_json, save_png, write_file, write_json
 from gavamoe.artifacts.run import METRICS_FILE, RunFolder
 from gavamoe.errors import validated
 from gavamoe.evaluation.faithfulness.measure import FAITHFULNESS
+from gavamoe.evaluation.losses.differences import LossComparison, Reading, find_differences
+from gavamoe.evaluation.losses.display import CSV_HEADS, csv_rows, forest_plot, loss_tables
+from gavamoe.evaluation.losses.row_losses import CONDITIONS, RowLosses
+from gavamoe.evaluation.losses.verdict import verdict
 from gavamoe.evaluation.metrics.registry import METRICS
 from gavamoe.evaluation.metrics_file import read_metrics, renamed
 
 COMPARISON_FILE, SCORES_FILE, TABLE_FILE, FIGURE_FILE = "comparison.json", "scores.csv", "table.md", "figure3.png"
+DIFFERENCES_FILE, FOREST_FILE = "differences.csv", "differences.png"
 REFERENCE = "full"
 """What the others are compared with, where it is among them; else the first."""
 
@@ -81,6 +87,8 @@ class Comparison(BaseModel):
     """Systems that make no sense here, with the reason."""
     left: list[str]
     """Runs that the time limit left for a later call."""
+    losses: LossComparison | None = None
+    """Systems compared by the losses of the same rows; None where they were not read."""
 
 
 class Mean(NamedTuple):
@@ -128,6 +136,46 @@ def read_outcome(name: str, label: str, what: str, seed: int, folder: Path) -> O
     )
 
 
+def compare_losses(outcomes: Sequence[Outcome], folder: Path, seed: int) -> LossComparison | None:
+    """The systems that have losses of rows, against the reference; None without two of them.
+
+    Raises:
+        InputError: systems read other rows than the reference, or a file of losses is damaged.
+    """
+    readings = [
+        Reading(outcome.system, outcome.label, outcome.seed, losses)
+        for outcome in outcomes
+        if (losses := RowLosses.read(RunFolder(folder / outcome.folder).evaluation)) is not None
+    ]
+    names = list(dict.fromkeys(reading.system for reading in readings))
+    if len(names) < 2:
+        return None
+    reference = REFERENCE if REFERENCE in names else names[0]
+    own = [reading for reading in readings if reading.system == reference]
+    differences, unpaired = find_differences(readings, reference, seed)
+    return LossComparison(
+        reference=reference,
+        label=own[0].label,
+        losses=_mean_losses([reading.losses for reading in own]),
+        differences=differences,
+        unpaired=unpaired,
+        verdict=verdict(differences, own[0].label) if reference == REFERENCE else [],
+    )
+
+
+def _mean_losses(seeds: Sequence[RowLosses]) -> dict[str, dict[str, float]]:
+    """Nats per token by condition and group, mean over the seeds that have it."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for losses in seeds:
+        for condition, groups in losses.summary().items():
+            for group, cell in groups.items():
+                values.setdefault(condition, {}).setdefault(group, []).append(cell["loss"])
+    return {
+        condition: {group: float(np.mean(found)) for group, found in groups.items()}
+        for condition, groups in values.items()
+    }
+
+
 def read_comparison(folder: Path) -> Comparison:
     """What `write_comparison` left in `folder`.
 
@@ -155,6 +203,10 @@ def write_comparison(folder: Path, comparison: Comparison) -> None:
     with write_file(folder / TABLE_FILE) as aside:
         aside.write_text(markdown(comparison), encoding="utf-8")
     plot(comparison, folder / FIGURE_FILE)
+    if comparison.losses is not None:
+        write_csv(folder / DIFFERENCES_FILE, CSV_HEADS, csv_rows(comparison.losses))
+        if comparison.losses.differences:
+            forest_plot(comparison.losses, folder / FOREST_FILE)
 
 
 def systems_of(comparison: Comparison) -> dict[str, list[Outcome]]:
@@ -247,19 +299,33 @@ def _star(gap: Mean) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """Both tables, with what the numbers are."""
+    """The verdict on gates, and all tables with what their numbers are."""
     seeds = max(len(outcomes) for outcomes in systems_of(comparison).values())
     rows = comparison.outcomes[0].rows
     parts = [
+        *(comparison.losses.verdict if comparison.losses else []),
         f"{comparison.dataset}, {rows:,} rows, {seeds} seed(s): mean ± half the 95 % t interval over the seeds.",
         _grid(*table(comparison)),
         "Differences under the same seed; * where the interval leaves out 0.",
         _grid(*difference_table(comparison)),
+        *(_markdown_losses(comparison.losses) if comparison.losses else []),
         "\n".join(f"- {outcomes[0].label}: {outcomes[0].what}" for outcomes in systems_of(comparison).values()),
     ]
     if comparison.skipped:
         parts.append("\n".join(f"- left out, {name}: {why}" for name, why in comparison.skipped.items()))
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_losses(losses: LossComparison) -> list[str]:
+    parts = [
+        f"Loss of the same rows' own texts: {losses.label}'s in nats a token, then by how much the others' is higher,"
+        " by the user's training rows (95 % bootstrap over users; * leaves out 0; above 0, the first is better)."
+    ]
+    for condition, (heads, rows) in loss_tables(losses).items():
+        parts += [f"{condition.capitalize()}: {CONDITIONS[condition]}.", _grid(heads, rows)]
+    if losses.unpaired:
+        parts.append("\n".join(f"- not compared by loss, {name}: {why}" for name, why in losses.unpaired.items()))
+    return parts
 
 
 def _grid(heads: list[str], rows: list[list[str]]) -> str:

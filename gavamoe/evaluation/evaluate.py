@@ -1,11 +1,11 @@
 """Texts for the rows of a split, and every number about them: `gavamoe evaluate`.
 
-Reads a run's stage1/ and stage2/ and its dataset; writes evaluation/ with metrics.json, artifact.json and a Parquet
-file of texts for each protocol. Text is made by `ExplanationGenerator`, as in serving.
+Reads a run's stage1/ and stage2/ and its dataset; writes evaluation/ with metrics.json, artifact.json, a Parquet
+file of texts for each protocol and, if asked for, one of losses. Text is made by `ExplanationGenerator`, as in serving.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from gavamoe.data.dataset import Dataset, dataset_of_run
 from gavamoe.errors import InputError
 from gavamoe.evaluation.faithfulness.features import feature_set
 from gavamoe.evaluation.faithfulness.measure import Gates, Written, measure_faithfulness
+from gavamoe.evaluation.losses.row_losses import RowLosses
 from gavamoe.evaluation.metrics.bertscore import BertScore, bert_score
 from gavamoe.evaluation.metrics.text_scores import RowStatistics, aggregate, count, measure
 from gavamoe.evaluation.metrics_file import SCHEMA_VERSION
@@ -71,6 +72,12 @@ class Evaluation:
     generations: pa.Table
     predicted: pa.Table | None = None
     """Texts of the second protocol, where both were evaluated."""
+    losses: RowLosses | None = None
+    """Losses of the rows, where they were asked for and the writer is a model that can be read."""
+
+
+ReadLosses = Callable[[Dataset, EvaluatedRows, int], RowLosses | None]
+"""Dataset, rows and seed -> the writer's losses; see `losses.measure`."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,7 @@ def evaluate_run(
         InputError: not a trained run, another dataset than it was trained on, or an impossible option or device.
     """
     from gavamoe.evaluation.faithfulness.gates import measure_gates
+    from gavamoe.evaluation.losses.measure import measure_row_losses
     from gavamoe.generation.generator import ExplanationGenerator
     from gavamoe.generation.placement import writing_device
 
@@ -127,6 +135,7 @@ def evaluate_run(
         split=split,
         routes=opened.stage1 / ROUTES_FILE,
         gates=partial(measure_gates, explainer),
+        losses=partial(measure_row_losses, explainer),
         on_progress=on_progress,
     )
     inputs = {"dataset": data.fingerprint, "stage2": trained.fingerprint}
@@ -142,6 +151,7 @@ def evaluate(
     split: str = "test",
     routes: Path = Path(ROUTES_FILE),
     gates: Gates | None = None,
+    losses: ReadLosses | None = None,
     on_progress: OnProgress | None = None,
 ) -> Evaluation:
     """Write and score the explanations of a split, under `config.evaluation`, `config.generation` and `config.seed`.
@@ -149,6 +159,7 @@ def evaluate(
     Args:
         routes: stage 1's routes.parquet, for the recovery of planted groups; without it that is None.
         gates: measures the writer's gates, if it has any.
+        losses: reads the rows' own texts, if the writer can; asked where `evaluation.row_losses` wants it.
         on_progress: called with rows written and rows in all.
 
     Raises:
@@ -160,6 +171,7 @@ def evaluate(
     texts = {protocol: _write_texts(explainer, chosen, protocol, config, on_progress) for protocol in protocols}
     constant = most_frequent_text(dataset)
     measured, bert = _measure(dataset, chosen, texts, constant, config)
+    row_losses = losses(dataset, chosen, config.seed) if losses and options.row_losses else None
     train = dataset.arrays("train")
     training_rows = np.bincount(train.user, minlength=dataset.catalog.n_users)[chosen.pairs.user]
 
@@ -192,14 +204,15 @@ def evaluate(
         "bertscore": bert.described() if bert else None,
         **section(protocols[0]),
         "predicted": section("predicted") if len(protocols) > 1 else None,
+        "losses": row_losses and row_losses.summary(),
         "baselines": {
             "constant": {"text": constant, **_scored(measured["constant"])},
             "ratings": rating_baselines(train, chosen.pairs, dataset),
         },
     }
     metrics["not_measured"] = _not_measured(metrics)
-    tables = [generations_table(dataset, split, chosen, texts[protocol].explanations) for protocol in protocols]
-    return Evaluation(metrics, *tables)
+    first, *second = (generations_table(dataset, split, chosen, texts[each].explanations) for each in protocols)
+    return Evaluation(metrics, first, second[0] if second else None, row_losses)
 
 
 def write_evaluation(out: Path, result: Evaluation, config: RunConfig, inputs: dict[str, str]) -> None:
@@ -209,6 +222,8 @@ def write_evaluation(out: Path, result: Evaluation, config: RunConfig, inputs: d
         pq.write_table(result.generations, folder / GENERATIONS_FILE)
         if result.predicted is not None:
             pq.write_table(result.predicted, folder / PREDICTED_FILE)
+        if result.losses is not None:
+            result.losses.write(folder)
         write_manifest(folder, "evaluation", config, inputs, {"split": result.metrics["split"]})
 
 
@@ -330,6 +345,7 @@ def _not_measured(metrics: dict[str, Any]) -> list[dict[str, str]]:
         "Features, sentiment, copies, personalization, gates": ""
         if metrics["faithfulness"]
         else "evaluation.probe_rows is 0",
+        "Loss of the rows' own texts": "" if metrics["losses"] else "evaluation.row_losses is off, or nothing to read",
         "Human evaluation (section 4.5.5)": "people were not asked",
     }
     return [{"what": what, "why": why} for what, why in reasons.items() if why]

@@ -34,6 +34,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
             f"{path}: has schema version {version}, this gavamoe reads {OLDEST_READ} to {SCHEMA_VERSION};"
             " evaluate the run again"
         )
+    metrics.setdefault("losses", None)  # version 3 began without
     return metrics if version == SCHEMA_VERSION else _as_version_3(metrics)
 
 

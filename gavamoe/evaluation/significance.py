@@ -47,6 +47,25 @@ def balanced_interval(groups: Sequence[np.ndarray], *, resamples: int = RESAMPLE
     return _interval(np.mean(means, axis=0))
 
 
+def ratio_intervals(
+    numerator_US: np.ndarray, denominator_US: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """95 % percentile bootstrap intervals of S ratios of sums over U users, who are drawn whole, the same for all S.
+
+    Returns:
+        (S, 2); NaN where fewer than two users have a denominator above 0.
+    """
+    draws = []
+    for weights in _blocks(len(numerator_US), resamples, seed, _with_replacement) if len(numerator_US) else ():
+        above, below = (np.einsum("ru,us->rs", weights, sums) for sums in (numerator_US, denominator_US))
+        draws.append(np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0))
+    found = np.full((numerator_US.shape[1], 2), np.nan)
+    enough = (denominator_US > 0).sum(axis=0) > 1
+    if enough.any():
+        found[enough] = np.nanpercentile(np.concatenate(draws)[:, enough], [2.5, 97.5], axis=0).T
+    return found
+
+
 def not_better(
     rows: RowStatistics, other: RowStatistics, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, float]:

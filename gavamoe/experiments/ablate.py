@@ -21,7 +21,13 @@ from gavamoe.config.files import override_config, translate_former
 from gavamoe.config.schema import RunConfig, Stage1Config
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
-from gavamoe.evaluation.comparison import Comparison, Outcome, read_outcome, write_comparison
+from gavamoe.evaluation.comparison import (
+    Comparison,
+    Outcome,
+    compare_losses,
+    read_outcome,
+    write_comparison,
+)
 from gavamoe.evaluation.evaluate import Writer, evaluate, evaluate_run, write_evaluation
 from gavamoe.experiments.baselines import peter_train
 from gavamoe.experiments.baselines.retrieval import Copier
@@ -77,6 +83,7 @@ def run_ablation(
     """
     started = time.monotonic()
     progress = progress or NoProgress()
+    config = override_config(config, ["evaluation.row_losses=true"])  # what a comparison of systems rests on
     opened, out = open_dataset(dataset), Path(out)
     plan = _plan(config, opened, out, seeds, only)
     left = [job for job in plan.jobs if not _evaluated(job, opened)]
@@ -96,13 +103,15 @@ def run_ablation(
 
 def _write(config: RunConfig, dataset: Dataset, plan: _Plan, left: Sequence[Job], out: Path) -> Comparison:
     """The comparison of the runs that are there, also as the files in its folder."""
+    outcomes = [_outcome(job) for job in plan.jobs if job not in left]
     comparison = Comparison(
         dataset=dataset.path.name,
         fingerprint=dataset.fingerprint,
         config=config.model_dump(mode="json"),
-        outcomes=[_outcome(job) for job in plan.jobs if job not in left],
+        outcomes=outcomes,
         skipped=plan.skipped,
         left=[f"{job.system.name}, seed {job.config.seed}" for job in left],
+        losses=compare_losses(outcomes, out, config.seed),
     )
     if comparison.outcomes:
         write_comparison(out, comparison)

@@ -83,7 +83,8 @@ def forget_users(run: Run, users: Sequence[str]) -> Forgotten:
                     dropped = _drop_rows(path, indices)
                     counts["pairs"] += dropped if kind == "stage1" else 0
                 elif kind == "evaluation" and path.suffix == ".parquet":
-                    counts["texts"] += _drop_rows(path, users)
+                    dropped = _drop_rows(path, users)
+                    counts["texts"] += dropped if path.name.startswith("generations") else 0
                 elif path.parent.name == CATALOG_FOLDER and path.name == "users.parquet":
                     _blank_users(path, indices)
                 elif path.name == FEATURES_FILE:

@@ -166,6 +166,10 @@ class ExplanationGenerator:
         """What the model is told of a request's gates: the cluster, or with soft routes the responsibilities."""
         return filled.responsibilities if self.model.config.soft_routes else filled.cluster
 
+    def cluster_ids(self, requests: Sequence[FilledRequest]) -> Tensor:
+        """What the model takes as `cluster_ids` beside the prompts of N requests: int64 (N,), or float32 (N, K)."""
+        return torch.tensor([self.route(filled) for filled in requests])
+
     def engine(self, *, slots: int, capacity: int, max_waiting: int, prefill_rows: int, join_rows: int = 1) -> Engine:
         """A decoding engine over this model, which writes no special token but the end; see `Engine`."""
         end = self.builder.end
@@ -252,13 +256,13 @@ class ExplanationGenerator:
     ) -> Iterator[dict[int, list[int]]]:
         """The tokens of each row, batch by batch of similar length."""
         order = sorted(range(len(prepared.prompts)), key=lambda row: len(prepared.prompts[row]))
-        options, routes = self._beam_options(generation), [self.route(filled) for filled in prepared.requests]
+        options, clusters = self._beam_options(generation), self.cluster_ids(prepared.requests)
         with torch.random.fork_rng(devices=[self.device] if self.device != "cpu" else []):
             torch.manual_seed(seed)
             for start in range(0, len(order), generation.batch_size):
                 rows = order[start : start + generation.batch_size]
                 prompts = [prepared.prompts[row] for row in rows]
-                texts = self._beam_batch(prompts, torch.tensor([routes[row] for row in rows]), options)
+                texts = self._beam_batch(prompts, clusters[rows], options)
                 yield dict(zip(rows, texts, strict=True))
 
     @torch.inference_mode()

@@ -106,6 +106,11 @@ class RequestFiller:
             raise InputError("history: this run was made before strangers were served; train it again, or leave it out")
         return FoldIn(self.vae_gmm, self._crowd, self._words, self.device)
 
+    @property
+    def serves_strangers(self) -> bool:
+        """Whether users that training never saw are routed by their history."""
+        return self._crowd is not None and self.control is None
+
     def history(self, entries: Sequence[HistoryEntry]) -> tuple[Entry, ...]:
         """A history by item index; raises InputError, with the entry's number, for a rating off the scale."""
         return indexed(entries, self.catalog.item_or_unknown, self.spec.scale)
@@ -136,11 +141,14 @@ class RequestFiller:
         users = np.array([request.user for request in requests], dtype=np.int64)
         items = np.array([request.item for request in requests], dtype=np.int64)
         routes = self.routes(users, items)
+        strangers: dict[tuple[int, tuple[Entry, ...]], list[int]] = {}
         for row, request in enumerate(requests):
             if request.history:
-                own = self.routes_of_stranger(request.user, request.history, items[row : row + 1])
-                for column, value in zip(routes, own, strict=True):
-                    column[row] = value[0]
+                strangers.setdefault((request.user, request.history), []).append(row)
+        for (user, history), rows in strangers.items():
+            own = self.routes_of_stranger(user, history, items[rows])
+            for column, values in zip(routes, own, strict=True):
+                column[rows] = values
         return [self._filled(request, routes, row) for row, request in enumerate(requests)]
 
     def _filled(self, request: ExplanationRequest, routes: Routes, row: int) -> FilledRequest:

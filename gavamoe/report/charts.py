@@ -67,14 +67,19 @@ class Interval:
     """Upper end of the interval; equal to `value` where there is none."""
 
 
-def interval_chart(title: str, intervals: Sequence[Interval], *, marked: int = 0) -> Markup:
+def interval_chart(title: str, intervals: Sequence[Interval], *, marked: int = 0, zero: bool = False) -> Markup:
     """A dot and its interval for each value, from top to bottom, on one scale; the one at `marked` stands out.
+
+    Args:
+        zero: differences, which lie left or right of 0: the scale takes it in, and those whose interval leaves it out
+            stand out.
 
     Returns an empty string if there are none.
     """
     if not intervals:
         return Markup("")
-    marks = _marks(*_bounds([bound for one in intervals for bound in (one.low, one.high)]))
+    ends = [bound for one in intervals for bound in (one.low, one.high)]
+    marks = _marks(*_bounds([*ends, 0.0] if zero else ends))
     scale = _Scale(marks[0], marks[-1], 0.0, 1.0, left=ROW_LABELS)
     height = ROW_HEIGHT * len(intervals) + 24
     parts = [
@@ -84,8 +89,13 @@ def interval_chart(title: str, intervals: Sequence[Interval], *, marked: int = 0
         ).format(scale.x(mark), height - 20, height - 6, _mark(mark))
         for mark in marks[:: 1 + (len(marks) > 5)]
     ]
+    if zero:
+        parts.append(
+            Markup('<line class="zero" x1="{0:.1f}" x2="{0:.1f}" y1="4" y2="{1}"/>').format(scale.x(0.0), height - 20)
+        )
     for row, one in enumerate(intervals):
         y = ROW_HEIGHT * (row + 0.5) + 4
+        stands_out = (one.low > 0 or one.high < 0) if zero else row == marked
         parts.append(
             Markup(
                 '<text x="{}" y="{:.1f}" class="ty">{}</text><line class="s{c}" x1="{:.1f}" x2="{:.1f}" y1="{y:.1f}" '
@@ -99,7 +109,7 @@ def interval_chart(title: str, intervals: Sequence[Interval], *, marked: int = 0
                 scale.x(one.high),
                 f"{one.label}: {one.value:.4g}",
                 scale.x(one.value),
-                c=0 if row == marked else COLORS - 1,
+                c=0 if stands_out else COLORS - 1,
                 y=y,
             )
         )

@@ -24,6 +24,9 @@ from gavamoe.evaluation.comparison import (
     table,
 )
 from gavamoe.evaluation.evaluated_run import RunData, distinct_names, read_run
+from gavamoe.evaluation.losses.differences import LossComparison
+from gavamoe.evaluation.losses.display import GROUP_HEADS, controls_of, loss_tables
+from gavamoe.evaluation.losses.row_losses import CONDITIONS
 from gavamoe.report.charts import Interval, interval_chart
 
 CHARTS = ("bleu_4", "bertscore_f", "rouge_l", "validation_loss", "rmse", "style_of_group", "wrong_gate_gap")
@@ -59,8 +62,32 @@ def comparison_section(comparison: Comparison) -> dict[str, Any]:
         "scores": table(comparison),
         "differences": difference_table(comparison) if len(systems) > 1 else None,
         "charts": Markup("").join(_chart(score, systems) for score in shown_scores(comparison, CHARTS)),
+        "losses": _losses(comparison.losses) if comparison.losses else None,
         "what": [(outcomes[0].label, outcomes[0].what) for outcomes in systems.values()],
     }
+
+
+def _losses(losses: LossComparison) -> dict[str, Any]:
+    """Verdict, tables and charts of the losses of the same rows."""
+    return {
+        "verdict": losses.verdict,
+        "label": losses.label,
+        "tables": [(condition, CONDITIONS[condition], *shown) for condition, shown in loss_tables(losses).items()],
+        "charts": Markup("").join(_best_controls(losses, condition) for condition in CONDITIONS),
+        "unpaired": losses.unpaired,
+    }
+
+
+def _best_controls(losses: LossComparison, condition: str) -> Markup:
+    """By group of users, how far the best control is: what a lead over all of them comes to."""
+    lines = []
+    for group in GROUP_HEADS:
+        found = [each for each in controls_of(losses) if (each.condition, each.group) == (condition, group)]
+        if found:
+            best = min(found, key=lambda each: each.value)
+            low, high = (best.value if end is None else end for end in (best.low, best.high))
+            lines.append(Interval(f"{group}: {best.label}", best.value, low, high))
+    return interval_chart(f"{condition}: the best control's loss over {losses.label}'s", lines, zero=True)
 
 
 def _chart(score: Score, systems: dict[str, list[Outcome]]) -> Markup:

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.cli import Runner
+from helpers.losses import row_losses
 from helpers.runs import make_run
 from helpers.texts import CANDIDATES, REFERENCES
 from helpers.writers import FakeExplainer, parrot
@@ -71,13 +73,21 @@ def test_evaluate_prints_both_protocols_and_what_lies_beyond(
     monkeypatch.setattr(ExplanationGenerator, "load", lambda *_: FakeExplainer(planted, parrot(planted)))
     monkeypatch.setattr("gavamoe.evaluation.faithfulness.gates.measure_gates", lambda *_: None)
     monkeypatch.setattr("gavamoe.report.page.write_report", lambda runs, out: out)
+    losses = row_losses(["a", "b"], [0, 30], [4, 6], [2.0, 9.0], stranger=[np.nan, 6.0])
+    monkeypatch.setattr("gavamoe.evaluation.losses.measure.measure_row_losses", lambda *_: losses)
     run = make_run(tmp_path / "run", planted)
-    shown = gavamoe("evaluate", run, "--rows", 20, "--probe-rows", 5, "--protocol", "both", "--json")
+    plain = gavamoe("evaluate", run, "--rows", 20, "--probe-rows", 5, "--no-row-losses", "--json")
+    assert json.loads(plain.out)["losses"] is None
+    assert "nats a token" not in plain.err
+    shown = gavamoe("evaluate", run, "--rows", 20, "--probe-rows", 5, "--protocol", "both", "--row-losses", "--json")
     assert shown.code == 0
     assert "rating and features given and predicted" in shown.err
     assert "Faithfulness (intervals" in shown.err
     assert "Item hallucination ↓" in shown.err
     assert "Gate overlap" not in shown.err
+    assert json.loads(shown.out)["losses"]["shown"]["all"]["loss"] == 1.1
+    [line] = [line for line in shown.err.splitlines() if "20+ rows" in line]
+    assert line.replace("│", "").split() == ["20+", "rows", "1", "1.5", "1"]
     assert json.loads(shown.out)["predicted"]["faithfulness"]["rows"] == {"texts": 20, "probes": 5}
     wrong = gavamoe("evaluate", run, "--style", "meteor")
     assert wrong.code == 2

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.bare_dataset import bare_dataset
+from helpers.losses import row_losses
 from helpers.runs import evaluation_config, make_run
 from helpers.writers import FakeExplainer, parrot
 
@@ -16,11 +17,13 @@ from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.config.files import parse_config
 from gavamoe.data.dataset import Dataset, PairArrays
 from gavamoe.errors import InputError
-from gavamoe.evaluation.evaluate import evaluate, evaluate_run
+from gavamoe.evaluation.evaluate import evaluate, evaluate_run, write_evaluation
 from gavamoe.evaluation.faithfulness.sentiment import agreement, planted_reader
+from gavamoe.evaluation.losses.row_losses import LOSSES_FILE, RowLosses
 from gavamoe.evaluation.metrics.bertscore import BertScore
+from gavamoe.evaluation.metrics_file import read_metrics
 from gavamoe.evaluation.reference_scores import bias_model, most_frequent_text
-from gavamoe.evaluation.rows import sparsity_thirds
+from gavamoe.evaluation.rows import EvaluatedRows, sparsity_thirds
 from gavamoe.generation.generator import ExplanationGenerator
 
 
@@ -214,6 +217,33 @@ def test_evaluate_run_writes_a_whole_artifact_and_replaces_it(run: Path) -> None
     assert (again["rows"], again["protocol"]) == (3, "predicted")
     assert pq.read_table(folder / "generations.parquet").num_rows == 3
     assert read_manifest(folder, "evaluation").config["evaluation"]["protocol"] == "predicted"
+
+
+def test_losses_are_kept_where_they_are_asked_for(
+    planted: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = row_losses(["a", "b"], [0, 30], [4, 6], [2.0, 9.0], rows=[3, 8])
+    asked: list[int] = []
+
+    def read(_: Dataset, rows: EvaluatedRows, seed: int) -> RowLosses:
+        asked.append(len(rows.references))
+        return losses
+
+    fake = FakeExplainer(planted, lambda _: "x")
+    off = evaluate(fake, planted, evaluation_config(rows=5), losses=read)
+    assert (off.losses, off.metrics["losses"], asked) == (None, None, [])
+    why = {gap["what"]: gap["why"] for gap in off.metrics["not_measured"]}
+    assert why["Loss of the rows' own texts"] == "evaluation.row_losses is off, or nothing to read"
+    on = evaluate(fake, planted, evaluation_config(rows=5, row_losses=True), losses=read)
+    assert asked == [5]
+    assert on.metrics["losses"]["shown"]["all"] == {"users": 2, "rows": 2, "tokens": 10, "loss": 1.1}
+    assert "Loss of the rows' own texts" not in {gap["what"] for gap in on.metrics["not_measured"]}
+    for number, (result, names) in enumerate(((on, {LOSSES_FILE}), (off, set()))):
+        folder = tmp_path / str(number)
+        write_evaluation(folder, result, evaluation_config(), {})
+        manifest = read_manifest(folder, "evaluation")
+        assert set(manifest.files) == {"metrics.json", "generations.parquet"} | names
+        assert read_metrics(folder / "metrics.json") == result.metrics
 
 
 def test_wrong_runs_and_options_are_named(run: Path, tmp_path: Path, planted: Dataset) -> None:

@@ -22,6 +22,7 @@ def test_version_2_is_read_as_version_3(tmp_path: Path) -> None:
     metrics = read_metrics(written(tmp_path / "m.json"))
     assert metrics["schema_version"] == SCHEMA_VERSION == 3
     assert "beyond" not in metrics
+    assert metrics["losses"] is None
     assert metrics["faithfulness"]["scores"] == {"memorized": {"value": 5.0}, "wrong_gate_gap": None}
     assert metrics["faithfulness"]["rows"] == {"texts": 2, "probes": 1}
     (tmp_path / "again.json").write_text(json.dumps(metrics))

@@ -7,26 +7,35 @@ from pathlib import Path
 
 import pytest
 from helpers.bare_dataset import bare_dataset
+from helpers.losses import difference, loss_comparison, row_losses
 from helpers.tiny import tiny
 
+from gavamoe.artifacts.files import read_json
 from gavamoe.artifacts.manifest import read_manifest
+from gavamoe.cli.output.systems import print_comparison
 from gavamoe.config.files import load_config, override_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluation.comparison import (
+    DIFFERENCES_FILE,
     FIGURE_FILE,
+    FOREST_FILE,
     SCORES_FILE,
     TABLE_FILE,
     Comparison,
     Outcome,
-    difference,
+    compare_losses,
     difference_table,
     mean_of,
     means,
     read_comparison,
     table,
+    write_comparison,
 )
+from gavamoe.evaluation.comparison import difference as seed_difference
+from gavamoe.evaluation.losses.row_losses import LOSSES_FILE
+from gavamoe.evaluation.losses.verdict import CONTROLS
 from gavamoe.experiments.ablate import run_ablation
 from gavamoe.experiments.baselines import retrieval
 from gavamoe.experiments.variants import SYSTEMS, find_systems
@@ -127,6 +136,10 @@ def test_what_makes_no_sense_says_why(planted: Dataset, tmp_path: Path) -> None:
         run_ablation(dense, planted.path, tmp_path / "out", only=["base"])
 
 
+def test_controls_of_the_verdict_are_systems() -> None:
+    assert {"base-wide", "no-multi-gating", "random-routes"} <= set(CONTROLS) & set(SYSTEMS)
+
+
 def outcome(system: str, seed: int, value: float | None, *, trained: bool = True) -> Outcome:
     return Outcome(
         system=system, label=system, what="", seed=seed, trained=trained, folder="", rows=10,
@@ -147,13 +160,13 @@ def test_means_and_intervals_by_hand() -> None:
 def test_differences_are_paired_by_seed() -> None:
     full = [outcome("full", seed, value) for seed, value in enumerate([10.0, 20.0, 30.0])]
     other = [outcome("base", seed, value) for seed, value in enumerate([11.0, 21.0])]
-    gap = difference(other, full, "bleu_4")
+    gap = seed_difference(other, full, "bleu_4")
     assert gap is not None
     assert (gap.mean, gap.half, gap.seeds) == (1.0, 0.0, 2)
-    copied = difference([outcome("constant", 0, 0.0, trained=False)], full, "bleu_4")
+    copied = seed_difference([outcome("constant", 0, 0.0, trained=False)], full, "bleu_4")
     assert copied is not None
     assert (copied.mean, copied.seeds) == (-20.0, 3)
-    assert difference([outcome("base", 7, 1.0)], full, "bleu_4") is None
+    assert seed_difference([outcome("base", 7, 1.0)], full, "bleu_4") is None
 
 
 def test_tables_name_systems_and_mark_differences() -> None:
@@ -211,6 +224,81 @@ def test_an_interrupted_comparison_shows_what_it_has(
     assert found.left == ["copy-item, seed 0", "copy-features, seed 0"]
 
 
+def with_losses(found: Comparison, out: Path, leads: dict[str, float]) -> None:
+    """Losses of four users' rows in the folders of outcomes: the system's is higher by its lead, in nats a token."""
+    user, tokens = ["a", "a", "b", "c", "d"], [10, 20, 5, 8, 7]
+    for each in found.outcomes:
+        if each.system in leads:
+            higher = [count * (4.0 + leads[each.system]) for count in tokens]
+            losses = row_losses(user, [2, 2, 3, 4, 0], tokens, higher, hidden=higher)
+            (out / each.folder / "evaluation").mkdir(parents=True)
+            losses.write(out / each.folder / "evaluation")
+
+
+def test_losses_of_the_same_rows_decide_whether_gates_pay(tmp_path: Path) -> None:
+    names = ["full", "base-wide", "random-routes", "constant"]
+    outcomes = [
+        outcome(name, seed, 10.0).model_copy(update={"folder": f"{name}/seed-{seed}", "label": name})
+        for name in names
+        for seed in range(2)
+    ]
+    comparison = Comparison(dataset="d", fingerprint="f", config={}, outcomes=outcomes, skipped={}, left=[])
+    with_losses(comparison, tmp_path, {"full": 0.0, "base-wide": 0.02, "random-routes": 0.05})
+    losses = compare_losses(outcomes, tmp_path, 0)
+    assert losses is not None
+    assert {each.system for each in losses.differences} == {"base-wide", "random-routes"}
+    assert losses.losses["hidden"]["1-4"] == pytest.approx(4.0)
+    assert losses.verdict[0] == (
+        "Gates pay on this data set: full beats all 2 controls that were run over all users, though not in every group."
+    )
+    assert "users with 1 to 4 rows 0.020 (0.020 to 0.020; base-wide)" in losses.verdict[1]
+    write_comparison(tmp_path, comparison.model_copy(update={"losses": losses}))
+    assert read_comparison(tmp_path).losses == losses
+    table_file = (tmp_path / TABLE_FILE).read_text()
+    assert table_file.startswith("Gates pay on this data set")
+    assert (
+        "| base-wide | +0.020 | +0.020 (+0.020 to +0.020) * | +0.020 (+0.020 to +0.020) * | 2 | 0.000 |" in table_file
+    )
+    with (tmp_path / DIFFERENCES_FILE).open() as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["system"], line["condition"], line["group"]) for line in lines} == {
+        (name, condition, group)
+        for name in ("base-wide", "random-routes")
+        for condition in ("shown", "hidden")
+        for group in ("0", "1-4", "all")
+    }
+    assert (tmp_path / FOREST_FILE).read_bytes().startswith(b"\x89PNG")
+    assert compare_losses(outcomes[-2:], tmp_path, 0) is None, "systems that copy have none"
+    assert compare_losses(outcomes[:2], tmp_path, 0) is None, "nothing to compare with"
+    without_full = compare_losses(outcomes[2:], tmp_path, 0)
+    assert without_full is not None
+    assert (without_full.reference, without_full.verdict) == ("base-wide", [])
+
+
+def test_a_comparison_of_an_earlier_version_has_no_losses(tmp_path: Path) -> None:
+    stored = Comparison(
+        dataset="d", fingerprint="f", config={}, outcomes=[outcome("full", 0, 1.0)], skipped={}, left=[]
+    )
+    values = json.loads(stored.model_dump_json())
+    del values["losses"]
+    (tmp_path / "comparison.json").write_text(json.dumps(values))
+    assert read_comparison(tmp_path) == stored
+
+
+def test_the_terminal_says_first_whether_gates_pay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = loss_comparison([difference("base-wide", 0.021), difference("gpt2", -0.2)])
+    comparison = Comparison(
+        dataset="d", fingerprint="f", config={}, outcomes=[outcome("full", 0, 1.0)], skipped={}, left=[], losses=losses
+    )
+    print_comparison(comparison, tmp_path, as_json=False)
+    shown = capsys.readouterr().err
+    assert shown.startswith("Gates pay on this data set: GaVaMoE beats the one control that was run")
+    assert "Loss over GaVaMoE's, shown: user's slot, item's slot, rating and features given" in shown
+    assert "+0.021 *" in shown
+    assert "GPT-2" not in shown, "in a terminal the controls alone"
+    assert str(tmp_path / FOREST_FILE) in shown
+
+
 def test_a_damaged_comparison_is_named(tmp_path: Path) -> None:
     (tmp_path / "comparison.json").write_text(json.dumps({"dataset": 1}))
     with pytest.raises(InputError, match=r"comparison\.json: not a comparison"):
@@ -232,5 +320,14 @@ def test_trained_systems_share_stage_1_and_go_on_where_they_ended(planted: Datas
     }
     assert len({prints[name, 0] for name in names[:4]}) == 1
     assert prints["full", 0] not in {prints["full", 1], prints["gates-2", 0]}
+    for run in ((out / o.folder / "evaluation") for o in found.outcomes):
+        assert LOSSES_FILE in read_manifest(run, "evaluation").files
+        assert set(read_json(run / "metrics.json")["losses"]) == {"shown", "hidden", "stranger"}
+    assert found.losses is not None
+    assert {each.system for each in found.losses.differences} == {"base", "random-routes", "gpt2", "gates-2"}
+    assert {each.seeds for each in found.losses.differences if each.group == "all"} == {2}
+    assert (out / TABLE_FILE).read_text().startswith(found.losses.verdict[0])
+    assert "Not compared with a dense model of equal active width" in found.losses.verdict[-1]
+    assert (out / FOREST_FILE).is_file()
     assert all(o.scores["validation_loss"] for o in found.outcomes)
     assert set(SYSTEMS) >= {o.system for o in found.outcomes if o.system != "gates-2"}

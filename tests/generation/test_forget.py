@@ -19,6 +19,7 @@ from gavamoe.data.catalog import Catalog
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluation.evaluate import GENERATIONS_FILE, evaluate_run
+from gavamoe.evaluation.losses.row_losses import LOSSES_FILE
 from gavamoe.generation.authorship import AUTHORS_FILE, NOBODY, SingleAuthors
 from gavamoe.generation.forget import forget_users
 from gavamoe.generation.generator import ExplanationGenerator
@@ -35,7 +36,7 @@ def trained(tiny_dataset: Path, stage1: Path, torch_run: Trained, tmp_path_facto
     claim_run(run, config, tiny_dataset, open_dataset(tiny_dataset).fingerprint, continuing=False)
     shutil.copytree(stage1, run / "stage1")
     shutil.copytree(torch_run.out, run / "stage2")
-    evaluate_run(run, rows=40, protocol="both")
+    evaluate_run(run, rows=40, protocol="both", row_losses=True)
     (run / "report.html").write_text(str(rows(run, f"evaluation/{GENERATIONS_FILE}")))
     return run
 
@@ -65,8 +66,8 @@ def test_nothing_of_a_user_is_left_and_the_rest_is_as_it_was(run: Path, trained:
     assert theirs
     for name in ("stage1/routes.parquet", "stage2/routes.parquet"):
         assert rows(run, name) == [row for row in rows(trained, name) if row["user"] != index]
-    name = f"evaluation/{GENERATIONS_FILE}"
-    assert rows(run, name) == [row for row in rows(trained, name) if row["user"] != user]
+    for name in (f"evaluation/{GENERATIONS_FILE}", f"evaluation/{LOSSES_FILE}"):
+        assert rows(run, name) == [row for row in rows(trained, name) if row["user"] != user]
     for name in ("stage1/vae_gmm", "stage2/vae_gmm", "stage2/model"):
         now, once = (load_file(folder / f"{name}.safetensors") for folder in (run, trained))
         for table in (TABLE, "user_bias") if "vae_gmm" in name else (TABLE,):

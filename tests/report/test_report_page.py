@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.bare_dataset import bare_dataset
+from helpers.losses import difference, loss_comparison
 from helpers.pages import HOSTILE, Page
 from helpers.writers import FakeExplainer, parrot
 from matplotlib.image import imread, imsave
@@ -19,6 +20,7 @@ from gavamoe.config.files import dump_config, parse_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
+from gavamoe.evaluation.comparison import write_comparison
 from gavamoe.evaluation.evaluate import evaluate, write_evaluation
 from gavamoe.evaluation.evaluated_run import read_run
 from gavamoe.experiments.ablate import run_ablation
@@ -173,6 +175,21 @@ def test_a_comparison_stands_for_its_systems(tmp_path: Path, planted: Dataset) -
         found = {(row["run"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
     assert found["nearest of the item", "fmr"] == read_run(out / "copy-item" / "seed-0").score("fmr")
     assert found["constant text", "rmse"] == found["nearest by features", "rmse"]
+
+
+def test_a_comparison_says_whether_gates_pay(tmp_path: Path, planted: Dataset) -> None:
+    out = tmp_path / "out"
+    found = run_ablation(RunConfig(), planted.path, out, only=["constant", "copy-item"])
+    losses = loss_comparison([difference("base-wide", 0.021), difference("cluster-token", -0.2, group="20+")])
+    losses = losses.model_copy(update={"unpaired": {"gpt2": "other tokens"}})
+    write_comparison(out, found.model_copy(update={"losses": losses}))
+    page = read(write_report([out], out / "report.html"))
+    assert "A control is better, in nats a token: user's slot shown: users with 20 and more rows 0.200" in page.text
+    assert "Shown : user's slot, item's slot, rating and features given." in page.text
+    assert "+0.021 (+0.016 to +0.026) *" in page.text
+    assert "shown: the best control's loss over GaVaMoE's" in page.text
+    assert "20+: cluster token" in page.text
+    assert "Not compared by loss: gpt2 (other tokens)" in page.text
 
 
 def test_the_case_study_takes_the_least_and_the_most_seen_user(tmp_path: Path, planted: Dataset) -> None:

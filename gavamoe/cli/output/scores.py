@@ -12,6 +12,7 @@ from gavamoe.artifacts.run import METRICS_FILE, Run, RunFolder
 from gavamoe.cli.terminal import console, print_json, print_table
 from gavamoe.evaluation.evaluate import GENERATIONS_FILE
 from gavamoe.evaluation.faithfulness.measure import FAITHFULNESS
+from gavamoe.evaluation.losses.display import GROUP_HEADS
 from gavamoe.evaluation.metrics.registry import METRICS, Metric
 
 SAMPLES = 5
@@ -23,6 +24,7 @@ def print_evaluation(metrics: dict[str, Any], run_dir: Path, *, as_json: bool) -
         print_json(metrics)
     _print_scores(metrics, run_dir)
     _print_faithfulness(metrics)
+    _print_losses(metrics["losses"])
     console.print(f"report: {RunFolder(run_dir).report}", markup=False, soft_wrap=True)
 
 
@@ -107,6 +109,17 @@ def _print_faithfulness(metrics: dict[str, Any]) -> None:
             values = [each["value"] for each in cells]
             rows.append((_label(metric), *values, cells[0]["references"], cells[0]["chance"], metric.unit))
     print_table("Faithfulness (intervals are in the report)", ["", *sections, "references", "chance", ""], rows)
+
+
+def _print_losses(losses: dict[str, Any] | None) -> None:
+    """Nats per token of the rows' own texts, by what is known of the user and by the user's training rows."""
+    if not losses:
+        return
+    rows = [
+        (GROUP_HEADS[group], cells["rows"], *(losses[each].get(group, {}).get("loss") for each in losses))
+        for group, cells in losses["shown"].items()
+    ]
+    print_table("Loss of the rows' own texts, nats a token", ["user", "texts", *losses], rows)
 
 
 def _print_truth(metrics: dict[str, Any]) -> None:

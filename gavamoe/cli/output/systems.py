@@ -5,6 +5,7 @@ from pathlib import Path
 from gavamoe.cli.terminal import console, print_json, print_table
 from gavamoe.evaluation.comparison import (
     FIGURE_FILE,
+    FOREST_FILE,
     SCORES_FILE,
     SHORT,
     TABLE_FILE,
@@ -14,17 +15,24 @@ from gavamoe.evaluation.comparison import (
 )
 from gavamoe.evaluation.human.results import Estimate, HumanResult
 from gavamoe.evaluation.human.study import CRITERIA, Key
+from gavamoe.evaluation.losses.differences import LossComparison
+from gavamoe.evaluation.losses.display import loss_tables
+from gavamoe.evaluation.losses.row_losses import CONDITIONS
 
 
 def print_comparison(comparison: Comparison, folder: Path, *, as_json: bool) -> None:
-    """`gavamoe ablate`: Figure 3's table, the differences to the full system, what is left."""
+    """`gavamoe ablate`: whether gates pay, Figure 3's table, the differences to the full system, what is left."""
     if as_json:
         print_json(comparison.model_dump(mode="json"))
+    for sentence in comparison.losses.verdict if comparison.losses else ():
+        console.print(sentence, markup=False, soft_wrap=True)
     if comparison.outcomes:
         title = f"{comparison.dataset}: mean ± half the 95 % t interval over the seeds"
         print_table(title, *table(comparison, SHORT))
         title = "Differences under the same seed; * where the interval leaves out 0"
         print_table(title, *difference_table(comparison, SHORT))
+        if comparison.losses is not None:
+            _print_losses(comparison.losses, folder)
         console.print(
             f"all scores: {folder / TABLE_FILE}   figure: {folder / FIGURE_FILE}   data: {folder / SCORES_FILE}",
             markup=False,
@@ -37,6 +45,19 @@ def print_comparison(comparison: Comparison, folder: Path, *, as_json: bool) -> 
         console.print(
             f"not started yet, call again to go on: {'; '.join(comparison.left)}", markup=False, soft_wrap=True
         )
+
+
+def _print_losses(losses: LossComparison, folder: Path) -> None:
+    """By how much the controls' loss of the same rows is higher, by the users' training rows."""
+    for condition, (heads, rows) in loss_tables(losses, brief=True).items():
+        title = f"Loss over {losses.label}'s, {condition}: {CONDITIONS[condition]}"
+        print_table(title, heads, rows)
+    console.print(
+        f"* where the 95 % interval over users leaves out 0; above 0, {losses.label} is better; drawn in"
+        f" {folder / FOREST_FILE}",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def print_study(out: Path, key_file: Path, key: Key, raters: int) -> None:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from gavamoe.model.explainer import IGNORED
+from gavamoe.evaluation.losses.measure import answer_losses, scored_positions
 from gavamoe.model.router import MultiGateRouter
-from gavamoe.stage2.batches import Batch, Ragged, TextRows
+from gavamoe.stage2.batches import Ragged, TextRows
 
 if TYPE_CHECKING:
     from gavamoe.generation.generator import ExplanationGenerator
@@ -97,10 +96,11 @@ def measure_gates(
         batch_rows = order[start : start + BATCH_SIZE]
         batch = texts.collate(batch_rows, cluster_N, explainer.builder.end)
         for gate in range(gates):
-            loss_NK[batch_rows, gate] = _losses(explainer, batch, torch.full((len(batch_rows),), gate))
-        scored_BT = _scored(batch)
+            summed_B = answer_losses(explainer, batch, torch.full((len(batch_rows),), gate))
+            loss_NK[batch_rows, gate] = summed_B / texts.answers.lengths[batch_rows]
+        scored_BT = scored_positions(batch)
         with _recorded(routers) as hidden_LBTD:
-            _losses(explainer, batch, batch["cluster_ids"])
+            answer_losses(explainer, batch, batch["cluster_ids"])
         for layer, (router, hidden_BTD) in enumerate(zip(routers, hidden_LBTD, strict=True)):
             chosen_KBTE = _choices(router, hidden_BTD)
             own_BTE = chosen_KBTE[batch["cluster_ids"].to(chosen_KBTE.device), torch.arange(len(batch_rows))]
@@ -110,30 +110,6 @@ def measure_gates(
             shared_KK += _shared(chosen_KBTE[:, scored_BT], routers[0].top_k)
             tokens += int(scored_BT.sum())
     return GateProbe(loss_NK, cluster_N, used_LKE, shared_KK / max(tokens, 1), routers[0].top_k)
-
-
-@torch.inference_mode()
-def _losses(explainer: "ExplanationGenerator", batch: Batch, gate_B: Tensor) -> np.ndarray:
-    """Negative log-likelihood per token of each row's answer through the given gates: (B,)."""
-    device = explainer.device
-    positions_P = _scored(batch).any(dim=0).nonzero()[:, 0]
-    logits_BPV = explainer.model(
-        input_ids=batch["input_ids"].to(device),
-        attention_mask=batch["attention_mask"].to(device),
-        cluster_ids=gate_B.to(device),
-        logits_to_keep=positions_P.to(device),
-        use_cache=False,
-    ).logits
-    targets_BP = batch["labels"][:, positions_P + 1].to(device)
-    loss_BP = functional.cross_entropy(
-        logits_BPV.float().transpose(1, 2), targets_BP, ignore_index=IGNORED, reduction="none"
-    )
-    return (loss_BP.sum(dim=1) / (targets_BP != IGNORED).sum(dim=1)).double().cpu().numpy()
-
-
-def _scored(batch: Batch) -> Tensor:
-    """(B, T) bool: the positions whose next token belongs to the answer."""
-    return functional.pad(batch["labels"] != IGNORED, (0, 1))[:, 1:]
 
 
 @contextmanager
