@@ -101,20 +101,28 @@ def _chunk_by_chunk(
     of_hidden_LD = torch.empty_like(hidden_LD, dtype=wide) if wanted[0] else None
     of_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if wanted[1] else None
     for start in range(0, len(targets_L), size):
-        hidden_CD, target_C1 = hidden_LD[start : start + size], targets_L[start : start + size, None]
-        log_CV = functional.log_softmax(_wide(hidden_CD @ weight_VD.T), dim=-1)
-        loss -= log_CV.gather(1, target_C1).sum()
-        if not any(wanted):
-            continue
-        # The gradient of the logits: each word's probability, less 1 at the word that comes.
-        slope_CV = log_CV.exp_()
-        slope_CV.scatter_add_(1, target_C1, slope_CV.new_full((len(target_C1), 1), -1.0))
-        slope_CV = slope_CV.to(hidden_LD.dtype)
-        if of_hidden_LD is not None:
-            of_hidden_LD[start : start + size] = slope_CV @ weight_VD
-        if of_weight_VD is not None:
-            if of_weight_VD.dtype == slope_CV.dtype:
-                of_weight_VD.addmm_(slope_CV.T, hidden_CD)
-            else:
-                of_weight_VD += slope_CV.T @ hidden_CD
+        part = slice(start, start + size)
+        of_hidden_CD = None if of_hidden_LD is None else of_hidden_LD[part]
+        loss += _chunk(hidden_LD[part], weight_VD, targets_L[part, None], of_hidden_CD, of_weight_VD)
     return loss, of_hidden_LD, of_weight_VD
+
+
+def _chunk(
+    hidden_CD: Tensor, weight_VD: Tensor, target_C1: Tensor, of_hidden_CD: Tensor | None, of_weight_VD: Tensor | None
+) -> Tensor:
+    """A chunk's loss; writes its hidden states' gradient, adds to the weight's. What it makes ends with the call."""
+    log_CV = functional.log_softmax(_wide(hidden_CD @ weight_VD.T), dim=-1)
+    loss = -log_CV.gather(1, target_C1).sum()
+    if of_hidden_CD is None and of_weight_VD is None:
+        return loss
+    # The gradient of the logits: each word's probability, less 1 at the word that comes.
+    log_CV.exp_().scatter_add_(1, target_C1, log_CV.new_full((len(target_C1), 1), -1.0))
+    slope_CV = log_CV.to(hidden_CD.dtype)
+    if of_hidden_CD is not None:
+        of_hidden_CD.copy_(slope_CV @ weight_VD)
+    if of_weight_VD is not None:
+        if of_weight_VD.dtype == slope_CV.dtype:
+            of_weight_VD.addmm_(slope_CV.T, hidden_CD)
+        else:
+            of_weight_VD += slope_CV.T @ hidden_CD
+    return loss

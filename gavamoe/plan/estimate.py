@@ -21,6 +21,7 @@ from gavamoe.plan.parameters import Blueprint, draw, draw_stage1
 from gavamoe.plan.work import (
     FLOAT32_SHARE,
     Traffic,
+    head_trained,
     pair_cost,
     row_flops,
     stage1_traffic,
@@ -140,7 +141,8 @@ def scheme_memory(config: RunConfig, blueprint: Blueprint, scheme: Scheme, *, ch
     """Peak memory of stage 2 on one device, at the longest batch that is possible."""
     sharded = states(blueprint, scheme)
     bf16 = config.stage2.precision == "bf16"
-    kept = activations(blueprint.config, run_shape(config), bf16=bf16, checkpointing=checkpointing)
+    trained, shape = head_trained(blueprint), run_shape(config)
+    kept = activations(blueprint.config, shape, bf16=bf16, checkpointing=checkpointing, head_trained=trained)
     if config.stage2.alpha:
         kept += pair_cost(config.stage1).activations * _elbo_pairs(config)
     return Memory(**{**asdict(sharded), "activations": kept})

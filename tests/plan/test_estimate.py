@@ -1,5 +1,6 @@
 """The plan: counts equal the built model, memory and FLOPs equal what runs and what DeepSpeed's estimators say."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from gavamoe.config.files import load_config, parse_config
 from gavamoe.config.schema import RunConfig
+from gavamoe.model import output_head
 from gavamoe.model.base_config import base_shape, shipped_shapes
 from gavamoe.model.base_model import locate_base
 from gavamoe.model.build import build_explainer
@@ -20,7 +22,7 @@ from gavamoe.model.conversion import ExplainerSizes
 from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.model.lora import add_lora
 from gavamoe.plan.estimate import Hardware, Workload, make_plan
-from gavamoe.plan.memory import Scheme, Shape, activations, outer_activations, states
+from gavamoe.plan.memory import Scheme, Shape, activations, head_peak, outer_activations, states
 from gavamoe.plan.parameters import RATING_SCALE, draw
 from gavamoe.plan.work import pair_cost, row_flops, step_traffic
 from gavamoe.stage1.vae_gmm import VaeGmm
@@ -118,7 +120,7 @@ def test_flops_equal_torchs_count(arch: str, conversion: str) -> None:
     config, base = tiny_config(arch, conversion), tiny_base(arch)
     model = built(config, base)
     with FlopCounterMode(display=False) as forward:
-        loss = model(**batch(), logits_to_keep=positions(), use_cache=False).loss
+        loss = model(**batch(), return_logits=False, use_cache=False).loss
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     found = row_flops(draw(config, base, USERS, ITEMS), Shape(1, TOKENS, SCORED), checkpointing=False)
@@ -131,7 +133,7 @@ def test_flops_with_gradient_checkpointing() -> None:
     model = built(config, base)
     model.activation_checkpointing_enable()
     with FlopCounterMode(display=False) as counter:
-        model(**batch(), logits_to_keep=positions(), use_cache=False).loss.backward()
+        model(**batch(), return_logits=False, use_cache=False).loss.backward()
     found = row_flops(draw(config, base, USERS, ITEMS), Shape(1, TOKENS, SCORED), checkpointing=True)
     assert ROWS * found.total == pytest.approx(counter.get_total_flops(), rel=0.03)
 
@@ -148,10 +150,6 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-def positions() -> Tensor:
-    return torch.arange(TOKENS - SCORED - 1, TOKENS - 1)
-
-
 @pytest.mark.parametrize(("arch", "conversion"), CASES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -164,12 +162,12 @@ def test_activations_are_what_autograd_keeps(arch: str, conversion: str, precisi
     bf16, shape = precision == "bf16", Shape(ROWS, TOKENS, SCORED)
     if checkpointing:
         model.activation_checkpointing_enable()
-    kept = kept_bytes(model, lambda: model(**batch(), logits_to_keep=positions(), use_cache=False), bf16)
-    planned = activations(model.config, shape, bf16=bf16, checkpointing=False)
+    kept = kept_bytes(model, lambda: model(**batch(), return_logits=False, use_cache=False), bf16)
+    planned = activations(model.config, shape, bf16=bf16, checkpointing=False, head_trained=False)
     if checkpointing:  # autograd keeps the layers' inputs alone: the layer that is run again comes later
-        planned = outer_activations(model.config, shape, bf16) + 3 * 4 * 64 * shape.count
-    # The logits as returned and both gradients of logits are planned for, but not kept by autograd.
-    passing = ROWS * SCORED * 1000 * (4 + 2 * (2 if bf16 else 4))
+        planned = outer_activations(model.config, shape, bf16, head_trained=False) + 3 * 4 * 64 * shape.count
+    # Both gradients of the log-softmax are planned for, but not kept by autograd.
+    passing = ROWS * SCORED * 1000 * 2 * 4
     assert planned - passing == pytest.approx(kept, rel=0.06)
 
 
@@ -188,6 +186,29 @@ def kept_bytes(model: torch.nn.Module, forward: Callable[[], Any], bf16: bool) -
     with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
         forward()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("hidden", "scored"), [(16, 300), (256, 300), (16, 2100), (256, 2100)])
+def test_peak_of_head_and_loss_is_what_torch_allocates(
+    hidden: int, scored: int, trained: bool, bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 5 %: with all logits at once (300 tokens) and in chunks of 700."""
+    monkeypatch.setattr(output_head, "CPU_LOGITS", 700 * 2000)
+    head = output_head.OutputHead(hidden, 2000).requires_grad_(trained)
+    tokens, targets = torch.randn(scored, hidden, requires_grad=True), torch.randint(2000, (scored,))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        gathered = tokens[torch.arange(scored)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
+            loss = head(gathered, targets)
+        if scored <= 700:
+            del gathered  # the head keeps what it needs, as in the explainer, whose forward pass ends before
+        loss.backward()
+    results = profiler.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in sorted(results, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
+    peak = max(itertools.accumulate(sizes))
+    assert head_peak(2000, hidden, scored, bf16, trained, device="cpu") == pytest.approx(peak, rel=0.05)
 
 
 def test_stage1_cost_is_that_of_real_tensors() -> None:
