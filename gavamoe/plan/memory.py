@@ -121,22 +121,27 @@ class Shape:
         return self.rows * self.tokens
 
 
-def activations(
-    config: GavamoeConfig, shape: Shape, *, bf16: bool, checkpointing: bool, head_trained: bool = True
-) -> float:
+@dataclass(frozen=True)
+class Head:
+    """What the output head adds to a peak."""
+
+    trained: bool = True
+    """Whether it has a gradient, which comes while all activations are still there."""
+    apart: bool = True
+    """Whether that gradient is none of those that `states` counts: it stands beside an accumulated or a sharded one."""
+
+
+def activations(config: GavamoeConfig, shape: Shape, *, bf16: bool, checkpointing: bool, head: Head = Head()) -> float:
     """Bytes kept from the forward for the backward pass, at their peak.
 
     With checkpointing: each layer's input, and the inside of the one layer that is computed again.
-
-    Args:
-        head_trained: whether the head has a gradient, which comes while all activations are still there.
     """
     layer = layer_activations(config, shape, bf16)
     layers, hidden = config.text_config.num_hidden_layers, config.text_config.hidden_size
     inside = layers * layer
     if checkpointing:
         inside = layer + layers * FLOAT * hidden * shape.count
-    return inside + outer_activations(config, shape, bf16, head_trained)
+    return inside + outer_activations(config, shape, bf16, head)
 
 
 def layer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
@@ -150,24 +155,25 @@ def layer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
     return kept + (HALF * _cast_weights(config) if bf16 else 0)
 
 
-def outer_activations(config: GavamoeConfig, shape: Shape, bf16: bool, head_trained: bool = True) -> float:
+def outer_activations(config: GavamoeConfig, shape: Shape, bf16: bool, head: Head = Head()) -> float:
     """Bytes that embedding, last norm, head and loss keep, and what stands beside them while head and loss work."""
     text, word = config.text_config, HALF if bf16 else FLOAT
     slots = 2 * word * config.slot_size + 3 * LONG
     per_token = slots + _norm(text, HALF)  # of the norm's output only the labeled tokens are kept, by the head
     cast = HALF * 2 * config.slot_size * text.hidden_size if bf16 else 0
-    head = head_peak(text.vocab_size, text.hidden_size, shape.rows * shape.scored, bf16, head_trained)
-    return per_token * shape.count + cast + head
+    peak = head_peak(text.vocab_size, text.hidden_size, shape.rows * shape.scored, bf16, head)
+    return per_token * shape.count + cast + peak
 
 
 def head_peak(
-    vocabulary: int, hidden: int, scored: int, bf16: bool, head_trained: bool = True, device: str = "cuda"
+    vocabulary: int, hidden: int, scored: int, bf16: bool, head: Head = Head(), device: str = "cuda"
 ) -> float:
     """Bytes of the head and the loss of `scored` labeled tokens, at their peak (see `gavamoe.model.output_head`)."""
     word, weight = HALF if bf16 else FLOAT, vocabulary * hidden
     cast = HALF * weight if bf16 else 0
     # The weight's gradient in float32, and before that the product in bfloat16 that it is made of.
-    gradient, product = (FLOAT * weight, cast) if head_trained else (0, 0)
+    gradient = FLOAT * weight if head.trained and head.apart else 0
+    product = cast if head.trained else 0
     most = chunk_tokens(vocabulary, device)
     if scored <= most:
         # On the way back: the log-softmax with the gradients before and behind it; then the logits' with the weight's.

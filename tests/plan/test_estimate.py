@@ -1,6 +1,5 @@
 """The plan: counts equal the built model, memory and FLOPs equal what runs and what DeepSpeed's estimators say."""
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig
 
+from benchmarks.training_step import allocated_peak
 from gavamoe.config.files import load_config, parse_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.model import output_head
@@ -22,7 +22,7 @@ from gavamoe.model.conversion import ExplainerSizes
 from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.model.lora import add_lora
 from gavamoe.plan.estimate import Hardware, Workload, make_plan
-from gavamoe.plan.memory import Scheme, Shape, activations, head_peak, outer_activations, states
+from gavamoe.plan.memory import Head, Scheme, Shape, activations, head_peak, outer_activations, states
 from gavamoe.plan.parameters import RATING_SCALE, draw
 from gavamoe.plan.work import pair_cost, row_flops, step_traffic
 from gavamoe.stage1.vae_gmm import VaeGmm
@@ -163,9 +163,9 @@ def test_activations_are_what_autograd_keeps(arch: str, conversion: str, precisi
     if checkpointing:
         model.activation_checkpointing_enable()
     kept = kept_bytes(model, lambda: model(**batch(), return_logits=False, use_cache=False), bf16)
-    planned = activations(model.config, shape, bf16=bf16, checkpointing=False, head_trained=False)
+    planned = activations(model.config, shape, bf16=bf16, checkpointing=False, head=Head(trained=False))
     if checkpointing:  # autograd keeps the layers' inputs alone: the layer that is run again comes later
-        planned = outer_activations(model.config, shape, bf16, head_trained=False) + 3 * 4 * 64 * shape.count
+        planned = outer_activations(model.config, shape, bf16, head=Head(trained=False)) + 3 * 4 * 64 * shape.count
     # Both gradients of the log-softmax are planned for, but not kept by autograd.
     passing = ROWS * SCORED * 1000 * 2 * 4
     assert planned - passing == pytest.approx(kept, rel=0.06)
@@ -198,17 +198,16 @@ def test_peak_of_head_and_loss_is_what_torch_allocates(
     monkeypatch.setattr(output_head, "CPU_LOGITS", 700 * 2000)
     head = output_head.OutputHead(hidden, 2000).requires_grad_(trained)
     tokens, targets = torch.randn(scored, hidden, requires_grad=True), torch.randint(2000, (scored,))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def step() -> None:
         gathered = tokens[torch.arange(scored)]
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
             loss = head(gathered, targets)
-        if scored <= 700:
-            del gathered  # the head keeps what it needs, as in the explainer, whose forward pass ends before
+        del gathered  # but for what the head keeps, as at the end of the explainer's forward pass
         loss.backward()
-    results = profiler.profiler.kineto_results.events()
-    sizes = [event.nbytes() for event in sorted(results, key=lambda e: e.start_ns()) if event.name() == "[memory]"]
-    peak = max(itertools.accumulate(sizes))
-    assert head_peak(2000, hidden, scored, bf16, trained, device="cpu") == pytest.approx(peak, rel=0.05)
+
+    peak = allocated_peak(step)
+    assert head_peak(2000, hidden, scored, bf16, Head(trained), device="cpu") == pytest.approx(peak, rel=0.05)
 
 
 def test_stage1_cost_is_that_of_real_tensors() -> None:
@@ -275,6 +274,14 @@ def test_paper_on_eight_devices() -> None:
     own = [row["scheme"] for row in small["memory"] if row["own"]]
     assert own == ["ZeRO-3"]
     assert small["training"]["steps_per_epoch"] == 4001
+
+
+def test_the_heads_gradient_counts_once() -> None:
+    """Beside an accumulated or a sharded gradient it is one more; otherwise it is among the gradients."""
+    many = plan(load_config("paper", ["stage2.alpha=0"]), 8, 80)["memory"]
+    one = plan(load_config("paper", ["stage2.alpha=0", "stage2.gradient_accumulation=1"]), 8, 80)["memory"]
+    for stage, more in enumerate([4 * 128_256 * 4096] * 2 + [0] * 2):
+        assert many[stage]["plain"]["activations"] - one[stage]["plain"]["activations"] == pytest.approx(more)
 
 
 def test_devices_share_out_states_and_time_but_not_traffic() -> None:
