@@ -85,7 +85,7 @@ def _step_of(
     if config.stage2.gradient_checkpointing:
         model.activation_checkpointing_enable()
     engine = TorchEngine(models.joint(config, model), config.stage2, device=device)
-    rows = models.batch_of(model, batch, tokens)
+    rows = models.batch_of(model, batch, tokens, unscored=0.5)  # the longest answers of the plan
 
     def step() -> None:
         engine.train_step([rows], 1.0)

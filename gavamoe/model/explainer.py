@@ -25,6 +25,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from gavamoe.model.decoders import GavamoeConfig, build_decoder
+from gavamoe.model.output_head import OutputHead
 from gavamoe.model.router import check_cluster_ids, load_balance_loss, router_z_loss
 from gavamoe.model.slots import SlotIds
 
@@ -58,7 +59,7 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         text = config.text_config
         self.model = build_decoder(config)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.lm_head = OutputHead(text.hidden_size, text.vocab_size)
         self.user_embedding = nn.Embedding(config.n_users + 1, config.slot_size)
         self.item_embedding = nn.Embedding(config.n_items + 1, config.slot_size)
         self.user_projection = nn.Linear(config.slot_size, text.hidden_size, bias=False)
@@ -194,6 +195,7 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
+        return_logits: bool = True,
         **kwargs: Any,
     ) -> GavamoeOutput:
         """Score the next token at each position.
@@ -206,6 +208,8 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
                 values are mixed. May be missing with one gate, which then serves every cluster.
             logits_to_keep: score only the last n positions (0: all), or the positions in a 1-D tensor. The loss
                 covers only positions that are scored.
+            return_logits: False, in training: of these positions, those with a label alone are scored, and a large
+                vocabulary's logits never stand whole (`output_head`).
 
         Raises:
             ValueError: missing cluster ids, not one per row, or ids that no gate has.
@@ -228,12 +232,14 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        hidden_BPD = outputs.last_hidden_state[:, keep]
+        logits = self.lm_head(hidden_BPD) if return_logits else None
         router_logits = outputs.router_logits if record else None
         aux_loss = self._aux_loss(router_logits, cluster_ids, attention_mask) if router_logits else None
         loss = None
         if labels is not None:
-            loss = _cross_entropy(logits, labels, keep, kwargs.get("num_items_in_batch"))
+            targets_BP = _next_tokens(labels)[:, keep].to(hidden_BPD.device)
+            loss = self._token_loss(hidden_BPD, logits, targets_BP, kwargs.get("num_items_in_batch"))
             loss = loss if aux_loss is None else loss + aux_loss.to(loss.device)
         return GavamoeOutput(
             loss=loss,
@@ -244,6 +250,21 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=router_logits,
         )
+
+    def _token_loss(
+        self, hidden_BPD: Tensor, logits: Tensor | None, targets_BP: Tensor, tokens: Tensor | int | None
+    ) -> Tensor:
+        """Mean negative log-likelihood of the next tokens, in float32 or wider; 0 for a batch without any label."""
+        if logits is None:
+            labeled_L = (targets_BP.flatten() != IGNORED).nonzero()[:, 0]
+            # A batch without labels goes through the head as well, as no token: its gradients are zero, not absent.
+            total = self.lm_head(hidden_BPD.flatten(0, 1)[labeled_L], targets_BP.flatten()[labeled_L])
+            return total / (max(len(labeled_L), 1) if tokens is None else tokens)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = functional.cross_entropy(
+            wide.flatten(0, 1), targets_BP.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return total / ((targets_BP != IGNORED).sum().clamp(min=1) if tokens is None else tokens)
 
     def _checked(self, cluster_ids: Tensor | None) -> Tensor | None:
         config = self.config
@@ -280,12 +301,9 @@ def _positions(attention_mask_BT: Tensor, embeds_BTD: Any) -> Tensor:
     return (attention_mask_BT.long().cumsum(-1) - 1).clamp(min=0)[:, -embeds_BTD.shape[1] :]
 
 
-def _cross_entropy(logits: Tensor, labels_BT: Tensor, keep: slice | Tensor, tokens: Tensor | int | None) -> Tensor:
-    """Mean negative log-likelihood of the next tokens, in float32 or wider; 0 for a batch without any label."""
-    targets = functional.pad(labels_BT, (0, 1), value=IGNORED)[:, 1:][:, keep].to(logits.device)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = functional.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    return total / ((targets != IGNORED).sum().clamp(min=1) if tokens is None else tokens)
+def _next_tokens(labels_BT: Tensor) -> Tensor:
+    """Each position's label is the token after it: (B, T)."""
+    return functional.pad(labels_BT, (0, 1), value=IGNORED)[:, 1:]
 
 
 AutoConfig.register("gavamoe", GavamoeConfig)

@@ -16,11 +16,12 @@ from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.model.base_config import base_shape
-from gavamoe.plan.memory import FLOAT, USABLE, Memory, Scheme, Shape, activations, run_shape, schemes, states
+from gavamoe.plan.memory import FLOAT, USABLE, Head, Memory, Scheme, Shape, activations, run_shape, schemes, states
 from gavamoe.plan.parameters import Blueprint, draw, draw_stage1
 from gavamoe.plan.work import (
     FLOAT32_SHARE,
     Traffic,
+    head_trained,
     pair_cost,
     row_flops,
     stage1_traffic,
@@ -140,7 +141,9 @@ def scheme_memory(config: RunConfig, blueprint: Blueprint, scheme: Scheme, *, ch
     """Peak memory of stage 2 on one device, at the longest batch that is possible."""
     sharded = states(blueprint, scheme)
     bf16 = config.stage2.precision == "bf16"
-    kept = activations(blueprint.config, run_shape(config), bf16=bf16, checkpointing=checkpointing)
+    alone = scheme.zero_stage < 2 and config.stage2.gradient_accumulation == 1
+    head = Head(head_trained(blueprint), apart=not alone)
+    kept = activations(blueprint.config, run_shape(config), bf16=bf16, checkpointing=checkpointing, head=head)
     if config.stage2.alpha:
         kept += pair_cost(config.stage1).activations * _elbo_pairs(config)
     return Memory(**{**asdict(sharded), "activations": kept})

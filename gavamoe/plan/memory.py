@@ -9,6 +9,7 @@ from typing import Any
 
 from gavamoe.config.schema import RunConfig
 from gavamoe.model.decoders import GavamoeConfig, dense_width
+from gavamoe.model.output_head import chunk_tokens
 from gavamoe.plan.parameters import Blueprint
 
 FLOAT, HALF, LONG = 4, 2, 8
@@ -112,7 +113,7 @@ class Shape:
     tokens: int
     """T: tokens of a row, padding included."""
     scored: int
-    """S: positions whose next token is an answer's in any row, at most T."""
+    """S: labeled tokens of a row, its answer's; they alone are scored."""
 
     @property
     def count(self) -> int:
@@ -120,7 +121,17 @@ class Shape:
         return self.rows * self.tokens
 
 
-def activations(config: GavamoeConfig, shape: Shape, *, bf16: bool, checkpointing: bool) -> float:
+@dataclass(frozen=True)
+class Head:
+    """What the output head adds to a peak."""
+
+    trained: bool = True
+    """Whether it has a gradient, which comes while all activations are still there."""
+    apart: bool = True
+    """Whether that gradient is none of those that `states` counts: it stands beside an accumulated or a sharded one."""
+
+
+def activations(config: GavamoeConfig, shape: Shape, *, bf16: bool, checkpointing: bool, head: Head = Head()) -> float:
     """Bytes kept from the forward for the backward pass, at their peak.
 
     With checkpointing: each layer's input, and the inside of the one layer that is computed again.
@@ -130,7 +141,7 @@ def activations(config: GavamoeConfig, shape: Shape, *, bf16: bool, checkpointin
     inside = layers * layer
     if checkpointing:
         inside = layer + layers * FLOAT * hidden * shape.count
-    return inside + outer_activations(config, shape, bf16)
+    return inside + outer_activations(config, shape, bf16, head)
 
 
 def layer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
@@ -147,17 +158,36 @@ def layer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
     return kept + (HALF * _cast_weights(config) if bf16 else 0)
 
 
-def outer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
-    """Bytes that embedding, last norm, head and loss keep, and the logits' two float32 gradients at the peak."""
+def outer_activations(config: GavamoeConfig, shape: Shape, bf16: bool, head: Head = Head()) -> float:
+    """Bytes that embedding, last norm, head and loss keep, and what stands beside them while head and loss work."""
     text, word = config.text_config, HALF if bf16 else FLOAT
-    hidden, vocabulary = text.hidden_size, text.vocab_size
     slots = 2 * word * config.slot_size + 3 * LONG
-    per_token = slots + _norm(text, HALF)  # of the norm's output only the scored positions are kept, below
-    scored = shape.rows * shape.scored
-    # The logits as returned, their log-softmax, and on the way back the gradients of both.
-    per_scored = word * hidden + vocabulary * (2 * word + 2 * FLOAT)
-    cast = HALF * (vocabulary * hidden + 2 * config.slot_size * hidden) if bf16 else 0
-    return per_token * shape.count + per_scored * scored + cast
+    per_token = slots + _norm(text, HALF)  # of the norm's output only the labeled tokens are kept, by the head
+    cast = HALF * 2 * config.slot_size * text.hidden_size if bf16 else 0
+    peak = head_peak(text.vocab_size, text.hidden_size, shape.rows * shape.scored, bf16, head)
+    return per_token * shape.count + cast + peak
+
+
+def head_peak(
+    vocabulary: int, hidden: int, scored: int, bf16: bool, head: Head = Head(), device: str = "cuda"
+) -> float:
+    """Bytes of the head and the loss of `scored` labeled tokens, at their peak (see `gavamoe.model.output_head`)."""
+    word, weight = HALF if bf16 else FLOAT, vocabulary * hidden
+    cast = HALF * weight if bf16 else 0
+    # The weight's gradient in float32, and before that the product in bfloat16 that it is made of.
+    gradient = FLOAT * weight if head.trained and head.apart else 0
+    product = cast if head.trained else 0
+    most = chunk_tokens(vocabulary, device)
+    if scored <= most:
+        # On the way back: the log-softmax with the gradients before and behind it; then the logits' with the weight's.
+        logits = scored * vocabulary
+        return word * hidden * scored + cast + max(3 * FLOAT * logits, word * logits + gradient + product)
+    # Both gradients are made in the forward pass: the weight's whole, and the hidden states' beside these.
+    logits = -(-scored // -(-scored // most)) * vocabulary  # of a chunk
+    beside = (2 * FLOAT + (HALF if bf16 else 0)) * hidden * scored + gradient
+    # In a chunk: logits and their log-softmax; then their gradient, in bfloat16 too, and the weight's product.
+    slope = (FLOAT + (HALF if bf16 else 0)) * logits
+    return beside + cast + max(2 * FLOAT * logits, slope + product)
 
 
 def _norm(text: Any, word: int) -> float:
@@ -242,6 +272,4 @@ def run_shape(config: RunConfig) -> Shape:
     """The largest batch that is possible in a run: every prompt and answer as long as allowed."""
     prompt = config.stage2.prompt
     tokens = prompt.max_tokens + prompt.max_explanation_tokens
-    # Answers of different prompts begin at different places, so up to all positions are scored.
-    scored = prompt.max_explanation_tokens if config.stage2.batch_size == 1 else tokens
-    return Shape(config.stage2.batch_size, tokens, scored)
+    return Shape(config.stage2.batch_size, tokens, prompt.max_explanation_tokens)

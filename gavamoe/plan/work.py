@@ -51,18 +51,18 @@ def row_flops(blueprint: Blueprint, shape: Shape, *, checkpointing: bool) -> Flo
     scores = 4.0 * shape.tokens**2 * width * text.num_hidden_layers
     slots = 2.0 * parts["slot projections"].total * shape.tokens
     head = 2.0 * text.vocab_size * text.hidden_size * shape.scored
-    head_trained = 1.0 if _head_trained(blueprint) else 0.0
     layers = inside + scores
     # Going back, every product has a gradient of its input, and one of its weight where that is trained. The slots'
     # inputs are table rows, which need theirs as well.
-    backward = inside + trained + 2 * scores + 2 * slots + head * (1 + head_trained)
+    backward = inside + trained + 2 * scores + 2 * slots + head * (1 + head_trained(blueprint))
     return Flops(layers + slots + head, backward, layers if checkpointing else 0.0)
 
 
 _PRODUCTS = ("attention", "dense feed-forward", "experts", "gates", "adapters")
 
 
-def _head_trained(blueprint: Blueprint) -> bool:
+def head_trained(blueprint: Blueprint) -> bool:
+    """Whether the output head gets a gradient."""
     part = blueprint.parts.get("output head") or blueprint.parts["word embeddings"]
     return part.trained > 0
 

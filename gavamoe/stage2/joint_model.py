@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gavamoe.config.schema import Stage2Config
-from gavamoe.model.explainer import IGNORED, GavamoeForCausalLM
+from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.stage1.vae_gmm import VaeGmm
 
 Losses = dict[str, Tensor]
@@ -93,8 +93,8 @@ class JointModel(nn.Module):
                 attention_mask=attention_mask,
                 labels=labels,
                 cluster_ids=cluster_ids,
-                logits_to_keep=_scored_positions(labels),
                 use_cache=False,
+                return_logits=False,
                 num_items_in_batch=label_count,
             )
         loss: Tensor = output.loss
@@ -155,9 +155,3 @@ def mean_losses(losses: Iterable[Losses]) -> Losses:
         for name, value in step.items():
             gathered.setdefault(name, []).append(value.detach().float())
     return {name: torch.stack(values).mean() for name, values in gathered.items()}
-
-
-def _scored_positions(labels_BT: Tensor) -> Tensor:
-    """Positions whose next token is an answer's in any row: the vocabulary is scored there alone. 1-D int64."""
-    labeled_T = (labels_BT != IGNORED).any(dim=0)
-    return labeled_T[1:].nonzero().flatten()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, multiprocessing
 
 from gavamoe.config.schema import RunConfig
+from gavamoe.model import output_head
 from gavamoe.model.base_model import load_base
 from gavamoe.model.build import load_explainer
 from gavamoe.runtime.context import LocalContext, Metrics
@@ -76,8 +77,11 @@ def check_equal_runs(run: Trained, expected: Trained) -> None:
     close(run.weights(), expected.weights(), 1e-3)
 
 
-def _worker(rank: int, config: RunConfig, data: Path, stage1: Path, work: Path, resume: Path | None) -> None:
+def _worker(
+    rank: int, config: RunConfig, data: Path, stage1: Path, work: Path, resume: Path | None, logits_at_once: int
+) -> None:
     """One of two processes, as Ray Train would start it."""
+    output_head.CPU_LOGITS = logits_at_once
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{work}/meeting", rank=rank, world_size=2)
@@ -98,11 +102,16 @@ def _worker(rank: int, config: RunConfig, data: Path, stage1: Path, work: Path, 
 
 
 def in_two_workers(
-    config: RunConfig, data: Path, stage1: Path, work: Path, resume: Path | None = None
+    config: RunConfig,
+    data: Path,
+    stage1: Path,
+    work: Path,
+    resume: Path | None = None,
+    logits_at_once: int = output_head.CPU_LOGITS,
 ) -> list[dict[str, Any]]:
     """Both workers' log lines and metrics; `work` gets stage2 and checkpoints/STEP."""
     work.mkdir(parents=True)
-    multiprocessing.spawn(_worker, (config, data, stage1, work, resume), nprocs=2)
+    multiprocessing.spawn(_worker, (config, data, stage1, work, resume, logits_at_once), nprocs=2)
     ranks = [json.loads((work / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert ranks[0]["metrics"]["validation_losses"] == ranks[1]["metrics"]["validation_losses"]
     return ranks
@@ -112,10 +121,13 @@ HALF_BATCHES = (*TWO_WORKERS, "stage2.batch_size=8")
 """Two workers whose batches together are those of one."""
 
 
-def save_base(folder: Path) -> Path:
-    """A tiny pretrained LLaMA with its tokenizer, as `stage2.base_model` takes it."""
+def save_base(folder: Path, *, tied: bool = True) -> Path:
+    """A tiny pretrained LLaMA with its tokenizer, as `stage2.base_model` takes it; its head its embeddings, or not."""
     texts = ["What a fine book about ghosts and clues!"] * 20
     model, tokenizer = load_base("scratch", tiny().stage2.scratch, texts, seed=0)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 0.01)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -72,13 +72,33 @@ def test_workers_and_accumulation_share_the_same_steps() -> None:
         assert (one.rows(step).reshape(-1) == four.rows(step).reshape(-1)).all()
 
 
-def test_batches_are_of_similar_length() -> None:
-    lengths = np.random.default_rng(0).integers(5, 100, size=4096)
+def padding(length_N: np.ndarray, batch_size: int, accumulation: int = 1, epoch: int = 0) -> float:
+    """Share of padding among the positions of an epoch's batches."""
+    plan = BatchPlan(length_N, batch_size, 1, accumulation, seed=0)
+    steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+    length_SB = np.concatenate([length_N[plan.rows(step)].reshape(-1, batch_size) for step in steps])
+    return float(1 - length_SB.sum() / (length_SB.max(axis=1) * batch_size).sum())
+
+
+@pytest.mark.parametrize("batch_size", [8, 16, 32])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_at_most_2_percent_of_an_epoch_is_padding(batch_size: int, accumulation: int) -> None:
+    """At lengths like those of real rows, in an epoch of two windows' steps and 2 more."""
+    random = np.random.default_rng(0)
+    steps = 130 * accumulation
+    for length_N in (random.normal(70, 20, steps * batch_size), 24 + random.gamma(2, 20, steps * batch_size)):
+        assert padding(length_N.clip(24, 114).astype(int), batch_size, accumulation) < 0.02
+
+
+def test_batches_are_mixed_anew_each_epoch() -> None:
+    """Steps are not in order of length, and few rows that share a batch share one again."""
+    lengths = np.random.default_rng(0).integers(24, 115, size=8192)
     plan = BatchPlan(lengths, 16, 1, 1, seed=0)
-    padded = sum(int(lengths[plan.rows(step)].max()) * 16 for step in range(plan.steps_per_epoch))
-    assert padded < 1.1 * lengths.sum()
-    shortest = [int(lengths[plan.rows(step)].min()) for step in range(plan.steps_per_epoch)]
+    epochs = [[plan.rows(epoch * plan.steps_per_epoch + step).ravel() for step in range(512)] for epoch in (0, 1)]
+    shortest = [int(lengths[rows].min()) for rows in epochs[0]]
     assert shortest != sorted(shortest)
+    together = [{(a, b) for rows in steps for a in rows for b in rows if a < b} for steps in epochs]
+    assert len(together[0] & together[1]) < 0.1 * len(together[0])
 
 
 def test_few_rows_are_repeated() -> None:

@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.generation.prompts import left_padded
+from gavamoe.model import output_head
 from gavamoe.model.build import load_explainer
+from gavamoe.model.explainer import IGNORED
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage1.routes import read_routes, route_pairs
 from gavamoe.stage2.model_card import write_artifact
@@ -60,6 +62,47 @@ def test_every_zero_stage_equals_torch(
     stage, *others = overrides
     config = tiny("runtime.engine=deepspeed", f"stage2.zero_stage={stage}", *others)
     check_equal_runs(Trained(config, tiny_dataset, stage1, tmp_path), torch_run)
+
+
+@pytest.mark.parametrize(
+    ("stage", "tied", "lora"),
+    [
+        *((stage, True, ()) for stage in ("torch", "0", "1", "2", "3")),
+        *((stage, False, ()) for stage in ("1", "3")),
+        *((stage, True, ("stage2.lora.rank=2",)) for stage in ("0", "3")),
+    ],
+)
+def test_a_loss_in_chunks_equals_the_whole_at_every_zero_stage(
+    stage: str,
+    tied: bool,
+    lora: tuple[str, ...],
+    tiny_dataset: Path,
+    stage1: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three steps of two accumulated batches, of which one has no label, and an evaluation."""
+    base = f"stage2.base_model={save_base(tmp_path / 'base', tied=tied)}"
+    engine = ("runtime.engine=deepspeed", f"stage2.zero_stage={stage}") if stage != "torch" else ()
+    found = []
+    for logits, overrides in ((10**9, ()), (7 * 400, engine)):
+        monkeypatch.setattr(output_head, "CPU_LOGITS", logits)
+        config = tiny("stage2.gradient_accumulation=2", base, *lora, *overrides)
+        setup = prepare(config, tiny_dataset, stage1)
+        assert setup.model.explainer.config.tie_word_embeddings == tied
+        batch = joint_batch(setup)
+        assert (batch["labels"] != IGNORED).sum() > 20 * 7
+        empty = batch | {"labels": torch.full_like(batch["labels"], IGNORED)}
+        running = make_engine(config.runtime.engine, setup.model, config.stage2, world_size=1, device="cpu")
+        try:
+            torch.manual_seed(0)
+            losses = [running.train_step([batch, empty], 1.0)["loss"] for _ in range(3)]
+            losses.append(running.evaluate(batch)["explanation_loss"])
+            found.append((torch.stack(losses), running.state_dict()))
+        finally:
+            running.close()
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
+    close(found[1][1], found[0][1], 1e-3)
 
 
 def test_accumulated_batches_equal_one_larger_batch(tiny_dataset: Path, stage1: Path, tmp_path: Path) -> None:
@@ -111,6 +154,20 @@ def test_two_workers_equal_one(
             assert line == pytest.approx(wanted, rel=1e-4)
     two = load_explainer(tmp_path / "two/stage2")[0].state_dict()
     close(two, load_explainer(alone.out)[0].state_dict(), 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_workers_whose_losses_come_in_chunks_equal_one(
+    stage: int, alone: Trained, tiny_dataset: Path, stage1: Path, tmp_path: Path
+) -> None:
+    """Their numbers of labels, and so of chunks, differ."""
+    config = tiny(*EVERY_STEP, *HALF_BATCHES, f"stage2.zero_stage={stage}")
+    ranks = in_two_workers(config, tiny_dataset, stage1, tmp_path / "two", logits_at_once=7 * 400)
+    for phase in ("train", "valid"):
+        for line, wanted in zip(numbers(ranks[0]["lines"], phase), alone.lines(phase), strict=True):
+            assert line == pytest.approx(wanted, rel=1e-4)
+    close(load_explainer(tmp_path / "two/stage2")[0].state_dict(), load_explainer(alone.out)[0].state_dict(), 1e-3)
 
 
 @pytest.mark.slow
