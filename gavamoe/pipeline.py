@@ -71,6 +71,8 @@ def train_run(
         with ray_session(config.runtime):
             for number in todo:
                 _train_stage(number, config, opened, run, resume, progress)
+    if config.generation.choose and run.stage2.is_dir():
+        _choose_decoding(config, opened, run, progress)
     trained = [folder for folder in (run.stage1, run.stage2) if folder.is_dir()]
     return {folder.name: read_json(folder / METRICS_FILE) for folder in trained}
 
@@ -187,6 +189,14 @@ def _train_stage(
         elastic=number == "1",
         on_line=progress.line,
     )
+
+
+def _choose_decoding(config: RunConfig, dataset: Dataset, run: RunFolder, progress: Progress) -> None:
+    from gavamoe.evaluation.decoding_choice import choose_decoding
+
+    progress.step("Choose how to write, on validation rows")
+    choose_decoding(run.stage2, config, dataset, progress.count)
+    remote.commit(run.path)
 
 
 def _tokenize(config: RunConfig, dataset: Dataset, progress: Progress) -> None:

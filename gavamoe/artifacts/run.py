@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from gavamoe.artifacts import object_store, remote
 from gavamoe.artifacts.files import read_json, write_file, write_json
+from gavamoe.artifacts.manifest import MANIFEST
 from gavamoe.config.files import dump_config, load_config
-from gavamoe.config.schema import RunConfig
-from gavamoe.errors import InputError
+from gavamoe.config.schema import GenerationConfig, RunConfig
+from gavamoe.errors import InputError, validated
 
 METRICS_FILE = "metrics.json"
 """The numbers of a step, in its folder."""
@@ -132,14 +133,20 @@ class Run(RunFolder):
 
 
 def open_run(path: Path) -> Run:
-    """Read a run folder's config and dataset reference; the dataset itself is not looked at.
+    """Read a run folder's config and dataset reference; the dataset itself is not looked at. Generation settings that
+    training chose (`generation.choose`) stand in place of the config's.
 
     Raises:
         InputError: not a run folder, or a file of it is damaged.
     """
     folder = RunFolder(Path(path))
     folder.check()
-    return Run(folder.path, load_config(folder.config_file), read_reference(folder))
+    config = load_config(folder.config_file)
+    if config.generation.choose and (manifest := folder.stage2 / MANIFEST).is_file():
+        chosen = read_json(manifest).get("config", {}).get("generation")
+        generation = validated(GenerationConfig, chosen, manifest, "an artifact with generation settings")
+        config = config.model_copy(update={"generation": generation})
+    return Run(folder.path, config, read_reference(folder))
 
 
 def read_reference(folder: RunFolder) -> DatasetReference:

@@ -26,6 +26,9 @@ class GenerationConfig(Section):
     """Penalty on tokens that the text already has, which makes them less likely; the prompt's do not count; 1: off."""
     min_new_tokens: Count = 0
     """Tokens that a text has before it may end."""
+    choose: bool = False
+    """Whether training ends with a choice among a few ways of decoding, on validation rows; the chosen one stands in
+    the artifact and is used in place of these settings."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the explainer's weights while it writes; auto: bfloat16 on a GPU, float32 on a CPU."""
 

@@ -8,6 +8,7 @@
     reference_scores  constant text, mean and bias ratings
     planted_truth     how much of a planted truth was recovered
     comparison        systems side by side: means, differences, Figure 3
+    decoding_choice   a way of decoding, chosen on validation rows
     metrics_file      metrics.json: its version, and the reading of older ones
     evaluated_run     an evaluated run, read back
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from gavamoe.artifacts.files import read_json, write_folder
 from gavamoe.artifacts.manifest import MANIFEST, Manifest, read_manifest
-from gavamoe.artifacts.run import METRICS_FILE, RunFolder, claim_run
+from gavamoe.artifacts.run import METRICS_FILE, RunFolder, claim_run, open_run
 from gavamoe.artifacts.stage1_cache import STAGE1_CACHE, cached_stage1, stage1_key
 from gavamoe.config.files import override_config, translate_former
 from gavamoe.config.schema import RunConfig, Stage1Config
@@ -145,6 +145,8 @@ def _evaluated(job: Job, dataset: Dataset) -> bool:
     claim_run(job.folder, job.config, dataset.path, dataset.fingerprint, continuing=True)
     manifest = read_manifest(folder, "evaluation", verify=False)
     now = job.config.model_dump(mode="json")
+    if job.config.generation.choose:
+        now["generation"] = open_run(job.folder).config.generation.model_dump(mode="json")
     same = all(manifest.config.get(section) == now[section] for section in ("generation", "evaluation"))
     kind = job.system.model
     if kind is None:

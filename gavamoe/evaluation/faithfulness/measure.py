@@ -15,16 +15,10 @@ from gavamoe.data.dataset import Dataset
 from gavamoe.evaluation.faithfulness.features import Mentions, feature_set
 from gavamoe.evaluation.faithfulness.gates import GateProbe
 from gavamoe.evaluation.faithfulness.memorization import MAX_TRAINING_TEXTS, NEAR, TrainingTexts
-from gavamoe.evaluation.faithfulness.sentiment import (
-    SentimentReader,
-    agreement,
-    by_sentiment,
-    learned_reader,
-    planted_reader,
-)
+from gavamoe.evaluation.faithfulness.sentiment import SentimentReader, agreement, by_sentiment, reader_of
 from gavamoe.evaluation.faithfulness.training_texts import sampled_texts
 from gavamoe.evaluation.faithfulness.user_swaps import UserSwaps, Write, changed, swap_users, user_alignment
-from gavamoe.evaluation.metrics.registry import Metric, by_name, is_empty
+from gavamoe.evaluation.metrics.registry import Metric, by_name, is_empty, words
 from gavamoe.evaluation.planted_truth import style_of
 from gavamoe.evaluation.significance import balanced_interval, mean_interval
 from gavamoe.generation.authorship import SingleAuthors
@@ -48,6 +42,7 @@ FAITHFULNESS = by_name(
         "%",
         "texts with a feature that only other items have",
     ),
+    Metric("repeats", "Repeats itself", "lower", "%", "texts with the same four words in a row twice"),
     Metric("memorized", "Memorized", "lower", "%", "texts that stand in the training split word for word"),
     Metric(
         "single_author",
@@ -127,6 +122,10 @@ def measure_faithfulness(
     scores = _Scores(seed)
     _features(scores, texts, dataset)
     reader = _sentiment(scores, texts, dataset, seed)
+    ours, theirs = (
+        np.array([float(repeats_itself(text)) for text in each]) for each in (texts.texts, texts.references)
+    )
+    scores.add("repeats", ours, references=theirs)
     distinct_training = _memorization(scores, texts, dataset, seed)
     swaps = _personalization(scores, probed, dataset, write, seed)
     gate_probe = gates(probed.requests, probed.references) if gates else None
@@ -140,6 +139,13 @@ def measure_faithfulness(
         "swaps": _examples(swaps, dataset),
         "gates": gate_probe.summary() if gate_probe else None,
     }
+
+
+def repeats_itself(text: str, length: int = 4) -> bool:
+    """Whether a text has the same `length` words in a row twice."""
+    said = words(text)
+    grams = [tuple(said[start : start + length]) for start in range(len(said) - length + 1)]
+    return len(set(grams)) < len(grams)
 
 
 class _Scores:
@@ -198,8 +204,7 @@ def _features(scores: _Scores, written: Written, dataset: Dataset) -> None:
 
 
 def _sentiment(scores: _Scores, written: Written, dataset: Dataset, seed: int) -> SentimentReader | None:
-    truth = dataset.truth()
-    reader = planted_reader(truth) if truth else learned_reader(dataset, seed)
+    reader = reader_of(dataset, seed)
     if reader is None or np.isnan(written.ratings).all():
         return None
     ours = agreement(reader, written.texts, written.ratings)

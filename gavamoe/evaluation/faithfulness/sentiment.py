@@ -40,6 +40,12 @@ def planted_reader(truth: Truth) -> SentimentReader:
     return SentimentReader("planted words", lambda texts: list(map(read, texts)), PLANTED_SCALE.sentiment)
 
 
+def reader_of(dataset: Dataset, seed: int) -> SentimentReader | None:
+    """The planted reader of synthetic data, else one that is learned; None where there is nothing to learn it from."""
+    truth = dataset.truth()
+    return planted_reader(truth) if truth else learned_reader(dataset, seed)
+
+
 def learned_reader(dataset: Dataset, seed: int) -> SentimentReader | None:
     """From at most LEARNED_FROM training texts; None without ratings, texts, or ratings of two sentiments."""
     if dataset.rating_range is None:

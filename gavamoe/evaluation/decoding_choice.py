@@ -1,0 +1,129 @@
+"""Which way of decoding suits a trained model: a few are tried on validation rows, and the best is kept with it.
+
+`generation.choose` asks for it at the end of training. The choice replaces `generation` in the artifact's manifest,
+which `explain`, `evaluate` and the service read; the table of all ways tried stands beside it (`details.decoding`).
+
+A way's score is the sum of what a reader wants of the texts, each from 0 to 1: nearness to the references (ROUGE-L),
+given features that are named, agreement with the rating (the mean over sentiments), less the shares of texts that
+repeat themselves and that are training texts word for word. Ties go to the first. Beam search is not among the ways: a
+service that writes token by token has none.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gavamoe.artifacts.files import read_json, write_json
+from gavamoe.artifacts.manifest import MANIFEST, Manifest, read_manifest
+from gavamoe.config.schema import GenerationConfig, RunConfig
+from gavamoe.data.dataset import Dataset
+from gavamoe.evaluation.faithfulness.features import Mentions, feature_set
+from gavamoe.evaluation.faithfulness.measure import repeats_itself
+from gavamoe.evaluation.faithfulness.memorization import TrainingTexts
+from gavamoe.evaluation.faithfulness.sentiment import SentimentReader, agreement, by_sentiment, reader_of
+from gavamoe.evaluation.metrics.text_scores import aggregate, measure
+from gavamoe.evaluation.rows import EvaluatedRows, requests_of, select_rows
+from gavamoe.generation.generator import ExplanationGenerator
+from gavamoe.generation.placement import writing_device
+
+ROWS = 96
+"""Validation rows that are written for, at most."""
+DETAIL = "decoding"
+"""Name of the table in the manifest's details."""
+
+
+def ways(configured: GenerationConfig, usual_length: int) -> dict[str, GenerationConfig]:
+    """The ways that are tried, by name.
+
+    Args:
+        configured: how the config says; what it says of lengths and batches holds for all.
+        usual_length: tokens that three quarters of the training texts have at least.
+    """
+    least = {"min_new_tokens": max(min(usual_length, configured.max_new_tokens), configured.min_new_tokens)}
+    changes: dict[str, dict[str, Any]] = {
+        "as configured": {},
+        "no triple twice": {"no_repeat_ngram": 3},
+        "penalty": {"no_repeat_ngram": 3, "repetition_penalty": 1.1},
+        "usual length": {"no_repeat_ngram": 3} | least,
+        "usual length, penalty": {"no_repeat_ngram": 3, "repetition_penalty": 1.1} | least,
+        "sampled": {"no_repeat_ngram": 3, "temperature": 0.7, "top_p": 0.9},
+    }
+    return {name: configured.model_copy(update=change) for name, change in changes.items()}
+
+
+def choose_decoding(
+    stage2: Path, config: RunConfig, dataset: Dataset, on_progress: Callable[[int, int], None] | None = None
+) -> GenerationConfig | None:
+    """Try every way, and keep the best with the stage-2 artifact; None where no validation row has a text.
+
+    A choice that was made stays: called again, it is returned.
+    """
+    manifest = read_manifest(stage2, "stage2", verify=False)
+    if DETAIL in manifest.details:
+        return GenerationConfig.model_validate(manifest.config["generation"])
+    rows = select_rows(dataset, "valid", ROWS, config.seed)
+    if not any(text.strip() for text in rows.references):
+        return None
+    explainer = ExplanationGenerator.load(stage2, writing_device(None, gpu=config.runtime.gpu), config.generation.dtype)
+    tried = ways(config.generation, _usual_length(explainer, dataset))
+    judge = _Judge(dataset, rows, config.seed)
+    requests, table = requests_of(rows, "given"), {}
+    for number, (name, generation) in enumerate(tried.items()):
+        texts = [written.text for written in explainer.explain(requests, generation, seed=config.seed)]
+        table[name] = judge.scores(texts)
+        if on_progress is not None:
+            on_progress(number + 1, len(tried))
+    best = max(table, key=lambda name: table[name]["score"])
+    _keep(stage2, manifest, tried[best], {"rows": len(rows.references), "chosen": best, "tried": table})
+    return tried[best]
+
+
+class _Judge:
+    """Scores texts of the same rows."""
+
+    def __init__(self, dataset: Dataset, rows: EvaluatedRows, seed: int) -> None:
+        self._rows, known = rows, feature_set(dataset)
+        self._mentions = Mentions(dataset, known) if known else None
+        self._reader: SentimentReader | None = None
+        if not np.isnan(rows.pairs.rating).all():
+            self._reader = reader_of(dataset, seed)
+        self._training = TrainingTexts(text or "" for text in dataset.table("train", ["text"])["text"].to_pylist())
+
+    def scores(self, texts: list[str]) -> dict[str, float]:
+        """The parts, and their sum as "score"."""
+        rows = self._rows
+        overlap = aggregate(measure(texts, rows.references))["rouge_l"]
+        parts = {"rouge_l": (overlap or 0.0) / 100}
+        if self._mentions is not None:
+            wanted = self._mentions.wanted(rows.features, rows.references)
+            parts["feature_recall"] = _mean(self._mentions.recall(texts, wanted))
+        if self._reader is not None:
+            agreed = agreement(self._reader, texts, rows.pairs.rating)
+            groups = by_sentiment(self._reader, rows.pairs.rating).values()
+            parts["sentiment_balanced"] = float(np.mean([agreed[group].mean() for group in groups]))
+        minus = {
+            "repeats": _mean(np.array([float(repeats_itself(text)) for text in texts])),
+            "memorized": _mean(np.array([float(self._training.has(text)) for text in texts])),
+        }
+        return parts | minus | {"score": sum(parts.values()) - sum(minus.values())}
+
+
+def _mean(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else 0.0
+
+
+def _usual_length(explainer: ExplanationGenerator, dataset: Dataset) -> int:
+    texts = [text for text in dataset.table("train", ["text"])["text"].to_pylist() if text and text.strip()]
+    sample = texts[:: max(1, len(texts) // 2000)]
+    return int(np.quantile([len(answer) for answer in explainer.builder.answers(sample)], 0.25))
+
+
+def _keep(stage2: Path, manifest: Manifest, chosen: GenerationConfig, details: dict[str, Any]) -> None:
+    """Rewrite the manifest, which is no part of the artifact's fingerprint, whole."""
+    values = read_json(stage2 / MANIFEST)
+    values["config"]["generation"] = chosen.model_dump(mode="json")
+    values["details"] = manifest.details | {DETAIL: details}
+    write_json(stage2 / MANIFEST, values)

@@ -1,0 +1,84 @@
+"""The choice of a way to decode: the best by its parts, kept with the model, read by every command, made once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.stage2_runs import Trained
+from helpers.tiny import tiny
+
+from gavamoe.artifacts.manifest import MANIFEST, read_manifest
+from gavamoe.artifacts.run import claim_run, open_run
+from gavamoe.config.schema import GenerationConfig
+from gavamoe.data.dataset import Dataset
+from gavamoe.evaluation import decoding_choice
+from gavamoe.evaluation.decoding_choice import choose_decoding, ways
+from gavamoe.evaluation.faithfulness.measure import repeats_itself
+from gavamoe.generation.artifact import generation_settings
+from gavamoe.generation.generator import ExplanationGenerator
+
+CONFIG = tiny("generation.choose=true", "generation.max_new_tokens=8")
+
+
+@pytest.fixture
+def run(torch_run: Trained, planted: Dataset, tmp_path: Path) -> Path:
+    """A run folder with a trained stage 2."""
+    folder = tmp_path / "run"
+    claim_run(folder, CONFIG, planted.path, planted.fingerprint, continuing=False)
+    shutil.copytree(torch_run.out, folder / "stage2")
+    return folder
+
+
+def scores(monkeypatch: pytest.MonkeyPatch, best: str) -> None:
+    """Have the way of that name score best, without writing."""
+    order = iter(ways(CONFIG.generation, 1))
+    monkeypatch.setattr(ExplanationGenerator, "explain", lambda *_, **__: [])
+    monkeypatch.setattr(decoding_choice._Judge, "scores", lambda *_: {"score": float(next(order) == best)})
+
+
+def test_the_best_way_is_kept_and_read_by_all(run: Path, planted: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    fingerprint = read_manifest(run / "stage2", "stage2").fingerprint
+    with monkeypatch.context() as patch:
+        scores(patch, "penalty")
+        chosen = choose_decoding(run / "stage2", CONFIG, planted)
+    assert chosen is not None
+    assert (chosen.no_repeat_ngram, chosen.repetition_penalty) == (3, 1.1)
+    assert open_run(run).config.generation == generation_settings(run / "stage2") == chosen
+    manifest = read_manifest(run / "stage2", "stage2")
+    assert manifest.fingerprint == fingerprint
+    assert manifest.details["decoding"]["chosen"] == "penalty"
+    # Made once: what is there is not tried again.
+    monkeypatch.setattr(ExplanationGenerator, "explain", lambda *_, **__: pytest.fail("written again"))
+    assert choose_decoding(run / "stage2", CONFIG, planted) == chosen
+
+
+def test_texts_are_judged_by_all_parts(run: Path, planted: Dataset) -> None:
+    done: list[tuple[int, int]] = []
+    choose_decoding(run / "stage2", CONFIG, planted, lambda *counts: done.append(counts))
+    tried = json.loads((run / "stage2" / MANIFEST).read_text())["details"]["decoding"]["tried"]
+    assert list(tried) == list(ways(CONFIG.generation, 1))
+    assert done[-1] == (len(tried), len(tried))
+    for parts in tried.values():
+        plus = parts["rouge_l"] + parts["feature_recall"] + parts["sentiment_balanced"]
+        assert parts["score"] == pytest.approx(plus - parts["repeats"] - parts["memorized"])
+
+
+def test_without_the_wish_a_run_keeps_its_settings(run: Path, planted: Dataset) -> None:
+    plain = tiny("generation.max_new_tokens=8")
+    open_run(run).write_config(plain)
+    assert open_run(run).config.generation == plain.generation
+
+
+def test_lengths_of_the_config_hold_for_all_ways() -> None:
+    configured = GenerationConfig(max_new_tokens=20, min_new_tokens=3, batch_size=5)
+    for way in ways(configured, 50).values():
+        assert (way.max_new_tokens, way.batch_size, way.beams) == (20, 5, 1)
+        assert 3 <= way.min_new_tokens <= 20
+
+
+def test_repeats_are_of_four_words() -> None:
+    assert repeats_itself("it is a good film and it is a good day")
+    assert not repeats_itself("it is a good film and it is a bad day")
+    assert not repeats_itself("no no no")
+    assert not repeats_itself("")
