@@ -8,7 +8,9 @@ Without arguments: a small synthetic dataset, the quickstart preset and 60 steps
 `NAME-fast` gives routed experts and gates ten times the learning rate.
 Every system is a run folder OUT/NAME, so that `gavamoe evaluate` and `gavamoe report` take it; one that is there is not
 trained again. All share one stage 1 (OUT/stage1). Times are CPU seconds of this process, so that other work on the
-machine does not count. Prints the validation loss right after conversion, along the steps, and at equal CPU time.
+machine does not count. Prints the validation loss right after conversion, along the steps, and at equal CPU time; then
+how far the routed experts' output moved for each step of the dense network's beside them (`movement_ratio`), and what a
+wrong gate costs on validation rows, in nats a token (mean over rows, and its standard error).
 """
 
 import argparse
@@ -24,6 +26,9 @@ from gavamoe.config.files import dump_config, load_config, override_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import open_dataset
 from gavamoe.data.synthetic.generator import synthesize
+from gavamoe.evaluation.faithfulness.gates import measure_gates
+from gavamoe.evaluation.rows import requests_of, select_rows
+from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.runtime.context import LocalContext, Metrics
 from gavamoe.stage1.train import train_stage1
 from gavamoe.stage2.train import train_stage2
@@ -31,6 +36,7 @@ from gavamoe.stage2.train import train_stage2
 PLAIN: dict[str, list[str]] = {
     "dense": ["stage2.experts.enabled=false"],
     "shared": ["stage2.experts.conversion=shared"],
+    "upcycle": ["stage2.experts.conversion=upcycle"],
     "split": ["stage2.experts.conversion=split"],
     "random": ["stage2.experts.conversion=random"],
 }
@@ -38,10 +44,20 @@ LORA = ["stage2.lora.rank=16", "stage2.lora.alpha=32", "stage2.learning_rate=0.0
 """Adapters take a larger step than the weights beneath them would."""
 FAST = ["stage2.expert_learning_rate=0.001"]
 """Ten times the smollm2 preset's rate, for what starts beside a trained model."""
+OWN = "stage2.experts.gate_bias=3"
+"""Gates that start with experts of their own."""
+NEW = ["stage2.experts.conversion=shared", "stage2.experts.renormalise=false", "stage2.experts.scale=1"]
+"""Copied neurons of zero output, with neither renormalized gate values nor a scale."""
+LOW_RANK = ["stage2.experts.conversion=lora", "stage2.learning_rate=0.001"]
+"""Low-rank experts on a frozen base model."""
+GATE_ROWS = 48
+"""Validation rows that are read through every gate."""
 SYSTEMS = (
     PLAIN
     | {f"{name}-lora": [*fields, *LORA] for name, fields in PLAIN.items()}
     | {f"{name}-fast": [*PLAIN[name], *FAST] for name in ("shared", "split", "random")}
+    | {f"{name}-own": [*PLAIN[name], OWN] for name in ("shared", "upcycle")}
+    | {"new": NEW, "low-rank": LOW_RANK}
 )
 CURVE = "curve.json"
 
@@ -90,6 +106,20 @@ def table(out: Path, names: list[str]) -> None:
               + " ".join(f"{loss:7.3f}" for _, _, loss in points[name]) + f"   {within[-1]:.3f}")  # fmt: skip
 
 
+def gates(dataset: Path, folder: Path) -> str:
+    """How far the experts of a trained run moved, and what a wrong gate costs."""
+    experts = read_json(folder / "stage2" / "metrics.json")["experts"]
+    ratio = experts["movement_ratio"] if experts else None
+    explainer = ExplanationGenerator.load(folder / "stage2")
+    rows = select_rows(open_dataset(dataset), "valid", GATE_ROWS, 0)
+    probe = measure_gates(explainer, requests_of(rows, "given"), rows.references)
+    cost = "-"
+    if probe is not None and probe.loss_NK.shape[1] > 1:
+        gap_N = probe.own_gap_N()
+        cost = f"{gap_N.mean():.5f} ({gap_N.std() / len(gap_N) ** 0.5:.5f})"
+    return f"{folder.name:16} {'-' if ratio is None else f'{ratio:.3f}':>14} {cost:>20}"
+
+
 def compare(dataset: Path, out: Path, base: RunConfig, names: list[str]) -> None:
     """Train the systems that are not there yet, and print their table."""
     if not (out / "stage1").exists():
@@ -98,6 +128,9 @@ def compare(dataset: Path, out: Path, base: RunConfig, names: list[str]) -> None
         if not (out / name / CURVE).exists():
             train(name, override_config(base, SYSTEMS[name]), dataset, out / "stage1", out / name)
     table(out, names)
+    print(f"\n{'system':16} {'movement ratio':>14} {'wrong gate, nats':>20}")
+    for name in names:
+        print(gates(dataset, out / name), flush=True)
 
 
 def main() -> None:
