@@ -1,6 +1,6 @@
 """What a training step of stage 2 need not do: padding, logits without a label, logits of a large vocabulary at once.
 
-    python benchmarks/training_step.py [--datasets FOLDER...] [--words 128256] [--rounds 5] [--threads 2] [--json]
+    python benchmarks/training_step.py [--datasets FOLDER...] [--words 128256] [--rounds 5] [--bf16] [--json]
 
 Padding: its share of the positions in three epochs' batches of 8, 16 and 32 rows, tokenized as the quickstart does;
 sorted by length within one step (as if not at all), within 32 steps' rows (as until 2026-11-26) and as training does.
@@ -9,7 +9,7 @@ Loss: one forward and backward pass of a LLaMA with experts (hidden 256, 2 layer
 prompts of 24 to 54 tokens with answers of 32, 512 labeled tokens in all. "positions" scores, as until 2026-11-26, each
 position where any row has a label, for all rows, and returns the logits; "plain" scores labeled tokens, all at once;
 "chunked" does as training does. Variants take turns and the fastest rounds count; memory is the peak of what torch
-allocated during a pass, beyond what was there before.
+allocated during a pass, beyond what was there before. bfloat16 says something only where the CPU multiplies in it.
 """
 
 import argparse
@@ -128,10 +128,10 @@ def allocated_peak(work: Callable[[], object]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-def losses(words: int, rounds: int) -> Figures:
+def losses(words: int, rounds: int, precisions: list[str]) -> Figures:
     """By precision and variant: seconds, MB, and the distance of the gradients from the plain ones."""
     model, found = model_of(words), {}
-    for precision in ("fp32", "bf16"):
+    for precision in precisions:
         variants = passes(model, words, bf16=precision == "bf16")
         figures = {name: {"seconds": float("inf")} for name in variants}
         variants["plain"]()
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=128_256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true", help="under bfloat16 autocast, too")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -172,7 +173,8 @@ def main() -> None:
         if not arguments.datasets:
             synthesize(synthetic, users=1000, items=500, ratings=20_000)
         shares = paddings(arguments.datasets or [synthetic])
-    found = {"share of padding": shares, "loss": losses(arguments.words, arguments.rounds)}
+    precisions = ["fp32", "bf16"] if arguments.bf16 else ["fp32"]
+    found = {"share of padding": shares, "loss": losses(arguments.words, arguments.rounds, precisions)}
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
