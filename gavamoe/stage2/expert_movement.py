@@ -156,4 +156,4 @@ def _remove(handles: list[Any]) -> None:
 
 def _size(values: Tensor) -> float:
     """Root mean square."""
-    return float(values.square().mean().sqrt())
+    return float(values.double().square().mean().sqrt())

@@ -3,8 +3,10 @@
 import csv
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.bare_dataset import bare_dataset
 from helpers.losses import difference, loss_comparison, row_losses
@@ -12,6 +14,7 @@ from helpers.tiny import tiny
 
 from gavamoe.artifacts.files import read_json
 from gavamoe.artifacts.manifest import read_manifest
+from gavamoe.artifacts.run import RunFolder
 from gavamoe.cli.output.systems import print_comparison
 from gavamoe.config.files import load_config, override_config
 from gavamoe.config.schema import RunConfig
@@ -34,13 +37,17 @@ from gavamoe.evaluation.comparison import (
     write_comparison,
 )
 from gavamoe.evaluation.comparison import difference as seed_difference
-from gavamoe.evaluation.losses.row_losses import LOSSES_FILE
+from gavamoe.evaluation.losses.row_losses import LOSSES_FILE, RowLosses
 from gavamoe.evaluation.losses.verdict import CONTROLS
 from gavamoe.experiments.ablate import run_ablation
 from gavamoe.experiments.baselines import retrieval
 from gavamoe.experiments.variants import SYSTEMS, find_systems
 from gavamoe.model.base_config import base_shape
 from gavamoe.model.build import weightless_explainer
+from gavamoe.runtime.context import LocalContext
+from gavamoe.runtime.progress import Progress
+from gavamoe.stage1.train import train_stage1
+from gavamoe.stage2.train import train_stage2
 
 COPIERS = ["constant", "copy-user", "copy-item", "copy-features"]
 
@@ -305,6 +312,55 @@ def test_a_damaged_comparison_is_named(tmp_path: Path) -> None:
         read_comparison(tmp_path)
 
 
+def train_here(
+    number: str, config: RunConfig, dataset: Dataset, run: RunFolder, resume: bool, progress: Progress
+) -> None:
+    """A stage trained in this process, without Ray."""
+    del resume, progress
+    run.logs.mkdir(exist_ok=True)
+    run.log(f"stage{number}").touch()
+    if number == "1":
+        train_stage1(config, dataset.path, run.stage1, LocalContext())
+    else:
+        train_stage2(config, dataset.path, run.stage1, run.stage2, LocalContext())
+
+
+def test_trained_systems_are_compared_by_the_losses_of_the_same_rows(
+    planted: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pipeline", "experiments.ablate"):
+        monkeypatch.setattr(f"gavamoe.{name}.ray_session", lambda _: nullcontext())
+    monkeypatch.setattr("gavamoe.pipeline._train_stage", train_here)
+    config = tiny("evaluation.rows=30", "evaluation.probe_rows=0", "generation.max_new_tokens=2", "stage2.max_steps=6")
+    names = ["full", "no-multi-gating", "random-routes"]
+    found = run_ablation(config, planted.path, tmp_path, only=names, seeds=1)
+    for run in (tmp_path / o.folder / "evaluation" for o in found.outcomes):
+        assert LOSSES_FILE in read_manifest(run, "evaluation").files
+        assert set(read_json(run / "metrics.json")["losses"]) == {"shown", "hidden", "stranger"}
+    losses = found.losses
+    assert losses is not None
+    assert losses == read_comparison(tmp_path).losses
+    assert {(d.system, d.condition) for d in losses.differences if d.group == "all"} == {
+        (name, condition) for name in names[1:] for condition in ("shown", "hidden", "stranger")
+    }
+    own, other = (RowLosses.read(tmp_path / name / "seed-0" / "evaluation") for name in names[:2])
+    assert own is not None
+    assert other is not None
+    [shown] = [d for d in losses.differences if (d.system, d.condition, d.group) == (names[1], "shown", "all")]
+    gap = (other.loss_N["shown"] - own.loss_N["shown"]).sum() / own.tokens_N.sum()
+    assert shown.value == pytest.approx(gap)
+    told = ~np.isnan(other.loss_N["stranger"])
+    assert told.any()
+    same = pytest.approx(other.loss_N["hidden"][told], rel=1e-5)
+    assert other.loss_N["stranger"][told] == same, "one gate: nothing is known of either"
+    assert (tmp_path / TABLE_FILE).read_text().startswith(losses.verdict[0])
+    assert "Not compared with a dense model of equal active width" in losses.verdict[-1]
+    assert (tmp_path / FOREST_FILE).is_file()
+    made = (tmp_path / "full" / "seed-0" / "evaluation" / "artifact.json").read_text()
+    run_ablation(config, planted.path, tmp_path, only=names[:1], seeds=1)
+    assert (tmp_path / "full" / "seed-0" / "evaluation" / "artifact.json").read_text() == made
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_two_workers")
 def test_trained_systems_share_stage_1_and_go_on_where_they_ended(planted: Dataset, tmp_path: Path) -> None:
@@ -320,14 +376,8 @@ def test_trained_systems_share_stage_1_and_go_on_where_they_ended(planted: Datas
     }
     assert len({prints[name, 0] for name in names[:4]}) == 1
     assert prints["full", 0] not in {prints["full", 1], prints["gates-2", 0]}
-    for run in ((out / o.folder / "evaluation") for o in found.outcomes):
-        assert LOSSES_FILE in read_manifest(run, "evaluation").files
-        assert set(read_json(run / "metrics.json")["losses"]) == {"shown", "hidden", "stranger"}
     assert found.losses is not None
     assert {each.system for each in found.losses.differences} == {"base", "random-routes", "gpt2", "gates-2"}
     assert {each.seeds for each in found.losses.differences if each.group == "all"} == {2}
-    assert (out / TABLE_FILE).read_text().startswith(found.losses.verdict[0])
-    assert "Not compared with a dense model of equal active width" in found.losses.verdict[-1]
-    assert (out / FOREST_FILE).is_file()
     assert all(o.scores["validation_loss"] for o in found.outcomes)
     assert set(SYSTEMS) >= {o.system for o in found.outcomes if o.system != "gates-2"}

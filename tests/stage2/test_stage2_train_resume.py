@@ -21,7 +21,8 @@ def test_resuming_equals_never_having_stopped(
     whole = torch_run if engine == "torch" else Trained(config, tiny_dataset, stage1, tmp_path / "whole")
     resumed = Trained(config, tiny_dataset, stage1, tmp_path / "resumed", resume=whole.context.checkpoints[0])
     assert resumed.lines("train") == whole.lines("train", after=6)
-    assert resumed.lines("valid") == whole.lines("valid", after=6)
+    for line, wanted in zip(resumed.lines("valid"), whole.lines("valid", after=6), strict=True):
+        assert line == pytest.approx(wanted, rel=1e-5)  # sums of the probe follow the place of tensors in memory
     close(resumed.weights(), whole.weights(), 0.0)
     assert resumed.metrics["validation_losses"] == whole.metrics["validation_losses"]
 
