@@ -46,8 +46,8 @@ FAST = ["stage2.expert_learning_rate=0.001"]
 """Ten times the smollm2 preset's rate, for what starts beside a trained model."""
 OWN = "stage2.experts.gate_bias=3"
 """Gates that start with experts of their own."""
-NEW = ["stage2.experts.conversion=shared", "stage2.experts.renormalise=false", "stage2.experts.scale=1"]
-"""Copied neurons of zero output, with neither renormalized gate values nor a scale."""
+UNSCALED = ["stage2.experts.conversion=shared", "stage2.experts.scale=1"]
+"""Copied neurons of zero output, without a scale."""
 LOW_RANK = ["stage2.experts.conversion=lora", "stage2.learning_rate=0.001"]
 """Low-rank experts on a frozen base model."""
 GATE_ROWS = 48
@@ -57,7 +57,7 @@ SYSTEMS = (
     | {f"{name}-lora": [*fields, *LORA] for name, fields in PLAIN.items()}
     | {f"{name}-fast": [*PLAIN[name], *FAST] for name in ("shared", "split", "random")}
     | {f"{name}-own": [*PLAIN[name], OWN] for name in ("shared", "upcycle")}
-    | {"new": NEW, "low-rank": LOW_RANK}
+    | {"unscaled": UNSCALED, "low-rank": LOW_RANK}
 )
 CURVE = "curve.json"
 

@@ -4,8 +4,7 @@ python -m gavamoe.config.reference > docs/config.md      or `make docs`
 """
 
 from collections.abc import Iterator
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -75,8 +74,6 @@ def _type(field: FieldInfo) -> str:
     kind: Any = field.annotation
     if get_origin(kind) is Literal:
         return ", ".join(_value(choice) for choice in get_args(kind))
-    if get_origin(kind) in (UnionType, Union):
-        return ", ".join(_type(FieldInfo(annotation=part)) for part in get_args(kind))
     bounds = [
         f"{sign} {getattr(constraint, name):g}"
         for constraint in field.metadata

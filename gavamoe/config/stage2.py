@@ -51,9 +51,9 @@ class ExpertsConfig(Section):
     split_by: Literal["position", "importance"] = "position"
     """Order of the dense network's neurons before `split` cuts it: as they stand, or by falling norms of their
     weights."""
-    renormalise: bool | Literal["auto"] = "auto"
-    """Whether the gate values of the chosen experts are divided by their sum, which Eq. 11 as printed does not. auto:
-    with the conversions shared, upcycle and lora."""
+    renormalise: bool = False
+    """Whether the gate values of the chosen experts are divided by their sum with the conversions random and split too;
+    Eq. 11 as printed does not. With shared, upcycle and lora they always are."""
     scale: NonNegative = 0.0
     """Factor on the routed experts' output. 0: with conversion shared the dense width over that of one expert, so that
     routed experts learn as fast as the dense network beside them; with lora 16; else 1."""
@@ -85,19 +85,14 @@ class ExpertsConfig(Section):
 
     @model_validator(mode="after")
     def _upcycle_keeps_the_output(self) -> "ExpertsConfig":
-        if self.conversion == "upcycle" and (self.scale not in (0, 1) or self.renormalise is False):
-            raise ValueError(
-                "conversion: upcycle starts as the dense model only with scale 1 and renormalised gate values; leave"
-                " both as they are"
-            )
+        if self.conversion == "upcycle" and self.scale not in (0, 1):
+            raise ValueError(f"scale: {self.scale:g} would keep conversion upcycle from starting as the dense model")
         return self
 
     @property
     def renormalised(self) -> bool:
-        """`renormalise`, with auto decided."""
-        if self.renormalise == "auto":
-            return self.conversion in ("shared", "upcycle", "lora")
-        return self.renormalise
+        """Whether the gate values of the chosen experts are divided by their sum."""
+        return self.renormalise or self.conversion in ("shared", "upcycle", "lora")
 
 
 class LoraConfig(Section):

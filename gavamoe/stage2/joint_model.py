@@ -113,7 +113,7 @@ class JointModel(nn.Module):
 
 _ROUTED = (".experts.", ".router.")
 """Marks of routed experts and gates in parameter names."""
-ADAM_EPS, ROUTED_EPS = 1e-8, 1e-10
+ADAM_EPS, ROUTED_EPS = 1e-8, 1e-9
 """What Adam adds to the root of the second moment. Routed experts whose output starts at zero get gradients, at their
 inputs, that clipping by the norm of all leaves near 1e-8 in the first steps (SmolLM2, measured): the usual value would
 halve their steps. Much smaller ones make rounding errors into steps."""

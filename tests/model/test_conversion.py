@@ -101,7 +101,7 @@ def test_routed_experts_move_about_as_fast_as_the_dense_network(family: str, kin
     """Twenty steps of Adam; experts of new weights, without scale, as they were before, are left behind."""
     assert moved(explainer(dense_model(family), conversion=kind)) > 0.3
     if kind == "shared":
-        model = explainer(dense_model(family), conversion=kind, renormalise=False, scale=1)
+        model = explainer(dense_model(family), conversion=kind, scale=1)
         for layer in layers(model):
             for name, parameter in layer.mlp.experts.named_parameters():
                 if name in ("gate_up_proj", "up_proj"):
@@ -240,7 +240,10 @@ def test_default_expert_width_is_the_share_of_the_dense_width() -> None:
             "grouped_mm needs multiples of 8, not experts of 12",
         ),
         ({"conversion": "upcycle", "intermediate_size": 64}, "copies the 64 strongest of the dense layer's 64 neurons"),
-        ({"conversion": "upcycle", "scale": 2}, "starts as the dense model only with scale 1"),
+        (
+            {"conversion": "upcycle", "scale": 2},
+            "scale: 2 would keep conversion upcycle from starting as the dense model",
+        ),
         ({"gate_bias": 2.0, "count": 2}, "3 gates can't own one of 2 experts each"),
     ],
 )

@@ -70,7 +70,8 @@ def test_a_run_trains_resumes_and_writes(
         assert line == pytest.approx(wanted, rel=1e-5)  # sums of the probe follow the place of tensors in memory
     if whole.metrics["experts"]:
         ratio = whole.metrics["experts"].pop("movement_ratio")
-        assert resumed.metrics["experts"].pop("movement_ratio") == pytest.approx(ratio, rel=1e-5)
+        again = resumed.metrics["experts"].pop("movement_ratio")
+        assert again == ratio or again == pytest.approx(ratio, rel=1e-5)
     generator = ExplanationGenerator.load(whole.out)
     requests = [ExplanationRequest(user=user, item=3) for user in (0, 1, 10**6)]
     for settings in (GenerationConfig(max_new_tokens=4), GenerationConfig(max_new_tokens=4, beams=2)):
