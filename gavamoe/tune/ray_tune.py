@@ -127,9 +127,12 @@ def _fit(job: Job, session: "_Session", placement: RuntimeConfig) -> bool:
     resources: dict[str, float] = {"CPU": placement.threads_per_worker} if job.in_process else {"memory": _MEBIBYTE}
     if placement.gpu and job.in_process:
         resources["GPU"] = 1.0
-    trainable = tune.with_resources(tune.with_parameters(_trainable, job=job), resources)
+
+    def trial(config: dict[str, Any]) -> None:  # not with_parameters, which lends the job from Ray's object store
+        _trainable(config, job)
+
     tuner = Tuner(
-        trainable,
+        tune.with_resources(trial, resources),
         tune_config=TuneConfig(
             search_alg=_StudySearcher(session),
             scheduler=_scheduler(session),
