@@ -37,10 +37,8 @@ _SHORTEST_ANSWER = 1.0
 """Seconds in which a server of HTTP would have answered a request."""
 _LONGEST_FOLDER = 35
 """Characters of the folder above Ray's: its sockets lie far below it, and their paths may have 107."""
-_RAY_IS_LOST = (
-    "error: Ray has ended: one of its own processes was killed, perhaps for lack of memory; run the command again, with"
-    " --resume where it has that"
-)
+_AGAIN = "run the command again, with --resume where it has that"
+_RAY_IS_LOST = f"error: Ray has ended: one of its own processes was killed, perhaps for lack of memory; {_AGAIN}"
 _CLUSTER_FORM = "expected HOST:PORT of the cluster's head, such as 10.0.0.5:6379"
 _JOB_SERVER_FORM = "expected the cluster's dashboard, http://HOST:PORT, such as " + DEFAULT_JOB_SERVER
 
@@ -146,6 +144,10 @@ def start(**options: Any) -> None:
             f"{name} {os.environ[name]}: {problem}; expected a folder that can be written, of {_LONGEST_FOLDER}"
             " characters at most, such as /tmp"
         ) from error
+    except Exception as error:
+        if type(error) is not Exception:  # which Ray raises where one of its processes ends too soon, or is late
+            raise
+        raise RunError(f"Ray does not start ({one_line(error)}); {_AGAIN}") from error
     _watch_raylet()
     # Ray writes its token with the umask's permissions, which often lets everyone on the machine read it.
     with suppress(FileNotFoundError, PermissionError):

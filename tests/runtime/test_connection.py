@@ -21,7 +21,7 @@ from helpers.ports import free_port
 
 from gavamoe.artifacts import remote
 from gavamoe.artifacts.home import home_folder, writable_home
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, RunError
 from gavamoe.runtime import connection
 from gavamoe.runtime.jobs import Jobs
 
@@ -353,6 +353,17 @@ def test_the_end_of_ray_is_told_in_one_line(shut_down: bool) -> None:
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
     assert done.stderr.startswith("error: Ray has ended")
     assert "--resume" in done.stderr
+
+
+def test_a_ray_that_does_not_come_up_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+    def init(**options: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(RunError, match=r"^Ray does not start \(The current node timed out .*\); run .* --resume"):
+        connection.start()
 
 
 @pytest.mark.slow
