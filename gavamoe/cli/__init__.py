@@ -15,17 +15,32 @@ status       what ran, how far it is, what is next
 terminal     tables, progress bars, JSON on standard output
 """
 
+import signal
 import sys
+import threading
 
 
 def main() -> None:
     """Entry point of the `gavamoe` command."""
     try:
-        from gavamoe.cli import app
-    except KeyboardInterrupt:  # its imports take a moment, in which people notice that they mistyped
+        try:
+            from gavamoe.cli import app
+
+            app.main()
+        finally:
+            _leave_ctrl_c_to_the_system()
+    except KeyboardInterrupt:  # the imports take a moment, in which people notice that they mistyped
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    app.main()
+
+
+def _leave_ctrl_c_to_the_system() -> None:
+    """Have Ctrl-C end this process at once from now on, as shells expect: the command is over, and all that is left is
+    to wait for threads, where Python shows a traceback and exits as if nothing had been."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may have handlers
+        return
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_job(*command: str) -> None:

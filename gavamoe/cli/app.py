@@ -178,6 +178,8 @@ def _quiet_libraries(debug: bool) -> None:
     if debug:
         return
     logging.basicConfig(level=logging.ERROR)
+    # Ray Tune logs, with tracebacks, errors that it then raises and those of its own state, which nobody keeps.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -36,6 +37,8 @@ _SHORTEST_ANSWER = 1.0
 """Seconds in which a server of HTTP would have answered a request."""
 _LONGEST_FOLDER = 35
 """Characters of the folder above Ray's: its sockets lie far below it, and their paths may have 107."""
+_AGAIN = "run the command again, with --resume where it has that"
+_RAY_IS_LOST = f"error: Ray has ended: one of its own processes was killed, perhaps for lack of memory; {_AGAIN}"
 _CLUSTER_FORM = "expected HOST:PORT of the cluster's head, such as 10.0.0.5:6379"
 _JOB_SERVER_FORM = "expected the cluster's dashboard, http://HOST:PORT, such as " + DEFAULT_JOB_SERVER
 
@@ -141,9 +144,39 @@ def start(**options: Any) -> None:
             f"{name} {os.environ[name]}: {problem}; expected a folder that can be written, of {_LONGEST_FOLDER}"
             " characters at most, such as /tmp"
         ) from error
+    except Exception as error:
+        if type(error) is not Exception:  # which Ray raises where one of its processes ends too soon, or is late
+            raise
+        raise RunError(f"Ray does not start ({one_line(error)}); {_AGAIN}") from error
+    _watch_raylet()
     # Ray writes its token with the umask's permissions, which often lets everyone on the machine read it.
     with suppress(FileNotFoundError, PermissionError):
         token_file().chmod(0o600)
+
+
+def _watch_raylet() -> None:
+    """Say so in one line, and exit with 1, when the Ray of this process ends without having been shut down.
+
+    Its raylet ends with any of its agents, such as one that the system kills for lack of memory. Without it nothing can
+    go on: Ray's C++ then ends this process without a word as soon as it needs an object (exit code 1, with no clean-up
+    of Python's), and a search would wait for a worker without end.
+    """
+    from ray._private import worker
+
+    processes = getattr(getattr(worker, "_global_node", None), "all_processes", {})
+    raylet = next((info.process for info in processes.get("raylet", ())), None)
+    if raylet is not None:
+        threading.Thread(target=_end_with, args=(raylet,), name="raylet", daemon=True).start()
+
+
+def _end_with(raylet: "subprocess.Popen[bytes]") -> None:
+    import ray
+
+    raylet.wait()
+    if ray.is_initialized():  # it is not during a shutdown
+        sys.stderr.flush()
+        os.write(2, f"{_RAY_IS_LOST}\n".encode())
+        os._exit(1)
 
 
 def _private_folder() -> Path | None:

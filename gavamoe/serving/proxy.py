@@ -58,6 +58,8 @@ MESSAGES = {
 keeps its own pages, in HTML."""
 _IDLE_LOOKS = 3
 """Times in a row that nothing is to be in progress: a request that was just read counts only a moment later."""
+_FINISH_S = 30
+"""Seconds in which a HAProxy whose proxy actor has died may finish the requests that it has."""
 LOG_TARGET = "stderr local0 alert #"
 """For `RAY_SERVE_HAPROXY_LOG_TARGET`: of HAProxy's log only that a server is up or down, in the file that Ray keeps of
 its output. Ray's default sends every request's URL, ids of users included, by UDP to port 514. The # makes a comment of
@@ -225,6 +227,10 @@ def _indented(lines: list[str]) -> str:
 def _script(folder: Path, haproxy: str) -> str:
     """A shell script: it must become HAProxy (exec), as Ray stops it and hands over to the next one by its pid.
 
+    A proxy actor that is killed takes no HAProxy with it, which would hold the port for good. So another process looks
+    once a second whose child HAProxy is; one that has lost its parent is told to take no more connections (SIGUSR1),
+    and is killed if it does not end. A HAProxy that Ray has replaced keeps its parent, and finishes as Ray wants it to.
+
     Ray's own errorfile lines, which say 500 for everything, are left out: of two, HAProxy takes the later. For a path
     of no application it says 404, and it does so for every path as long as no application is up: clients would not ask
     again. That is a 503 here.
@@ -244,7 +250,24 @@ for word do
     set -- "$@" "$word"
     last="$word"
 done
+if [ -e /proc/$$/status ]; then
+    sh -c {shlex.quote(_watcher())} watch $$ $PPID < /dev/null > /dev/null 2>&1 &
+fi
 exec {shlex.quote(haproxy)} "$@"
+"""
+
+
+def _watcher() -> str:
+    """The watching process beside HAProxy; its arguments are the pids of HAProxy and of HAProxy's parent."""
+    return f"""
+pid=$1
+runs() {{ [ -e /proc/$pid/status ]; }}
+while grep -qx "PPid:[[:space:]]*$2" /proc/$pid/status; do sleep 1; done
+if ! runs; then exit; fi
+kill -USR1 $pid
+left={_FINISH_S}
+while [ $left -gt 0 ] && runs; do sleep 1; left=$((left - 1)); done
+if runs; then kill -KILL $pid; fi
 """
 
 

@@ -9,8 +9,10 @@ continue from, and Tune's state is thrown away after every session.
 import json
 import os
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -66,7 +68,7 @@ class SearchState:
 
 
 def run_trials(job: Job, study: Study, observer: SearchObserver, *, concurrent: int | None) -> bool:
-    """Train trials until the budget is spent; False when it was interrupted (Ctrl-C) before that.
+    """Train trials until the budget is spent; False when Ctrl-C ended it, were it at the end of the last trial.
 
     Args:
         concurrent: trials at once, at most; None: as many as the cluster's CPUs and GPUs take.
@@ -76,8 +78,8 @@ def run_trials(job: Job, study: Study, observer: SearchObserver, *, concurrent: 
         session = _Session(job, study, observer, _slots(placement, concurrent))
         if not session.work_left():
             return True
-        _fit(job, session, placement)
-    return session.spent and not any(record.state == "running" for record in study.records)
+        interrupted = _fit(job, session, placement)
+    return not interrupted and session.spent and not any(record.state == "running" for record in study.records)
 
 
 @contextmanager
@@ -116,7 +118,8 @@ def _slots(placement: RuntimeConfig, concurrent: int | None) -> int:
     return fit if concurrent is None else min(fit, concurrent)
 
 
-def _fit(job: Job, session: "_Session", placement: RuntimeConfig) -> None:
+def _fit(job: Job, session: "_Session", placement: RuntimeConfig) -> bool:
+    """Run Tune to its end; whether Ctrl-C was pressed."""
     storage = job.folder.absolute() / _RAY_FOLDER
     shutil.rmtree(storage, ignore_errors=True)  # of a killed session
     # With Ray Train inside, the trial itself only waits. It must reserve something; a share of a CPU would keep the
@@ -124,9 +127,12 @@ def _fit(job: Job, session: "_Session", placement: RuntimeConfig) -> None:
     resources: dict[str, float] = {"CPU": placement.threads_per_worker} if job.in_process else {"memory": _MEBIBYTE}
     if placement.gpu and job.in_process:
         resources["GPU"] = 1.0
-    trainable = tune.with_resources(tune.with_parameters(_trainable, job=job), resources)
+
+    def trial(config: dict[str, Any]) -> None:  # not with_parameters, which lends the job from Ray's object store
+        _trainable(config, job)
+
     tuner = Tuner(
-        trainable,
+        tune.with_resources(trial, resources),
         tune_config=TuneConfig(
             search_alg=_StudySearcher(session),
             scheduler=_scheduler(session),
@@ -141,8 +147,44 @@ def _fit(job: Job, session: "_Session", placement: RuntimeConfig) -> None:
             verbose=0,
         ),
     )
-    tuner.fit()
+    try:
+        with _ctrl_c_heeded() as pressed:
+            tuner.fit()
+    except Exception:
+        session.raise_failure()
+        raise
     shutil.rmtree(storage, ignore_errors=True)
+    return pressed.is_set()
+
+
+@contextmanager
+def _ctrl_c_heeded() -> Iterator[threading.Event]:
+    """While the block runs, the first Ctrl-C ends Tune in order, and is kept; the second raises KeyboardInterrupt.
+
+    Tune's own handler forgets it: pressed when the last trial had just ended, it changed nothing. And it stays when
+    Tune is done, and swallows the next one, be it in the training of the best configuration. Tune ends as well by
+    SIGUSR1, for which alone it is left its handler.
+    """
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # where Tune has none either
+        yield pressed
+        return
+    others = signal.getsignal(signal.SIGUSR1)
+
+    def heed(number: int, frame: object) -> None:
+        if pressed.is_set() or signal.getsignal(signal.SIGUSR1) is others:  # Tune has not put its own there yet
+            raise KeyboardInterrupt
+        pressed.set()
+        signal.raise_signal(signal.SIGUSR1)
+
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    before = signal.signal(signal.SIGINT, heed)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if others is not None:
+            signal.signal(signal.SIGUSR1, others)
 
 
 def _scheduler(session: "_Session") -> TrialScheduler | None:
@@ -213,6 +255,22 @@ class _Session:
         self._began = time.monotonic()
         self._earlier = sum(record.state != "running" for record in study.records)
         self._restarts: dict[int, int] = {}
+        self._failure: Exception | None = None
+
+    def hear(self, told: Callable[..., None], *of: Any) -> None:
+        """Take in what Tune tells, which must not see an error of ours: it logs the traceback, and takes a trial that
+        has ended well for one that failed. The first error is kept, and ends the search (`raise_failure`)."""
+        if self._failure is not None:
+            return
+        try:
+            told(*of)
+        except Exception as error:  # noqa: BLE001 - raised by raise_failure
+            self._failure = error
+
+    def raise_failure(self) -> None:
+        """Raise the error of an earlier `hear`, if there was one."""
+        if self._failure is not None:
+            raise self._failure
 
     def work_left(self) -> bool:
         records = self.study.records
@@ -300,11 +358,11 @@ class _StudySearcher(Searcher):
         return Searcher.FINISHED if trial is None and self._session.spent else trial
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._session.reported(result)
+        self._session.hear(self._session.reported, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if not error:  # the reason of an error comes by the listener
-            self._session.ended(trial_id, result)
+            self._session.hear(self._session.ended, trial_id, result)
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the study is on disk already."""
@@ -317,16 +375,19 @@ class _StudySearcher(Searcher):
 
 
 class _Listener(Callback):
-    """Passes on to the session which trials failed or were started again."""
+    """Passes on to the session which trials failed or were started again, and to Tune what failed in the session."""
 
     def __init__(self, session: _Session) -> None:
         self._session = session
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._session.died(trial.trial_id, trial.get_error())
+        self._session.hear(self._session.died, trial.trial_id, trial.get_error())
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._session.restarted(trial.trial_id)
+        self._session.hear(self._session.restarted, trial.trial_id)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        self._session.raise_failure()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}

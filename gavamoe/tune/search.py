@@ -51,7 +51,7 @@ class SearchResult:
     left_out: list[Values]
     """The points of a grid that were not tried. Where more trials would have taken them, the search stays open."""
     interrupted: bool
-    """Whether Ctrl-C ended the session before the budget was spent."""
+    """Whether Ctrl-C ended the session."""
     test: dict[str, Any] | None
     """Content of test.json: the best trial's scores on the test split, once it was trained in full."""
 

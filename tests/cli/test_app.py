@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.chaos_faults import heed_ctrl_c
 from helpers.cli import Runner
 
 from gavamoe import __version__
@@ -235,3 +236,28 @@ def test_ctrl_c_while_the_command_is_imported_is_one_line() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_ctrl_c_after_the_end_of_a_command_ends_it_in_silence() -> None:
+    """Once met in data prepare: Python's shutdown, which waits for threads, showed a traceback and exited with 0."""
+    program = (
+        "import sys, threading, time\n"
+        "def outlive():\n"
+        "    while threading.main_thread().is_alive():\n"
+        "        time.sleep(0.01)\n"
+        "    print('waiting', flush=True)\n"
+        "    time.sleep(60)\n"
+        "threading.Thread(target=outlive).start()\n"
+        "sys.argv = ['gavamoe', '--version']\n"
+        "from gavamoe.cli import main\n"
+        "main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == [f"gavamoe {__version__}\n", "waiting\n"]
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (-signal.SIGINT, "")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.cli import ctrl_c_kept
 
 from gavamoe import cli
 from gavamoe.artifacts.files import write_json
@@ -41,7 +42,7 @@ def tune(
         monkeypatch.setattr(
             sys, "argv", ["gavamoe", "tune", *arguments, "--run-dir", str(tmp_path / "search"), *options]
         )
-        with pytest.raises(SystemExit) as stop:
+        with ctrl_c_kept(), pytest.raises(SystemExit) as stop:
             cli.main()
         return int(stop.value.code or 0), capsys.readouterr().err
 

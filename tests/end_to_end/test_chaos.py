@@ -1,12 +1,13 @@
 """A hundred faults in the daily work of a user: none changes a number, loses a request or leaves anything behind."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 from helpers import chaos_serve
-from helpers.chaos import SERVE, WANTED, Chaos, Report
-from helpers.chaos_faults import DISK
+from helpers.chaos import SERVE, WANTED, Chaos, Report, wrong_with
+from helpers.chaos_faults import DISK, INT, Attempt
 from helpers.chaos_work import WORKS
 
 MINUTES = 120
@@ -26,6 +27,20 @@ def test_a_hundred_faults_change_nothing(tmp_path: Path) -> None:
     assert kinds_that_are_missing(report) == []
     assert report.answers["200"] > 1000
     assert report.slowest < chaos_serve.AWAY
+
+
+@pytest.mark.parametrize(
+    ("code", "shown", "right"),
+    [
+        (130, ["interrupted; --resume continues"], True),
+        (-signal.SIGINT, ["dataset: made"], True),  # after the command's end
+        (-signal.SIGINT, ["Traceback (most recent call last):", "KeyboardInterrupt"], False),
+        (130, ["dataset: made"], False),
+        (0, ["dataset: made"], False),
+    ],
+)
+def test_ctrl_c_is_said_in_one_line_or_comes_after_the_end(code: int, shown: list[str], right: bool) -> None:
+    assert (wrong_with(Attempt(code, shown, 1.0, struck=True), INT) == []) is right
 
 
 def kinds_that_are_missing(report: Report) -> list[tuple[str, str]]:

@@ -262,7 +262,8 @@ def wrong_with(attempt: Attempt, fault: str) -> list[str]:
     if not attempt.struck:
         return problems + ([f"ends with {attempt.code}: {attempt.shown[-3:]}"] if attempt.code else [])
     last = attempt.shown[-1] if attempt.shown else ""
-    if fault == INT and not (attempt.code == 130 and "interrupted" in last):
+    too_late = attempt.code == -signal.SIGINT and not attempt.traceback  # the command itself was over
+    if fault == INT and not (too_late or (attempt.code == 130 and "interrupted" in last)):
         problems.append(f"ends with {attempt.code}: {attempt.shown[-3:]}")
     if fault == TERM and not (attempt.code == 143 and "terminated" in last):
         problems.append(f"ends with {attempt.code}: {attempt.shown[-3:]}")

@@ -1,6 +1,9 @@
 """The command line, called in this process and in one of its own."""
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -10,6 +13,16 @@ from gavamoe import cli
 def command(*arguments: object) -> list[str]:
     """What starts `gavamoe` with these arguments in a process of its own."""
     return [sys.executable, "-c", "from gavamoe.cli import main; main()", *map(str, arguments)]
+
+
+@contextmanager
+def ctrl_c_kept() -> Iterator[None]:
+    """For calls of `main()` in this process: it leaves Ctrl-C to the system, as its process is to end."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Result:
@@ -27,9 +40,10 @@ class Runner:
         self.monkeypatch.setattr(sys, "argv", ["gavamoe", *map(str, arguments)])
         self.capsys.readouterr()
         code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
+        with ctrl_c_kept():
+            try:
+                cli.main()
+            except SystemExit as stop:
+                code = int(stop.code or 0)
         out, err = self.capsys.readouterr()
         return Result(code, out, err)

@@ -14,13 +14,14 @@ from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers.cli import Runner
 from helpers.ports import free_port
 
 from gavamoe.artifacts import remote
 from gavamoe.artifacts.home import home_folder, writable_home
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, RunError
 from gavamoe.runtime import connection
 from gavamoe.runtime.jobs import Jobs
 
@@ -326,3 +327,63 @@ def test_a_command_s_own_end_by_sigterm_survives_ray(while_it_starts: bool, monk
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM] * (2 if while_it_starts else 1)
+
+
+@pytest.mark.parametrize("shut_down", [False, True])
+def test_the_end_of_ray_is_told_in_one_line(shut_down: bool) -> None:
+    """Once met: one of Ray's agents was killed, and the command ended with 1 and no word. Ray is played here."""
+    program = (
+        "import subprocess, sys, time, types\n"
+        "sys.modules['ray'] = ray = types.ModuleType('ray')\n"
+        "sys.modules['ray._private'] = private = types.ModuleType('ray._private')\n"
+        "private.worker = types.ModuleType('ray._private.worker')\n"
+        "raylet = types.SimpleNamespace(process=subprocess.Popen(['sleep', '60']))\n"
+        "private.worker._global_node = types.SimpleNamespace(all_processes={'raylet': [raylet]})\n"
+        f"ray.is_initialized = lambda: {not shut_down}\n"
+        "from gavamoe.runtime import connection\n"
+        "connection._watch_raylet()\n"
+        "raylet.process.kill()\n"
+        "time.sleep(2)\n"
+        "print('goes on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    if shut_down:
+        assert (done.returncode, done.stdout, done.stderr) == (0, "goes on\n", "")
+        return
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert done.stderr.startswith("error: Ray has ended")
+    assert "--resume" in done.stderr
+
+
+def test_a_ray_that_does_not_come_up_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+    def init(**options: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(RunError, match=r"^Ray does not start \(The current node timed out .*\); run .* --resume"):
+        connection.start()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found by their names")
+@pytest.mark.parametrize("agent", ["RuntimeEnvAgent", "DashboardAgent"])
+def test_ray_ends_with_any_of_its_agents(agent: str) -> None:
+    program = (
+        "import time\n"
+        "from gavamoe.runtime import connection\n"
+        "connection.start(num_cpus=1, include_dashboard=False, logging_level='ERROR', object_store_memory=10**8)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(120)\n"
+    )
+    started = [sys.executable, "-c", program]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "ready\n"
+        processes = psutil.Process(running.pid).children(recursive=True)
+        [victim] = [each for each in processes if f"ray::{agent}" in each.cmdline()[0]]
+        victim.kill()
+        _, shown = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert shown.splitlines()[-1].startswith("error: Ray has ended"), shown

@@ -12,10 +12,11 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers.ports import free_port
 
@@ -223,6 +224,59 @@ def test_the_launcher_becomes_what_it_starts(folder: Path) -> None:
     assert f"errorfile 503 {folder}/503.http" in lines
     assert "errorfile 503 /old" not in lines
     assert shlex.quote(str(stand_in)) in launcher.read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("heeds", [True, False], ids=["finishes", "hangs"])
+def test_what_the_launcher_starts_follows_its_parent(
+    heeds: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once met: `gavamoe serve` was killed, and its HAProxy held the port for good."""
+    monkeypatch.setattr(proxy, "_FINISH_S", 1)
+    (folder / "haproxy.cfg").write_text("global\n")
+    told, stand_in = folder / "told", folder / "stand in"
+    heed = f"echo told > {told}" + ("; exit" if heeds else "")
+    stand_in.write_text(f"#!/bin/sh\ntrap '{heed}' USR1\nwhile :; do sleep 0.1; done\n")
+    stand_in.chmod(0o755)
+    start = f"{proxy.write_launcher(folder, str(stand_in))} -db -f {folder}/haproxy.cfg & echo $!; wait"
+    parent = subprocess.Popen(["sh", "-c", start], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    try:
+        watcher = until(lambda: [each for each in child.children() if "watch" in each.cmdline()])[0]
+        time.sleep(2)
+        assert child.is_running()
+        assert not told.exists()
+        parent.kill()
+        parent.wait()
+        _, alive = psutil.wait_procs([child, watcher], timeout=30)
+    finally:
+        with suppress(psutil.Error):
+            child.kill()
+    assert not alive
+    assert told.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_the_watcher_ends_with_what_it_watches(folder: Path) -> None:
+    """Ray kills one HAProxy, or has it finish, and starts another."""
+    (folder / "haproxy.cfg").write_text("global\n")
+    sleep = shutil.which("sleep")
+    assert sleep is not None
+    process = subprocess.Popen([proxy.write_launcher(folder, sleep), "60"])
+    watcher = until(lambda: [each for each in psutil.Process(process.pid).children() if "watch" in each.cmdline()])[0]
+    process.kill()
+    process.wait()
+    watcher.wait(30)
+
+
+def until(find: Callable[[], list[psutil.Process]]) -> list[psutil.Process]:
+    """What is found at last."""
+    end = time.monotonic() + 30
+    while not (found := find()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return found
 
 
 def test_the_launcher_for_an_image(
