@@ -46,6 +46,14 @@ class Movement:
         shared = sum(self.shared_change)
         return sum(self.routed_change) / shared if shared else None
 
+    def warning(self) -> str:
+        """What to say of idle experts."""
+        return (
+            f"the routed experts are idle: their output is {max(self.routed_share):.1e} of the dense network's beside"
+            " them, or less, in every layer; raise stage2.experts.scale or stage2.expert_learning_rate, train for"
+            " longer, or take experts.conversion=upcycle"
+        )
+
     def scalars(self) -> dict[str, float]:
         """Means over the layers, for a line of the log."""
         layers = len(self.routed_share)

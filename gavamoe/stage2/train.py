@@ -44,10 +44,6 @@ LOG_EVERY = 10
 SHORT_ROW = 256
 """Tokens up to which plain attention is the faster one on a CPU: the fused kernel's backward pass, made for long
 rows, takes a tenth of a step at 96 tokens."""
-IDLE_EXPERTS = (
-    "the routed experts are idle: their output is {:.1e} of the dense network's beside them, or less, in every layer; "
-    "raise stage2.experts.scale or stage2.expert_learning_rate, train for longer, or take experts.conversion=upcycle"
-)
 STATE_FILE, CLUSTERS_FILE = "state.json", "clusters.safetensors"
 
 
@@ -356,7 +352,7 @@ class Training:
         self._progress.movements.append((self._progress.step, vars(movement)))
         values: dict[str, Any] = movement.scalars() | {"layers": vars(movement)}
         if movement.idle and 2 * self._progress.step >= self.steps:
-            values["warning"] = IDLE_EXPERTS.format(max(movement.routed_share))
+            values["warning"] = movement.warning()
         return values
 
     def _refresh_routes(self, split: str) -> None:

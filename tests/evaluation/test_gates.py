@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.gates import gates_by_hand
+from helpers.gates import gates_by_hand, gates_that_differ
 from helpers.tiny import tiny
 
 from gavamoe.data.dataset import open_dataset
@@ -32,14 +32,7 @@ def stage2(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def explainer(stage2: Path) -> ExplanationGenerator:
-    """Routed experts that say something, and gates that differ."""
-    loaded = ExplanationGenerator.load(stage2)
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for layer in loaded.model.model.layers:
-            torch.nn.init.normal_(layer.mlp.experts.down_proj, std=0.5, generator=random)
-            torch.nn.init.normal_(layer.mlp.router.weight, std=1.0, generator=random)
-    return loaded
+    return gates_that_differ(stage2)
 
 
 @pytest.fixture(scope="module")

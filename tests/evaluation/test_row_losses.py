@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.gates import gates_that_differ
 from helpers.stage2_runs import Trained
 from torch.nn import functional
 
@@ -20,14 +21,7 @@ from gavamoe.stage1.route_overrides import RouteControl
 
 @pytest.fixture(scope="module")
 def explainer(torch_run: Trained) -> ExplanationGenerator:
-    """Routed experts that say something, and gates that differ."""
-    loaded = ExplanationGenerator.load(torch_run.out)
-    random = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for layer in loaded.model.model.layers:
-            torch.nn.init.normal_(layer.mlp.experts.down_proj, std=0.5, generator=random)
-            torch.nn.init.normal_(layer.mlp.router.weight, std=1.0, generator=random)
-    return loaded
+    return gates_that_differ(torch_run.out)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,12 @@
-"""What is measured of gates, by hand."""
+"""What is measured of gates, by hand; and a trained model whose gates differ."""
+
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from gavamoe.evaluation.faithfulness.gates import GateProbe
+from gavamoe.generation.generator import ExplanationGenerator
 
 
 def gates_by_hand() -> GateProbe:
@@ -17,3 +21,14 @@ def gates_by_hand() -> GateProbe:
         shared_KK=np.eye(3),
         top_k=2,
     )
+
+
+def gates_that_differ(folder: Path) -> ExplanationGenerator:
+    """A stage-2 artifact's model with routed experts that say something, and gates that differ."""
+    loaded = ExplanationGenerator.load(folder)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in loaded.model.model.layers:
+            torch.nn.init.normal_(layer.mlp.experts.down_proj, std=0.5, generator=random)
+            torch.nn.init.normal_(layer.mlp.router.weight, std=1.0, generator=random)
+    return loaded
