@@ -58,8 +58,8 @@ class DatasetMeta(BaseModel):
     """How texts were chosen. explanation: as they came; review: the sentence that has a feature; none: there are
     none."""
     sentence: str | None = None
-    """Of reviews, which sentence: best, the one that scores highest; frequent, the one with the most frequent feature;
-    None: none was chosen, or, in datasets from before there was a choice, the most frequent."""
+    """Rule that chose each review's sentence as its explanation. best: the one that scores highest; frequent: the one
+    with the most frequent feature; None: none was chosen, or, in datasets of earlier versions, frequent."""
     seed: int
     """Seed of the split, or of the synthetic data."""
     split: str

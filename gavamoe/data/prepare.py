@@ -94,7 +94,7 @@ class PrepareSummary(BaseModel):
     fingerprint: str
     """Fingerprint of the dataset: SHA-256 over its data files."""
     sentence: str | None
-    """Of reviews, which sentence is the explanation: best or frequent."""
+    """Rule that chose each review's sentence as its explanation: best or frequent; None where none was chosen."""
     words: Quartiles | None
     """Number of words of the explanations of kept rows; None without texts."""
     notes: list[str]

@@ -69,9 +69,9 @@ class MovementProbe:
             block for block in model.modules() if isinstance(block, MultiGateMoe) and block.shared_expert is not None
         ]
         self._inputs: list[tuple[Tensor, Tensor]] = []
-        """Of each block at the start: hidden states and the rows' clusters."""
+        """Inputs of each block at the start: hidden states (B, T, D), and the rows' clusters (B,) or shares (B, K)."""
         self._outputs: list[tuple[Tensor, Tensor]] = []
-        """Of each block at the start: routed and shared."""
+        """Outputs of each block at the start, of the routed and of the shared experts: (B x T, D) each."""
 
     def __bool__(self) -> bool:
         return bool(self._blocks)

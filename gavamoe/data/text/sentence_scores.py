@@ -14,7 +14,8 @@ from gavamoe.data import lexicon
 from gavamoe.data.text.words import SPACE, Words, among, text_bytes
 
 FEATURES = 1.5
-"""Of sentences alike in the rest, the one with more aspects explains more; less than what length weighs, for lists."""
+"""Weight of the features that a sentence names: one with more of them explains more. It is below the weight of the
+length, since mere lists name most."""
 ENOUGH_FEATURES = 2.0
 """Sum of the features' weights beyond which more count nothing."""
 LENGTH = 2.5

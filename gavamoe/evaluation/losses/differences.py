@@ -26,13 +26,13 @@ class Difference(BaseModel):
     system: str
     label: str
     condition: str
-    """Of `row_losses.CONDITIONS`."""
+    """What the model knew of the user: one of `row_losses.CONDITIONS`."""
     group: str
-    """Of `row_losses.GROUPS`, or all."""
+    """Users that count, by their training rows: one of `row_losses.GROUPS`, or all."""
     users: int
     rows: int
     tokens: float
-    """Of the rows, mean over the seeds."""
+    """Tokens of the rows' explanations; the mean over the seeds."""
     value: float
     """Nats per token; above 0, the reference is better."""
     low: float | None
