@@ -32,6 +32,7 @@ from gavamoe.plan.work import step_traffic
 from gavamoe.stage1.vae_gmm import VaeGmm
 from gavamoe.stage2 import training_engines
 from gavamoe.stage2.joint_model import JointModel
+from gavamoe.stage2.schedule import PEAK
 from gavamoe.stage2.training_engines import make_engine
 
 USERS, ITEMS, STEPS = 3000, 2000, 3
@@ -105,7 +106,7 @@ def _worker(rank: int, workers: int, config: RunConfig, base: dict[str, Any], fo
     engine = make_engine("deepspeed", _model(config, base), config.stage2, world_size=workers, device="cpu")
     for _ in range(STEPS):
         counts.clear()
-        engine.train_step([batch] * config.stage2.gradient_accumulation, 1.0)
+        engine.train_step([batch] * config.stage2.gradient_accumulation, PEAK)
     if rank == 0:
         ring = (workers - 1) / workers
         found = {

@@ -18,6 +18,7 @@ from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.model.experts import MoeSpec, SwiGluExperts
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.train import train_stage1
+from gavamoe.stage2.schedule import PEAK
 from gavamoe.stage2.training_engines import Engine, make_engine
 
 LOSS = {"fp32": 1e-4, "bf16": 1e-2}
@@ -182,7 +183,7 @@ def _ten_losses(kind: str, device: str, **options: Any) -> Tensor:
     def steps(engine: Engine, first: int) -> None:
         for step in range(first, first + 5):
             batch = models.batch_of(engine.module.explainer, 4, 32, seed=step)
-            losses.append(float(engine.train_step([batch], 1.0)["loss"]))
+            losses.append(float(engine.train_step([batch], PEAK)["loss"]))
 
     with tempfile.TemporaryDirectory() as folder:
         for half in range(2):

@@ -15,6 +15,7 @@ from gavamoe.plan.estimate import own_scheme, scheme_memory
 from gavamoe.plan.parameters import draw
 from gavamoe.stage1.sparse_adam import RowAdam, clip_gradients
 from gavamoe.stage1.vae_gmm import VaeGmm
+from gavamoe.stage2.schedule import PEAK
 from gavamoe.stage2.training_engines import TorchEngine
 
 GIB = 2**30
@@ -88,7 +89,7 @@ def _step_of(
     rows = models.batch_of(model, batch, tokens, unscored=0.5)  # the longest answers of the plan
 
     def step() -> None:
-        engine.train_step([rows], 1.0)
+        engine.train_step([rows], PEAK)
 
     step()  # makes the optimizer's states
     peak = clock.peak_bytes(step, device) - before
@@ -123,7 +124,7 @@ def waits(device: str, tiny: bool) -> tuple[str, Figures]:
     model = models.explainer(config, models.shape_of(size), device)
     engine = TorchEngine(models.joint(config, model), config.stage2, device=device)
     batch = models.batch_of(model, 8, 64)
-    figures: Figures = {"training step": clock.waits(lambda: engine.train_step([batch], 1.0), device)}
+    figures: Figures = {"training step": clock.waits(lambda: engine.train_step([batch], PEAK), device)}
     model = models.explainer(config, models.shape_of(size), device, torch.bfloat16).eval()
     for name, temperature in (("greedy", 0.0), ("sampled", 0.8)):
         writer = _writer(model, 8, 64)

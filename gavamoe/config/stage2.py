@@ -151,6 +151,10 @@ class Stage2Config(Section):
     slot_dropout: Rate = 0.0
     """Share of the training rows whose user is the unknown one, where that is more than `stage1.unknown_id_rate`: the
     gate alone then tells of the user, as with users never seen."""
+    shared_first: Rate = 0.0
+    """Share of the steps in which all is trained but gates and routed experts; after them these alone, on what is left
+    over (residual training), each part on a schedule of its own. 0: everything at once. With conversion lora the base
+    model is trained in the first part, and frozen in the second."""
     extra_width: Count = 0
     """Neurons added to each dense feed-forward layer of a pretrained base model, started at zero output: a control of
     what experts add; needs `experts.enabled` false."""
@@ -244,4 +248,11 @@ class Stage2Config(Section):
             raise ValueError("gate_dropout: needs soft_routes; with them off each row has one gate, none to mix")
         if self.soft_routes and not (self.experts.enabled and self.experts.multi_gate):
             raise ValueError("soft_routes: there is one gate or none to mix; set it to false, or experts.multi_gate")
+        if self.shared_first and not (
+            self.experts.enabled and self.experts.conversion in ("shared", "upcycle", "lora")
+        ):
+            raise ValueError(
+                "shared_first: needs experts beside a dense network (experts.conversion shared, upcycle or lora);"
+                " set it to 0"
+            )
         return self

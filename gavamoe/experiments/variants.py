@@ -88,7 +88,7 @@ def _dense(config: RunConfig, dataset: Dataset) -> list[str]:
         raise InputError("the config itself has stage2.experts.enabled=false")
     if config.stage2.experts.conversion == "lora":
         raise InputError("conversion lora freezes the base model, and a dense one would be trained as a whole")
-    return [*_WITHOUT_GATES, "stage2.experts.enabled=false"]
+    return [*_WITHOUT_GATES, "stage2.shared_first=0", "stage2.experts.enabled=false"]
 
 
 _WITHOUT_GATES = ("stage2.soft_routes=false", "stage2.gate_dropout=0", "stage2.experts.gate_bias=0")

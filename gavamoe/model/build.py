@@ -93,11 +93,14 @@ def weightless_explainer(config: RunConfig, base: PreTrainedConfig, users: int, 
 
 
 def adapt(explainer: GavamoeForCausalLM, config: RunConfig) -> None:
-    """Freeze the base model and add adapters, as far as the settings say so."""
+    """Freeze the base model and add adapters, as far as the settings say so.
+
+    With `stage2.shared_first` a base model beside low-rank experts is trained at first; its rates freeze it then.
+    """
     stage2 = config.stage2
     if stage2.lora.rank:
         add_lora(explainer, stage2.lora, config.seed)
-    elif stage2.experts.enabled and stage2.experts.conversion == "lora":
+    elif stage2.experts.enabled and stage2.experts.conversion == "lora" and not stage2.shared_first:
         freeze_base(explainer)
 
 

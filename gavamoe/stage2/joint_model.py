@@ -123,10 +123,10 @@ def parameter_groups(model: JointModel, config: Stage2Config) -> list[dict[str, 
     """Optimizer groups of the trainable parameters: each side's rate; no decay of norms, biases, tables and prior; a
     smaller eps of routed experts and gates.
 
-    Each group keeps its peak rate as "peak_lr", which schedules scale.
+    Each group keeps its peak rate as "peak_lr", which schedules scale, and as "routed" whether it is of those.
     """
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -136,11 +136,18 @@ def parameter_groups(model: JointModel, config: Stage2Config) -> list[dict[str, 
         if routed:
             rate = config.expert_learning_rate or rate
         plain = parameter.ndim < 2 or name.endswith("bias") or id(parameter) in tables or ".prior." in name
-        key = (rate, 0.0 if plain else config.weight_decay, ROUTED_EPS if routed else ADAM_EPS)
+        key = (rate, 0.0 if plain else config.weight_decay, routed)
         groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay, "eps": eps}
-        for (rate, decay, eps), parameters in groups.items()
+        {
+            "params": parameters,
+            "lr": rate,
+            "peak_lr": rate,
+            "weight_decay": decay,
+            "eps": ROUTED_EPS if routed else ADAM_EPS,
+            "routed": routed,
+        }
+        for (rate, decay, routed), parameters in groups.items()
     ]
 
 

@@ -35,7 +35,7 @@ from gavamoe.stage2.best_state import BestState
 from gavamoe.stage2.expert_movement import PROBE_ROWS, Movement, MovementProbe
 from gavamoe.stage2.joint_model import VAE_GMM, Losses, part_of_state
 from gavamoe.stage2.model_card import write_artifact
-from gavamoe.stage2.schedule import rate_at
+from gavamoe.stage2.schedule import rates_at, shared_steps
 from gavamoe.stage2.setup import Setup, clusters_of, prepare
 from gavamoe.stage2.training_engines import Engine, make_engine
 
@@ -230,6 +230,7 @@ class Training:
             "seed": self._config.seed,
             "stage2.experts": stage2.experts.model_dump(mode="json"),
             "stage2.soft_routes": stage2.soft_routes,
+            "stage2.shared_first": stage2.shared_first,
             "dataset": self._setup.data.fingerprint,
         }
 
@@ -244,7 +245,8 @@ class Training:
         started = time.perf_counter()
         step = self._progress.step
         rows_AWB = self._plan.rows(step)
-        losses = self._engine.train_step(self._batches(step, rows_AWB), rate_at(step, self.steps, self._config.stage2))
+        rates = rates_at(step, self.steps, self._config.stage2)
+        losses = self._engine.train_step(self._batches(step, rows_AWB), rates)
         tokens = int(self._setup.train.lengths[rows_AWB].sum())
         self._unlogged.append(losses)
         self._unlogged_tokens += tokens
@@ -292,6 +294,7 @@ class Training:
         if not math.isfinite(values["loss"]):
             raise RunError(f"stage 2: the loss is {values['loss']} at step {progress.step}; lower the learning rates")
         progress.train_loss = values["loss"]
+        rates = rates_at(progress.step - 1, self.steps, self._config.stage2)
         self._context.log(
             {
                 "phase": "train",
@@ -299,8 +302,7 @@ class Training:
                 "steps": self.steps,
                 "epoch": (progress.step - 1) // self._plan.steps_per_epoch,
                 **values,
-                "learning_rate": rate_at(progress.step - 1, self.steps, self._config.stage2)
-                * self._config.stage2.learning_rate,
+                "learning_rate": max(rates.shared, rates.routed) * self._config.stage2.learning_rate,
                 "tokens_per_second": self._unlogged_tokens / elapsed,
             }
         )
@@ -351,7 +353,8 @@ class Training:
         movement = self._probe.measure(self._pass_probe_rows)
         self._progress.movements.append((self._progress.step, vars(movement)))
         values: dict[str, Any] = movement.scalars() | {"layers": vars(movement)}
-        if movement.idle and 2 * self._progress.step >= self.steps:
+        first = shared_steps(self.steps, self._config.stage2)
+        if movement.idle and 2 * (self._progress.step - first) >= self.steps - first:
             values["warning"] = movement.warning()
         return values
 

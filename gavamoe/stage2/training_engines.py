@@ -25,6 +25,7 @@ from gavamoe.config.schema import Stage2Config
 from gavamoe.errors import InputError
 from gavamoe.stage2.batches import Batch
 from gavamoe.stage2.joint_model import JointModel, Losses, mean_losses, parameter_groups
+from gavamoe.stage2.schedule import Rates
 
 _TAG = "engine"
 _TORCH_FILE = "engine.pt"
@@ -37,8 +38,8 @@ class Engine(Protocol):
 
     module: JointModel
 
-    def train_step(self, batches: Sequence[Batch], rate: float) -> Losses:
-        """One optimizer step over accumulated batches, at `rate` times each group's peak learning rate."""
+    def train_step(self, batches: Sequence[Batch], rates: Rates) -> Losses:
+        """One optimizer step over accumulated batches, at these shares of each group's peak learning rate."""
 
     def evaluate(self, batch: Batch) -> Losses:
         """Losses without gradients, in evaluation mode."""
@@ -75,9 +76,9 @@ class TorchEngine:
         self._optimizer = torch.optim.AdamW(parameter_groups(module, config), fused=True)
         self._trainable = [p for p in module.parameters() if p.requires_grad]
 
-    def train_step(self, batches: Sequence[Batch], rate: float) -> Losses:
+    def train_step(self, batches: Sequence[Batch], rates: Rates) -> Losses:
         self.module.train()
-        _set_rate(self._optimizer, rate)
+        _set_rates(self._optimizer, rates)
         accumulated = []
         for batch in batches:
             losses = self.module(**_moved(batch, self._device))
@@ -153,9 +154,9 @@ class DeepSpeedEngine:
             return cpu_adam
         return torch.optim.AdamW(groups, fused=True)
 
-    def train_step(self, batches: Sequence[Batch], rate: float) -> Losses:
+    def train_step(self, batches: Sequence[Batch], rates: Rates) -> Losses:
         self._set_mode(training=True)
-        _set_rate(self._engine.optimizer, rate)
+        _set_rates(self._engine.optimizer, rates)
         accumulated = []
         for batch in batches:
             losses = self._engine(**_moved(batch, self._device))
@@ -305,9 +306,9 @@ def _output_to_stderr() -> Iterator[None]:
         yield
 
 
-def _set_rate(optimizer: Any, rate: float) -> None:
+def _set_rates(optimizer: Any, rates: Rates) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["peak_lr"]
+        group["lr"] = (rates.routed if group["routed"] else rates.shared) * group["peak_lr"]
 
 
 def _moved(batch: Batch, device: str) -> Batch:

@@ -123,10 +123,12 @@ def test_low_rank_experts_are_compared_with_one_of_their_size(planted: Dataset) 
 
 def test_systems_without_several_gates_drop_what_needs_them(planted: Dataset) -> None:
     gates = ["stage2.soft_routes=true", "stage2.gate_dropout=0.1", "stage2.experts.gate_bias=2"]
+    gates.append("stage2.shared_first=0.5")
     config = override_config(load_config("quickstart"), gates)
     for name in ("no-multi-gating", "base", "base-active", "base-wide", "cluster-token"):
         other = changed(name, config, planted).stage2
         assert (other.soft_routes, other.gate_dropout, other.experts.gate_bias) == (False, 0, 0)
+        assert other.shared_first == (0.5 if other.experts.enabled else 0)
 
 
 def test_what_makes_no_sense_says_why(planted: Dataset, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Ways to start and to gate experts: each trained on every ZeRO stage, resumed to the last bit, and written with."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers.stage2_runs import Trained, close, in_two_workers, numbers, save_base
+from helpers.stage2_runs import Trained, close, in_two_workers, joint_batch, numbers, save_base
 from helpers.tiny import TWO_WORKERS, tiny
 
 from gavamoe.config.schema import GenerationConfig
@@ -16,7 +17,9 @@ from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.lora import ROUTED_MODULES
 from gavamoe.stage2.batches import GateDropout, IdDropout
 from gavamoe.stage2.expert_movement import Movement
+from gavamoe.stage2.schedule import Rates
 from gavamoe.stage2.setup import prepare
+from gavamoe.stage2.training_engines import make_engine
 
 pytestmark = pytest.mark.usefixtures("extensions_dir")
 SHORT = ("stage2.max_steps=4", "stage2.evaluate_every=2", "stage2.checkpoint_every=2", "stage2.validation_rows=8")
@@ -25,6 +28,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "soft": (*SOFT, "stage2.experts.gate_bias=2", "stage2.slot_dropout=0.5"),
     "upcycle": ("stage2.experts.conversion=upcycle", "stage2.experts.load_balance_weight=0.01"),
     "lora": ("stage2.experts.conversion=lora", "stage2.experts.lora_rank=2"),
+    "residual": ("stage2.shared_first=0.5", "stage2.experts.conversion=upcycle"),
+    "residual-lora": ("stage2.shared_first=0.5", "stage2.experts.conversion=lora", "stage2.experts.lora_rank=2"),
     "token": ("stage2.experts.enabled=false", "stage2.prompt.cluster=true"),
     "wide": ("stage2.experts.enabled=false", "stage2.extra_width=24"),
 }
@@ -39,6 +44,7 @@ FAST = (
     ("soft", "zero-3"),
     ("lora", "zero-3"),
     ("upcycle", "zero-1"),
+    ("residual", "zero-1"),
     ("token", "torch"),
     ("wide", "torch"),
 )
@@ -93,6 +99,30 @@ def test_what_low_rank_experts_leave_frozen(base: Path, tiny_dataset: Path, stag
     assert changed == set(before) - set(frozen)
 
 
+@pytest.mark.parametrize("conversion", ["shared", "lora"])
+@pytest.mark.parametrize("engine", ["torch", "zero-1"])
+def test_residual_training_moves_the_shared_model_then_gates_and_experts_alone(
+    conversion: str, engine: str, base: Path, tiny_dataset: Path, stage1: Path
+) -> None:
+    options = (f"stage2.experts.conversion={conversion}", "stage2.shared_first=0.5", *ENGINES[engine])
+    config = tiny(f"stage2.base_model={base}", *options, "stage2.experts.lora_rank=2")
+    setup = prepare(config, tiny_dataset, stage1)
+    running = make_engine(config.runtime.engine, setup.model, config.stage2, world_size=1, device="cpu")
+    try:
+        states = [running.state_dict()]
+        for rates in (Rates(1.0, 0.0), Rates(0.0, 1.0)):
+            running.train_step([joint_batch(setup)], rates)
+            states.append(running.state_dict())
+    finally:
+        running.close()
+    first, then = ({name for name in one if not torch.equal(one[name], other[name])} for one, other in pairwise(states))
+    routed = {name for name in states[0] if ".experts." in name or ".router." in name}
+    assert any(".mlp.shared_expert." in name for name in first)  # the base model too, which lora alone would freeze
+    assert first.isdisjoint(routed)
+    assert then
+    assert then <= routed
+
+
 def test_soft_and_hard_routes_of_certain_rows_are_one(tiny_dataset: Path, stage1: Path) -> None:
     hard, soft = (prepare(tiny(*options), tiny_dataset, stage1) for options in ((), SOFT))
     share_NK = soft.clusters["valid"]
@@ -130,12 +160,18 @@ def test_slot_dropout_hides_users_and_no_more_items(tiny_dataset: Path, stage1: 
 
 
 @pytest.mark.parametrize(
-    "change", ["stage2.experts.conversion=upcycle", "stage2.experts.scale=2", "stage2.soft_routes=true"]
+    "change",
+    [
+        "stage2.experts.conversion=upcycle",
+        "stage2.experts.scale=2",
+        "stage2.soft_routes=true",
+        "stage2.shared_first=0.5",
+    ],
 )
 def test_a_checkpoint_of_another_start_or_other_gates_is_refused(
     change: str, torch_run: Trained, tiny_dataset: Path, stage1: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"the checkpoint has stage2\.(experts|soft_routes) "):
+    with pytest.raises(InputError, match=r"the checkpoint has stage2\.(experts|soft_routes|shared_first) "):
         Trained(tiny(change), tiny_dataset, stage1, tmp_path, resume=torch_run.context.checkpoints[0])
 
 
@@ -148,6 +184,8 @@ def test_a_checkpoint_of_another_start_or_other_gates_is_refused(
         (["stage2.experts.gate_bias=2", "stage1.clusters=5"], "5 gates can't own one of 4 experts each"),
         (["stage2.experts.conversion=lora"], "lora would freeze base_model scratch"),
         (["stage2.extra_width=8", "stage2.experts.enabled=false"], "as wide as scratch"),
+        (["stage2.shared_first=0.5", "stage2.experts.conversion=split"], "needs experts beside a dense network"),
+        (["stage2.shared_first=0.5", "stage2.experts.enabled=false"], "needs experts beside a dense network"),
         (["stage2.extra_width=8", "stage2.base_model=some/model"], "extra_width: is for dense layers"),
         (
             [

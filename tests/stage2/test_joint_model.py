@@ -9,6 +9,7 @@ from helpers.tiny import tiny
 from torch import Tensor
 
 from gavamoe.stage2.joint_model import JointModel, parameter_groups
+from gavamoe.stage2.schedule import PEAK
 from gavamoe.stage2.setup import Setup, prepare
 from gavamoe.stage2.training_engines import make_engine
 
@@ -72,7 +73,7 @@ def test_a_loss_without_weight_leaves_its_own_parameters_untouched(
     running = make_engine(engine, setup.model, config.stage2, world_size=1, device="cpu")
     try:
         for _ in range(3):
-            running.train_step([joint_batch(setup)], 1.0)
+            running.train_step([joint_batch(setup)], PEAK)
         after = running.state_dict()
     finally:
         running.close()

@@ -23,7 +23,7 @@ from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage1.routes import read_routes, route_pairs
 from gavamoe.stage2.model_card import single_authors
-from gavamoe.stage2.schedule import rate_at
+from gavamoe.stage2.schedule import Rates, rate_at, rates_at
 from gavamoe.stage2.setup import Setup, prepare
 from gavamoe.stage2.train import train_stage2
 
@@ -126,6 +126,15 @@ def test_clusters_decide_what_is_written(torch_run: Trained, setup: Setup) -> No
 def test_learning_rate_warms_up_then_follows_the_schedule(schedule: str, expected: list[float]) -> None:
     config = tiny(f"stage2.schedule={schedule}", "stage2.warmup_share=0.25").stage2
     assert [rate_at(step, 8, config) for step in range(8)] == pytest.approx(expected)
+
+
+def test_the_shared_model_first_then_the_routed_experts_each_on_a_schedule_of_its_own() -> None:
+    config = tiny("stage2.schedule=linear", "stage2.warmup_share=0", "stage2.shared_first=0.6").stage2
+    first, then = [(1 - step / 6, 0.0) for step in range(6)], [(0.0, 1 - step / 4) for step in range(4)]
+    assert [vars(rates_at(step, 10, config)) for step in range(10)] == [
+        {"shared": pytest.approx(shared), "routed": pytest.approx(routed)} for shared, routed in first + then
+    ]
+    assert rates_at(3, 10, tiny().stage2) == Rates(*[rate_at(3, 10, tiny().stage2)] * 2)
 
 
 def test_bf16_and_gradient_checkpointing_stay_close(

@@ -27,6 +27,7 @@ from gavamoe.model.explainer import IGNORED
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage1.routes import read_routes, route_pairs
 from gavamoe.stage2.model_card import write_artifact
+from gavamoe.stage2.schedule import PEAK
 from gavamoe.stage2.setup import Setup, prepare
 from gavamoe.stage2.training_engines import make_engine
 
@@ -96,7 +97,7 @@ def test_a_loss_in_chunks_equals_the_whole_at_every_zero_stage(
         running = make_engine(config.runtime.engine, setup.model, config.stage2, world_size=1, device="cpu")
         try:
             torch.manual_seed(0)
-            losses = [running.train_step([batch, empty], 1.0)["loss"] for _ in range(3)]
+            losses = [running.train_step([batch, empty], PEAK)["loss"] for _ in range(3)]
             losses.append(running.evaluate(batch)["explanation_loss"])
             found.append((torch.stack(losses), running.state_dict()))
         finally:
@@ -229,7 +230,7 @@ def test_the_exported_folder_writes_in_plain_transformers_what_the_engine_holds(
     options = {"max_new_tokens": 12, "do_sample": False}
     try:
         for _ in range(5):
-            running.train_step([joint_batch(setup)], 1.0)
+            running.train_step([joint_batch(setup)], PEAK)
         running.evaluate(joint_batch(setup))  # evaluation mode
         live = setup.model.explainer.generate(torch.from_numpy(ids), **prompts, **options)
         state = running.state_dict()
@@ -307,6 +308,6 @@ def test_an_odd_number_of_parameters(stage: int, setup: Setup) -> None:
     config = tiny("runtime.engine=deepspeed", f"stage2.zero_stage={stage}").stage2
     engine = make_engine("deepspeed", setup.model, config, world_size=1, device="cpu")
     try:
-        assert engine.train_step([joint_batch(setup)], 1.0)["loss"] > 0
+        assert engine.train_step([joint_batch(setup)], PEAK)["loss"] > 0
     finally:
         engine.close()
