@@ -1,4 +1,5 @@
-"""The whole job: dataset -> stage 1 -> stage 2 -> evaluation -> report, each a folder of the run.
+"""The whole job: dataset -> stage 1 -> stage 2 -> evaluation -> report, each a folder of the run; or, where the config
+names a baseline as its `system`, dataset -> baseline -> evaluation -> report.
 
 `train_run` is `gavamoe train`; `quickstart` is the command of that name. A step whose folder is
 already complete is not run again when resuming.
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from gavamoe.artifacts import remote
 from gavamoe.artifacts.files import read_json
 from gavamoe.artifacts.lock import alone_in
-from gavamoe.artifacts.manifest import read_manifest
-from gavamoe.artifacts.run import METRICS_FILE, Run, RunFolder, claim_run, make_run_folder, open_run
+from gavamoe.artifacts.manifest import Kind, read_manifest
+from gavamoe.artifacts.run import METRICS_FILE, Run, RunFolder, claim_run, make_run_folder, open_run, steps_of
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
@@ -39,14 +40,15 @@ def train_run(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train stage 1, stage 2, or both, in `run_dir`; returns the metrics of the stages that are there.
+    """Train stage 1, stage 2, or both, in `run_dir`, or the config's baseline; returns the metrics of what is there.
 
     Args:
         resume: go on where an earlier call with the same config and dataset ended, however it ended.
 
     Raises:
         InputError: `run_dir` holds another config or dataset, already holds the stage and `resume` is False, or can't
-            be made; stage 2 could not start from its base model, or its checkpoints have no room.
+            be made; stage 2 could not start from its base model, or its checkpoints have no room; `stage` names one of
+            a baseline, or the baseline can't use the data.
     """
     progress = progress or NoProgress()
     opened = open_dataset(dataset)
@@ -57,23 +59,24 @@ def train_run(
 
     if run.config_file.is_file():
         claim()
-    wanted = ("1", "2") if stage == "all" else (stage,)
-    todo = [number for number in wanted if not _finished(run, number, opened, resume)]
+    todo = [step for step in _wanted(config, stage) if not _finished(run, step, opened, resume)]
     with _empty_folder_removed(run.path):
         make_run_folder(run.path)
-        if "2" in todo:
+        if "stage2" in todo:
             _check_stage2(config, opened, run.path, progress)
+        if "baseline" in todo:
+            _check_baseline(config, opened, progress)
     claim()  # after the checks: a run is bound to its base model, and the user may have to name another
     remote.commit(run.path)
     if todo:
         if (tracker := told(config.runtime)) is not None:
             progress.step(f"The log goes to {tracker}")
         with ray_session(config.runtime):
-            for number in todo:
-                _train_stage(number, config, opened, run, resume, progress)
+            for step in todo:
+                _train_step(step, config, opened, run, resume, progress)
     if config.generation.choose and run.stage2.is_dir():
         _choose_decoding(config, opened, run, progress)
-    trained = [folder for folder in (run.stage1, run.stage2) if folder.is_dir()]
+    trained = [folder for folder in (run.stage1, run.stage2, run.baseline) if folder.is_dir()]
     return {folder.name: read_json(folder / METRICS_FILE) for folder in trained}
 
 
@@ -93,12 +96,12 @@ def check_base_models(configs: Sequence[RunConfig], dataset: Dataset) -> None:
 @alone_in("run_dir")
 def evaluate_and_report(run_dir: Path, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
     """Score the run's test split and write its report.html; returns the metrics."""
-    from gavamoe.evaluation.evaluate import evaluate_run
+    from gavamoe.baselines.scores import evaluate_any
     from gavamoe.report.page import write_report
 
     progress = progress or NoProgress()
     progress.step("Write and score explanations")
-    metrics = evaluate_run(run_dir, on_progress=progress.count, **options)
+    metrics = evaluate_any(run_dir, on_progress=progress.count, **options)
     progress.step("Write the report")
     write_report([run_dir], RunFolder(run_dir).report)
     return metrics
@@ -119,12 +122,22 @@ def quickstart(run_dir: Path, config: RunConfig, *, data_seed: int = 0, progress
     return open_run(run_dir)
 
 
-def _finished(run: RunFolder, number: str, dataset: Dataset, resume: bool) -> bool:
-    """Whether the stage's folder is complete and made from this dataset, and its training came to its end."""
-    folder = run.stage1 if number == "1" else run.stage2
+def _wanted(config: RunConfig, stage: Stage) -> list[Kind]:
+    """The steps to train, in order."""
+    steps: list[Kind] = [step for step in steps_of(config) if step != "evaluation"]
+    if stage == "all":
+        return steps
+    if config.system != "gavamoe":
+        raise InputError(f"--stage {stage}: {config.system} has no stages; leave it out")
+    return [step for step in steps if step == f"stage{stage}"]
+
+
+def _finished(run: RunFolder, step: Kind, dataset: Dataset, resume: bool) -> bool:
+    """Whether the step's folder is complete and made from this dataset, and its training came to its end."""
+    folder = run.path / step
     if not folder.exists():
         return False
-    manifest = read_manifest(folder, "stage1" if number == "1" else "stage2", verify=False)
+    manifest = read_manifest(folder, step, verify=False)
     if manifest.inputs.get("dataset") != dataset.fingerprint:
         raise InputError(f"{folder}: was trained on another dataset than {dataset.path}; use another --run-dir")
     if not resume:
@@ -156,6 +169,15 @@ def _check_stage2(config: RunConfig, dataset: Dataset, folder: Path, progress: P
     check_disk(config, dataset, folder, _base_model_sizes(config, dataset))
 
 
+def _check_baseline(config: RunConfig, dataset: Dataset, progress: Progress) -> None:
+    from gavamoe.baselines.registry import find_baseline
+
+    if config.stage2.base_model != "scratch":
+        progress.step("Check the base model")
+        _base_model_sizes(config, dataset)
+    find_baseline(config.system).load().check(config, dataset)
+
+
 def _base_model_sizes(config: RunConfig, dataset: Dataset) -> "Sizes":
     """Check the base model where it will be loaded: on a cluster, on a machine of its workers."""
     from gavamoe.stage2.preflight import check_base_model, check_base_model_task
@@ -170,11 +192,11 @@ def _base_model_sizes(config: RunConfig, dataset: Dataset) -> "Sizes":
     return found
 
 
-def _train_stage(
-    number: str, config: RunConfig, dataset: Dataset, run: RunFolder, resume: bool, progress: Progress
+def _train_step(
+    step: Kind, config: RunConfig, dataset: Dataset, run: RunFolder, resume: bool, progress: Progress
 ) -> None:
-    loop, arguments, title = _stage(number, config, dataset, RunFolder(run.path.absolute()))
-    if number == "2":
+    loop, arguments, title = _loop(step, config, dataset, RunFolder(run.path.absolute()))
+    if step == "stage2":
         _tokenize(config, dataset, progress)
     progress.step(title)
     out: Path = arguments["out"]
@@ -182,11 +204,11 @@ def _train_stage(
     run_training(
         loop,
         arguments,
-        placement=config.runtime,
+        placement=config.runtime if step != "baseline" else config.runtime.model_copy(update=_ONE_WORKER),
         folder=run.path,
         name=out.name,
         resume=resume,
-        elastic=number == "1",
+        elastic=step == "stage1",
         on_line=progress.line,
     )
 
@@ -210,12 +232,22 @@ def _tokenize(config: RunConfig, dataset: Dataset, progress: Progress) -> None:
     fill_cache(config, dataset.path, lambda loop, jobs: run_tasks(loop, jobs, placement, progress.count))
 
 
-def _stage(
-    number: str, config: RunConfig, dataset: Dataset, run: RunFolder
+_ONE_WORKER = {"workers": 1, "min_workers": 0}
+"""How baselines are placed: their step has the rows of all workers, so that budgets stay equal."""
+
+
+def _loop(
+    step: Kind, config: RunConfig, dataset: Dataset, run: RunFolder
 ) -> tuple[Callable[..., Any], dict[str, Any], str]:
-    """The training loop of a stage, its arguments, and what it is called."""
+    """The training loop of a step, its arguments, and what it is called."""
     arguments: dict[str, Any] = {"config": config, "dataset": dataset.path.absolute()}
-    if number == "1":
+    if step == "baseline":
+        from gavamoe.baselines.registry import find_baseline
+        from gavamoe.baselines.training import train_baseline
+
+        label = find_baseline(config.system).label
+        return train_baseline, arguments | {"out": run.baseline}, f"{label}: explanations"
+    if step == "stage1":
         from gavamoe.stage1.train import train_stage1
 
         return train_stage1, arguments | {"out": run.stage1}, "Stage 1: ratings and clusters"

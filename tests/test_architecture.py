@@ -14,7 +14,7 @@ TESTS = ROOT / "tests"
 
 GROUND = {"errors", "config", "artifacts"}
 UP_TO_STAGE2 = GROUND | {"data", "model", "runtime", "stage1", "generation", "stage2"}
-UP_TO_PIPELINE = UP_TO_STAGE2 | {"evaluation", "report", "pipeline"}
+UP_TO_PIPELINE = UP_TO_STAGE2 | {"evaluation", "baselines", "report", "pipeline"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
@@ -26,8 +26,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generation": GROUND | {"data", "model", "runtime", "stage1"},
     "stage2": UP_TO_STAGE2 - {"stage2"},
     "evaluation": UP_TO_STAGE2,
+    "baselines": UP_TO_STAGE2 | {"evaluation"},
     "report": UP_TO_STAGE2 | {"evaluation"},
-    "pipeline": UP_TO_STAGE2 | {"evaluation", "report"},
+    "pipeline": UP_TO_STAGE2 | {"evaluation", "baselines", "report"},
     "experiments": UP_TO_PIPELINE,
     "plan": UP_TO_STAGE2,
     "tune": UP_TO_PIPELINE,

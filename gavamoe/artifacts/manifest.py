@@ -22,7 +22,7 @@ from gavamoe.errors import InputError, one_line, printable, validated
 FORMAT_VERSION = 1
 MANIFEST = "artifact.json"
 
-Kind = Literal["stage1", "stage2", "peter", "evaluation"]
+Kind = Literal["stage1", "stage2", "baseline", "evaluation"]
 _STAGE2_NAMES = re.compile(
     r"README\.md|(metrics|prompt|route_control|vae_gmm|config|generation_config)\.json|vae_gmm\.safetensors"
     r"|(routes|cluster_words|pair_features|single_author_texts)\.parquet|strangers\.safetensors|catalog/(catalog\.json|(users|items)\.parquet)"

@@ -2,6 +2,7 @@
 
 runs/NAME/
   config.yaml  dataset.json  stage1/  stage2/  evaluation/  report.html  clusters.png
+  baseline/ in place of stage1/ and stage2/, where the run trains one
   logs/STEP.jsonl  logs/tensorboard/  checkpoints/STEP/
 """
 
@@ -12,18 +13,24 @@ from typing import Any, Literal
 
 from gavamoe.artifacts import object_store, remote
 from gavamoe.artifacts.files import read_json, write_file, write_json
-from gavamoe.artifacts.manifest import MANIFEST
+from gavamoe.artifacts.manifest import MANIFEST, Kind
+from gavamoe.config.baselines import baseline_section
 from gavamoe.config.files import dump_config, load_config
 from gavamoe.config.schema import GenerationConfig, RunConfig
 from gavamoe.errors import InputError, validated
 
 METRICS_FILE = "metrics.json"
 """The numbers of a step, in its folder."""
-Step = Literal["stage1", "stage2", "evaluation"]
-STEPS: tuple[Step, ...] = ("stage1", "stage2", "evaluation")
-"""The steps of a run, in order; each has a folder of its name."""
-_DECIDE_NUMBERS = ("seed", "stage1", "stage2")
+Step = Literal["stage1", "stage2", "baseline", "evaluation"]
+"""A step of a run; each has a folder of its name."""
+_DECIDE_NUMBERS = ("seed", "system", "stage1", "stage2")
 """Sections of the config that a run is bound to; where it runs and how it is evaluated may change."""
+
+
+def steps_of(config: RunConfig) -> tuple[Step, ...]:
+    """The steps of a run of this config, in order."""
+    trained: tuple[Step, ...] = ("stage1", "stage2") if config.system == "gavamoe" else ("baseline",)
+    return (*trained, "evaluation")
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,10 @@ class RunFolder:
     @property
     def stage2(self) -> Path:
         return self.path / "stage2"
+
+    @property
+    def baseline(self) -> Path:
+        return self.path / "baseline"
 
     @property
     def evaluation(self) -> Path:
@@ -114,6 +125,16 @@ class Run(RunFolder):
 
     config: RunConfig
     reference: DatasetReference
+
+    @property
+    def writer(self) -> Kind:
+        """The artifact, and folder, of what writes the run's texts."""
+        return "stage2" if self.config.system == "gavamoe" else "baseline"
+
+    def refuse_baseline(self, what: str) -> None:
+        """Raise InputError where the run is a baseline's, for `what`, which only GaVaMoE has."""
+        if self.config.system != "gavamoe":
+            raise InputError(f"{self.path}: is a run of {self.config.system}; {what}")
 
     @property
     def dataset(self) -> Path:
@@ -209,7 +230,10 @@ def make_run_folder(path: Path) -> None:
 
 
 def _check_same_config(folder: RunFolder, config: RunConfig) -> None:
-    before, now = (each.model_dump(include=set(_DECIDE_NUMBERS)) for each in (load_config(folder.config_file), config))
+    decide: dict[str, Any] = dict.fromkeys(_DECIDE_NUMBERS, True)
+    if config.system != "gavamoe":
+        decide["baselines"] = {baseline_section(config.system)}
+    before, now = (each.model_dump(include=decide) for each in (load_config(folder.config_file), config))
     difference = first_difference(before, now)
     if difference is not None:
         field, old, new = difference

@@ -26,6 +26,7 @@ def forget(
     if not named:
         raise InputError("forget: name users with --user ID or --users FILE")
     opened = open_run(run)
+    opened.refuse_baseline("only GaVaMoE's forget; prepare the data with --drop-users and train again")
     with locked_folder(opened.path):
         removed = forget_users(opened, named)
     remote.commit(opened.path)

@@ -39,6 +39,7 @@ def route(
         raise InputError("--sweep-clusters and --user exclude each other")
     counts = None if sweep_clusters is None else counts_of(sweep_clusters)
     opened = open_run(run)
+    opened.refuse_baseline("only GaVaMoE routes users to clusters")
     if counts is not None:
         _sweep(opened, counts, dataset, as_json=json_output)
     elif user is None or item is None:
@@ -146,6 +147,7 @@ def explain(
     {"item": "I3", "rating": 4, "text": "Short and witty."}
     """
     from gavamoe.artifacts.run import open_run
+    from gavamoe.baselines.writing import BaselineWriter
     from gavamoe.cli.output.explanation import print_explanation
     from gavamoe.config.files import override_config
     from gavamoe.generation.generator import ExplanationGenerator
@@ -159,6 +161,14 @@ def explain(
     generation = override_config(opened.config, overrides or []).generation
     words = None if features is None else tuple(word.strip() for word in features.split(",") if word.strip())
     place = writing_device(device, gpu=opened.config.runtime.gpu)
+    if opened.config.system != "gavamoe":
+        if history is not None or stream:
+            raise InputError(f"{run}: {opened.config.system} takes no --history, and writes texts whole, not --stream")
+        writer = BaselineWriter.load(opened.baseline, place)
+        pair = writer.catalog.user_or_unknown(user or ""), writer.catalog.item_or_unknown(item)
+        [value] = writer.explain([ExplanationRequest(*pair, rating, words)], generation)
+        print_explanation(value, user, item, history=0, shown=False, as_json=json_output)
+        return
     generator = ExplanationGenerator.load(opened.stage2, place, generation.dtype)
     catalog = generator.catalog
     entries = () if history is None else generator.filler.history(read_history(history))

@@ -12,7 +12,7 @@ from gavamoe.artifacts.files import read_json
 from gavamoe.artifacts.logs import read_log
 from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.artifacts.object_store import without_keys
-from gavamoe.artifacts.run import METRICS_FILE, STEPS, DatasetReference, Run, RunFolder, Step, open_run
+from gavamoe.artifacts.run import METRICS_FILE, DatasetReference, Run, RunFolder, Step, open_run, steps_of
 from gavamoe.errors import InputError
 
 State = Literal["done", "running", "stopped", "damaged", "not started"]
@@ -66,7 +66,7 @@ def read_status(run: Path) -> RunStatus:
         InputError: it is not a run folder, or its config can't be read.
     """
     folder = open_run(run)
-    steps = [_step(folder, name) for name in STEPS]
+    steps = [_step(folder, name) for name in steps_of(folder.config)]
     stored = remote.stored_path(folder.path)
     path = str(folder.path) if stored is None else stored.uri
     return RunStatus(
@@ -138,7 +138,7 @@ def _result(name: str, metrics: dict[str, Any]) -> dict[str, float]:
     if name == "stage1":
         test = metrics.get("test", {})
         chosen = {"rmse": test.get("rmse"), "smallest_cluster_share": metrics.get("smallest_cluster_share")}
-    elif name == "stage2":
+    elif name in ("stage2", "baseline"):
         chosen = {key: metrics.get(key) for key in ("validation_loss", "tokens_per_second")}
     else:
         chosen = {key: metrics.get("metrics", {}).get(key) for key in ("bleu_4", "rouge_l", "fmr", "rmse")}
@@ -153,8 +153,8 @@ def _dataset_problem(reference: DatasetReference) -> str | None:
     return f"{path}: no such dataset folder; --dataset says where it is now"
 
 
-def _logs(run: RunFolder) -> dict[str, str]:
-    shown: dict[str, str] = {name: str(run.log(name)) for name in STEPS if run.log(name).is_file()}
+def _logs(run: Run) -> dict[str, str]:
+    shown: dict[str, str] = {name: str(run.log(name)) for name in steps_of(run.config) if run.log(name).is_file()}
     if run.tensorboard.is_dir():
         shown["tensorboard"] = f"tensorboard --logdir {shlex.quote(str(run.tensorboard))}"
     if run.mlflow.is_file():
@@ -179,4 +179,4 @@ def _next(path: str, run: Run, steps: list[StepStatus]) -> str:
             at_uri = remote.is_uri(run.reference.path)
             dataset = f" --dataset {shlex.quote(without_keys(run.reference.path))}" if at_uri else ""
             return f"gavamoe evaluate {quoted}{dataset}"
-    return f"gavamoe serve {quoted}"
+    return f"gavamoe serve {quoted}" if run.config.system == "gavamoe" else f"gavamoe report {quoted}"

@@ -44,6 +44,9 @@ def train(
         typer.Option(metavar="FOLDER", parser=work_folder, help="Run folder or URI; default runs/CONFIG-DATASET."),
     ] = None,
     overrides: Set = None,
+    system: Annotated[
+        str | None, typer.Option(help="A baseline in GaVaMoE's place: peter, peter-plus ...; docs/baselines.md.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run folder.")] = False,
     stage: Annotated[str, typer.Option(help="1, 2 or all.")] = "all",
     evaluate: Annotated[bool, typer.Option("--evaluate", help="Then score the test split, write report.html.")] = False,
@@ -59,8 +62,10 @@ def train(
         raise InputError(f"--stage {stage}: expected 1, 2 or all")
     if evaluate and stage == "1":
         raise InputError("--evaluate: needs both stages, not --stage 1 alone")
-    settings = training_config(config, overrides)
-    folder = run_dir or Path("runs") / f"{Path(config).stem}-{name_of(dataset)}"
+    named = [] if system is None else [f"system={system}"]
+    settings = training_config(config, [*(overrides or []), *named])
+    own = "" if settings.system == "gavamoe" else f"-{settings.system}"
+    folder = run_dir or Path("runs") / f"{Path(config).stem}{own}-{name_of(dataset)}"
     with TerminalProgress() as progress:
         metrics = train_run(settings, dataset, folder, stage=cast("Stage", stage), resume=resume, progress=progress)
         scores = evaluate_and_report(folder, progress=progress, dataset=dataset) if evaluate else None

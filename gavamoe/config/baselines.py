@@ -1,15 +1,23 @@
-"""Settings of the baselines that `gavamoe ablate` trains beside the config's own model."""
+"""Settings of the baselines: rival systems, each with a section of its own."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from gavamoe.config.section import NonNegative, Positive, Rate, Section
 
+SystemName = Literal["gavamoe", "peter", "peter-plus"]
+"""What a run trains: GaVaMoE, or a baseline; a + form reads given features."""
+
+
+def baseline_section(system: str) -> str:
+    """The field of `BaselinesConfig` that has a baseline's settings; its + form shares it."""
+    return system.removesuffix("-plus").replace("-", "_")
+
 
 class PeterConfig(Section):
-    """The baseline PETER (Li, Zhang and Chen, ACL 2021) in `gavamoe ablate`, with its own paper's values but for the
-    optimizer. Steps, batch size, schedule and clipping are stage 2's."""
+    """The baseline PETER (Li, Zhang and Chen, ACL 2021), with its own paper's values but for the optimizer. Steps,
+    batch size, schedule and clipping are stage 2's."""
 
     embedding_size: Annotated[int, Field(ge=2, multiple_of=2)] = 512
     """Width of PETER's embeddings and hidden states; a multiple of `heads`."""
@@ -38,7 +46,7 @@ class PeterConfig(Section):
 
 
 class BaselinesConfig(Section):
-    """The trained baselines of `gavamoe ablate`; nothing else reads them."""
+    """The baselines, which `gavamoe train --system NAME` and `gavamoe ablate` train."""
 
     peter: PeterConfig = PeterConfig()
     """The baseline PETER."""

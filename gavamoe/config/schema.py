@@ -6,7 +6,7 @@ docstrings are the fields' descriptions: each is a sentence that makes sense wit
 
 from pydantic import model_validator
 
-from gavamoe.config.baselines import BaselinesConfig, PeterConfig
+from gavamoe.config.baselines import BaselinesConfig, PeterConfig, SystemName
 from gavamoe.config.evaluation import EvaluationConfig
 from gavamoe.config.generation import GenerationConfig
 from gavamoe.config.runtime import RuntimeConfig
@@ -27,6 +27,7 @@ __all__ = [
     "ScratchModelConfig",
     "Stage1Config",
     "Stage2Config",
+    "SystemName",
 ]
 
 
@@ -35,6 +36,9 @@ class RunConfig(Section):
 
     seed: Count = 0
     """Seed of every random choice: equal seeds give equal runs."""
+    system: SystemName = "gavamoe"
+    """System that is trained: gavamoe, or a baseline. A baseline has settings of its own in `baselines`, and takes its
+    base model or tokenizer, prompt, steps, batches, schedule and precision from `stage2`."""
     stage1: Stage1Config = Stage1Config()
     """The VAE with a Gaussian mixture, and its training."""
     stage2: Stage2Config = Stage2Config()
@@ -44,7 +48,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     """Measures of `gavamoe evaluate`, and the rows that are evaluated."""
     baselines: BaselinesConfig = BaselinesConfig()
-    """The baselines that `gavamoe ablate` trains beside the config's own model."""
+    """Settings of the baselines that `system` and `gavamoe ablate` train."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Workers, engine, tracking."""
 

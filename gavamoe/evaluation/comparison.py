@@ -113,7 +113,7 @@ def read_outcome(name: str, label: str, what: str, seed: int, folder: Path) -> O
     """The numbers of an evaluated run folder R/SYSTEM/seed-S."""
     metrics = read_metrics(RunFolder(folder).evaluation / METRICS_FILE)
     scores: dict[str, float | None] = dict(metrics["metrics"])
-    trained = [path for kind in ("stage2", "peter") if (path := folder / kind / METRICS_FILE).is_file()]
+    trained = [path for kind in ("stage2", "baseline") if (path := folder / kind / METRICS_FILE).is_file()]
     for path in trained:
         model = read_json(path)
         scores |= {key: model[key] for key in ("validation_loss", "parameters")}

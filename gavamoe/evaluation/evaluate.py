@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from gavamoe.artifacts.files import write_folder, write_json
 from gavamoe.artifacts.manifest import read_manifest, write_manifest
-from gavamoe.artifacts.run import METRICS_FILE, open_run
+from gavamoe.artifacts.run import METRICS_FILE, Run, open_run
 from gavamoe.config.files import parse_config
 from gavamoe.config.schema import GenerationConfig, RunConfig
 from gavamoe.data.dataset import Dataset, dataset_of_run
@@ -118,27 +118,57 @@ def evaluate_run(
     from gavamoe.generation.placement import writing_device
 
     opened = open_run(run)
+    place = writing_device(device, gpu=opened.config.runtime.gpu)
+
+    def load() -> Scored:
+        explainer = ExplanationGenerator.load(opened.stage2, place, opened.config.generation.dtype)
+        return Scored(explainer, partial(measure_gates, explainer), partial(measure_row_losses, explainer))
+
+    return score_run(opened, load, split=split, dataset=dataset, on_progress=on_progress, **options)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is evaluated: a writer, and what else can be measured of it."""
+
+    writer: Writer
+    gates: Gates | None = None
+    """Measures the writer's gates, if it has any."""
+    losses: ReadLosses | None = None
+    """Reads the rows' own texts, if the writer can."""
+
+
+def score_run(
+    opened: Run,
+    load: Callable[[], Scored],
+    *,
+    split: str,
+    dataset: Path | None,
+    on_progress: OnProgress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Evaluate what `load` opens of a trained run, and write the run's evaluation/ folder; see `evaluate_run`."""
     config = _configured(opened.config, **options)
     data = dataset_of_run(opened, dataset)
-    trained = read_manifest(opened.stage2, "stage2", verify=False)
+    folder = opened.path / opened.writer
+    trained = read_manifest(folder, opened.writer, verify=False)
     if forgotten := trained.details.get("forgotten_users"):
         raise InputError(f"{opened.path}: has forgotten {forgotten} user(s), whose rows its dataset holds; train again")
     if trained.inputs.get("dataset") != data.fingerprint:
-        raise InputError(f"{opened.stage2}: was trained on another dataset than {data.path}; train it again")
+        raise InputError(f"{folder}: was trained on another dataset than {data.path}; train it again")
     data.size(split)
-    device = writing_device(device, gpu=config.runtime.gpu)
-    explainer = ExplanationGenerator.load(opened.stage2, device, config.generation.dtype)
+    scored = load()
     result = evaluate(
-        explainer,
+        scored.writer,
         data,
         config,
         split=split,
         routes=opened.stage1 / ROUTES_FILE,
-        gates=partial(measure_gates, explainer),
-        losses=partial(measure_row_losses, explainer),
+        gates=scored.gates,
+        losses=scored.losses,
         on_progress=on_progress,
     )
-    inputs = {"dataset": data.fingerprint, "stage2": trained.fingerprint}
+    inputs = {"dataset": data.fingerprint, opened.writer: trained.fingerprint}
     write_evaluation(opened.evaluation, result, config, inputs)
     return result.metrics
 

@@ -39,9 +39,9 @@ class RunData:
     metrics: dict[str, Any]
     generations: pa.Table
     stages: dict[str, dict[str, Any]]
-    """metrics.json of stage1 and stage2, where they are."""
+    """metrics.json of stage1, stage2 and baseline, where they are."""
     logs: dict[str, list[dict[str, Any]]]
-    """Lines of logs/stage1.jsonl and logs/stage2.jsonl, where they are."""
+    """Lines of the logs of stage1, stage2 and baseline, where they are."""
 
     cluster_features: dict[int, list[str]]
     """Words and features that set each cluster of the training pairs apart; empty for systems without stage 1."""
@@ -73,7 +73,7 @@ def read_run(run: Path) -> RunData:
     metrics = read_metrics(folder.evaluation / METRICS_FILE)
     stages = {
         stage: read_json(run / stage / METRICS_FILE)
-        for stage in ("stage1", "stage2")
+        for stage in ("stage1", "stage2", "baseline")
         if (run / stage / METRICS_FILE).is_file()
     }
     return RunData(
@@ -86,7 +86,7 @@ def read_run(run: Path) -> RunData:
         stages=stages,
         cluster_features=_cluster_features(folder),
         latent_map=_read_picture(folder.latent_map),
-        logs={stage: read_log(folder.log(stage)) for stage in ("stage1", "stage2")},
+        logs={stage: read_log(folder.log(stage)) for stage in ("stage1", "stage2", "baseline")},
     )
 
 

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gavamoe.artifacts.files import read_json, write_folder
-from gavamoe.artifacts.manifest import MANIFEST, Manifest, read_manifest
+from gavamoe.artifacts.manifest import MANIFEST, read_manifest
 from gavamoe.artifacts.run import METRICS_FILE, RunFolder, claim_run, open_run
 from gavamoe.artifacts.stage1_cache import STAGE1_CACHE, cached_stage1, stage1_key
-from gavamoe.config.files import override_config, translate_former
+from gavamoe.baselines.retrieval import Copier
+from gavamoe.baselines.scores import evaluate_any
+from gavamoe.config.files import override_config
 from gavamoe.config.schema import RunConfig, Stage1Config
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
@@ -28,9 +29,7 @@ from gavamoe.evaluation.comparison import (
     read_outcome,
     write_comparison,
 )
-from gavamoe.evaluation.evaluate import Writer, evaluate, evaluate_run, write_evaluation
-from gavamoe.experiments.baselines import peter_train
-from gavamoe.experiments.baselines.retrieval import Copier
+from gavamoe.evaluation.evaluate import evaluate, write_evaluation
 from gavamoe.experiments.variants import SYSTEMS, System, find_systems
 from gavamoe.pipeline import check_base_models, train_run
 from gavamoe.report.latent_map import plot_latents
@@ -87,7 +86,7 @@ def run_ablation(
     opened, out = open_dataset(dataset), Path(out)
     plan = _plan(config, opened, out, seeds, only)
     left = [job for job in plan.jobs if not _evaluated(job, opened)]
-    trained = [job for job in left if job.system.model == "stage2" and not (job.run.stage2 / MANIFEST).is_file()]
+    trained = [job for job in left if (kind := job.system.model) and not (job.folder / kind / MANIFEST).is_file()]
     check_base_models([job.config for job in trained], opened)
     with ray_session(config.runtime) if trained else nullcontext():
         for number, job in enumerate(todo := tuple(left), start=1):
@@ -151,32 +150,24 @@ def _evaluated(job: Job, dataset: Dataset) -> bool:
     kind = job.system.model
     if kind is None:
         return same
-    if kind == "peter":
-        same = same and _peter_settings(manifest) == now["baselines"]["peter"]
     return same and manifest.inputs.get(kind) == read_manifest(job.folder / kind, kind, verify=False).fingerprint
 
 
 def _run(job: Job, dataset: Dataset, cache: Path, progress: Progress) -> None:
-    if job.system.model != "stage2":
+    if job.system.source is not None:
         claim_run(job.folder, job.config, dataset.path, dataset.fingerprint, continuing=True)
         job.run.write_config(job.config)
-        inputs = {"dataset": dataset.fingerprint}
-        writer: Writer
-        if job.system.source is not None:
-            writer = Copier(dataset, job.system.source)
-        else:
-            writer = _peter(job, dataset, progress)
-            inputs["peter"] = read_manifest(job.folder / "peter", "peter", verify=False).fingerprint
         progress.step("write and score texts")
-        result = evaluate(writer, dataset, job.config, on_progress=progress.count)
-        write_evaluation(job.run.evaluation, result, job.config, inputs)
+        result = evaluate(Copier(dataset, job.system.source), dataset, job.config, on_progress=progress.count)
+        write_evaluation(job.run.evaluation, result, job.config, {"dataset": dataset.fingerprint})
         return
-    _share_stage1(job, dataset, cache, progress)
-    _check_gates(job)
+    if job.system.model == "stage2":
+        _share_stage1(job, dataset, cache, progress)
+        _check_gates(job)
     train_run(job.config, dataset.path, job.folder, resume=True, progress=progress)
     job.run.write_config(job.config)  # an earlier session may have evaluated it in another way
     progress.step("write and score texts")
-    evaluate_run(job.folder, dataset=dataset.path, on_progress=progress.count)
+    evaluate_any(job.folder, dataset=dataset.path, on_progress=progress.count)
 
 
 def _check_gates(job: Job) -> None:
@@ -189,21 +180,6 @@ def _check_gates(job: Job) -> None:
     effective = metrics.get("effective_clusters")
     if job.config.stage2.routes == "learned" and clusters > 1 and effective is not None and effective < LEAST_CLUSTERS:
         raise InputError(f"{job.run.stage1}: {idle_gates(metrics, clusters)[0]}")
-
-
-def _peter(job: Job, dataset: Dataset, progress: Progress) -> Writer:
-    folder = job.folder / "peter"
-    trained = _peter_settings(read_manifest(folder, "peter", verify=False)) if (folder / MANIFEST).is_file() else None
-    if trained != job.config.baselines.peter.model_dump(mode="json"):
-        progress.step("train PETER")
-        features = job.system.peter == "features"
-        peter_train.train_peter(job.config, dataset, folder, features=features, on_progress=progress.count)
-    return peter_train.PeterWriter.load(folder, dataset, job.config.stage2.prompt)
-
-
-def _peter_settings(manifest: Manifest) -> Any:
-    """The settings of PETER under which an artifact was made, by this version or an earlier one."""
-    return translate_former(manifest.config, MANIFEST).get("baselines", {}).get("peter")
 
 
 def _share_stage1(job: Job, dataset: Dataset, cache: Path, progress: Progress) -> None:

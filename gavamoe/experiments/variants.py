@@ -1,7 +1,7 @@
-"""The systems that `gavamoe ablate` compares: the paper's Figure 3, controls of its claims, PETER, systems that copy.
+"""The systems that `gavamoe ablate` compares: the paper's Figure 3, controls of its claims, rivals, systems that copy.
 
-A system is the same config with a few fields changed, or the baseline PETER, or a `retrieval` source; everything else,
-the budget and the seed among it, is equal.
+A system is the same config with a few fields changed (`system` among them, for the baselines), or a `retrieval` source;
+everything else, the budget and the seed among it, is equal.
 """
 
 import math
@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 import yaml
 
+from gavamoe.baselines.registry import BASELINES, find_baseline
+from gavamoe.baselines.retrieval import Source
+from gavamoe.config.files import override_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
-from gavamoe.experiments.baselines.retrieval import Source
 from gavamoe.model.base_config import base_shape
 from gavamoe.model.conversion import expert_width
 from gavamoe.model.decoders import dense_width
@@ -38,15 +40,15 @@ class System:
     """Overrides of the config; raises InputError, with the reason, where the system makes no sense."""
     source: Source | None = None
     """A system that copies, in place of a trained one."""
-    peter: Literal["ids", "features"] | None = None
-    """PETER, or PETER+, in place of the config's own model."""
+    baseline: bool = False
+    """Whether it is one of the `baselines`, in place of the config's own model."""
 
     @property
-    def model(self) -> Literal["stage2", "peter"] | None:
+    def model(self) -> Literal["stage2", "baseline"] | None:
         """The artifact in its run folder that writes; None: it copies, and is the same for every seed."""
         if self.source is not None:
             return None
-        return "stage2" if self.peter is None else "peter"
+        return "baseline" if self.baseline else "stage2"
 
 
 def _fixed(*overrides: str) -> Changes:
@@ -141,6 +143,15 @@ def _cluster_token(config: RunConfig, dataset: Dataset) -> list[str]:
     return [*_wide(active=False)(config, dataset), "stage2.prompt.cluster=true"]
 
 
+def _baseline(name: str) -> Changes:
+    def changes(config: RunConfig, dataset: Dataset) -> list[str]:
+        system = f"system={name}"
+        find_baseline(name).load().check(override_config(config, [system]), dataset)
+        return [system]
+
+    return changes
+
+
 def _gpt2(config: RunConfig, dataset: Dataset) -> list[str]:
     del dataset
     if config.stage2.base_model == "scratch":
@@ -188,8 +199,7 @@ SYSTEMS: dict[str, System] = {
         System("alpha-0", "alpha 0", "stage 1 is not trained along (Eq. 13)", _fixed("stage2.alpha=0")),
         System("random-routes", "random routes", "each user's gate is drawn by a hash", _fixed("stage2.routes=random")),
         System("oracle-routes", "oracle routes", "each user's gate is the planted group's", _oracle),
-        System("peter", "PETER", "a small Transformer on the two ids (Li et al. 2021)", peter="ids"),
-        System("peter-plus", "PETER+", "the same, which reads the features too", peter="features"),
+        *(System(name, each.label, each.what, _baseline(name), baseline=True) for name, each in BASELINES.items()),
         System("constant", "constant text", "the most frequent training explanation", source="constant"),
         System("copy-user", "nearest of the user", "the user's nearest training explanation", source="user"),
         System("copy-item", "nearest of the item", "the item's nearest training explanation", source="item"),

@@ -47,8 +47,9 @@ class Explanation:
     rating: float | None
     """The rating whose sentiment word the prompt held; None for implicit data."""
     rating_given: bool
-    predicted_rating: float
-    """Stage 1's expectation, off the scale's grid; the probability of interaction for implicit data."""
+    predicted_rating: float | None
+    """Stage 1's expectation, off the scale's grid; the probability of interaction for implicit data. None: a baseline
+    that predicts none."""
     features: tuple[str, ...]
     """The features that the prompt named, as far as they fitted."""
     features_given: bool

@@ -266,7 +266,7 @@ def _clusters(run: RunData) -> list[dict[str, Any]]:
 
 def _curves(run: RunData) -> list[dict[str, Any]]:
     """For each stage with a log, its charts: one per logged number, one line per phase."""
-    titles = {"stage1": "Stage 1", "stage2": "Stage 2"}
+    titles = {"stage1": "Stage 1", "stage2": "Stage 2", "baseline": "Training"}
     stages = []
     for stage, lines in run.logs.items():
         charts = _charts(lines)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from gavamoe.config.section import Section
+from gavamoe.errors import InputError
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -151,8 +152,14 @@ class ServeArgs(Section):
 
     @property
     def artifact(self) -> Path:
-        """The stage-2 folder of `run`."""
+        """The stage-2 folder of `run`.
+
+        Raises:
+            InputError: it is a run of a baseline.
+        """
         path = Path(self.run)
+        if (path / "baseline").is_dir():
+            raise InputError(f"{path}: is a run of a baseline; only GaVaMoE's are served")
         return path / "stage2" if (path / "stage2").is_dir() else path
 
     @property

@@ -15,6 +15,7 @@ from helpers.tiny import tiny
 from gavamoe.artifacts.files import read_json
 from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.artifacts.run import RunFolder
+from gavamoe.baselines import retrieval
 from gavamoe.cli.output.systems import print_comparison
 from gavamoe.config.files import load_config, override_config
 from gavamoe.config.schema import RunConfig
@@ -40,7 +41,6 @@ from gavamoe.evaluation.comparison import difference as seed_difference
 from gavamoe.evaluation.losses.row_losses import LOSSES_FILE, RowLosses
 from gavamoe.evaluation.losses.verdict import CONTROLS
 from gavamoe.experiments.ablate import run_ablation
-from gavamoe.experiments.baselines import retrieval
 from gavamoe.experiments.variants import SYSTEMS, find_systems
 from gavamoe.model.base_config import base_shape
 from gavamoe.model.build import weightless_explainer

@@ -82,8 +82,9 @@ def print_explanation(
     _print_unknown(value.user_known or history > 0, value.item_known)
     if history:
         console.print(f"user routed by {history} {'entry' if history == 1 else 'entries'} of history", markup=False)
-    shares = ", ".join(f"{share:.2f}" for share in value.responsibilities)
-    console.print(f"cluster {value.cluster} (responsibilities {shares})", markup=False)
+    if len(value.responsibilities) > 1:
+        shares = ", ".join(f"{share:.2f}" for share in value.responsibilities)
+        console.print(f"cluster {value.cluster} (responsibilities {shares})", markup=False)
     if value.rating is not None:
         origin = "given" if value.rating_given else f"predicted as {value.predicted_rating:.2f}"
         console.print(f"rating {value.rating:.3g} ({origin})", markup=False)

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.bare_dataset import bare_dataset
 
+from gavamoe.baselines.retrieval import Copier, Source, _FeatureIndex
 from gavamoe.config.files import parse_config
 from gavamoe.config.schema import GenerationConfig
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.evaluation.evaluate import evaluate
 from gavamoe.evaluation.reference_scores import most_frequent_text
-from gavamoe.experiments.baselines.retrieval import Copier, Source, _FeatureIndex
 from gavamoe.generation.request import ExplanationRequest
 
 SOURCES: tuple[Source, ...] = ("constant", "user", "item", "features")

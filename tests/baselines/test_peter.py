@@ -5,8 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+from gavamoe.baselines.frame import Limits
+from gavamoe.baselines.peter import Peter, PeterSpec
 from gavamoe.config.schema import PeterConfig
-from gavamoe.experiments.baselines.peter_model import Peter, PeterSpec
 
 SIZE = PeterConfig(embedding_size=16, feed_forward=32, dropout=0.0)
 END = 1
@@ -14,7 +15,15 @@ END = 1
 
 def peter(**changes: object) -> Peter:
     torch.manual_seed(0)
-    values = {"vocabulary": 20, "n_users": 5, "n_items": 4, "places": 16, "mean_rating": 3.5, "features": True}
+    values = {
+        "vocabulary": 20,
+        "end": END,
+        "n_users": 5,
+        "n_items": 4,
+        "places": 16,
+        "mean_rating": 3.5,
+        "features": True,
+    }
     return Peter(PeterSpec(size=SIZE, **values | changes)).eval()  # type: ignore[arg-type]
 
 
@@ -48,7 +57,7 @@ def test_user_and_item_see_each_other_and_nobody_sees_ahead() -> None:
 def test_losses_by_hand() -> None:
     model, batch = peter(), a_batch()
     with torch.inference_mode():
-        found = model.losses(batch, END)
+        found = model.losses(batch)
         states, _ = model(batch["users"], batch["items"], batch["tokens"])
         words = torch.log_softmax(model.output(states), dim=-1)
         # Places: 0 user, 1 item, 2 feature, 3 <s>, 4 on the explanation.
@@ -67,14 +76,15 @@ def test_padding_changes_no_loss() -> None:
     alone = {name: values[1:] for name, values in batch.items()}
     cut = alone | {name: alone[name][:, :-1] for name in ("tokens", "labels")}
     with torch.inference_mode():
-        assert torch.allclose(model.losses(alone, END)["loss"], model.losses(cut, END)["loss"], atol=1e-6)
+        assert torch.allclose(model.losses(alone)["loss"], model.losses(cut)["loss"], atol=1e-6)
 
 
 def test_cached_writing_equals_reading_all_again() -> None:
     model = peter()
     users, items, prefix = torch.tensor([0, 4, 2]), torch.tensor([1, 0, 3]), torch.tensor([[7, 2], [6, 2], [5, 2]])
     banned = [0, 2]
-    texts, ratings = model.write(users, items, prefix, longest=6, end=END, banned=banned)
+    written = model.write({"users": users, "items": items}, prefix.tolist(), Limits(6, END, banned))
+    texts, ratings = written.tokens, written.ratings or []
     with torch.inference_mode():
         for row, text in enumerate(texts):
             tokens = prefix[row : row + 1]
@@ -90,5 +100,6 @@ def test_cached_writing_equals_reading_all_again() -> None:
 
 def test_writing_ends_where_the_places_end() -> None:
     model = peter(places=6)
-    texts, _ = model.write(torch.tensor([0]), torch.tensor([0]), torch.tensor([[7, 2]]), 50, END, [END])
-    assert len(texts[0]) == 3  # two places after the prefix, and the word after the last of them
+    batch = {"users": torch.tensor([0]), "items": torch.tensor([0])}
+    written = model.write(batch, [[7, 2]], Limits(50, END, [END]))
+    assert len(written.tokens[0]) == 3  # two places after the prefix, and the word after the last of them

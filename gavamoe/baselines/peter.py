@@ -10,13 +10,16 @@ Shapes: B rows, T tokens after the two ids, S = T + 2 positions, D embedding siz
 
 import math
 from collections.abc import Sequence
+from typing import Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from gavamoe.config.schema import PeterConfig
+from gavamoe.baselines.frame import Baseline, Batch, Limits, Losses, Phase, Reader, Spec, Texts, Written
+from gavamoe.config.schema import PeterConfig, RunConfig
+from gavamoe.data.dataset import Dataset
 from gavamoe.model.explainer import IGNORED
 
 IDS = 2
@@ -28,26 +31,29 @@ Past = tuple[Tensor, Tensor]
 """Keys and values of one layer so far: (B, heads, S, D / heads) each."""
 
 
-class PeterSpec(BaseModel):
-    """Everything from which the model is built, apart from its weights."""
+class PeterSpec(Spec):
+    """Everything from which PETER is built, apart from its weights."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     size: PeterConfig
     vocabulary: int
-    n_users: int
-    """Number of known users; one more row stands for all others, and is trained by hiding ids."""
-    n_items: int
-    """Number of known items, with one more row likewise."""
+    end: int
+    """The token that ends a text, which does not count as a word of its context."""
     places: int
     """Largest number of positions, S."""
     mean_rating: float
     """Mean of the training ratings, with which predictions start."""
-    features: bool
-    """Whether the model reads features: PETER+."""
 
 
-class Peter(nn.Module):
-    """The Transformer and its three heads."""
+class Peter(Baseline):
+    """The Transformer and its three heads.
+
+    What is ours, not its paper's: byte-level tokens in place of words, AdamW, several features, a row for users and
+    items never seen, and predictions that start at the mean rating.
+    """
+
+    spec_type = PeterSpec
+    equally_long = True
+    spec: PeterSpec
 
     def __init__(self, spec: PeterSpec) -> None:
         super().__init__()
@@ -69,6 +75,26 @@ class Peter(nn.Module):
         for linear in (self.output, inner):
             nn.init.zeros_(linear.bias)
         nn.init.constant_(outer.bias, spec.mean_rating)  # ours: ratings start where they are
+
+    @classmethod
+    def create(cls, config: RunConfig, data: Dataset, reader: Reader, *, features: bool) -> Self:
+        rated = data.arrays("train").rating
+        prompt = config.stage2.prompt
+        prefix = prompt.max_tokens if features else 1
+        spec = PeterSpec(
+            features=features,
+            n_users=data.catalog.known_users,
+            n_items=data.catalog.known_items,
+            size=config.baselines.peter,
+            vocabulary=len(reader.tokenizer),
+            end=reader.end,
+            places=IDS + prefix + max(prompt.max_explanation_tokens, config.generation.max_new_tokens),
+            mean_rating=0.0 if np.isnan(rated).all() else float(np.nanmean(rated)),
+        )
+        return cls(spec)
+
+    def phases(self, config: RunConfig) -> list[Phase]:
+        return [Phase("all", rate=config.baselines.peter.learning_rate)]
 
     def forward(
         self, users_B: Tensor, items_B: Tensor, tokens_BT: Tensor, past: list[Past] | None = None
@@ -101,14 +127,8 @@ class Peter(nn.Module):
         rating_B: Tensor = self.rating(states_BSD[:, 0]).squeeze(-1)
         return rating_B
 
-    def losses(self, batch: dict[str, Tensor], end: int) -> dict[str, Tensor]:
-        """The three losses and their weighted sum (its Eqs. 12 to 15).
-
-        Args:
-            batch: users, items (B,); ratings (B,), NaN for none; tokens (B, T), padded on the right; labels (B, T), the
-                same tokens where they are the explanation's, -100 elsewhere.
-            end: the token that ends a text, which does not count as a word of its context.
-        """
+    def losses(self, batch: Batch) -> Losses:
+        """The three losses and their weighted sum (its Eqs. 12 to 15)."""
         states_BSD, _ = self(batch["users"], batch["items"], batch["tokens"])
         labels_BT = batch["labels"]
         # The position before a token predicts it: `tokens` begin after the two ids.
@@ -116,7 +136,7 @@ class Peter(nn.Module):
         spoken_BT = labels_BT != IGNORED
         explanation = F.cross_entropy(self.output(next_BT[spoken_BT]), labels_BT[spoken_BT])
         context_BV = F.log_softmax(self.output(states_BSD[:, 1]), dim=-1)
-        word_BT = spoken_BT & (labels_BT != end)
+        word_BT = spoken_BT & (labels_BT != self.spec.end)
         row_N, _ = word_BT.nonzero(as_tuple=True)
         context = -context_BV[row_N, labels_BT[word_BT]].mean() if len(row_N) else explanation.new_zeros(())
         rated_B = ~torch.isnan(batch["ratings"])
@@ -127,34 +147,20 @@ class Peter(nn.Module):
         return {"loss": total, "explanation": explanation, "context": context, "rating": rating}
 
     @torch.inference_mode()
-    def write(
-        self, users_B: Tensor, items_B: Tensor, prefix_BT: Tensor, longest: int, end: int, banned: Sequence[int]
-    ) -> tuple[list[list[int]], list[float]]:
-        """Greedy texts of B rows whose prefixes (features and <s>) are equally long, and the predicted ratings.
-
-        Args:
-            longest: tokens written at most; fewer where the model has no more positions.
-            banned: tokens that are never written.
-
-        Returns:
-            Token ids of each row, `end` included where it was written.
-        """
-        states_BSD, past = self(users_B, items_B, prefix_BT)
+    def write(self, batch: Batch, prefixes: Sequence[Sequence[int]], limits: Limits) -> Written:
+        """Greedy texts, shorter where the model has no more positions, and the predicted ratings."""
+        prefix_BT = torch.tensor(prefixes, device=batch["users"].device)
+        states_BSD, past = self(batch["users"], batch["items"], prefix_BT)
         ratings = self.predict_rating(states_BSD).tolist()
-        texts: list[list[int]] = [[] for _ in range(len(users_B))]
-        open_rows = set(range(len(users_B)))
-        room = min(longest, self.spec.places - IDS - prefix_BT.shape[1] + 1)
+        room = min(limits.longest, self.spec.places - IDS - prefix_BT.shape[1] + 1)
+        texts = Texts(len(prefixes), limits.end)
         for left in reversed(range(room)):
-            scores_BV = self.output(states_BSD[:, -1])
-            scores_BV[:, banned] = -torch.inf
-            next_B = scores_BV.argmax(dim=-1)
-            for row in sorted(open_rows):
-                texts[row].append(int(next_B[row]))
-            open_rows -= {row for row in open_rows if texts[row][-1] == end}
-            if not open_rows or not left:
+            next_B = limits.greedy(self.output(states_BSD[:, -1]))
+            texts.add(next_B)
+            if texts.done or not left:
                 break
-            states_BSD, past = self(users_B, items_B, next_B[:, None], past)
-        return texts, ratings
+            states_BSD, past = self(batch["users"], batch["items"], next_B[:, None], past)
+        return Written(texts.tokens, ratings)
 
 
 class _Layer(nn.Module):

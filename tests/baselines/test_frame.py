@@ -1,0 +1,143 @@
+"""What all trained baselines share: training, checkpoints, folder, answers, their part in a comparison."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers.tiny import tiny
+
+from gavamoe.baselines.registry import BASELINES
+from gavamoe.baselines.scores import evaluate_any
+from gavamoe.baselines.training import train_baseline
+from gavamoe.baselines.writing import BaselineWriter
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.errors import InputError
+from gavamoe.experiments.ablate import run_ablation
+from gavamoe.generation.request import ExplanationRequest
+from gavamoe.pipeline import train_run
+from gavamoe.runtime.context import LocalContext
+
+SMALL = (
+    "baselines.peter.embedding_size=16", "baselines.peter.feed_forward=32", "generation.max_new_tokens=8",
+    "evaluation.rows=12",
+)  # fmt: skip
+ALL = sorted(BASELINES)
+
+
+def small(system: str, *overrides: str) -> RunConfig:
+    return tiny(f"system={system}", *SMALL, *overrides)
+
+
+@pytest.fixture(scope="module")
+def trained(planted: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of each baseline after a short training, its checkpoints beside it."""
+    folders = {}
+    for system in ALL:
+        folders[system] = tmp_path_factory.mktemp(system) / "baseline"
+        context = LocalContext(storage=folders[system].parent / "checkpoints")
+        train_baseline(small(system), planted.path, folders[system], context)
+    return folders
+
+
+@pytest.mark.parametrize("system", ALL)
+def test_training_lowers_the_loss(system: str, trained: dict[str, Path]) -> None:
+    metrics = json.loads((trained[system] / "metrics.json").read_text())
+    losses = [point["loss"] for point in metrics["validation_losses"]]
+    assert losses[-1] < losses[0] < math.log(400)
+    assert metrics["kept_step"] == metrics["steps"] == 12
+    assert 0 < metrics["trained_parameters"] <= metrics["parameters"]
+
+
+@pytest.mark.parametrize("system", ALL)
+def test_a_resumed_training_is_the_same(
+    system: str, trained: dict[str, Path], planted: Dataset, tmp_path: Path
+) -> None:
+    checkpoint = trained[system].parent / "checkpoints" / "checkpoint_000000"
+    resumed = LocalContext(resume_from=checkpoint)
+    train_baseline(small(system), planted.path, tmp_path / "resumed", resumed)
+    for name in ("weights.safetensors", "spec.json"):
+        assert (tmp_path / "resumed" / name).read_bytes() == (trained[system] / name).read_bytes()
+    assert min(line["step"] for line in resumed.lines) > 6
+    with pytest.raises(InputError, match="the checkpoint has seed 0, this run has 1"):
+        train_baseline(small(system, "seed=1"), planted.path, tmp_path / "other", resumed)
+
+
+@pytest.mark.parametrize("system", ALL)
+def test_it_answers_as_an_explainer(system: str, planted: Dataset, trained: dict[str, Path]) -> None:
+    generation = small(system).generation
+    writer = BaselineWriter.load(trained[system])
+    requests = [
+        ExplanationRequest(user=0, item=1, rating=4.0, features=("battles",)),
+        ExplanationRequest(user=2, item=3),
+        ExplanationRequest(user=10_000, item=10_000, features=()),
+    ]
+    together = writer.explain(requests, generation)
+    alone = [writer.explain([request], generation)[0] for request in requests]
+    assert [said.text for said in together] == [said.text for said in alone]
+    given, predicted, unknown = together
+    assert (given.rating, given.rating_given) == (4.0, True)
+    assert given.features == (("battles",) if BASELINES[system].features else ())
+    if BASELINES[system].features:
+        assert predicted.features == planted.catalog.usual_features(2, 3, len(predicted.features))
+    assert predicted.rating in (planted.rating_values or ())
+    assert not unknown.user_known
+    assert np.isfinite(unknown.predicted_rating)
+    with pytest.raises(InputError, match="rating 77"):
+        writer.explain([ExplanationRequest(user=0, item=0, rating=77.0)], generation)
+
+
+def test_another_folder_or_system_is_refused_in_one_line(trained: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no baseline artifact here"):
+        BaselineWriter.load(tmp_path)
+    manifest = json.loads((trained["peter"] / "artifact.json").read_text())
+    manifest["details"]["system"] = "nobody"
+    folder = tmp_path / "baseline"
+    folder.mkdir()
+    for file in trained["peter"].rglob("*"):
+        if file.is_file() and file.name != "artifact.json":
+            target = folder / file.relative_to(trained["peter"])
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    (folder / "artifact.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="system nobody: no baseline; known are peter"):
+        BaselineWriter.load(folder)
+
+
+@pytest.mark.parametrize("system", ALL)
+def test_implicit_data_have_no_rating_to_learn(system: str, implicit_dataset: Path, tmp_path: Path) -> None:
+    data = open_dataset(implicit_dataset)
+    metrics = train_baseline(small(system), data.path, tmp_path / "baseline", LocalContext())
+    assert math.isfinite(metrics["validation_loss"])
+    writer = BaselineWriter.load(tmp_path / "baseline")
+    assert writer.explain([ExplanationRequest(user=0, item=0)], small(system).generation)[0].rating is None
+
+
+def test_a_run_of_a_baseline_is_a_run_like_any_other(planted: Dataset, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", small("peter-plus")
+    metrics = train_run(config, planted.path, run)
+    assert metrics["baseline"]["steps"] == 12
+    scores = evaluate_any(run, dataset=planted.path)
+    assert scores["rows"] == 12
+    assert json.loads((run / "evaluation" / "metrics.json").read_text())["metrics"] == scores["metrics"]
+    with pytest.raises(InputError, match="--stage 2: peter-plus has no stages"):
+        train_run(config, planted.path, tmp_path / "other", stage="2")
+    with pytest.raises(InputError, match=r"was started with system=peter-plus, now peter;"):
+        train_run(small("peter"), planted.path, run, resume=True)
+    with pytest.raises(InputError, match=r"was started with baselines\.peter\.layers=2, now 1;"):
+        train_run(small("peter-plus", "baselines.peter.layers=1"), planted.path, run, resume=True)
+
+
+def test_they_take_part_in_a_comparison(planted: Dataset, tmp_path: Path) -> None:
+    names = ["peter", "peter-plus", "constant"]
+    found = run_ablation(small("gavamoe"), planted.path, tmp_path, only=names, seeds=2)
+    assert [(o.system, o.seed) for o in found.outcomes if o.trained] == [
+        ("peter", 0), ("peter-plus", 0), ("peter", 1), ("peter-plus", 1),
+    ]  # fmt: skip
+    assert all(o.scores["validation_loss"] and o.scores["rmse"] for o in found.outcomes if o.trained)
+    artifact = tmp_path / "peter" / "seed-0" / "baseline" / "artifact.json"
+    made = artifact.read_text()
+    run_ablation(small("gavamoe"), planted.path, tmp_path, only=names, seeds=2)
+    assert artifact.read_text() == made
