@@ -346,8 +346,8 @@ class _Session:
             self.study.fail(number, reason)
             return
         raise RunError(
-            f"{self.job.folder}: trial {number} failed ({reason}), and its disk is full ({free >> 20} MiB left here); make"
-            " room, then continue with --resume"
+            f"{self.job.folder}: trial {number} failed ({reason}), and its disk is full ({free >> 20} MiB left here);"
+            " make room, then continue with --resume"
         )
 
     def restarted(self, trial_id: str) -> None:
