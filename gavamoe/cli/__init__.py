@@ -15,13 +15,21 @@ status       what ran, how far it is, what is next
 terminal     tables, progress bars, JSON on standard output
 """
 
+import atexit
+import os
 import signal
 import sys
 import threading
 
+SIGNALED = (130, 143)
+"""Exit codes after Ctrl-C and SIGTERM."""
+ended: list[int] = []
+"""The exit code of a command that a signal has ended."""
+
 
 def main() -> None:
     """Entry point of the `gavamoe` command."""
+    atexit.register(_leave)  # first, so called last
     try:
         try:
             from gavamoe.cli import app
@@ -32,6 +40,18 @@ def main() -> None:
     except KeyboardInterrupt:  # the imports take a moment, in which people notice that they mistyped
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as stop:
+        ended[:] = [stop.code] if isinstance(stop.code, int) and stop.code in SIGNALED else []
+        raise
+
+
+def _leave() -> None:
+    """End the process here where a signal ended the command: all is told and closed, and what Python would do from now
+    on, with threads of Ray's C++ in the middle of something, was seen to end in a segmentation fault."""
+    if ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended[0])
 
 
 def _leave_ctrl_c_to_the_system() -> None:

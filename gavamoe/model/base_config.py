@@ -13,7 +13,7 @@ from gavamoe.artifacts.files import read_json
 from gavamoe.config.files import PACKAGE
 from gavamoe.config.schema import Stage2Config
 from gavamoe.errors import InputError, one_line
-from gavamoe.model.base_model import SUPPORTED, read_base_config, scratch_config
+from gavamoe.model.base_model import SUPPORTED, check_layers, read_base_config, scratch_config
 
 SHAPES = PACKAGE / "model" / "shapes"
 
@@ -52,6 +52,8 @@ def _from_values(values: Any, source: str) -> PreTrainedConfig:
     if model_type not in SUPPORTED:
         raise InputError(f"{source}: architecture {model_type!r} is not supported; supported: {', '.join(SUPPORTED)}")
     try:
-        return AutoConfig.for_model(**values)
+        config = AutoConfig.for_model(**values)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{source}: not a usable config ({one_line(error, 200)})") from error
+    check_layers(config, source)
+    return config

@@ -36,6 +36,8 @@ from gavamoe.model.base_weights import check_loaded, check_weights, damaged_file
 
 SUPPORTED = ("llama", "gpt2")
 """Architectures by `model_type`; `decoders` has a GaVaMoE form of each."""
+MOST_LAYERS = 512
+"""Layers of a base model at most; LLaMA-3.1-405B has 126."""
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SCRATCH_POSITIONS = 2048
 """Longest sequence of the scratch LLaMA, in tokens; rotary positions cost no weights."""
@@ -197,7 +199,7 @@ def read_base_config(base_model: str, way_out: str = "") -> PreTrainedConfig:
         way_out: the end of the error, in place of `load_base`'s.
 
     Raises:
-        InputError: not found, unreadable, an unsupported architecture, or quantized weights.
+        InputError: not found, unreadable, an unsupported architecture, too many layers, or quantized weights.
     """
     source, options = locate_base(base_model)
     with _loading(base_model, "its config cannot be read" if way_out else _FAILED, way_out):
@@ -207,6 +209,7 @@ def read_base_config(base_model: str, way_out: str = "") -> PreTrainedConfig:
             f"base_model {base_model}: architecture {config.model_type!r} is not supported;"
             f" supported: {', '.join(SUPPORTED)}"
         )
+    check_layers(config, f"base_model {base_model}")
     quantization = getattr(config, "quantization_config", None)
     if quantization:
         values = quantization if isinstance(quantization, dict) else quantization.to_dict()
@@ -215,6 +218,14 @@ def read_base_config(base_model: str, way_out: str = "") -> PreTrainedConfig:
             " and experts can't be trained from those; give the model that they were made from, or a .gguf file"
         )
     return config
+
+
+def check_layers(config: PreTrainedConfig, named: str) -> None:
+    """Refuse a config, `named` in the error, with more layers than any model has: to build them, even without weights,
+    takes minutes and gigabytes."""
+    layers = config.num_hidden_layers
+    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+        raise InputError(f"{named}: its config has {layers} layers; expected 1 to {MOST_LAYERS}")
 
 
 def _load_pretrained(base_model: str, empty_weights: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

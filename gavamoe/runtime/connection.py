@@ -7,6 +7,7 @@ option says is looked at first, and refused in one line that names it and the fo
 import http.client
 import os
 import re
+import select
 import signal
 import socket
 import stat
@@ -16,7 +17,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def _watch_raylet() -> None:
 
     Its raylet ends with any of its agents, such as one that the system kills for lack of memory. Without it nothing can
     go on: Ray's C++ then ends this process without a word as soon as it needs an object (exit code 1, with no clean-up
-    of Python's), and a search would wait for a worker without end.
+    of Python's), and a search would wait for a worker without end. So the agents, whose end comes first, are watched.
     """
     from ray._private import worker
 
@@ -172,11 +173,40 @@ def _watch_raylet() -> None:
 def _end_with(raylet: "subprocess.Popen[bytes]") -> None:
     import ray
 
-    raylet.wait()
+    _wait_for_any([raylet.pid, *_agents(raylet.pid)], raylet)
     if ray.is_initialized():  # it is not during a shutdown
         sys.stderr.flush()
         os.write(2, f"{_RAY_IS_LOST}\n".encode())
         os._exit(1)
+
+
+def _wait_for_any(pids: Sequence[int], raylet: "subprocess.Popen[bytes]") -> None:
+    """Wait until one of some processes ends; of the raylet alone where the system can't tell it of others."""
+    handles: list[int] = []
+    try:
+        poll = select.poll()
+        for pid in pids:
+            with suppress(OSError):  # gone already, or a kernel without such handles
+                handles.append(os.pidfd_open(pid))
+                poll.register(handles[-1], select.POLLIN)
+        if len(handles) == len(pids):
+            poll.poll()
+            return
+    except AttributeError:  # not on Linux
+        pass
+    finally:
+        for handle in handles:
+            os.close(handle)
+    raylet.wait()
+
+
+def _agents(raylet: int) -> list[int]:
+    """Processes that Ray's raylet has for itself, on Linux."""
+    try:
+        children = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
+        return [int(pid) for pid in children if b"Agent" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]]
+    except OSError:
+        return []
 
 
 def _private_folder() -> Path | None:

@@ -8,6 +8,7 @@ continue from, and Tune's state is thrown away after every session.
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -34,6 +35,11 @@ from gavamoe.tune.trial import Job, ask_to_stop, asked_at, discard_work, run_tri
 _CONFIGURATION_ERRORS = (InputError, RunError, RuntimeError, ValueError, ArithmeticError, MemoryError)
 """Errors that a configuration can cause (torch's out-of-memory is a RuntimeError), recorded as the trial's result.
 Any other failure, such as a killed worker, is tried again, at most `runtime.max_failures` times."""
+
+_LITTLE_ROOM = 64 * 2**20
+"""Bytes left on the search's disk below which a trial that fails is not put down to its configuration."""
+_FULL_DISK = re.compile(r"no space (is )?left|disk is full|quota", re.IGNORECASE)
+"""What a trial says whose own disk, on whatever machine, is full."""
 
 _NEVER_ENOUGH = 1_000_000
 """Samples that Tune may ask for; the searcher says when to stop."""
@@ -310,7 +316,7 @@ class _Session:
             outcome = json.loads(result["finished"])
             self.study.complete(number, outcome["measured"], outcome["seconds"])
         elif "failed" in result:
-            self.study.fail(number, result["failed"])
+            self._fail(number, result["failed"])
         else:
             self.reported(result)  # the value that a killed trial was stopped for, which Tune passes on only here
             percent = result["stopped"] if "stopped" in result else result["percent"]
@@ -325,9 +331,24 @@ class _Session:
         if number is not None:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = lines[-1] if lines else "no message"
-            self.study.fail(number, f"the worker died {self._restarts.get(number, 0) + 1} times: {reason}")
+            self._fail(number, f"the worker died {self._restarts.get(number, 0) + 1} times: {reason}")
             discard_work(self.job, number)
             self.show()
+
+    def _fail(self, number: int, reason: str) -> None:
+        """Record a trial's failure as that of its configuration, unless there is no room for anything.
+
+        Raises:
+            RunError: there is none. The trial counts as running, and is continued when the search is.
+        """
+        free = shutil.disk_usage(self.job.folder).free
+        if free >= _LITTLE_ROOM and not _FULL_DISK.search(reason):
+            self.study.fail(number, reason)
+            return
+        raise RunError(
+            f"{self.job.folder}: trial {number} failed ({reason}), and its disk is full ({free >> 20} MiB left here);"
+            " make room, then continue with --resume"
+        )
 
     def restarted(self, trial_id: str) -> None:
         number = self._live[trial_id]

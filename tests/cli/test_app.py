@@ -261,3 +261,23 @@ def test_ctrl_c_after_the_end_of_a_command_ends_it_in_silence() -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (-signal.SIGINT, "")
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_what_crashes_when_python_ends_does_not_change_how_a_signal_ended_the_command(code: int) -> None:
+    """Once met: exit code -11 after "interrupted", of a thread of Ray's."""
+    program = (
+        "import atexit, ctypes, sys, types\n"
+        "def run():\n"
+        "    atexit.register(print, 'cleaned up')\n"
+        "    libc = ctypes.CDLL(None)\n"
+        "    libc.__cxa_atexit(libc.abort, None, None)\n"
+        f"    sys.exit({code})\n"
+        "app = types.SimpleNamespace(main=run)\n"
+        "import gavamoe.cli as cli\n"
+        "sys.modules['gavamoe.cli.app'] = cli.app = app\n"
+        "print('interrupted', file=sys.stderr)\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "cleaned up\n", "interrupted\n")

@@ -273,6 +273,15 @@ def test_misshapen_csv(tmp_path: Path) -> None:
     ]
 
 
+def test_a_misshapen_row_that_is_not_utf8_and_has_commas_in_its_last_value(tmp_path: Path) -> None:
+    """Once met: the comma inside made its values as many as the header's, and Arrow's error went through."""
+    rows = [f'u{n},i{n},4,"text, {n}"' for n in range(30)]
+    content = "user,item,rating,text\n" + "\n".join(rows) + "\n"
+    (tmp_path / "t.csv").write_bytes(content.encode() + b'u,i,"a, \xff\xfe"\n')
+    summary = prepare(tmp_path / "t.csv", tmp_path / "out", "table")
+    assert (summary.kept, summary.rejected) == (30, {"3 values instead of 4": 1})
+
+
 def test_bytes_that_a_parquet_file_calls_text(tmp_path: Path) -> None:
     good = ["text"] * 30
     spoilt = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], dtype=np.int32)), pa.py_buffer(b"\xff\xfe"))

@@ -17,12 +17,14 @@ def command(*arguments: object) -> list[str]:
 
 @contextmanager
 def ctrl_c_kept() -> Iterator[None]:
-    """For calls of `main()` in this process: it leaves Ctrl-C to the system, as its process is to end."""
+    """For calls of `main()` in this process: it leaves Ctrl-C to the system, as its process is to end, and where a
+    signal ended it, has Python end at once."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+        cli.ended.clear()
 
 
 class Result:

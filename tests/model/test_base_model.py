@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.base_models import save_gguf
+from helpers.stage2_runs import save_base
+from helpers.tiny import tiny
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -23,7 +25,8 @@ from transformers import (
 
 from gavamoe.config.schema import ScratchModelConfig
 from gavamoe.errors import InputError
-from gavamoe.model.base_model import encode_text, encode_texts, load_base, special_ids, train_tokenizer
+from gavamoe.model.base_config import base_shape
+from gavamoe.model.base_model import check_base, encode_text, encode_texts, load_base, special_ids, train_tokenizer
 from gavamoe.model.decoders import DECODERS
 
 SCRATCH = ScratchModelConfig(hidden_size=32, layers=2, heads=2, intermediate_size=48, vocabulary=400)
@@ -231,6 +234,19 @@ def test_missing_gguf_file_and_missing_reader(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else found(name, *rest))
     with pytest.raises(InputError, match=r"needs the package gguf; pip install gavamoe\[gguf\]"):
         load_base(str(path), SCRATCH, [], seed=0)
+
+
+@pytest.mark.parametrize("layers", [0, 10**6])
+def test_a_config_with_more_layers_than_any_model_is_refused_at_once(layers: int, tmp_path: Path) -> None:
+    """Once met in a hostile GGUF file: 20 seconds and 2 GB for layers without weights."""
+    save_base(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": layers}))
+    with pytest.raises(InputError, match=f"its config has {layers} layers; expected 1 to 512"):
+        check_base(str(tmp_path / "model"))
+    stage2 = tiny(f"stage2.base_model={tmp_path / 'model'}").stage2
+    with pytest.raises(InputError, match=f"its config has {layers} layers"):
+        base_shape(stage2, path)
 
 
 def test_damaged_gguf_file_is_refused(tmp_path: Path) -> None:

@@ -330,19 +330,24 @@ def test_a_command_s_own_end_by_sigterm_survives_ray(while_it_starts: bool, monk
 
 
 @pytest.mark.parametrize("shut_down", [False, True])
-def test_the_end_of_ray_is_told_in_one_line(shut_down: bool) -> None:
+@pytest.mark.parametrize("victim", ["raylet", "agent"])
+def test_the_end_of_ray_is_told_in_one_line(shut_down: bool, victim: str) -> None:
     """Once met: one of Ray's agents was killed, and the command ended with 1 and no word. Ray is played here."""
     program = (
-        "import subprocess, sys, time, types\n"
+        "import os, subprocess, sys, time, types\n"
         "sys.modules['ray'] = ray = types.ModuleType('ray')\n"
         "sys.modules['ray._private'] = private = types.ModuleType('ray._private')\n"
         "private.worker = types.ModuleType('ray._private.worker')\n"
-        "raylet = types.SimpleNamespace(process=subprocess.Popen(['sleep', '60']))\n"
+        "script = '(exec -a ray::DashboardAgent sleep 20) & echo $!; wait; sleep 20'\n"
+        "process = subprocess.Popen(['bash', '-c', script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)\n"
+        "agent = int(process.stdout.readline())\n"
+        "raylet = types.SimpleNamespace(process=process)\n"
         "private.worker._global_node = types.SimpleNamespace(all_processes={'raylet': [raylet]})\n"
         f"ray.is_initialized = lambda: {not shut_down}\n"
         "from gavamoe.runtime import connection\n"
         "connection._watch_raylet()\n"
-        "raylet.process.kill()\n"
+        "time.sleep(0.5)\n"  # until it watches
+        f"os.kill({'agent' if victim == 'agent' else 'process.pid'}, 9)\n"
         "time.sleep(2)\n"
         "print('goes on')\n"
     )

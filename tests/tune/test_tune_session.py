@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from helpers.cli import Runner
 from helpers.tiny import tiny
 from ray.tune.tune import _setup_signal_catching
 
+from gavamoe.errors import RunError
 from gavamoe.tune import ray_tune
 from gavamoe.tune.space import parse_space
 from gavamoe.tune.study import Study
@@ -116,6 +118,36 @@ def test_a_result_that_cannot_be_written_ends_the_search_with_its_own_error(
 
     with pytest.raises(OSError, match="disk is full"):
         search(loop)
+
+
+@pytest.mark.parametrize("reason", ["RunError: x: cannot be written: no space is left", "RuntimeError: nan"])
+@pytest.mark.parametrize("free", [2**30, 2**20])
+@pytest.mark.parametrize("died", [False, True])
+def test_a_full_disk_is_no_fault_of_the_configuration(
+    reason: str, free: int, died: bool, search: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once met: the best configuration was recorded as failed, for good, and another one was chosen."""
+    monkeypatch.setattr(ray_tune.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+    def loop(searcher: Any, listener: Any) -> None:
+        number = searcher.suggest("a")["number"]
+        if died:
+            trial = SimpleNamespace(trial_id="a", get_error=lambda: RuntimeError(reason))
+            listener.on_trial_error(1, [], trial)
+        else:
+            searcher.on_trial_complete("a", {"number": number, "failed": reason})
+        states.extend(record.state for record in searcher._session.study.records)
+        listener.on_step_end(1, [])
+        searcher.suggest("b")
+
+    states: list[str] = []
+    if free == 2**30 and "space" not in reason:
+        search(loop)
+        assert states == ["failed"]
+        return
+    with pytest.raises(RunError, match=r"its disk is full .*; make room, then continue with --resume"):
+        search(loop)
+    assert states == ["running"]  # so it is continued
 
 
 def test_tracebacks_of_tune_are_shown_with_debug_alone(gavamoe: Runner) -> None:

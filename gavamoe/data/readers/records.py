@@ -270,13 +270,22 @@ def well_shaped(records: Records, dialect: Dialect, values: int) -> tuple[bytes,
         if match is None:
             break
         at = match.end()
-        count = len(ended.findall(match[0])) + 1
+        count = _values(match[0], ended)
         if count == values:
             good.append(match[0])
         else:
             reason = f"{count} values instead of {values}"
             misshapen.append(Rejection(number, reason, shorten(match[0][:300].decode("utf-8", "replace"))))
     return b"".join(good), misshapen
+
+
+def _values(record: bytes, ended: re.Pattern[bytes]) -> int:
+    """How many values a record has: those that `ended`, a value with its delimiter, matches one after the other, and
+    the last. A search in place of matches would go on inside the last one, if that is quoted and holds delimiters."""
+    count, at = 1, 0
+    while (match := ended.match(record, at)) is not None:
+        count, at = count + 1, match.end()
+    return count
 
 
 def _is_number(value: bytes) -> bool:
