@@ -315,13 +315,13 @@ def test_a_damaged_comparison_is_named(tmp_path: Path) -> None:
 
 
 def train_here(
-    number: str, config: RunConfig, dataset: Dataset, run: RunFolder, resume: bool, progress: Progress
+    step: str, config: RunConfig, dataset: Dataset, run: RunFolder, resume: bool, progress: Progress
 ) -> None:
-    """A stage trained in this process, without Ray."""
+    """A step trained in this process, without Ray."""
     del resume, progress
     run.logs.mkdir(exist_ok=True)
-    run.log(f"stage{number}").touch()
-    if number == "1":
+    run.log(step).touch()
+    if step == "stage1":
         train_stage1(config, dataset.path, run.stage1, LocalContext())
     else:
         train_stage2(config, dataset.path, run.stage1, run.stage2, LocalContext())
@@ -332,7 +332,7 @@ def test_trained_systems_are_compared_by_the_losses_of_the_same_rows(
 ) -> None:
     for name in ("pipeline", "experiments.ablate"):
         monkeypatch.setattr(f"gavamoe.{name}.ray_session", lambda _: nullcontext())
-    monkeypatch.setattr("gavamoe.pipeline._train_stage", train_here)
+    monkeypatch.setattr("gavamoe.pipeline._train_step", train_here)
     config = tiny("evaluation.rows=30", "evaluation.probe_rows=0", "generation.max_new_tokens=2", "stage2.max_steps=6")
     names = ["full", "no-multi-gating", "random-routes"]
     found = run_ablation(config, planted.path, tmp_path, only=names, seeds=1)
