@@ -7,6 +7,7 @@ training   their training, checkpoints included
 writing    their folder, and texts from it
 scores     evaluation of any run, a baseline's or GaVaMoE's
 peter      PETER and PETER+
+nete       NETE
 
 Shape letters: N training rows, B rows, T tokens, D embedding size, V vocabulary.
 """

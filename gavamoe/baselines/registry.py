@@ -11,6 +11,9 @@ from gavamoe.errors import InputError
 if TYPE_CHECKING:
     from gavamoe.baselines.frame import Baseline
 
+_ALWAYS = ("nete",)
+"""Baselines that have no form without features."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -33,7 +36,7 @@ class Entry:
     @property
     def features(self) -> bool:
         """Whether it reads the features that a text is to speak of."""
-        return self.name.endswith("-plus")
+        return self.name.endswith("-plus") or self.name in _ALWAYS
 
     def load(self) -> "type[Baseline]":
         """Its class."""
@@ -50,6 +53,7 @@ BASELINES = {
     for entry in (
         Entry("peter", "PETER", "a small Transformer on the two ids (Li et al. 2021)", "Peter"),
         Entry("peter-plus", "PETER+", "the same, which reads the features too", "Peter"),
+        Entry("nete", "NETE", "two gated recurrent networks, for words and for one feature (Li et al. 2020)", "Nete"),
     )
 }
 

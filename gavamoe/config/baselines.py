@@ -6,7 +6,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from gavamoe.config.section import NonNegative, Positive, Rate, Section
 
-SystemName = Literal["gavamoe", "peter", "peter-plus"]
+SystemName = Literal["gavamoe", "peter", "peter-plus", "nete"]
 """What a run trains: GaVaMoE, or a baseline; a + form reads given features."""
 
 
@@ -45,8 +45,29 @@ class PeterConfig(Section):
         return self
 
 
+class NeteConfig(Section):
+    """The baseline NETE (Li, Zhang and Chen, CIKM 2020), with its own paper's sizes."""
+
+    embedding_size: PositiveInt = 200
+    """Width of NETE's embeddings of users, items, sentiments and words."""
+    hidden_size: PositiveInt = 256
+    """Width of the states of NETE's two recurrent networks."""
+    rating_layers: PositiveInt = 4
+    """Hidden layers of NETE's rating predictor, each as wide as a user's and an item's embedding together."""
+    rating_decay: NonNegative = 1e-4
+    """Weight of half the squared norm of the rating predictor's parameters in its loss."""
+    dropout: Rate = 0.2
+    """Dropout rate on what NETE's recurrent networks read."""
+    tied: bool = False
+    """Whether both recurrent networks share weights, as the published code seems to have it; the paper has two."""
+    learning_rate: Positive = 1e-3
+    """Peak learning rate of AdamW in NETE's training; its paper has Adam at 1e-4 for up to 100 epochs."""
+
+
 class BaselinesConfig(Section):
     """The baselines, which `gavamoe train --system NAME` and `gavamoe ablate` train."""
 
     peter: PeterConfig = PeterConfig()
     """The baseline PETER."""
+    nete: NeteConfig = NeteConfig()
+    """The baseline NETE."""

@@ -6,7 +6,7 @@ docstrings are the fields' descriptions: each is a sentence that makes sense wit
 
 from pydantic import model_validator
 
-from gavamoe.config.baselines import BaselinesConfig, PeterConfig, SystemName
+from gavamoe.config.baselines import BaselinesConfig, NeteConfig, PeterConfig, SystemName
 from gavamoe.config.evaluation import EvaluationConfig
 from gavamoe.config.generation import GenerationConfig
 from gavamoe.config.runtime import RuntimeConfig
@@ -20,6 +20,7 @@ __all__ = [
     "ExpertsConfig",
     "GenerationConfig",
     "LoraConfig",
+    "NeteConfig",
     "PeterConfig",
     "PromptConfig",
     "RunConfig",
