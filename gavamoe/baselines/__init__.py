@@ -8,6 +8,8 @@ writing    their folder, and texts from it
 scores     evaluation of any run, a baseline's or GaVaMoE's
 peter      PETER and PETER+
 nete       NETE
+language_model  what baselines around a language model share
+pepler     PEPLER and PEPLER+F
 
 Shape letters: N training rows, B rows, T tokens, D embedding size, V vocabulary.
 """

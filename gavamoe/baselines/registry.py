@@ -54,6 +54,8 @@ BASELINES = {
         Entry("peter", "PETER", "a small Transformer on the two ids (Li et al. 2021)", "Peter"),
         Entry("peter-plus", "PETER+", "the same, which reads the features too", "Peter"),
         Entry("nete", "NETE", "two gated recurrent networks, for words and for one feature (Li et al. 2020)", "Nete"),
+        Entry("pepler", "PEPLER", "a language model prompted by the two ids (Li et al. 2023)", "Pepler"),
+        Entry("pepler-plus", "PEPLER+F", "the same, which reads rating and features too", "Pepler"),
     )
 }
 

@@ -6,7 +6,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from gavamoe.config.section import NonNegative, Positive, Rate, Section
 
-SystemName = Literal["gavamoe", "peter", "peter-plus", "nete"]
+SystemName = Literal["gavamoe", "peter", "peter-plus", "nete", "pepler", "pepler-plus"]
 """What a run trains: GaVaMoE, or a baseline; a + form reads given features."""
 
 
@@ -64,6 +64,26 @@ class NeteConfig(Section):
     """Peak learning rate of AdamW in NETE's training; its paper has Adam at 1e-4 for up to 100 epochs."""
 
 
+class PeplerConfig(Section):
+    """The baseline PEPLER (Li, Zhang and Chen, TOIS 2023) around `stage2.base_model`."""
+
+    variant: Literal["sequential", "mf", "mlp"] = "sequential"
+    """How PEPLER is trained. sequential: first the vectors of users and items beside the frozen model, then everything;
+    mf, mlp: everything at once, with a rating predicted by the vectors' product or by a network. A scratch model has
+    nothing to freeze, and is trained as a whole."""
+    prompt_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the steps in which the vectors of users and items alone are trained."""
+    prompt_learning_rate: Positive = 1e-3
+    """Peak learning rate of AdamW in PEPLER's first phase."""
+    learning_rate: Positive = 1e-3
+    """Peak learning rate of AdamW where everything is trained; a pretrained model wants a lower one."""
+    rating_weight: NonNegative = 0.0
+    """Weight of the rating's squared error; 0: the paper's, .01 with mf, 1 with mlp."""
+    id_scale: NonNegative = 0.0
+    """Vectors of users and items start uniform between minus this and this, .1 in the paper; 0: as widely spread as
+    those of the model's words."""
+
+
 class BaselinesConfig(Section):
     """The baselines, which `gavamoe train --system NAME` and `gavamoe ablate` train."""
 
@@ -71,3 +91,5 @@ class BaselinesConfig(Section):
     """The baseline PETER."""
     nete: NeteConfig = NeteConfig()
     """The baseline NETE."""
+    pepler: PeplerConfig = PeplerConfig()
+    """The baseline PEPLER."""
