@@ -6,7 +6,7 @@ docstrings are the fields' descriptions: each is a sentence that makes sense wit
 
 from pydantic import model_validator
 
-from gavamoe.config.baselines import BaselinesConfig, NeteConfig, PeplerConfig, PeterConfig, SystemName
+from gavamoe.config.baselines import BaselinesConfig, CierConfig, NeteConfig, PeplerConfig, PeterConfig, SystemName
 from gavamoe.config.evaluation import EvaluationConfig
 from gavamoe.config.generation import GenerationConfig
 from gavamoe.config.runtime import RuntimeConfig
@@ -16,6 +16,7 @@ from gavamoe.config.stage2 import ExpertsConfig, LoraConfig, PromptConfig, Scrat
 
 __all__ = [
     "BaselinesConfig",
+    "CierConfig",
     "EvaluationConfig",
     "ExpertsConfig",
     "GenerationConfig",
