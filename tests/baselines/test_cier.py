@@ -146,7 +146,7 @@ def test_a_tokenizer_without_such_tokens_is_refused(planted: Dataset) -> None:
 
 def test_data_of_one_rating_are_refused() -> None:
     data: Any = SimpleNamespace(rating_range=(3.0, 3.0), path="data")
-    with pytest.raises(InputError, match="^data: all ratings are 3, so CIER has none to tell apart; take pepler$"):
+    with pytest.raises(InputError, match=r"^data: all ratings are 3, so CIER has none to tell apart; take pepler$"):
         Cier.check(config_of(), data)
 
 
@@ -325,7 +325,7 @@ def test_writing_with_a_cache_is_reading_everything_again(planted: Dataset, monk
             with torch.inference_mode():
                 read = torch.cat([head, model.words(torch.tensor(text[:number], dtype=torch.long))])[None]
                 scores = model.lm(inputs_embeds=read).logits[0, -1].clone()
-            scores[0] = -torch.inf
+                scores[0] = -torch.inf
             assert int(scores.argmax()) == word
         assert len(text) == 6 or text[-1] == END
 
