@@ -18,15 +18,16 @@ Shapes: B rows, S positions, L levels of the rating, D the model's width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from gavamoe.baselines.adapters import AdaptedBaseline, AdaptedSpec, adapter_settings
 from gavamoe.baselines.frame import Batch, Columns, Limits, Losses, Phase, Reader, Written
-from gavamoe.baselines.language_model import LanguageBaseline, LanguageSpec, language_model
+from gavamoe.baselines.language_model import language_model
 from gavamoe.baselines.rating_tokens import RatingLevels, rating_levels, rating_tokens
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
@@ -42,13 +43,6 @@ _TEXTS = {
     "feature": " feature:",
 }
 _RATING = " rating:"
-_ADAPTED = {
-    ("llama", "query_key"): r".*self_attn\.[qk]_proj",
-    ("llama", "attention"): r".*self_attn\.[qkvo]_proj",
-    ("gpt2", "query_key"): r".*attn\.c_attn",
-    ("gpt2", "attention"): r".*attn\.c_(attn|proj)",
-}
-"""Names of the adapted matrices, by architecture and setting."""
 
 
 class Wording(BaseModel):
@@ -66,7 +60,7 @@ class Wording(BaseModel):
     """Before a feature, which the curriculum lets the model write."""
 
 
-class CierSpec(LanguageSpec):
+class CierSpec(AdaptedSpec):
     """Everything from which CIER is built, apart from its weights."""
 
     start: int
@@ -78,10 +72,6 @@ class CierSpec(LanguageSpec):
     embedding_size: int
     smoothing: float
     rating_weight: float
-    lora_rank: int
-    """Rank of the adapters; 0: there are none."""
-    lora_alpha: float
-    lora_on: Literal["query_key", "attention"]
 
 
 @dataclass(frozen=True)
@@ -98,7 +88,7 @@ class Layout:
     """Place of the rating."""
 
 
-class Cier(LanguageBaseline):
+class Cier(AdaptedBaseline):
     """The language model with adapters, the tables of ids and their projections."""
 
     spec_type = CierSpec
@@ -124,7 +114,7 @@ class Cier(LanguageBaseline):
     @classmethod
     def create(cls, config: RunConfig, data: Dataset, reader: Reader, *, features: bool) -> Self:
         lm, values = language_model(config, data)
-        own, scratch = config.baselines.cier, config.stage2.base_model == "scratch"
+        own = config.baselines.cier
         assert reader.scale is not None  # `check` has seen to it
         levels = rating_levels(reader.scale, own.levels)
         lead, level_tokens = rating_tokens(reader.tokenizer, _RATING, levels)
@@ -143,9 +133,7 @@ class Cier(LanguageBaseline):
                 embedding_size=own.embedding_size,
                 smoothing=own.smoothing,
                 rating_weight=own.rating_weight,
-                lora_rank=0 if scratch else own.lora_rank,
-                lora_alpha=own.lora_alpha,
-                lora_on=own.lora_on,
+                **adapter_settings(config, own),
             )
         )
         model.lm.load_state_dict(lm.state_dict())
@@ -157,27 +145,6 @@ class Cier(LanguageBaseline):
             nn.init.normal_(projection.weight, std=own.embedding_size**-0.5)
             nn.init.zeros_(projection.bias)
         return model
-
-    @classmethod
-    def build(cls, spec: CierSpec) -> Self:
-        model = cls(spec)
-        model.adapt()
-        return model
-
-    def adapt(self) -> None:
-        """Put the adapters, which change nothing yet, on the language model."""
-        if not self.spec.lora_rank:
-            return
-        from peft import LoraConfig, inject_adapter_in_model
-
-        family = self.lm.config.model_type
-        adapter = LoraConfig(
-            r=self.spec.lora_rank,
-            lora_alpha=self.spec.lora_alpha,  # type: ignore[arg-type]  # a number of any kind
-            target_modules=_ADAPTED[family, self.spec.lora_on],
-            fan_in_fan_out=family == "gpt2",  # its weights are stored (in, out)
-        )
-        inject_adapter_in_model(adapter, self.lm)
 
     def prefixes(self, columns: Columns, reader: Reader) -> list[list[int]]:
         """[first feature] <s> [features:] user [u] item [i] rating [r] explanation.
@@ -204,10 +171,7 @@ class Cier(LanguageBaseline):
         def factor(name: str) -> float:
             return slower if name.startswith("lm.") else 1.0
 
-        def trained(name: str) -> bool:
-            return not self.spec.lora_rank or not name.startswith("lm.") or ".lora_" in name
-
-        return [Phase("prompts and adapters", rate=own.learning_rate, trained=trained, factor=factor)]
+        return [Phase("prompts and adapters", rate=own.learning_rate, trained=self.trained, factor=factor)]
 
     def layout(self, prefixes: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], text_B: Tensor) -> Layout:
         """Rows as the model reads them.
