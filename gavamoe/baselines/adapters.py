@@ -48,7 +48,7 @@ class AdaptedBaseline(LanguageBaseline):
         family = self.lm.config.model_type
         adapter = LoraConfig(
             r=self.spec.lora_rank,
-            lora_alpha=self.spec.lora_alpha,  # type: ignore[arg-type]  # a number of any kind
+            lora_alpha=self.spec.lora_alpha,
             target_modules=_ADAPTED[family, self.spec.lora_on],
             fan_in_fan_out=family == "gpt2",  # its weights are stored (in, out)
         )

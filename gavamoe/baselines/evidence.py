@@ -137,8 +137,7 @@ class _FeatureSets:
         frequency_F = np.bincount(self._features, minlength=known)
         sets = max(len(np.unique(owners_N)), 1)
         self._squared_F = (np.log(sets / np.maximum(frequency_F, 1)) + 1.0) ** 2
-        totals = np.concatenate([[0.0], np.cumsum(self._squared_F[self._features])])
-        self._norms = np.sqrt(np.diff(totals[self._offsets]))
+        self._norms = np.sqrt(np.bincount(owners, self._squared_F[self._features], minlength=count))
 
     def features(self, owner: int, without: np.ndarray) -> np.ndarray:
         """Features of a user or item, but for those that come from one row alone, whose features are given."""
@@ -155,8 +154,7 @@ class _FeatureSets:
         starts_C, lengths_C = self._offsets[owners_C], self._offsets[owners_C + 1] - self._offsets[owners_C]
         ends_C = np.cumsum(lengths_C)
         places = np.repeat(starts_C - (ends_C - lengths_C), lengths_C) + np.arange(lengths_C.sum())
-        totals = np.concatenate([[0.0], np.cumsum(marked_F[self._features[places]])])
-        norm = np.sqrt(marked_F.sum())
-        shared_C = totals[ends_C] - totals[ends_C - lengths_C]
-        product_C = self._norms[owners_C] * norm
+        candidates = np.repeat(np.arange(len(owners_C)), lengths_C)
+        shared_C = np.bincount(candidates, marked_F[self._features[places]], minlength=len(owners_C))
+        product_C = self._norms[owners_C] * np.sqrt(marked_F.sum())
         return np.divide(shared_C, product_C, out=np.zeros(len(owners_C)), where=product_C > 0)

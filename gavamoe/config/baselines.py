@@ -120,8 +120,8 @@ class GReferConfig(Section):
     """Training explanations that G-Refer's prompt quotes at most, of the item by other users and of other items by the
     user: so many of each."""
     least_likeness: Share = 0.0
-    """Smallest cosine between two users, or two items, at which G-Refer quotes one for the other; 0: the likest, however
-    unlike they are."""
+    """Smallest cosine between two users, or two items, at which G-Refer quotes one for the other; 0: the likest ones,
+    however unlike they are."""
     quoted_tokens: PositiveInt = 32
     """Tokens of each quoted explanation in G-Refer's prompt at most; longer ones are cut."""
     lora_rank: Count = 8
