@@ -11,10 +11,7 @@ nete       NETE
 language_model  what baselines around a language model share
 pepler     PEPLER and PEPLER+F
 cier       CIER and CIER+F
-rating_tokens  a rating as a distribution over tokens
 g_refer    G-Refer's node retriever and G-Refer+F
-evidence   the training explanations that it quotes
-adapters   low-rank adapters on a baseline's language model
 
 Shape letters: N training rows, B rows, T tokens, D embedding size, V vocabulary.
 """

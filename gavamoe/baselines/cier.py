@@ -8,7 +8,7 @@ write the first feature at first, and the explanation ever more often. Low-rank 
 at a rate of their own, beside the vectors of users and items: a table each, projected to the model's width.
 
 Ours, not the paper's: the wording; any LLaMA or GPT-2 in place of LLaMA-2-7B (GPT-2's queries, keys and values are one
-matrix, so its adapters are on all three); a scratch model is trained whole; any scale of ratings (`rating_tokens`); a
+matrix, so its adapters are on all three); a scratch model is trained whole; any scale of ratings (`parts.rating_tokens`); a
 request that gives a rating has the soft token of that one; the curriculum and smoothing are drawn row by row; rows
 without a feature always write their explanation; rows for users and items never seen. The "+" form, whose prompt names
 the features, is ours.
@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from gavamoe.baselines.adapters import AdaptedBaseline, AdaptedSpec, adapter_settings
 from gavamoe.baselines.frame import Batch, Columns, Limits, Losses, Phase, Reader, Written
 from gavamoe.baselines.language_model import language_model
-from gavamoe.baselines.rating_tokens import RatingLevels, rating_levels, rating_tokens
+from gavamoe.baselines.parts.adapters import AdaptedBaseline, AdaptedSpec, adapter_settings
+from gavamoe.baselines.parts.rating_tokens import RatingLevels, rating_levels, rating_tokens
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError

@@ -7,7 +7,7 @@ by low-rank adapters.
 
 Ours, not the paper's: of its retrievers the one of nodes alone, without the one of paths, which needs a graph neural
 network, and without pruning of training rows; likeness by sets of features in place of profiles in a sentence
-embedding (`evidence`); explanations are quoted in place of profiles that a large model wrote; the wording; any LLaMA or
+embedding (`parts.evidence`); explanations are quoted in place of profiles that a large model wrote; the wording; any LLaMA or
 GPT-2, a scratch model trained whole. The "+" form, which reads the rating's sentiment and the features too, is ours.
 
 Shapes: B rows, T tokens.
@@ -20,10 +20,10 @@ from typing import Self
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from gavamoe.baselines.adapters import AdaptedBaseline, AdaptedSpec, adapter_settings
-from gavamoe.baselines.evidence import Evidence
 from gavamoe.baselines.frame import Batch, Columns, Limits, Losses, Phase, Reader, Written
 from gavamoe.baselines.language_model import asked, language_model, real_tokens
+from gavamoe.baselines.parts.adapters import AdaptedBaseline, AdaptedSpec, adapter_settings
+from gavamoe.baselines.parts.evidence import Evidence
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.model.base_model import encode_texts

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gavamoe.baselines.cier import Cier
 from gavamoe.baselines.frame import Columns, Limits, Reader
-from gavamoe.baselines.rating_tokens import RatingLevels, rating_levels, rating_tokens
+from gavamoe.baselines.parts.rating_tokens import RatingLevels, rating_levels, rating_tokens
 from gavamoe.baselines.training import train_baseline
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset

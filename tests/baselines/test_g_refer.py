@@ -10,9 +10,9 @@ from helpers.stage2_runs import save_base
 from helpers.tiny import tiny
 from safetensors.torch import load_file
 
-from gavamoe.baselines.evidence import EVIDENCE_FILE, Evidence
 from gavamoe.baselines.frame import Columns, Reader
 from gavamoe.baselines.g_refer import GRefer
+from gavamoe.baselines.parts.evidence import EVIDENCE_FILE, Evidence
 from gavamoe.baselines.retrieval import _FeatureIndex
 from gavamoe.baselines.training import Rows, train_baseline
 from gavamoe.baselines.writing import BaselineWriter
