@@ -8,10 +8,10 @@ write the first feature at first, and the explanation ever more often. Low-rank 
 at a rate of their own, beside the vectors of users and items: a table each, projected to the model's width.
 
 Ours, not the paper's: the wording; any LLaMA or GPT-2 in place of LLaMA-2-7B (GPT-2's queries, keys and values are one
-matrix, so its adapters are on all three); a scratch model is trained whole; any scale of ratings (`parts.rating_tokens`); a
+matrix, so its adapters are on all three); a scratch model is trained whole; any scale of ratings (`rating_tokens`); a
 request that gives a rating has the soft token of that one; the curriculum and smoothing are drawn row by row; rows
-without a feature always write their explanation; rows for users and items never seen. The "+" form, whose prompt names
-the features, is ours.
+without a feature always write their explanation; rows without a rating are shown the one read off; validation shows the
+true rating; rows for users and items never seen. The "+" form, whose prompt names the features, is ours.
 
 Shapes: B rows, S positions, L levels of the rating, D the model's width.
 """

@@ -7,8 +7,8 @@ by low-rank adapters.
 
 Ours, not the paper's: of its retrievers the one of nodes alone, without the one of paths, which needs a graph neural
 network, and without pruning of training rows; likeness by sets of features in place of profiles in a sentence
-embedding (`parts.evidence`); explanations are quoted in place of profiles that a large model wrote; the wording; any LLaMA or
-GPT-2, a scratch model trained whole. The "+" form, which reads the rating's sentiment and the features too, is ours.
+embedding (`evidence`); explanations are quoted in place of profiles that a large model wrote; the wording; any LLaMA
+or GPT-2, a scratch model trained whole. The "+" form, which reads the rating's sentiment and the features too, is ours.
 
 Shapes: B rows, T tokens.
 """
