@@ -10,6 +10,8 @@ peter      PETER and PETER+
 nete       NETE
 language_model  what baselines around a language model share
 pepler     PEPLER and PEPLER+F
+cier       CIER and CIER+F
+g_refer    G-Refer's node retriever and G-Refer+F
 
 Shape letters: N training rows, B rows, T tokens, D embedding size, V vocabulary.
 """

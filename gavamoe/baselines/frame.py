@@ -103,6 +103,8 @@ class Phase:
     """Peak learning rate."""
     trained: Callable[[str], bool] = field(default=lambda _: True)
     """Whether a parameter, by name, is trained; others stand still."""
+    factor: Callable[[str], float] = field(default=lambda _: 1.0)
+    """A parameter's share of the learning rate, by name."""
 
 
 @dataclass(frozen=True)

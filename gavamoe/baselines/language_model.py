@@ -55,10 +55,18 @@ class LanguageBaseline(Baseline):
 
     def likelihood(self, vectors_BSD: Tensor, mask_BS: Tensor, labels_BS: Tensor) -> Tensor:
         """Mean negative log-likelihood of the labels; the position before one predicts it."""
-        hidden_BSD = self.lm.base_model(inputs_embeds=vectors_BSD, attention_mask=mask_BS, use_cache=False)[0]
+        return self.likelihood_of(self.states(vectors_BSD, mask_BS), labels_BS)
+
+    def states(self, vectors_BSD: Tensor, mask_BS: Tensor) -> Tensor:
+        """The last layer's states (B, S, D); the mask is 0 where a row is padding."""
+        hidden_BSD: Tensor = self.lm.base_model(inputs_embeds=vectors_BSD, attention_mask=mask_BS, use_cache=False)[0]
+        return hidden_BSD
+
+    def likelihood_of(self, states_BSD: Tensor, labels_BS: Tensor) -> Tensor:
+        """Mean negative log-likelihood of the labels, from the states that `states` gives."""
         next_BS = labels_BS[:, 1:]
         spoken_BS = next_BS != IGNORED
-        scores = self.lm.get_output_embeddings()(hidden_BSD[:, :-1][spoken_BS])
+        scores = self.lm.get_output_embeddings()(states_BSD[:, :-1][spoken_BS])
         return F.cross_entropy(scores.float(), next_BS[spoken_BS])
 
     @torch.inference_mode()

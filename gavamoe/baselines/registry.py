@@ -56,6 +56,10 @@ BASELINES = {
         Entry("nete", "NETE", "two gated recurrent networks, for words and for one feature (Li et al. 2020)", "Nete"),
         Entry("pepler", "PEPLER", "a language model prompted by the two ids (Li et al. 2023)", "Pepler"),
         Entry("pepler-plus", "PEPLER+F", "the same, which reads rating and features too", "Pepler"),
+        Entry("cier", "CIER", "a language model that reads ratings off itself (Liu et al. 2025)", "Cier"),
+        Entry("cier-plus", "CIER+F", "the same, which reads the features too", "Cier"),
+        Entry("g-refer", "G-Refer", "a language model that reads neighbors' explanations (Li et al. 2025)", "GRefer"),
+        Entry("g-refer-plus", "G-Refer+F", "the same, which reads rating and features too", "GRefer"),
     )
 }
 

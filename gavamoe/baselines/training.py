@@ -230,13 +230,19 @@ class Training:
             self._progress.best = self._best = None
         for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(phase.trained(name))
-        weights: list[torch.nn.Parameter] = []
-        plain: list[torch.nn.Parameter] = []
-        for parameter in self._trained():
-            (weights if parameter.ndim > 1 else plain).append(parameter)
-        decay = self._config.stage2.weight_decay
-        groups = [{"params": weights, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
-        self._optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=phase.rate, fused=True)
+        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad:
+                decay = self._config.stage2.weight_decay if parameter.ndim > 1 else 0.0
+                groups.setdefault((decay, phase.factor(name)), []).append(parameter)
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": parameters, "weight_decay": decay, "factor": factor}
+                for (decay, factor), parameters in groups.items()
+            ],
+            lr=phase.rate,
+            fused=True,
+        )
 
     def _step(self, phase: Phase, start: int, end: int) -> None:
         """One optimizer step.
@@ -255,7 +261,7 @@ class Training:
         hidden = random.random((2, len(rows))) < config.stage1.unknown_id_rate
         share = rate_at(step - start, end - start, config.stage2)
         for group in optimizer.param_groups:
-            group["lr"] = phase.rate * share
+            group["lr"] = phase.rate * group["factor"] * share
         self._model.train()
         optimizer.zero_grad(set_to_none=True)
         # Memory is that of `batch_size` rows, as in stage 2; parts weigh as much as they have explanation tokens.

@@ -4,9 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from gavamoe.config.section import NonNegative, Positive, Rate, Section
+from gavamoe.config.section import Count, NonNegative, Positive, Rate, Section, Share
 
-SystemName = Literal["gavamoe", "peter", "peter-plus", "nete", "pepler", "pepler-plus"]
+SystemName = Literal[
+    "gavamoe", "peter", "peter-plus", "nete", "pepler", "pepler-plus", "cier", "cier-plus", "g-refer", "g-refer-plus"
+]
 """What a run trains: GaVaMoE, or a baseline; a + form reads given features."""
 
 
@@ -84,6 +86,58 @@ class PeplerConfig(Section):
     those of the model's words."""
 
 
+class CierConfig(Section):
+    """The baseline CIER (Liu et al., AAAI 2025) around `stage2.base_model`, with its own paper's values but for
+    steps, batch size and schedule."""
+
+    embedding_size: PositiveInt = 1024
+    """Width of CIER's tables of users and items, before their projection to the language model's width."""
+    levels: Annotated[int, Field(ge=2, le=26)] = 5
+    """Evenly spaced levels by which CIER reads a continuous scale of ratings, each with a token of its own; a finite
+    scale has as many as it has ratings."""
+    smoothing: Share = 0.2
+    """Probability that CIER is shown, in training, a middle rating with part of its mass on both neighbors."""
+    rating_weight: NonNegative = 0.1
+    """Weight of the rating's cross-entropy in CIER's total loss."""
+    lora_rank: Count = 4
+    """Rank of the low-rank adapters that CIER trains on a pretrained model; 0: the model is trained as a whole. A
+    scratch model always is."""
+    lora_alpha: Positive = 32.0
+    """Scale of CIER's adapters: their output is multiplied by alpha / rank."""
+    lora_on: Literal["query_key", "attention"] = "query_key"
+    """Matrices that have CIER's adapters. query_key: queries and keys of the attention, in GPT-2 values too; attention:
+    all four of its projections."""
+    model_learning_rate: Positive = 1e-4
+    """Peak learning rate of AdamW for CIER's adapters, or for the pretrained model where it has none."""
+    learning_rate: Positive = 1e-3
+    """Peak learning rate of AdamW for all else that CIER trains: tables and projections, and a scratch model."""
+
+
+class GReferConfig(Section):
+    """The baseline G-Refer (Li et al., WWW 2025), its node retriever alone, around `stage2.base_model`."""
+
+    neighbors: PositiveInt = 2
+    """Training explanations that G-Refer's prompt quotes at most, of the item by other users and of other items by the
+    user: so many of each."""
+    least_likeness: Share = 0.0
+    """Smallest cosine between two users, or two items, at which G-Refer quotes one for the other; 0: the likest ones,
+    however unlike they are."""
+    quoted_tokens: PositiveInt = 32
+    """Tokens of each quoted explanation in G-Refer's prompt at most; longer ones are cut."""
+    lora_rank: Count = 8
+    """Rank of the low-rank adapters that G-Refer trains on a pretrained model; 0: the model is trained as a whole. A
+    scratch model always is."""
+    lora_alpha: Positive = 16.0
+    """Scale of G-Refer's adapters: their output is multiplied by alpha / rank."""
+    lora_on: Literal["query_key", "attention"] = "attention"
+    """Matrices that have G-Refer's adapters. query_key: queries and keys of the attention, in GPT-2 values too;
+    attention: all four of its projections."""
+    learning_rate: Positive = 2e-5
+    """Peak learning rate of AdamW in G-Refer's training around a pretrained model, its paper's value."""
+    scratch_learning_rate: Positive = 1e-3
+    """Peak learning rate of AdamW in G-Refer's training of a scratch model."""
+
+
 class BaselinesConfig(Section):
     """The baselines, which `gavamoe train --system NAME` and `gavamoe ablate` train."""
 
@@ -93,3 +147,7 @@ class BaselinesConfig(Section):
     """The baseline NETE."""
     pepler: PeplerConfig = PeplerConfig()
     """The baseline PEPLER."""
+    cier: CierConfig = CierConfig()
+    """The baseline CIER."""
+    g_refer: GReferConfig = GReferConfig()
+    """The baseline G-Refer."""

@@ -6,7 +6,15 @@ docstrings are the fields' descriptions: each is a sentence that makes sense wit
 
 from pydantic import model_validator
 
-from gavamoe.config.baselines import BaselinesConfig, NeteConfig, PeplerConfig, PeterConfig, SystemName
+from gavamoe.config.baselines import (
+    BaselinesConfig,
+    CierConfig,
+    GReferConfig,
+    NeteConfig,
+    PeplerConfig,
+    PeterConfig,
+    SystemName,
+)
 from gavamoe.config.evaluation import EvaluationConfig
 from gavamoe.config.generation import GenerationConfig
 from gavamoe.config.runtime import RuntimeConfig
@@ -16,8 +24,10 @@ from gavamoe.config.stage2 import ExpertsConfig, LoraConfig, PromptConfig, Scrat
 
 __all__ = [
     "BaselinesConfig",
+    "CierConfig",
     "EvaluationConfig",
     "ExpertsConfig",
+    "GReferConfig",
     "GenerationConfig",
     "LoraConfig",
     "NeteConfig",

@@ -23,10 +23,13 @@ from gavamoe.runtime.context import LocalContext
 SMALL = (
     "baselines.peter.embedding_size=16", "baselines.peter.feed_forward=32",
     "baselines.nete.embedding_size=12", "baselines.nete.hidden_size=16", "baselines.nete.learning_rate=1e-2",
-    "baselines.pepler.learning_rate=1e-2", "generation.max_new_tokens=8",
+    "baselines.pepler.learning_rate=1e-2", "baselines.cier.embedding_size=16", "baselines.cier.learning_rate=1e-2",
+    "baselines.g_refer.scratch_learning_rate=1e-2", "baselines.g_refer.quoted_tokens=8",
+    "generation.max_new_tokens=8",
     "evaluation.rows=12",
 )  # fmt: skip
 ALL = sorted(BASELINES)
+NEEDS_RATINGS = ("cier", "cier-plus")
 
 
 def small(system: str, *overrides: str) -> RunConfig:
@@ -111,13 +114,20 @@ def test_another_folder_or_system_is_refused_in_one_line(trained: dict[str, Path
         BaselineWriter.load(folder)
 
 
-@pytest.mark.parametrize("system", ALL)
+@pytest.mark.parametrize("system", [system for system in ALL if system not in NEEDS_RATINGS])
 def test_implicit_data_have_no_rating_to_learn(system: str, implicit_dataset: Path, tmp_path: Path) -> None:
     data = open_dataset(implicit_dataset)
     metrics = train_baseline(small(system), data.path, tmp_path / "baseline", LocalContext())
     assert math.isfinite(metrics["validation_loss"])
     writer = BaselineWriter.load(tmp_path / "baseline")
     assert writer.explain([ExplanationRequest(user=0, item=0)], small(system).generation)[0].rating is None
+
+
+@pytest.mark.parametrize("system", NEEDS_RATINGS)
+def test_implicit_data_are_refused_in_one_line(system: str, implicit_dataset: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^[^\n]*: the data have no ratings, which [^\n]*; take pepler$"):
+        train_baseline(small(system), implicit_dataset, tmp_path / "baseline", LocalContext())
+    assert not (tmp_path / "baseline").exists()
 
 
 def test_a_run_of_a_baseline_is_a_run_like_any_other(planted: Dataset, tmp_path: Path) -> None:
