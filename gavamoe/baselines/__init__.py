@@ -10,6 +10,8 @@ peter      PETER and PETER+
 nete       NETE
 language_model  what baselines around a language model share
 pepler     PEPLER and PEPLER+F
+xrec       XRec and XRec+F, with
+           lightgcn (vectors of users and items), profiles (their features), xrec_prompt, injection (into attention)
 
 Shape letters: N training rows, B rows, T tokens, D embedding size, V vocabulary.
 """

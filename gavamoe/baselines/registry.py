@@ -56,6 +56,8 @@ BASELINES = {
         Entry("nete", "NETE", "two gated recurrent networks, for words and for one feature (Li et al. 2020)", "Nete"),
         Entry("pepler", "PEPLER", "a language model prompted by the two ids (Li et al. 2023)", "Pepler"),
         Entry("pepler-plus", "PEPLER+F", "the same, which reads rating and features too", "Pepler"),
+        Entry("xrec", "XRec", "a frozen language model that reads vectors of a graph (Ma et al. 2024)", "Xrec"),
+        Entry("xrec-plus", "XRec+F", "the same, which reads rating and features too", "Xrec"),
     )
 }
 

@@ -6,7 +6,15 @@ docstrings are the fields' descriptions: each is a sentence that makes sense wit
 
 from pydantic import model_validator
 
-from gavamoe.config.baselines import BaselinesConfig, NeteConfig, PeplerConfig, PeterConfig, SystemName
+from gavamoe.config.baselines import (
+    BaselinesConfig,
+    LightGcnConfig,
+    NeteConfig,
+    PeplerConfig,
+    PeterConfig,
+    SystemName,
+    XrecConfig,
+)
 from gavamoe.config.evaluation import EvaluationConfig
 from gavamoe.config.generation import GenerationConfig
 from gavamoe.config.runtime import RuntimeConfig
@@ -19,6 +27,7 @@ __all__ = [
     "EvaluationConfig",
     "ExpertsConfig",
     "GenerationConfig",
+    "LightGcnConfig",
     "LoraConfig",
     "NeteConfig",
     "PeplerConfig",
@@ -30,6 +39,7 @@ __all__ = [
     "Stage1Config",
     "Stage2Config",
     "SystemName",
+    "XrecConfig",
 ]
 
 
