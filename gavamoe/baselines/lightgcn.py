@@ -81,8 +81,8 @@ class Graph:
         weight_E = 1 / np.sqrt(self.degrees[user_E] * self.degrees[item_E])
         places_2M = np.stack([np.concatenate([user_E, item_E]), np.concatenate([item_E, user_E])])
         values_M = torch.from_numpy(np.tile(weight_E, 2)).float()
-        nodes = self.n_users + self.n_items
-        return torch.sparse_coo_tensor(torch.from_numpy(places_2M), values_M, (nodes, nodes)).coalesce()
+        shape = (self.n_users + self.n_items,) * 2
+        return torch.sparse_coo_tensor(torch.from_numpy(places_2M), values_M, shape, check_invariants=True).coalesce()
 
     def negatives(self, users: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """For each of some users an item that it has no edge to, as good as ever."""

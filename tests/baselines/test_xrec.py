@@ -44,13 +44,16 @@ def reader_of(data: Dataset, config: RunConfig) -> Reader:
 
 
 def xrec(data: Dataset, *overrides: str, base: Path | None = None, features: bool = False) -> Xrec:
-    """A new model whose adapters say something the language model can't overlook."""
+    """A new model; a scratch one with weights so large that its texts depend on what it reads."""
     config = config_of(*overrides, base=base)
     torch.manual_seed(0)
     model = Xrec.create(config, data, reader_of(data, config), features=features).eval()
     for adapter in (model.users, model.items):
         torch.nn.init.normal_(adapter.weight)
         torch.nn.init.normal_(adapter.offset)
+    for weight in model.lm.parameters() if base is None else ():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.3)
     return model
 
 
@@ -154,7 +157,7 @@ def test_queries_keys_and_values_of_the_places_get_the_vector(family: str, plant
     plain = [projection(inputs) for projection in projections]
     with injected(model.lm, vectors, torch.tensor([[2], [0]]), 5):
         added = [projection(inputs) - before for projection, before in zip(projections, plain, strict=True)]
-        assert torch.equal(projections[0](inputs[:, :1]), plain[0][:, :1])  # a step after the prompt
+        torch.testing.assert_close(projections[0](inputs[:, :1]), plain[0][:, :1])  # a step after the prompt
     for difference in torch.cat(added, dim=-1).chunk(3, dim=-1):
         wanted = torch.zeros(2, 5, 32)
         wanted[0, 2], wanted[1, 0] = vectors[0, 0], vectors[1, 0]
@@ -227,7 +230,7 @@ def test_writing_with_a_cache_is_reading_everything_again(family: str, planted: 
             read = torch.tensor([tokens])
             with torch.inference_mode(), injected(model.lm, pair, torch.tensor([[1, 3]]), len(tokens)):
                 scores = model.lm(inputs_embeds=model.read(read, pair)).logits[0, -1].clone()
-            scores[0] = -torch.inf
+                scores[0] = -torch.inf
             assert int(scores.argmax()) == word
             tokens.append(word)
         assert len(text) == 6 or text[-1] == END
@@ -237,10 +240,12 @@ def test_who_has_which_index_changes_no_text(planted: Dataset) -> None:
     model = xrec(planted)
     batch, prefixes = a_batch(model), [[2, *model.prompts.slots, 6]] * 2
     before = model.write(batch, prefixes, LIMITS).tokens
+    assert before[0] != before[1]
     order = torch.randperm(model.spec.n_users, generator=torch.Generator().manual_seed(1))
     model.user_vectors[:-1] = model.user_vectors[:-1][order].clone()
     moved = batch | {"users": torch.tensor([int((order == user).nonzero()) for user in batch["users"]])}
     assert model.write(moved, prefixes, LIMITS).tokens == before
+    assert model.write(batch, prefixes, LIMITS).tokens != before
 
 
 # Training.
