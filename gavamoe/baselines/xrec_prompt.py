@@ -11,7 +11,7 @@ by one, special tokens are never parsed in them, and slots are ids above the voc
 long a prompt loses tokens of the item's profile first, then of the user's, of the title, of the features.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gavamoe.baselines.frame import Columns, Reader
@@ -93,7 +93,9 @@ def _encoded(texts: Iterable[str], reader: Reader) -> dict[str, list[int]]:
     return {text: list(ids) for text, ids in zip(distinct, encoded, strict=True)}
 
 
-def _fitting(parts: Parts, labels: dict[str, list[int]], texts: dict[str, Sequence[int]], room: int) -> list[int]:
+def _fitting(
+    parts: Parts, labels: Mapping[str, Sequence[int]], texts: Mapping[str, Sequence[int]], room: int
+) -> list[int]:
     """Labels and texts, as much as fits; no label without a token behind it."""
     said: list[int] = []
     for label, text in parts:
