@@ -10,8 +10,7 @@ peter      PETER and PETER+
 nete       NETE
 language_model  what baselines around a language model share
 pepler     PEPLER and PEPLER+F
-xrec       XRec and XRec+F, with
-           lightgcn (vectors of users and items), profiles (their features), xrec_prompt, injection (into attention)
+xrec       XRec and XRec+F, of what is in xrec_parts
 
 Shape letters: N training rows, B rows, T tokens, D embedding size, V vocabulary.
 """
