@@ -12,6 +12,7 @@ language_model  what baselines around a language model share
 pepler     PEPLER and PEPLER+F
 cier       CIER and CIER+F
 g_refer    G-Refer's node retriever and G-Refer+F
+xrec       XRec and XRec+F, of what is in xrec_parts
 
 Shape letters: N training rows, B rows, T tokens, D embedding size, V vocabulary.
 """

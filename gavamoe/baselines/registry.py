@@ -60,6 +60,8 @@ BASELINES = {
         Entry("cier-plus", "CIER+F", "the same, which reads the features too", "Cier"),
         Entry("g-refer", "G-Refer", "a language model that reads neighbors' explanations (Li et al. 2025)", "GRefer"),
         Entry("g-refer-plus", "G-Refer+F", "the same, which reads rating and features too", "GRefer"),
+        Entry("xrec", "XRec", "a frozen language model that reads vectors of a graph (Ma et al. 2024)", "Xrec"),
+        Entry("xrec-plus", "XRec+F", "the same, which reads rating and features too", "Xrec"),
     )
 }
 

@@ -7,8 +7,9 @@ from pydantic import Field, PositiveInt, model_validator
 from gavamoe.config.section import Count, NonNegative, Positive, Rate, Section, Share
 
 SystemName = Literal[
-    "gavamoe", "peter", "peter-plus", "nete", "pepler", "pepler-plus", "cier", "cier-plus", "g-refer", "g-refer-plus"
-]
+    "gavamoe", "peter", "peter-plus", "nete", "pepler", "pepler-plus", "cier", "cier-plus", "g-refer", "g-refer-plus",
+    "xrec", "xrec-plus",
+]  # fmt: skip
 """What a run trains: GaVaMoE, or a baseline; a + form reads given features."""
 
 
@@ -138,6 +139,51 @@ class GReferConfig(Section):
     """Peak learning rate of AdamW in G-Refer's training of a scratch model."""
 
 
+class LightGcnConfig(Section):
+    """LightGCN (He et al., SIGIR 2020), whose vectors of users and items the baseline XRec reads. Sizes are XRec's."""
+
+    vector_size: PositiveInt = 64
+    """Length of a user's or an item's vector in LightGCN."""
+    layers: PositiveInt = 4
+    """How often LightGCN passes vectors along the graph's edges."""
+    pooling: Literal["sum", "mean"] = "sum"
+    """How LightGCN joins its layers: sum, as XRec's code has it, or mean, as LightGCN's own paper."""
+    epochs: PositiveInt = 300
+    """Passes over LightGCN's edges at most."""
+    patience: PositiveInt = 10
+    """Epochs without a lower loss on the edges held out after which LightGCN stops."""
+    held_out: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    """Share of the edges by which LightGCN's training is stopped and its best state chosen; 0: it takes all epochs."""
+    batch_size: PositiveInt = 1024
+    """Edges of a step of LightGCN; each step passes vectors along the whole graph, so a large graph wants more."""
+    learning_rate: Positive = 1e-3
+    """Learning rate of Adam in LightGCN's training."""
+    norm_weight: NonNegative = 1e-6
+    """Weight of the squared norms of a batch's vectors, added up, in LightGCN's loss."""
+
+
+class XrecConfig(Section):
+    """The baseline XRec (Ma, Ren and Huang, Findings of EMNLP 2024) around `stage2.base_model`."""
+
+    graph: LightGcnConfig = LightGcnConfig()
+    """LightGCN, whose vectors XRec's adapters read."""
+    experts: PositiveInt = 8
+    """Experts in each of XRec's two adapters; 1: one linear map in their place."""
+    dropout: Rate = 0.2
+    """Dropout rate on the vectors that XRec's adapters read."""
+    profile_features: Count = 10
+    """Features at most in XRec's profile of a user or an item; 0: prompts have no profiles."""
+    tune: Literal["frozen", "lora"] = "frozen"
+    """What XRec trains beside its adapters. frozen: nothing, as the paper; lora: low-rank adapters on the language
+    model's attention. A scratch model has nothing to freeze, and is trained as a whole."""
+    lora_rank: PositiveInt = 8
+    """Rank of XRec's low-rank adapters, with `tune: lora`."""
+    lora_alpha: Positive = 16.0
+    """Scale of XRec's low-rank adapters: their output is multiplied by alpha / rank."""
+    learning_rate: Positive = 1e-3
+    """Peak learning rate of AdamW in XRec's training; its paper has Adam at 1e-4 for one epoch of single rows."""
+
+
 class BaselinesConfig(Section):
     """The baselines, which `gavamoe train --system NAME` and `gavamoe ablate` train."""
 
@@ -151,3 +197,5 @@ class BaselinesConfig(Section):
     """The baseline CIER."""
     g_refer: GReferConfig = GReferConfig()
     """The baseline G-Refer."""
+    xrec: XrecConfig = XrecConfig()
+    """The baseline XRec."""

@@ -10,10 +10,12 @@ from gavamoe.config.baselines import (
     BaselinesConfig,
     CierConfig,
     GReferConfig,
+    LightGcnConfig,
     NeteConfig,
     PeplerConfig,
     PeterConfig,
     SystemName,
+    XrecConfig,
 )
 from gavamoe.config.evaluation import EvaluationConfig
 from gavamoe.config.generation import GenerationConfig
@@ -29,6 +31,7 @@ __all__ = [
     "ExpertsConfig",
     "GReferConfig",
     "GenerationConfig",
+    "LightGcnConfig",
     "LoraConfig",
     "NeteConfig",
     "PeplerConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "Stage1Config",
     "Stage2Config",
     "SystemName",
+    "XrecConfig",
 ]
 
 

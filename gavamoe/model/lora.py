@@ -28,6 +28,12 @@ def add_lora(model: GavamoeForCausalLM, lora: LoraConfig, seed: int) -> None:
     What is trained: adapters, routers, routed experts, both slots' projections and tables. Adapters start at zero
     output, so the model stays what it was.
     """
+    adapt_attention(model, model.config.text_config.model_type, lora, seed)
+    _train_new(model)
+
+
+def adapt_attention(model: nn.Module, model_type: str, lora: LoraConfig, seed: int) -> None:
+    """Put adapters with zero output on the attention of a LLaMA or GPT-2, and freeze all else."""
     from peft import LoraConfig as Adapter
     from peft import inject_adapter_in_model
 
@@ -36,12 +42,11 @@ def add_lora(model: GavamoeForCausalLM, lora: LoraConfig, seed: int) -> None:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=_ATTENTION,
-        fan_in_fan_out=model.config.text_config.model_type == "gpt2",  # its weights are stored (in, out)
+        fan_in_fan_out=model_type == "gpt2",  # its weights are stored (in, out)
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(adapter, model)  # leaves only the adapters trainable
-    _train_new(model)
 
 
 def freeze_base(model: GavamoeForCausalLM) -> None:

@@ -25,6 +25,7 @@ SMALL = (
     "baselines.nete.embedding_size=12", "baselines.nete.hidden_size=16", "baselines.nete.learning_rate=1e-2",
     "baselines.pepler.learning_rate=1e-2", "baselines.cier.embedding_size=16", "baselines.cier.learning_rate=1e-2",
     "baselines.g_refer.scratch_learning_rate=1e-2", "baselines.g_refer.quoted_tokens=8",
+    "baselines.xrec.learning_rate=1e-2", "baselines.xrec.graph.epochs=4",
     "generation.max_new_tokens=8",
     "evaluation.rows=12",
 )  # fmt: skip

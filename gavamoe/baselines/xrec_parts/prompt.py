@@ -1,0 +1,105 @@
+"""XRec's prompts as token ids; in brackets what is known, or wanted:
+
+    Explain the recommendation.
+    User: [slot] Item: [slot] [Title: ...] [User profile: often mentions a, b] [Item profile: known for c, d]
+    [Rating: positive|neutral|negative] [Features: a, b]
+    Explanation:
+
+In XRec's code the answer stands before the end of the instruction in training, and is asked for behind it afterwards;
+here it follows the same marker in both. Rating and features, of the "+" form alone, are ours. Pieces are tokenized one
+by one, special tokens are never parsed in them, and slots are ids above the vocabulary, so no text can forge one. Too
+long a prompt loses tokens of the item's profile first, then of the user's, of the title, of the features.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from gavamoe.baselines.frame import Columns, Reader
+from gavamoe.baselines.xrec_parts.profiles import Profiles
+from gavamoe.errors import InputError
+from gavamoe.generation.prompts import plain_line
+from gavamoe.model.base_model import encode_texts
+
+_START, _ITEM, _ANSWER = "Explain the recommendation.\nUser:", "\nItem:", "\nExplanation:\n"
+_TITLE, _RATING, _FEATURES = "\nTitle:", "\nRating:", "\nFeatures:"
+_USER_PROFILE, _ITEM_PROFILE = "\nUser profile: often mentions", "\nItem profile: known for"
+_LABELS = (_TITLE, _USER_PROFILE, _ITEM_PROFILE, _RATING, _FEATURES)
+_CHARACTERS_PER_TOKEN = 16
+"""Text beyond this many characters a token is not even tokenized."""
+
+Parts = list[tuple[str, str]]
+"""Labels of `_LABELS` with the texts behind them, which may be empty."""
+
+
+@dataclass(frozen=True)
+class XrecPrompts:
+    """Builds prompts for one model."""
+
+    slots: tuple[int, int]
+    """The ids that stand for the user and the item."""
+    named: bool
+    """Whether prompts name rating and features."""
+    profile_features: int
+    """Features of a profile at most; 0: there are no profiles."""
+
+    def prefixes(self, columns: Columns, profiles: Profiles | None, reader: Reader) -> list[list[int]]:
+        """Token ids of each row's prompt.
+
+        Raises:
+            InputError: `stage2.prompt.max_tokens` has no room for what is never cut.
+        """
+        known = [self._known(columns, profiles, row, reader) for row in range(len(columns))]
+        asked = [self._asked(columns, row, reader) for row in range(len(columns))]
+        texts = _encoded((text for parts in (*known, *asked) for _, text in parts), reader)
+        start, item, answer, *labels = encode_texts(reader.tokenizer, [_START, _ITEM, _ANSWER, *_LABELS])
+        ids = dict(zip(_LABELS, labels, strict=True))
+        head = [reader.start, *start, self.slots[0], *item, self.slots[1]]
+        room = reader.prompt.max_tokens - len(head) - len(answer)
+        if room < 0:
+            raise InputError(
+                f"stage2.prompt.max_tokens: {reader.prompt.max_tokens} is below the {len(head) + len(answer)} tokens"
+                " of XRec's prompt without title, profiles, rating and features"
+            )
+        prompts = []
+        for before, behind in zip(known, asked, strict=True):
+            last = _fitting(behind, ids, texts, room)
+            prompts.append([*head, *_fitting(before, ids, texts, room - len(last)), *last, *answer])
+        return prompts
+
+    def _known(self, columns: Columns, profiles: Profiles | None, row: int, reader: Reader) -> Parts:
+        """Title and profiles; those of a training row without its own features."""
+        title = (columns.titles[row] or "") if reader.prompt.title else ""
+        if profiles is None or not self.profile_features:
+            return [(_TITLE, title)]
+        own = columns.features[row] if columns.rows is not None else ()
+        user = profiles.users.most_frequent(int(columns.users[row]), self.profile_features, own)
+        item = profiles.items.most_frequent(int(columns.items[row]), self.profile_features, own)
+        return [(_TITLE, title), (_USER_PROFILE, ", ".join(user)), (_ITEM_PROFILE, ", ".join(item))]
+
+    def _asked(self, columns: Columns, row: int, reader: Reader) -> Parts:
+        """The sentiment of a given rating, and the features, in the form that reads them."""
+        if not self.named:
+            return []
+        rating = float(columns.ratings[row])
+        sentiment = "" if reader.scale is None or rating != rating else reader.scale.sentiment(rating)
+        return [(_RATING, sentiment), (_FEATURES, ", ".join(columns.features[row][: reader.prompt.max_features]))]
+
+
+def _encoded(texts: Iterable[str], reader: Reader) -> dict[str, list[int]]:
+    """Token ids of " text" for each distinct text."""
+    distinct = list(dict.fromkeys(texts))
+    lines = [plain_line(text, reader.prompt.max_tokens * _CHARACTERS_PER_TOKEN) for text in distinct]
+    encoded = encode_texts(reader.tokenizer, [f" {line}" if line else "" for line in lines])
+    return {text: list(ids) for text, ids in zip(distinct, encoded, strict=True)}
+
+
+def _fitting(
+    parts: Parts, labels: Mapping[str, Sequence[int]], texts: Mapping[str, Sequence[int]], room: int
+) -> list[int]:
+    """Labels and texts, as much as fits; no label without a token behind it."""
+    said: list[int] = []
+    for label, text in parts:
+        left = room - len(said)
+        if texts[text] and left > len(labels[label]):
+            said += [*labels[label], *texts[text]][:left]
+    return said
