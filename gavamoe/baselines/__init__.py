@@ -10,6 +10,8 @@ peter      PETER and PETER+
 nete       NETE
 language_model  what baselines around a language model share
 pepler     PEPLER and PEPLER+F
+pevae      PEVAE and PEVAE+F
+pevae_parts  what PEVAE is made of
 
 Shape letters: N training rows, B rows, T tokens, D embedding size, V vocabulary.
 """

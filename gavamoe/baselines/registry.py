@@ -56,6 +56,10 @@ BASELINES = {
         Entry("nete", "NETE", "two gated recurrent networks, for words and for one feature (Li et al. 2020)", "Nete"),
         Entry("pepler", "PEPLER", "a language model prompted by the two ids (Li et al. 2023)", "Pepler"),
         Entry("pepler-plus", "PEPLER+F", "the same, which reads rating and features too", "Pepler"),
+        Entry(
+            "pevae", "PEVAE", "a hierarchical variational autoencoder on the two ids (after Cai & Cai 2022)", "Pevae"
+        ),
+        Entry("pevae-plus", "PEVAE+F", "the same, which reads rating and features too", "Pevae"),
     )
 }
 

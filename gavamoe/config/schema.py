@@ -6,7 +6,7 @@ docstrings are the fields' descriptions: each is a sentence that makes sense wit
 
 from pydantic import model_validator
 
-from gavamoe.config.baselines import BaselinesConfig, NeteConfig, PeplerConfig, PeterConfig, SystemName
+from gavamoe.config.baselines import BaselinesConfig, NeteConfig, PeplerConfig, PeterConfig, PevaeConfig, SystemName
 from gavamoe.config.evaluation import EvaluationConfig
 from gavamoe.config.generation import GenerationConfig
 from gavamoe.config.runtime import RuntimeConfig
@@ -23,6 +23,7 @@ __all__ = [
     "NeteConfig",
     "PeplerConfig",
     "PeterConfig",
+    "PevaeConfig",
     "PromptConfig",
     "RunConfig",
     "RuntimeConfig",

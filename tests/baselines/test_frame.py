@@ -23,7 +23,9 @@ from gavamoe.runtime.context import LocalContext
 SMALL = (
     "baselines.peter.embedding_size=16", "baselines.peter.feed_forward=32",
     "baselines.nete.embedding_size=12", "baselines.nete.hidden_size=16", "baselines.nete.learning_rate=1e-2",
-    "baselines.pepler.learning_rate=1e-2", "generation.max_new_tokens=8",
+    "baselines.pepler.learning_rate=1e-2",
+    "baselines.pevae.width=16", "baselines.pevae.learning_rate=1e-2",
+    "generation.max_new_tokens=8",
     "evaluation.rows=12",
 )  # fmt: skip
 ALL = sorted(BASELINES)
