@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_INITIAL = 0.02
-"""Standard deviation of embeddings at the start, as GPT and BERT have it."""
+_INITIAL = 0.1
+"""Standard deviation of embeddings at the start."""
 _LOG_SPREAD = (-4.0, 2.0)
 """Bounds of the logarithm of a Gaussian's standard deviation: none vanishes, and no divergence is infinite."""
 _FEED_FORWARD = 4
