@@ -180,7 +180,7 @@ def test_the_total_is_the_weighted_sum_and_grows_with_beta() -> None:
         beta = min(1.0, done / 0.2)
         rest = found["explanation"] + 0.1 * found["rating"] + 0.1 * found["discriminator"]
         torch.testing.assert_close(found["loss"], rest + beta * divergence * 2 / 5)  # two rows of five tokens
-        totals.append(float(found["loss"]))
+        totals.append(float(found["loss"].detach()))
     assert totals == sorted(totals)
     assert float(pevae(beta_warmup=0).beta(torch.tensor(0.0))) == 1
     assert "discriminator" not in pevae(discriminator=False).train().losses(batch)
