@@ -12,7 +12,9 @@ language_model  what baselines around a language model share
 pepler     PEPLER and PEPLER+F
 cier       CIER and CIER+F
 g_refer    G-Refer's node retriever and G-Refer+F
-xrec       XRec and XRec+F, of what is in xrec_parts
+xrec       XRec and XRec+F
+pevae      PEVAE and PEVAE+F
+parts      what these are made of
 
 Shape letters: N training rows, B rows, T tokens, D embedding size, V vocabulary.
 """

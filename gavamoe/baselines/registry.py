@@ -62,6 +62,10 @@ BASELINES = {
         Entry("g-refer-plus", "G-Refer+F", "the same, which reads rating and features too", "GRefer"),
         Entry("xrec", "XRec", "a frozen language model that reads vectors of a graph (Ma et al. 2024)", "Xrec"),
         Entry("xrec-plus", "XRec+F", "the same, which reads rating and features too", "Xrec"),
+        Entry(
+            "pevae", "PEVAE", "a hierarchical variational autoencoder on the two ids (after Cai & Cai 2022)", "Pevae"
+        ),
+        Entry("pevae-plus", "PEVAE+F", "the same, which reads rating and features too", "Pevae"),
     )
 }
 

@@ -6,7 +6,7 @@ alone, gives each a vector; two adapters, mixtures of linear experts, bring thes
 vector is the slot's input, and is added to queries, keys and values of its position in every layer.
 
 Ours, not the paper's: any LLaMA or GPT-2 in place of LLaMA-2-7B-chat, grouped keys and values included
-(`xrec_parts.injection`); profiles by a template around the features of training rows, without the row's own
+(`parts.injection`); profiles by a template around the features of training rows, without the row's own
 (`profiles`), in place of GPT-3.5's text; one marker before answers (`prompt`); labels begin at the first word, and
 texts end with the tokenizer's end token; greedy writing; a vector of zeros for ids without an edge (`lightgcn`) and for
 those never seen, as which training hides some ids (their profiles stay): the adapter makes a learned constant of it.
@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from gavamoe.baselines.frame import Batch, Columns, Limits, Losses, Phase, Reader, Written
 from gavamoe.baselines.language_model import LanguageBaseline, LanguageSpec, language_model, real_tokens
-from gavamoe.baselines.xrec_parts.injection import check_width, injected
-from gavamoe.baselines.xrec_parts.lightgcn import Graph, learn_vectors
-from gavamoe.baselines.xrec_parts.profiles import Profiles
-from gavamoe.baselines.xrec_parts.prompt import XrecPrompts
+from gavamoe.baselines.parts.injection import check_width, injected
+from gavamoe.baselines.parts.lightgcn import Graph, learn_vectors
+from gavamoe.baselines.parts.profiles import Profiles
+from gavamoe.baselines.parts.xrec_prompt import XrecPrompts
 from gavamoe.config.schema import LoraConfig, RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError

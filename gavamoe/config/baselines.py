@@ -7,8 +7,8 @@ from pydantic import Field, PositiveInt, model_validator
 from gavamoe.config.section import Count, NonNegative, Positive, Rate, Section, Share
 
 SystemName = Literal[
-    "gavamoe", "peter", "peter-plus", "nete", "pepler", "pepler-plus", "cier", "cier-plus", "g-refer", "g-refer-plus",
-    "xrec", "xrec-plus",
+    "gavamoe", "peter", "peter-plus", "nete", "pepler", "pepler-plus", "pevae", "pevae-plus", "xrec", "xrec-plus",
+    "cier", "cier-plus", "g-refer", "g-refer-plus",
 ]  # fmt: skip
 """What a run trains: GaVaMoE, or a baseline; a + form reads given features."""
 
@@ -184,6 +184,62 @@ class XrecConfig(Section):
     """Peak learning rate of AdamW in XRec's training; its paper has Adam at 1e-4 for one epoch of single rows."""
 
 
+class PevaeConfig(Section):
+    """The baseline PEVAE (Cai and Cai, SIGIR 2022), our construction after its paper's figure."""
+
+    width: PositiveInt = 128
+    """Width of PEVAE's vectors of users, items and words, and of its widest level; a multiple of `heads`, and of 2 for
+    each level after the first."""
+    levels: PositiveInt = 3
+    """Number of PEVAE's levels of latent variables; each is half as wide as the one before."""
+    layers: PositiveInt = 2
+    """Number of layers of PEVAE's encoder of pairs, of its encoder of words and of its decoder."""
+    heads: PositiveInt = 4
+    """Number of attention heads of each of PEVAE's layers."""
+    dropout: Rate = 0.2
+    """Dropout rate in PEVAE's layers."""
+    kl: Literal["fused", "elbo"] = "fused"
+    """PEVAE's divergences. fused: prior and posterior are each held to the fused distribution, which stands still, as
+    in the published code; elbo: the fused distribution is held to the prior with weight 1, and gradients flow
+    everywhere, as in a plain variational autoencoder."""
+    prior_weight: NonNegative = 0.5
+    """Weight of the divergence that holds PEVAE's prior to the fused distribution, where `kl` is fused."""
+    posterior_weight: NonNegative = 0.1
+    """Weight of the divergence that holds PEVAE's posterior to the fused distribution, where `kl` is fused."""
+    beta_warmup: Share = 0.2
+    """Share of the steps over which the weight of PEVAE's divergences grows from 0."""
+    free_nats: NonNegative = 1.0
+    """Nats of each level's divergence that cost nothing, so that PEVAE's latent variables go on to carry something of
+    the words; it holds for the posterior's divergence, and for that of elbo."""
+    rating_weight: NonNegative = 0.1
+    """Weight of the rating's squared error in PEVAE's total loss."""
+    fusion: bool = True
+    """Whether PEVAE fuses prior and posterior (self-adaption fusion); without it training samples the posterior, which
+    is then held to the prior."""
+    discriminator: bool = True
+    """Whether PEVAE has a discriminator, which tells a pair's own latent variables from another pair's."""
+    discriminator_weight: NonNegative = 0.1
+    """Weight of the discriminator's loss in PEVAE's total loss."""
+    learning_rate: Positive = 1e-3
+    """Peak learning rate of AdamW in PEVAE's training; the published code has Adam at 1e-4."""
+
+    @property
+    def level_widths(self) -> list[int]:
+        """Widths of the levels, the widest first."""
+        return [self.width >> level for level in range(self.levels)]
+
+    @model_validator(mode="after")
+    def _divides(self) -> "PevaeConfig":
+        if self.width % self.heads:
+            raise ValueError(f"heads: width {self.width} is not a multiple of heads {self.heads}")
+        if self.width % 2 ** (self.levels - 1):
+            raise ValueError(
+                f"levels: width {self.width} can't be halved for each of {self.levels} levels; it must be a multiple of"
+                f" {2 ** (self.levels - 1)}"
+            )
+        return self
+
+
 class BaselinesConfig(Section):
     """The baselines, which `gavamoe train --system NAME` and `gavamoe ablate` train."""
 
@@ -199,3 +255,5 @@ class BaselinesConfig(Section):
     """The baseline G-Refer."""
     xrec: XrecConfig = XrecConfig()
     """The baseline XRec."""
+    pevae: PevaeConfig = PevaeConfig()
+    """The baseline PEVAE."""

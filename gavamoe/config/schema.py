@@ -14,6 +14,7 @@ from gavamoe.config.baselines import (
     NeteConfig,
     PeplerConfig,
     PeterConfig,
+    PevaeConfig,
     SystemName,
     XrecConfig,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "NeteConfig",
     "PeplerConfig",
     "PeterConfig",
+    "PevaeConfig",
     "PromptConfig",
     "RunConfig",
     "RuntimeConfig",

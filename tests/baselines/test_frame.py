@@ -26,6 +26,7 @@ SMALL = (
     "baselines.pepler.learning_rate=1e-2", "baselines.cier.embedding_size=16", "baselines.cier.learning_rate=1e-2",
     "baselines.g_refer.scratch_learning_rate=1e-2", "baselines.g_refer.quoted_tokens=8",
     "baselines.xrec.learning_rate=1e-2", "baselines.xrec.graph.epochs=4",
+    "baselines.pevae.width=16", "baselines.pevae.learning_rate=1e-2",
     "generation.max_new_tokens=8",
     "evaluation.rows=12",
 )  # fmt: skip

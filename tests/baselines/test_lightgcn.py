@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gavamoe.baselines.xrec_parts.lightgcn import Graph, learn_vectors, propagate, ranking_loss
+from gavamoe.baselines.parts.lightgcn import Graph, learn_vectors, propagate, ranking_loss
 from gavamoe.config.schema import LightGcnConfig
 from gavamoe.data.dataset import Dataset, open_dataset
 
@@ -91,7 +91,7 @@ def test_training_stops_by_the_edges_held_out(monkeypatch: pytest.MonkeyPatch) -
             return sum((vector.sum() for vector in vectors), torch.zeros(()))
         return torch.tensor(next(losses))
 
-    monkeypatch.setattr("gavamoe.baselines.xrec_parts.lightgcn.ranking_loss", loss)
+    monkeypatch.setattr("gavamoe.baselines.parts.lightgcn.ranking_loss", loss)
     size = SIZE.model_copy(update={"held_out": 0.2, "patience": 2, "batch_size": 100})
     stopped = learn_vectors(graph(*TWO_GROUPS), size, seed=0)
     assert epochs == 4

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from gavamoe.baselines.frame import Columns, Limits, Reader
+from gavamoe.baselines.parts.injection import check_width, folded, injected
+from gavamoe.baselines.parts.profiles import FeatureCounts, Profiles
 from gavamoe.baselines.training import train_baseline
 from gavamoe.baselines.writing import BaselineWriter
 from gavamoe.baselines.xrec import Adapter, Xrec
-from gavamoe.baselines.xrec_parts.injection import check_width, folded, injected
-from gavamoe.baselines.xrec_parts.profiles import FeatureCounts, Profiles
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset, PairArrays, open_dataset
 from gavamoe.errors import InputError

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gavamoe.baselines.frame import Columns, Reader
-from gavamoe.baselines.xrec_parts.profiles import Profiles
+from gavamoe.baselines.parts.profiles import Profiles
 from gavamoe.errors import InputError
 from gavamoe.generation.prompts import plain_line
 from gavamoe.model.base_model import encode_texts
