@@ -245,8 +245,7 @@ class Training:
         started = time.perf_counter()
         step = self._progress.step
         rows_AWB = self._plan.rows(step)
-        rates = rates_at(step, self.steps, self._config.stage2)
-        losses = self._engine.train_step(self._batches(step, rows_AWB), rates)
+        losses = self._engine.train_step(self._batches(step, rows_AWB), rates_at(step, self.steps, self._config.stage2))
         tokens = int(self._setup.train.lengths[rows_AWB].sum())
         self._unlogged.append(losses)
         self._unlogged_tokens += tokens
@@ -353,8 +352,8 @@ class Training:
         movement = self._probe.measure(self._pass_probe_rows)
         self._progress.movements.append((self._progress.step, vars(movement)))
         values: dict[str, Any] = movement.scalars() | {"layers": vars(movement)}
-        first = shared_steps(self.steps, self._config.stage2)
-        if movement.idle and 2 * (self._progress.step - first) >= self.steps - first:
+        halfway = (self.steps + shared_steps(self.steps, self._config.stage2)) / 2  # of the experts' own training
+        if movement.idle and self._progress.step >= halfway:
             values["warning"] = movement.warning()
         return values
 
