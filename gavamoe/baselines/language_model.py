@@ -106,11 +106,13 @@ def real_tokens(batch: Batch) -> Tensor:
 
 
 def asked(columns: Columns, reader: Reader) -> list[list[int]]:
-    """What "+" forms read beside the ids: the sentiment of the rating, where it is given, and the features."""
-    ratings = columns.ratings.tolist()
-    known = [None if reader.scale is None or rating != rating else rating for rating in ratings]
-    sentiments = ["" if rating is None or reader.scale is None else reader.scale.sentiment(rating) for rating in known]
-    encoded = dict(zip(distinct := list(dict.fromkeys(sentiments)), reader.encode(distinct, 8), strict=True))
-    features = reader.named_features(columns)
-    room = reader.prompt.max_tokens - 1
-    return [(encoded[word] + named)[:room] for word, named in zip(sentiments, features, strict=True)]
+    """What "+" forms read beside the ids: "positive, a, b", the sentiment of the rating, where it is given, and the
+    features."""
+    lines = []
+    for rating, features in zip(columns.ratings.tolist(), columns.features, strict=True):
+        given = reader.scale is not None and rating == rating
+        sentiment = [reader.scale.sentiment(rating)] if given and reader.scale is not None else []
+        lines.append(", ".join([*sentiment, *list(features)[: reader.prompt.max_features]]))
+    distinct = list(dict.fromkeys(lines))
+    ids = dict(zip(distinct, reader.encode(distinct, reader.prompt.max_tokens - 1), strict=True))
+    return [ids[line] for line in lines]

@@ -70,10 +70,11 @@ class NeteConfig(Section):
 class PeplerConfig(Section):
     """The baseline PEPLER (Li, Zhang and Chen, TOIS 2023) around `stage2.base_model`."""
 
-    variant: Literal["sequential", "mf", "mlp"] = "sequential"
+    variant: Literal["sequential", "mf", "mlp", "discrete"] = "sequential"
     """How PEPLER is trained. sequential: first the vectors of users and items beside the frozen model, then everything;
-    mf, mlp: everything at once, with a rating predicted by the vectors' product or by a network. A scratch model has
-    nothing to freeze, and is trained as a whole."""
+    mf, mlp: everything at once, with a rating predicted by the vectors' product or by a network; discrete (PEPLER-D):
+    everything at once, with features of user and item as words in the vectors' place. A scratch model has nothing to
+    freeze, and is trained as a whole."""
     prompt_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the steps in which the vectors of users and items alone are trained."""
     prompt_learning_rate: Positive = 1e-3
@@ -85,6 +86,21 @@ class PeplerConfig(Section):
     id_scale: NonNegative = 0.0
     """Vectors of users and items start uniform between minus this and this, .1 in the paper; 0: as widely spread as
     those of the model's words."""
+    discrete_tokens: PositiveInt = 20
+    """Tokens of the features that PEPLER-D reads at most."""
+    aspects: Count = 0
+    """Aspects between which MAPLE (ACL 2025) chooses one for a third vector: the most frequent training features, and
+    one for all others; 0: PEPLER without it."""
+    top_aspects: PositiveInt = 3
+    """Likeliest aspects whose vectors MAPLE averages where a text is written."""
+    aspect_weight: Positive = 0.01
+    """Weight of the cross-entropy of MAPLE's choice of an aspect."""
+
+    @model_validator(mode="after")
+    def _aspects_need_vectors(self) -> "PeplerConfig":
+        if self.aspects and self.variant == "discrete":
+            raise ValueError("aspects: chosen by the vectors of user and item, which variant discrete has not")
+        return self
 
 
 class CierConfig(Section):

@@ -73,7 +73,8 @@ def run_ablation(
 
     Args:
         seeds: number of seeds, from `config.seed` on; systems that copy have no seed and run once.
-        only: names of systems; empty: all of `SYSTEMS` that make sense for the config and the data.
+        only: names of systems; empty: all of `SYSTEMS` that make sense for the config and the data, but for the extra
+            ones.
         minutes: no further run starts after this time; None: no limit.
 
     Raises:
@@ -120,7 +121,7 @@ def _write(config: RunConfig, dataset: Dataset, plan: _Plan, left: Sequence[Job]
 def _plan(config: RunConfig, dataset: Dataset, out: Path, seeds: int, only: Sequence[str]) -> _Plan:
     plan = _Plan()
     chosen: list[tuple[System, list[str]]] = []
-    for system in find_systems(only) if only else SYSTEMS.values():
+    for system in find_systems(only) if only else [system for system in SYSTEMS.values() if not system.extra]:
         try:
             chosen.append((system, system.changes(config, dataset) if system.changes else []))
         except InputError as reason:

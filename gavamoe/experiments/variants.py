@@ -42,6 +42,8 @@ class System:
     """A system that copies, in place of a trained one."""
     baseline: bool = False
     """Whether it is one of the `baselines`, in place of the config's own model."""
+    extra: bool = False
+    """Whether it is compared only where it is named."""
 
     @property
     def model(self) -> Literal["stage2", "baseline"] | None:
@@ -143,13 +145,19 @@ def _cluster_token(config: RunConfig, dataset: Dataset) -> list[str]:
     return [*_wide(active=False)(config, dataset), "stage2.prompt.cluster=true"]
 
 
-def _baseline(name: str) -> Changes:
+def _baseline(name: str, *overrides: str) -> Changes:
     def changes(config: RunConfig, dataset: Dataset) -> list[str]:
-        system = f"system={name}"
-        find_baseline(name).load().check(override_config(config, [system]), dataset)
-        return [system]
+        entry = find_baseline(name)
+        fields = [f"system={name}", *(f"baselines.{entry.module}.{override}" for override in overrides)]
+        entry.load().check(override_config(config, fields), dataset)
+        return fields
 
     return changes
+
+
+def _form(name: str, label: str, what: str, system: str, *overrides: str) -> System:
+    """A form of a baseline that its paper has beside the main one, or a control of it."""
+    return System(name, label, what, _baseline(system, *overrides), baseline=True, extra=True)
 
 
 def _gpt2(config: RunConfig, dataset: Dataset) -> list[str]:
@@ -200,6 +208,14 @@ SYSTEMS: dict[str, System] = {
         System("random-routes", "random routes", "each user's gate is drawn by a hash", _fixed("stage2.routes=random")),
         System("oracle-routes", "oracle routes", "each user's gate is the planted group's", _oracle),
         *(System(name, each.label, each.what, _baseline(name), baseline=True) for name, each in BASELINES.items()),
+        _form("pepler-mlp", "PEPLER (MLP)", "with a rating by a network", "pepler", "variant=mlp"),
+        _form("pepler-mf", "PEPLER (MF)", "with a rating by a product", "pepler", "variant=mf"),
+        _form("pepler-d", "PEPLER-D", "features as words in place of ids", "pepler", "variant=discrete"),
+        _form("maple", "MAPLE", "PEPLER with an aspect that it chooses", "pepler", "aspects=30"),
+        _form("xrec-lora", "XRec, LoRA", "XRec with adapters on its language model", "xrec", "tune=lora"),
+        _form("xrec-linear", "XRec, linear", "one linear map in place of its experts", "xrec", "experts=1"),
+        _form("xrec-no-profiles", "XRec w/o profiles", "no profiles in prompts", "xrec", "profile_features=0"),
+        _form("pevae-elbo", "PEVAE, ELBO", "a plain variational autoencoder", "pevae", "kl=elbo", "fusion=false"),
         System("constant", "constant text", "the most frequent training explanation", source="constant"),
         System("copy-user", "nearest of the user", "the user's nearest training explanation", source="user"),
         System("copy-item", "nearest of the item", "the item's nearest training explanation", source="item"),

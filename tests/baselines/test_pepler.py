@@ -10,11 +10,14 @@ from helpers.tiny import tiny
 from torch import Tensor
 
 from gavamoe.baselines.frame import Columns, Limits, Reader
+from gavamoe.baselines.parts.profiles import FeatureCounts, Profiles
 from gavamoe.baselines.pepler import Pepler
 from gavamoe.baselines.training import train_baseline
 from gavamoe.baselines.writing import BaselineWriter
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
+from gavamoe.errors import InputError
+from gavamoe.generation.request import ExplanationRequest
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage2.tokenized_rows import prompt_builder, rating_scale
 
@@ -158,6 +161,77 @@ def test_the_form_with_features_reads_sentiment_and_features(planted: Dataset, t
         titles=[None] * 3,
     )
     good, bad, unrated = (writer.reader.tokenizer.decode(ids) for ids in writer.model.prefixes(columns, writer.reader))
-    assert good.startswith("positivebattles")
-    assert bad.startswith("negativebattles")
+    assert good.startswith("positive, battles")
+    assert bad.startswith("negative, battles")
     assert unrated.startswith("battles, story")
+
+
+def columns_of(data: Dataset, rows: list[int] | None) -> Columns:
+    """Two rows of the training split's first pair, whose features are battles."""
+    pairs = data.arrays("train")
+    return Columns(
+        users=pairs.user[[0, 0]].astype("int64"),
+        items=pairs.item[[0, 0]].astype("int64"),
+        ratings=torch.tensor([5.0, 1.0]).numpy(),
+        features=[("battles",), ("battles",)],
+        titles=[None, None],
+        rows=None if rows is None else torch.tensor(rows).numpy(),
+    )
+
+
+def test_the_discrete_form_reads_features_of_both_and_leaves_out_a_training_rows_own(planted: Dataset) -> None:
+    config = config_of("baselines.pepler.variant=discrete", "baselines.pepler.discrete_tokens=30")
+    reader = Reader(prompt_builder(config, planted).tokenizer, config.stage2.prompt, rating_scale(planted))
+    model = Pepler.create(config, planted, reader, features=False)
+    users = FeatureCounts({(int(planted.arrays("train").user[0]), word): 1 for word in ("a", "battles")})
+    items = FeatureCounts({(int(planted.arrays("train").item[0]), word): 2 for word in ("b", "battles")})
+    model.profiles = Profiles(users, items)
+    later, _ = (reader.tokenizer.decode(ids[:-1]) for ids in model.prefixes(columns_of(planted, None), reader))
+    assert later == "battles, a, b"  # what both have comes first
+    trained, _ = (reader.tokenizer.decode(ids[:-1]) for ids in model.prefixes(columns_of(planted, [0, 0]), reader))
+    assert trained == "a, b, battles"  # another row of the item has it, none of the user
+    assert not hasattr(model, "users")
+    moved = a_batch() | {"users": torch.tensor([1, 2])}
+    assert torch.equal(model.losses(a_batch())["loss"], model.losses(moved)["loss"])
+
+
+def test_an_aspect_is_the_rows_own_in_training_and_chosen_later(planted: Dataset) -> None:
+    model = pepler(planted, "baselines.pepler.aspects=2", "baselines.pepler.top_aspects=2")
+    assert sum(model.spec.aspect_counts) == len(planted.arrays("train").user)
+    words, batch = int(model.lm.config.vocab_size), a_batch()
+    with torch.no_grad():
+        model.choice[-1].weight.zero_()
+        model.choice[-1].bias.copy_(torch.tensor([0.0, 1.0, 2.0]))  # the last two are the likeliest
+
+    def with_aspect(*ids: int) -> dict[str, Tensor]:
+        first = torch.tensor(ids)[:, None] + words
+        more = {"tokens": torch.cat([first, batch["tokens"]], dim=1), "prefix": batch["prefix"] + 1}
+        return batch | more | {"labels": torch.nn.functional.pad(batch["labels"], (1, 0), value=-100)}
+
+    chosen = model.losses(with_aspect(3, 3))
+    assert "aspect" not in chosen
+    own = model.losses(with_aspect(1, 2))
+    weights = model._class_weights()
+    log_p = torch.log_softmax(torch.tensor([0.0, 1.0, 2.0]), dim=0)
+    by_hand = -(weights[1] * log_p[1] + weights[2] * log_p[2]) / (weights[1] + weights[2])
+    torch.testing.assert_close(own["aspect"], by_hand)
+    torch.testing.assert_close(own["loss"], own["explanation"] + 0.01 * by_hand)
+    with torch.no_grad():
+        model.aspects.weight[1:] = model.aspects.weight[1:].mean(dim=0)
+    torch.testing.assert_close(
+        model.losses(with_aspect(1, 2))["explanation"], model.losses(with_aspect(3, 3))["explanation"]
+    )
+
+
+@pytest.mark.parametrize("form", ["aspects=2", "variant=discrete"])
+def test_forms_train_write_and_load(form: str, planted: Dataset, tmp_path: Path) -> None:
+    config = config_of(f"baselines.pepler.{form}", "stage2.max_steps=2")
+    train_baseline(config, planted.path, tmp_path / "baseline", LocalContext())
+    writer = BaselineWriter.load(tmp_path / "baseline")
+    [first] = writer.explain([ExplanationRequest(user=0, item=0)], config.generation)
+    assert first.new_tokens
+
+
+def test_aspects_need_vectors_and_features(planted: Dataset) -> None:
+    with pytest.raises(InputError, match="variant discrete has not"):
+        config_of("baselines.pepler.variant=discrete", "baselines.pepler.aspects=2")
