@@ -45,7 +45,7 @@ def train_baseline(config: RunConfig, dataset: Path, out: Path, context: Context
         InputError: `out` exists, data or settings that the baseline can't use, or a checkpoint of another training.
         RunError: the loss is no longer finite.
     """
-    started, cpu = time.perf_counter(), time.process_time()
+    started = time.perf_counter()
     if Path(out).exists():
         raise InputError(f"{out}: already exists; choose another folder or remove it first")
     entry, data = find_baseline(config.system), open_dataset(dataset)
@@ -61,10 +61,7 @@ def train_baseline(config: RunConfig, dataset: Path, out: Path, context: Context
     if context.resume_from is not None:
         training.resume(context.resume_from)
     training.run()
-    metrics = training.metrics() | {
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": time.process_time() - cpu,
-    }
+    metrics = training.metrics() | {"seconds": time.perf_counter() - started}
     write_artifact(Path(out), config, data, model, reader, metrics)
     return metrics
 
@@ -128,6 +125,8 @@ class _Progress:
     tokens: int = 0
     seconds: float = 0.0
     """Wall time spent in optimizer steps."""
+    cpu_seconds: list[float] = field(default_factory=lambda: [0.0])
+    """CPU time spent in optimizer steps: until each validation, and until now."""
 
 
 class Training:
@@ -168,7 +167,11 @@ class Training:
             "kept_step": progress.step if progress.best is None else progress.best[0],
             "validation_loss": loss,
             "validation_perplexity": None if loss is None else math.exp(min(loss, 700)),
-            "validation_losses": [{"step": step, "loss": value} for step, value in progress.validations],
+            "validation_losses": [
+                {"step": step, "loss": value, "cpu_seconds": seconds}
+                for (step, value), seconds in zip(progress.validations, progress.cpu_seconds, strict=False)
+            ],
+            "cpu_seconds": progress.cpu_seconds[-1],
             "train_loss": progress.train_loss,
             "steps": progress.step,
             "planned_steps": self.steps,
@@ -250,7 +253,8 @@ class Training:
         Raises:
             RunError: the loss is no longer finite.
         """
-        began, config, step = time.perf_counter(), self._config, self._progress.step
+        config, step = self._config, self._progress.step
+        began, cpu = time.perf_counter(), time.process_time()
         optimizer = self._optimizer
         assert optimizer is not None
         # Dropout, samples and hidden ids are the same for this step, whatever ran before; hidden ids train the rows of
@@ -287,6 +291,7 @@ class Training:
         progress.step += 1
         progress.tokens += int(self._train.text.lengths[rows].sum())
         progress.seconds += time.perf_counter() - began
+        progress.cpu_seconds[-1] += time.process_time() - cpu
 
     def _trained(self) -> Iterable[torch.nn.Parameter]:
         return (parameter for parameter in self._model.parameters() if parameter.requires_grad)
@@ -320,6 +325,7 @@ class Training:
         started, progress = time.perf_counter(), self._progress
         loss = validation_loss(self._valid, self._model, self._end, self._config.stage2.batch_size, self._losses_alone)
         progress.validations.append((progress.step, loss))
+        progress.cpu_seconds.append(progress.cpu_seconds[-1])
         better = progress.best is None or loss < progress.best[1]
         if better or (self._config.stage2.keep == "last" and progress.step == end):
             progress.best = progress.step, loss

@@ -1,9 +1,4 @@
-"""What a comparison of systems found: means over seeds, differences to the full system, the files behind its figure.
-
-comparison.json holds everything; scores.csv one line a system, seed and score; table.md Figure 3's table; figure3.png
-its picture; differences.csv and differences.png the losses of the same rows (`losses`), where they were read. All are
-made again from the run folders at every call.
-"""
+"""What a comparison of systems found: means over seeds, differences to the full system, who may be ranked together."""
 
 import math
 from collections.abc import Sequence
@@ -13,20 +8,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from gavamoe.artifacts.csv_files import write_csv
-from gavamoe.artifacts.files import read_json, save_png, write_file, write_json
+from gavamoe.artifacts.files import read_json
 from gavamoe.artifacts.run import METRICS_FILE, RunFolder
 from gavamoe.errors import validated
 from gavamoe.evaluation.faithfulness.measure import FAITHFULNESS
 from gavamoe.evaluation.losses.differences import LossComparison, Reading, find_differences
-from gavamoe.evaluation.losses.display import CSV_HEADS, csv_rows, forest_plot, loss_tables
-from gavamoe.evaluation.losses.row_losses import CONDITIONS, RowLosses
+from gavamoe.evaluation.losses.row_losses import RowLosses
 from gavamoe.evaluation.losses.verdict import verdict
 from gavamoe.evaluation.metrics.registry import METRICS
 from gavamoe.evaluation.metrics_file import read_metrics, renamed
 
-COMPARISON_FILE, SCORES_FILE, TABLE_FILE, FIGURE_FILE = "comparison.json", "scores.csv", "table.md", "figure3.png"
-DIFFERENCES_FILE, FOREST_FILE = "differences.csv", "differences.png"
+COMPARISON_FILE = "comparison.json"
 REFERENCE = "full"
 """What the others are compared with, where it is among them; else the first."""
 
@@ -43,12 +35,16 @@ class Score(NamedTuple):
 EXTRA = (
     Score("validation_loss", "valid. loss", "↓", "nats per answer token on validation rows, rating and features given"),
     Score("user_ari", "groups (ARI)", "↑", "recovery of the planted user groups by stage 1 (synthetic)"),
-    Score("parameters", "parameters", "", "of explainer and stage 1 together; PETER's own"),
+    Score("parameters", "parameters", "", "of explainer and stage 1 together; of a baseline, its own"),
+    Score("trained_parameters", "trained", "", "parameters that are trained"),
+    Score("cpu_seconds", "CPU s", "", "CPU time of all optimizer steps"),
+    Score("loss_at_equal_time", "loss, equal time", "↓", "validation loss in the CPU time of the fastest system"),
+    Score("tokens_written_per_second", "tokens/s written", "↑", "tokens of explanations written in a second"),
 )
 TABLE = (
     "bleu_4", "rouge_l", "peter_bleu_4", "bertscore_f", "distinct_2", "usr", "fmr", "rmse", "validation_loss",
     "sentiment_agreement", "style_of_group", "item_hallucination", "memorized", "changes_with_user", "wrong_gate_gap",
-    "route_best", "parameters",
+    "route_best", "loss_at_equal_time", "parameters", "trained_parameters", "cpu_seconds", "tokens_written_per_second",
 )  # fmt: skip
 """Scores of the table, as far as they were measured; scores.csv has all."""
 SHORT = ("bleu_4", "rouge_l", "fmr", "rmse", "validation_loss")
@@ -73,6 +69,13 @@ class Outcome(BaseModel):
     scores: dict[str, float | None]
     intervals: dict[str, list[float]]
     """95 % bootstrap over rows, by score."""
+    told: bool = True
+    """Whether it reads rating or features of a request."""
+    predicted: dict[str, float | None] | None = None
+    """Scores of the second protocol, where both were evaluated."""
+    predicted_intervals: dict[str, list[float]] = {}
+    curve: list[tuple[float, float]] = []
+    """Its validations: CPU time until there, loss."""
 
 
 class Comparison(BaseModel):
@@ -109,21 +112,25 @@ class Mean(NamedTuple):
         return body if self.half is None else f"{body} ± {self.half:.{digits}f}"
 
 
-def read_outcome(name: str, label: str, what: str, seed: int, folder: Path) -> Outcome:
+def read_outcome(name: str, label: str, what: str, seed: int, folder: Path, *, told: bool = True) -> Outcome:
     """The numbers of an evaluated run folder R/SYSTEM/seed-S."""
     metrics = read_metrics(RunFolder(folder).evaluation / METRICS_FILE)
-    scores: dict[str, float | None] = dict(metrics["metrics"])
     trained = [path for kind in ("stage2", "baseline") if (path := folder / kind / METRICS_FILE).is_file()]
+    own: dict[str, float | None] = {}
+    curve: list[tuple[float, float]] = []
     for path in trained:
         model = read_json(path)
-        scores |= {key: model[key] for key in ("validation_loss", "parameters")}
-    scores["user_ari"] = (metrics["planted"] or {}).get("user_ari")
-    intervals = dict(metrics["intervals"])
-    for key, score in metrics["faithfulness"]["scores"].items() if metrics["faithfulness"] else ():
-        scores[key] = score["value"] if score else None
-        if score and score["interval"]:
-            intervals[key] = score["interval"]
+        own |= {key: model.get(key) for key in _OF_TRAINING}
+        validations = model.get("validation_losses", [])
+        curve = [(one["cpu_seconds"], one["loss"]) for one in validations if "cpu_seconds" in one]
+    scores, intervals = _section_scores(metrics)
+    second = metrics.get("predicted")
+    predicted, predicted_intervals = _section_scores(second) if second else (None, {})
     return Outcome(
+        told=told,
+        predicted=None if predicted is None else predicted | own,
+        predicted_intervals=predicted_intervals,
+        curve=curve,
         system=name,
         label=label,
         what=what,
@@ -131,9 +138,64 @@ def read_outcome(name: str, label: str, what: str, seed: int, folder: Path) -> O
         trained=bool(trained),
         folder=f"{folder.parent.name}/{folder.name}",
         rows=metrics["rows"],
-        scores=scores,
+        scores=scores | own,
         intervals=intervals,
     )
+
+
+_OF_TRAINING = ("validation_loss", "parameters", "trained_parameters", "cpu_seconds")
+
+
+def _section_scores(section: dict[str, Any]) -> tuple[dict[str, float | None], dict[str, list[float]]]:
+    """Scores of one protocol's texts, and the intervals of those that have one."""
+    scores: dict[str, float | None] = dict(section["metrics"])
+    intervals = dict(section["intervals"])
+    scores["user_ari"] = (section.get("planted") or {}).get("user_ari")
+    if section.get("seconds_writing"):
+        scores["tokens_written_per_second"] = section["tokens_written"] / section["seconds_writing"]
+    for key, score in section["faithfulness"]["scores"].items() if section.get("faithfulness") else ():
+        scores[key] = score["value"] if score else None
+        if score and score["interval"]:
+            intervals[key] = score["interval"]
+    return scores, intervals
+
+
+def at_equal_time(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """The same with the lowest validation loss that each had in the CPU time of the fastest one."""
+    ends = [outcome.curve[-1][0] for outcome in outcomes if outcome.curve and outcome.curve[-1][0]]
+    if len(ends) < 2:
+        return list(outcomes)
+    found = []
+    for outcome in outcomes:
+        losses = [loss for seconds, loss in outcome.curve if 0 < seconds <= min(ends)]
+        equal = {"loss_at_equal_time": min(losses, default=None)} if outcome.curve else {}
+        predicted = None if outcome.predicted is None else outcome.predicted | equal
+        found.append(outcome.model_copy(update={"scores": outcome.scores | equal, "predicted": predicted}))
+    return found
+
+
+GIVEN, PAIR = "Told rating and features", "Told user and item alone"
+
+
+def blocks(comparison: Comparison) -> list[tuple[str, Comparison]]:
+    """Systems that may be ranked together, as comparisons of their own with a title.
+
+    What is told a row's features writes them, so systems that read these stand apart from those that don't. Where the
+    protocol without them was evaluated too, all systems stand in the second block, with what they wrote under it.
+    """
+    outcomes = comparison.outcomes
+    protocol = comparison.config.get("evaluation", {}).get("protocol")
+    told = [outcome for outcome in outcomes if outcome.told]
+    if protocol == "both" and all(outcome.predicted is not None for outcome in outcomes):
+        pair = [
+            outcome.model_copy(update={"scores": outcome.predicted, "intervals": outcome.predicted_intervals})
+            for outcome in outcomes
+        ]
+    else:
+        pair = [outcome for outcome in outcomes if not outcome.told]
+    if protocol == "predicted" or not (told and pair):
+        return [(PAIR if protocol == "predicted" or pair else GIVEN, comparison)]
+    return [(title, comparison.model_copy(update={"outcomes": own})) for title, own in ((GIVEN, told), (PAIR, pair))]
 
 
 def compare_losses(outcomes: Sequence[Outcome], folder: Path, seed: int) -> LossComparison | None:
@@ -189,24 +251,6 @@ def read_comparison(folder: Path) -> Comparison:
         for outcome in comparison.outcomes
     ]
     return comparison.model_copy(update={"outcomes": outcomes})
-
-
-def write_comparison(folder: Path, comparison: Comparison) -> None:
-    """Write the files named at the top of this file into the existing `folder`."""
-    write_json(folder / COMPARISON_FILE, comparison.model_dump(mode="json"))
-    rows = (
-        (outcome.system, outcome.seed, name, value)
-        for outcome in comparison.outcomes
-        for name, value in outcome.scores.items()
-    )
-    write_csv(folder / SCORES_FILE, ("system", "seed", "score", "value"), rows)
-    with write_file(folder / TABLE_FILE) as aside:
-        aside.write_text(markdown(comparison), encoding="utf-8")
-    plot(comparison, folder / FIGURE_FILE)
-    if comparison.losses is not None:
-        write_csv(folder / DIFFERENCES_FILE, CSV_HEADS, csv_rows(comparison.losses))
-        if comparison.losses.differences:
-            forest_plot(comparison.losses, folder / FOREST_FILE)
 
 
 def systems_of(comparison: Comparison) -> dict[str, list[Outcome]]:
@@ -296,63 +340,3 @@ def difference_table(comparison: Comparison, names: Sequence[str] = TABLE) -> tu
 
 def _star(gap: Mean) -> str:
     return " *" if gap.half is not None and abs(gap.mean) > gap.half else ""
-
-
-def markdown(comparison: Comparison) -> str:
-    """The verdict on gates, and all tables with what their numbers are."""
-    seeds = max(len(outcomes) for outcomes in systems_of(comparison).values())
-    rows = comparison.outcomes[0].rows
-    parts = [
-        *(comparison.losses.verdict if comparison.losses else []),
-        f"{comparison.dataset}, {rows:,} rows, {seeds} seed(s): mean ± half the 95 % t interval over the seeds.",
-        _grid(*table(comparison)),
-        "Differences under the same seed; * where the interval leaves out 0.",
-        _grid(*difference_table(comparison)),
-        *(_markdown_losses(comparison.losses) if comparison.losses else []),
-        "\n".join(f"- {outcomes[0].label}: {outcomes[0].what}" for outcomes in systems_of(comparison).values()),
-    ]
-    if comparison.skipped:
-        parts.append("\n".join(f"- left out, {name}: {why}" for name, why in comparison.skipped.items()))
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown_losses(losses: LossComparison) -> list[str]:
-    parts = [
-        f"Loss of the same rows' own texts: {losses.label}'s in nats a token, then by how much the others' is higher,"
-        " by the user's training rows (95 % bootstrap over users; * leaves out 0; above 0, the first is better)."
-    ]
-    for condition, (heads, rows) in loss_tables(losses).items():
-        parts += [f"{condition.capitalize()}: {CONDITIONS[condition]}.", _grid(heads, rows)]
-    if losses.unpaired:
-        parts.append("\n".join(f"- not compared by loss, {name}: {why}" for name, why in losses.unpaired.items()))
-    return parts
-
-
-def _grid(heads: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rows))
-
-
-def plot(comparison: Comparison, out: Path) -> None:
-    """Figure 3 as PNG: a panel a score, a bar a system, a line its interval (see `interval_of`), a dot a seed."""
-    from matplotlib.figure import Figure
-
-    systems = list(systems_of(comparison).values())[::-1]
-    scores = shown_scores(comparison, FIGURE)
-    height = 1.2 + 0.34 * len(systems)
-    figure = Figure(figsize=(3.2 + 2.6 * len(scores), height), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(scores), sharey=True))
-    for axes, score in zip(panels, scores, strict=True):
-        averages = [means(outcomes, score.name) for outcomes in systems]
-        for position, (outcomes, one) in enumerate(zip(systems, averages, strict=True)):
-            if one is None:
-                continue
-            low, high = interval_of(outcomes, score.name, one)
-            full = outcomes[0].system == REFERENCE
-            axes.barh(position, one.mean, color="#0b62c4" if full else "#9fb3c8")
-            axes.plot([low, high], [position, position], color="#5b6675", linewidth=1.5)
-            dots = [outcome.scores[score.name] for outcome in outcomes]
-            axes.plot(dots, [position] * len(dots), ".", color="#1c2430", markersize=4)
-        axes.set_title(f"{score.label} {score.arrow}", fontsize="medium")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_yticks(range(len(systems)), [outcomes[0].label for outcomes in systems])
-    save_png(figure, out)

@@ -22,13 +22,8 @@ from gavamoe.config.files import override_config
 from gavamoe.config.schema import RunConfig, Stage1Config
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
-from gavamoe.evaluation.comparison import (
-    Comparison,
-    Outcome,
-    compare_losses,
-    read_outcome,
-    write_comparison,
-)
+from gavamoe.evaluation.comparison import Comparison, Outcome, at_equal_time, compare_losses, read_outcome
+from gavamoe.evaluation.comparison_files import write_comparison
 from gavamoe.evaluation.evaluate import evaluate, write_evaluation
 from gavamoe.experiments.variants import SYSTEMS, System, find_systems
 from gavamoe.pipeline import check_base_models, train_run
@@ -103,7 +98,7 @@ def run_ablation(
 
 def _write(config: RunConfig, dataset: Dataset, plan: _Plan, left: Sequence[Job], out: Path) -> Comparison:
     """The comparison of the runs that are there, also as the files in its folder."""
-    outcomes = [_outcome(job) for job in plan.jobs if job not in left]
+    outcomes = at_equal_time([_outcome(job) for job in plan.jobs if job not in left])
     comparison = Comparison(
         dataset=dataset.path.name,
         fingerprint=dataset.fingerprint,
@@ -218,7 +213,8 @@ def _draw_maps(jobs: Sequence[Job], dataset: Dataset, progress: Progress) -> Non
 
 
 def _outcome(job: Job) -> Outcome:
-    return read_outcome(job.system.name, job.system.label, job.system.what, job.config.seed, job.folder)
+    system = job.system
+    return read_outcome(system.name, system.label, system.what, job.config.seed, job.folder, told=system.told)
 
 
 class _Named:

@@ -42,6 +42,8 @@ class System:
     """A system that copies, in place of a trained one."""
     baseline: bool = False
     """Whether it is one of the `baselines`, in place of the config's own model."""
+    told: bool = True
+    """Whether it reads the rating or the features of a request."""
     extra: bool = False
     """Whether it is compared only where it is named."""
 
@@ -157,7 +159,7 @@ def _baseline(name: str, *overrides: str) -> Changes:
 
 def _form(name: str, label: str, what: str, system: str, *overrides: str) -> System:
     """A form of a baseline that its paper has beside the main one, or a control of it."""
-    return System(name, label, what, _baseline(system, *overrides), baseline=True, extra=True)
+    return System(name, label, what, _baseline(system, *overrides), baseline=True, told=False, extra=True)
 
 
 def _gpt2(config: RunConfig, dataset: Dataset) -> list[str]:
@@ -207,7 +209,10 @@ SYSTEMS: dict[str, System] = {
         System("alpha-0", "alpha 0", "stage 1 is not trained along (Eq. 13)", _fixed("stage2.alpha=0")),
         System("random-routes", "random routes", "each user's gate is drawn by a hash", _fixed("stage2.routes=random")),
         System("oracle-routes", "oracle routes", "each user's gate is the planted group's", _oracle),
-        *(System(name, each.label, each.what, _baseline(name), baseline=True) for name, each in BASELINES.items()),
+        *(
+            System(name, each.label, each.what, _baseline(name), baseline=True, told=each.features)
+            for name, each in BASELINES.items()
+        ),
         _form("pepler-mlp", "PEPLER (MLP)", "with a rating by a network", "pepler", "variant=mlp"),
         _form("pepler-mf", "PEPLER (MF)", "with a rating by a product", "pepler", "variant=mf"),
         _form("pepler-d", "PEPLER-D", "features as words in place of ids", "pepler", "variant=discrete"),

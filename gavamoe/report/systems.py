@@ -15,6 +15,7 @@ from gavamoe.evaluation.comparison import (
     Comparison,
     Outcome,
     Score,
+    blocks,
     difference_table,
     interval_of,
     means,
@@ -59,11 +60,20 @@ def comparison_section(comparison: Comparison) -> dict[str, Any]:
     return {
         "comparison": comparison,
         "seeds": max(len(outcomes) for outcomes in systems.values()),
-        "scores": table(comparison),
-        "differences": difference_table(comparison) if len(systems) > 1 else None,
-        "charts": Markup("").join(_chart(score, systems) for score in shown_scores(comparison, CHARTS)),
+        "blocks": [_block(title, block) for title, block in blocks(comparison)],
         "losses": _losses(comparison.losses) if comparison.losses else None,
         "what": [(outcomes[0].label, outcomes[0].what) for outcomes in systems.values()],
+    }
+
+
+def _block(title: str, block: Comparison) -> dict[str, Any]:
+    """Tables and charts of systems that may be ranked together."""
+    systems = systems_of(block)
+    return {
+        "title": title,
+        "scores": table(block),
+        "differences": difference_table(block) if len(systems) > 1 else None,
+        "charts": Markup("").join(_chart(score, systems) for score in shown_scores(block, CHARTS)),
     }
 
 

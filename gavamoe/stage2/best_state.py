@@ -1,10 +1,12 @@
-"""Which state of a stage-2 run becomes the artifact: the best on validation so far, or the last; and when to stop.
+"""Where a stage-2 run is, and which of its states becomes the artifact: the best on validation so far, or the last; and
+when to stop.
 
 The best state is kept whole in rank 0's memory and in each checkpoint, so that a resumed run still has it.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +20,26 @@ _FILE = "best.pt"
 
 Validations = Sequence[tuple[int, float]]
 """The validations of a run in their order: (optimizer steps done, loss in nats per token)."""
+
+
+@dataclass
+class Progress:
+    """The training loop's own state, which a checkpoint keeps beside the engine's."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    """Validations so far: (optimizer steps done, loss in nats per token)."""
+    train_loss: float | None = None
+    """Training loss as logged last."""
+    tokens: int = 0
+    """Tokens that were trained on."""
+    seconds: float = 0.0
+    """Wall time spent in optimizer steps, in seconds."""
+    cpu_seconds: list[float] = field(default_factory=lambda: [0.0])
+    """CPU time of this worker spent in optimizer steps: until each validation, and until now."""
+    movements: list[tuple[int, dict[str, list[float]]]] = field(default_factory=list)
+    """Validations' measurements of the experts: (optimizer steps done, a `Movement`)."""
 
 
 class BestState:

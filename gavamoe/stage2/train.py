@@ -15,7 +15,6 @@ The state that becomes the artifact is the best on validation (`stage2.keep`); `
 import math
 import tempfile
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from gavamoe.runtime.context import Context
 from gavamoe.stage1.routes import route_pairs
 from gavamoe.stage1.vae_gmm import VaeGmm
 from gavamoe.stage2.batches import Batch, BatchPlan, GateDropout, IdDropout, PairBatches
-from gavamoe.stage2.best_state import BestState
+from gavamoe.stage2.best_state import BestState, Progress
 from gavamoe.stage2.expert_movement import PROBE_ROWS, Movement, MovementProbe
 from gavamoe.stage2.joint_model import VAE_GMM, Losses, part_of_state
 from gavamoe.stage2.model_card import write_artifact
@@ -84,24 +83,6 @@ def train_stage2(config: RunConfig, dataset: Path, stage1: Path, out: Path, cont
     return metrics
 
 
-@dataclass
-class _Progress:
-    """The loop's own state, which a checkpoint keeps beside the engine's."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    validations: list[tuple[int, float]] = field(default_factory=list)
-    """Validations so far: (optimizer steps done, loss in nats per token)."""
-    train_loss: float | None = None
-    """Training loss as logged last."""
-    tokens: int = 0
-    """Tokens that were trained on."""
-    seconds: float = 0.0
-    """Wall time spent in optimizer steps, in seconds."""
-    movements: list[tuple[int, dict[str, list[float]]]] = field(default_factory=list)
-    """Validations' measurements of the experts: (optimizer steps done, a `Movement`)."""
-
-
 class Training:
     """Stage 2's training loop, on one worker."""
 
@@ -124,7 +105,7 @@ class Training:
         planned = stage2.epochs * self._plan.steps_per_epoch
         self.steps = min(planned, stage2.max_steps) if stage2.max_steps else planned
         self._clusters = dict(setup.clusters)
-        self._progress = _Progress()
+        self._progress = Progress()
         self._best = BestState(stage2)
         self._probe = MovementProbe(setup.model.explainer) if stage2.alpha < 1 else None
         self._unlogged: list[Losses] = []
@@ -171,7 +152,11 @@ class Training:
             "validation_perplexity": None if kept is None else math.exp(min(kept, 700)),
             "validation_loss_at_start": losses.get(0),
             "validation_loss_at_end": losses.get(progress.step),
-            "validation_losses": [{"step": step, "loss": loss} for step, loss in progress.validations],
+            "validation_losses": [
+                {"step": step, "loss": loss, "cpu_seconds": seconds}
+                for (step, loss), seconds in zip(progress.validations, progress.cpu_seconds, strict=False)
+            ],
+            "cpu_seconds": progress.cpu_seconds[-1] * self._context.world_size,
             "experts": self._experts_of(kept_step),
             "train_loss": progress.train_loss,
             "steps": progress.step,
@@ -214,7 +199,7 @@ class Training:
             self._probe.load(folder)
         pairs = ("validations", "movements")
         values = state["progress"]
-        self._progress = _Progress(**values | {name: [tuple(pair) for pair in values[name]] for name in pairs})
+        self._progress = Progress(**values | {name: [tuple(pair) for pair in values[name]] for name in pairs})
         self._best.load(folder, self._progress.validations, self._context.rank)
 
     def _identity(self) -> dict[str, Any]:
@@ -242,8 +227,7 @@ class Training:
         torch.manual_seed(int(words.generate_state(1)[0]))
 
     def _step(self) -> None:
-        started = time.perf_counter()
-        step = self._progress.step
+        started, cpu, step = time.perf_counter(), time.process_time(), self._progress.step
         rows_AWB = self._plan.rows(step)
         losses = self._engine.train_step(self._batches(step, rows_AWB), rates_at(step, self.steps, self._config.stage2))
         tokens = int(self._setup.train.lengths[rows_AWB].sum())
@@ -251,6 +235,7 @@ class Training:
         self._unlogged_tokens += tokens
         self._progress.tokens += tokens
         self._progress.seconds += time.perf_counter() - started
+        self._progress.cpu_seconds[-1] += time.process_time() - cpu
         self._progress.step += 1
 
     def _batches(self, step: int, rows_AWB: np.ndarray) -> list[Batch]:
@@ -329,6 +314,7 @@ class Training:
             total += torch.tensor([float(loss) * labels, labels], dtype=torch.float64)
         summed, labels_all = self._sum(total).tolist()
         self._progress.validations.append((self._progress.step, summed / labels_all))
+        self._progress.cpu_seconds.append(self._progress.cpu_seconds[-1])
         context.log(
             {
                 "phase": "valid",

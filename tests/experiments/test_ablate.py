@@ -22,22 +22,30 @@ from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluation.comparison import (
-    DIFFERENCES_FILE,
-    FIGURE_FILE,
-    FOREST_FILE,
-    SCORES_FILE,
-    TABLE_FILE,
+    GIVEN,
+    PAIR,
     Comparison,
     Outcome,
+    at_equal_time,
+    blocks,
     compare_losses,
     difference_table,
     mean_of,
     means,
     read_comparison,
     table,
-    write_comparison,
 )
 from gavamoe.evaluation.comparison import difference as seed_difference
+from gavamoe.evaluation.comparison_files import (
+    DIFFERENCES_FILE,
+    FIGURE_FILE,
+    FOREST_FILE,
+    SCORES_FILE,
+    TABLE_FILE,
+    markdown,
+    plot,
+    write_comparison,
+)
 from gavamoe.evaluation.losses.row_losses import LOSSES_FILE, RowLosses
 from gavamoe.evaluation.losses.verdict import CONTROLS
 from gavamoe.experiments.ablate import run_ablation
@@ -185,6 +193,39 @@ def test_tables_name_systems_and_mark_differences() -> None:
     assert heads == ["system", "seeds", "BLEU-4 ↑", "parameters"]
     assert rows[0] == ["full", "3", "11.00 ± 2.48", "250,000"]
     assert difference_table(comparison)[1] == [["base", "-2.000 ± 0.000 *"]]
+
+
+def compared(protocol: str, *outcomes: Outcome) -> Comparison:
+    config = {"evaluation": {"protocol": protocol}}
+    return Comparison(dataset="d", fingerprint="f", config=config, outcomes=list(outcomes), skipped={}, left=[])
+
+
+def test_what_is_told_features_is_never_ranked_with_what_is_not(tmp_path: Path) -> None:
+    full, peter = outcome("full", 0, 10.0), outcome("peter", 0, 3.0).model_copy(update={"told": False})
+    [(first, given), (second, pair)] = blocks(compared("given", full, peter))
+    assert (first, second) == (GIVEN, PAIR)
+    assert [[o.system for o in each.outcomes] for each in (given, pair)] == [["full"], ["peter"]]
+    assert [title for title, _ in blocks(compared("given", full))] == [GIVEN]
+    assert [title for title, _ in blocks(compared("predicted", full, peter))] == [PAIR]
+
+    both = [one.model_copy(update={"predicted": {"bleu_4": 2.0 + place}}) for place, one in enumerate((full, peter))]
+    comparison = compared("both", *both)
+    [(_, given), (_, pair)] = blocks(comparison)
+    assert [o.scores["bleu_4"] for o in given.outcomes] == [10.0]
+    assert [(o.system, o.scores["bleu_4"]) for o in pair.outcomes] == [("full", 2.0), ("peter", 3.0)]
+    text = markdown(comparison)
+    assert (
+        text.index(GIVEN) < text.index("| full | 1 | 10.00 |") < text.index(PAIR) < text.index("| full | 1 | 2.000 |")
+    )
+    plot(comparison, tmp_path / "both.png")
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_losses_at_equal_time_are_those_before_the_fastest_system_ended() -> None:
+    curves = {"full": [(0.0, 9.0), (10.0, 5.0), (20.0, 4.0)], "peter": [(0.0, 9.0), (4.0, 6.0), (12.0, 5.5)]}
+    outcomes = [outcome(name, 0, 1.0).model_copy(update={"curve": curve}) for name, curve in curves.items()]
+    found = at_equal_time([*outcomes, outcome("constant", 0, 1.0, trained=False)])
+    assert [each.scores.get("loss_at_equal_time") for each in found] == [5.0, 5.5, None]
 
 
 def test_copying_systems_run_once_and_are_kept(planted: Dataset, tmp_path: Path) -> None:

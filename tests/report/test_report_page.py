@@ -20,7 +20,7 @@ from gavamoe.config.files import dump_config, parse_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
-from gavamoe.evaluation.comparison import write_comparison
+from gavamoe.evaluation.comparison_files import write_comparison
 from gavamoe.evaluation.evaluate import evaluate, write_evaluation
 from gavamoe.evaluation.evaluated_run import read_run
 from gavamoe.experiments.ablate import run_ablation

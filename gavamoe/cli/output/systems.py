@@ -3,16 +3,8 @@
 from pathlib import Path
 
 from gavamoe.cli.terminal import console, print_json, print_table
-from gavamoe.evaluation.comparison import (
-    FIGURE_FILE,
-    FOREST_FILE,
-    SCORES_FILE,
-    SHORT,
-    TABLE_FILE,
-    Comparison,
-    difference_table,
-    table,
-)
+from gavamoe.evaluation.comparison import SHORT, Comparison, blocks, difference_table, systems_of, table
+from gavamoe.evaluation.comparison_files import FIGURE_FILE, FOREST_FILE, SCORES_FILE, TABLE_FILE
 from gavamoe.evaluation.human.results import Estimate, HumanResult
 from gavamoe.evaluation.human.study import CRITERIA, Key
 from gavamoe.evaluation.losses.differences import LossComparison
@@ -27,10 +19,13 @@ def print_comparison(comparison: Comparison, folder: Path, *, as_json: bool) -> 
     for sentence in comparison.losses.verdict if comparison.losses else ():
         console.print(sentence, markup=False, soft_wrap=True)
     if comparison.outcomes:
-        title = f"{comparison.dataset}: mean ± half the 95 % t interval over the seeds"
-        print_table(title, *table(comparison, SHORT))
-        title = "Differences under the same seed; * where the interval leaves out 0"
-        print_table(title, *difference_table(comparison, SHORT))
+        for told, block in (found := blocks(comparison)):
+            part = f"{told}: " if len(found) > 1 else ""
+            title = f"{part}{comparison.dataset}, mean ± half the 95 % t interval over the seeds"
+            print_table(title, *table(block, SHORT))
+            if len(systems_of(block)) > 1:
+                title = f"{part}differences under the same seed; * where the interval leaves out 0"
+                print_table(title, *difference_table(block, SHORT))
         if comparison.losses is not None:
             _print_losses(comparison.losses, folder)
         console.print(
