@@ -116,6 +116,10 @@ def ablate(
     only: Annotated[
         str | None, typer.Option(metavar="A,B", help="Systems: full, base, copy-item, gates-4 ...; default: all.")
     ] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Factors such as 0.3,1,3: each system's learning rate, chosen on validation."),
+    ] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="Start no further run after these; call again.")] = None,
     overrides: Set = None,
     json_output: Json = False,
@@ -127,6 +131,7 @@ def ablate(
     from gavamoe.cli.output import systems
     from gavamoe.cli.terminal import TerminalProgress
     from gavamoe.experiments.ablate import run_ablation
+    from gavamoe.experiments.rates import parse_factors
 
     folder = run_dir or Path("runs") / f"ablate-{Path(config).stem}-{name_of(dataset)}"
     names = [name.strip() for name in only.split(",") if name.strip()] if only else []
@@ -137,6 +142,7 @@ def ablate(
             folder,
             seeds=seeds,
             only=names,
+            rates=parse_factors(rates) if rates else (),
             minutes=minutes,
             progress=progress,
         )

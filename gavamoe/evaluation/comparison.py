@@ -78,6 +78,20 @@ class Outcome(BaseModel):
     """Its validations: CPU time until there, loss."""
 
 
+class ChosenRate(BaseModel):
+    """A system's learning rate, as a factor of its config's, chosen on validation."""
+
+    model_config = ConfigDict(frozen=True)
+    factor: float
+    losses: dict[float, float]
+    """Validation loss by factor."""
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether a factor beyond those tried might be better."""
+        return self.factor in (min(self.losses), max(self.losses))
+
+
 class Comparison(BaseModel):
     """Content of comparison.json."""
 
@@ -90,6 +104,8 @@ class Comparison(BaseModel):
     """Systems that make no sense here, with the reason."""
     left: list[str]
     """Runs that the time limit left for a later call."""
+    rates: dict[str, ChosenRate] = {}
+    """Learning rates by system, where they were chosen on validation."""
     losses: LossComparison | None = None
     """Systems compared by the losses of the same rows; None where they were not read."""
 

@@ -15,6 +15,7 @@ from gavamoe.evaluation.comparison import (
     COMPARISON_FILE,
     FIGURE,
     REFERENCE,
+    ChosenRate,
     Comparison,
     blocks,
     difference_table,
@@ -68,9 +69,18 @@ def markdown(comparison: Comparison) -> str:
         *(_markdown_losses(comparison.losses) if comparison.losses else []),
         "\n".join(f"- {outcomes[0].label}: {outcomes[0].what}" for outcomes in systems_of(comparison).values()),
     ]
+    if comparison.rates:
+        parts.append("\n".join(_rate_line(name, chosen) for name, chosen in comparison.rates.items()))
     if comparison.skipped:
         parts.append("\n".join(f"- left out, {name}: {why}" for name, why in comparison.skipped.items()))
     return "\n\n".join(parts) + "\n"
+
+
+def _rate_line(name: str, chosen: ChosenRate) -> str:
+    """A system's learning rate and what the others gave."""
+    tried = ", ".join(f"{factor:g}: {loss:.3f}" for factor, loss in sorted(chosen.losses.items()))
+    edge = "; at the edge of what was tried" if chosen.at_the_edge else ""
+    return f"- learning rate, {name}: times {chosen.factor:g} (validation loss {tried}{edge})"
 
 
 def _markdown_blocks(comparison: Comparison) -> list[str]:

@@ -22,9 +22,10 @@ from gavamoe.config.files import override_config
 from gavamoe.config.schema import RunConfig, Stage1Config
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
-from gavamoe.evaluation.comparison import Comparison, Outcome, at_equal_time, compare_losses, read_outcome
+from gavamoe.evaluation.comparison import ChosenRate, Comparison, Outcome, at_equal_time, compare_losses, read_outcome
 from gavamoe.evaluation.comparison_files import write_comparison
 from gavamoe.evaluation.evaluate import evaluate, write_evaluation
+from gavamoe.experiments.rates import RATES_FILE, choose_rate, scaled_rates
 from gavamoe.experiments.variants import SYSTEMS, System, find_systems
 from gavamoe.pipeline import check_base_models, train_run
 from gavamoe.report.latent_map import plot_latents
@@ -34,7 +35,7 @@ from gavamoe.stage1.artifact import load_stage1
 from gavamoe.stage1.validation import LEAST_CLUSTERS, idle_gates
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """One system under one seed."""
 
@@ -52,6 +53,8 @@ class _Plan:
     jobs: list[Job] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """Systems that make no sense here, with the reason."""
+    rates: dict[str, ChosenRate] = field(default_factory=dict)
+    """Learning rates by system, where they were chosen."""
 
 
 def run_ablation(
@@ -61,6 +64,7 @@ def run_ablation(
     *,
     seeds: int = 3,
     only: Sequence[str] = (),
+    rates: Sequence[float] = (),
     minutes: float | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
@@ -70,6 +74,8 @@ def run_ablation(
         seeds: number of seeds, from `config.seed` on; systems that copy have no seed and run once.
         only: names of systems; empty: all of `SYSTEMS` that make sense for the config and the data, but for the extra
             ones.
+        rates: factors of every trained system's learning rates, of which the best on validation is taken, under the
+            first seed; empty: the config's own rates.
         minutes: no further run starts after this time; None: no limit.
 
     Raises:
@@ -81,6 +87,9 @@ def run_ablation(
     config = override_config(config, ["evaluation.row_losses=true"])  # what a comparison of systems rests on
     opened, out = open_dataset(dataset), Path(out)
     plan = _plan(config, opened, out, seeds, only)
+    for system in {job.system.name: job.system for job in plan.jobs if rates and job.system.model}.values():
+        if (out / system.name / RATES_FILE).is_file():
+            _at_best_rate(system, plan, rates, opened, out, progress)
     left = [job for job in plan.jobs if not _evaluated(job, opened)]
     trained = [job for job in left if (kind := job.system.model) and not (job.folder / kind / MANIFEST).is_file()]
     check_base_models([job.config for job in trained], opened)
@@ -89,6 +98,8 @@ def run_ablation(
             if minutes is not None and time.monotonic() - started >= 60 * minutes:
                 break
             shown = _Named(progress, f"[{number}/{len(todo)}] {job.system.name}, seed {job.config.seed}")
+            if rates and job.system.model and job.system.name not in plan.rates:
+                _at_best_rate(job.system, plan, rates, opened, out, shown)
             _run(job, opened, out / STAGE1_CACHE, shown)
             left.remove(job)
             _write(config, opened, plan, left, out)  # an interrupted comparison can be looked at
@@ -106,6 +117,7 @@ def _write(config: RunConfig, dataset: Dataset, plan: _Plan, left: Sequence[Job]
         outcomes=outcomes,
         skipped=plan.skipped,
         left=[f"{job.system.name}, seed {job.config.seed}" for job in left],
+        rates=plan.rates,
         losses=compare_losses(outcomes, out, config.seed),
     )
     if comparison.outcomes:
@@ -149,6 +161,29 @@ def _evaluated(job: Job, dataset: Dataset) -> bool:
     return same and manifest.inputs.get(kind) == read_manifest(job.folder / kind, kind, verify=False).fingerprint
 
 
+def _at_best_rate(
+    system: System, plan: _Plan, factors: Sequence[float], dataset: Dataset, out: Path, progress: Progress
+) -> None:
+    """Choose a system's learning rates, or read which were chosen, and give them to all of its runs."""
+    own = [job for job in plan.jobs if job.system.name == system.name]
+
+    def train(system: System, config: RunConfig, folder: Path) -> None:
+        shown = _Named(progress, f"{folder.name}")
+        _train(Job(system, config, folder), dataset, out / STAGE1_CACHE, shown)
+
+    chosen = choose_rate(system, own[0].config, out / system.name, factors, train)
+    plan.rates[system.name] = chosen
+    for job in own:
+        job.config = override_config(job.config, scaled_rates(job.config, chosen.factor))
+
+
+def _train(job: Job, dataset: Dataset, cache: Path, progress: Progress) -> None:
+    if job.system.model == "stage2":
+        _share_stage1(job, dataset, cache, progress)
+        _check_gates(job)
+    train_run(job.config, dataset.path, job.folder, resume=True, progress=progress)
+
+
 def _run(job: Job, dataset: Dataset, cache: Path, progress: Progress) -> None:
     if job.system.source is not None:
         claim_run(job.folder, job.config, dataset.path, dataset.fingerprint, continuing=True)
@@ -157,10 +192,7 @@ def _run(job: Job, dataset: Dataset, cache: Path, progress: Progress) -> None:
         result = evaluate(Copier(dataset, job.system.source), dataset, job.config, on_progress=progress.count)
         write_evaluation(job.run.evaluation, result, job.config, {"dataset": dataset.fingerprint})
         return
-    if job.system.model == "stage2":
-        _share_stage1(job, dataset, cache, progress)
-        _check_gates(job)
-    train_run(job.config, dataset.path, job.folder, resume=True, progress=progress)
+    _train(job, dataset, cache, progress)
     job.run.write_config(job.config)  # an earlier session may have evaluated it in another way
     progress.step("write and score texts")
     evaluate_any(job.folder, dataset=dataset.path, on_progress=progress.count)

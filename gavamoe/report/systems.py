@@ -31,7 +31,7 @@ from gavamoe.evaluation.losses.row_losses import CONDITIONS
 from gavamoe.report.charts import Interval, interval_chart
 
 CHARTS = ("bleu_4", "bertscore_f", "rouge_l", "validation_loss", "rmse", "style_of_group", "wrong_gate_gap")
-_CATALOG = Path("stage2") / "catalog" / "users.parquet"
+_CATALOGS = tuple(Path(artifact) / "catalog" / "users.parquet" for artifact in ("stage2", "baseline"))
 
 
 def open_runs(paths: Sequence[Path]) -> tuple[list[RunData], list[Path], list[Comparison]]:
@@ -120,7 +120,7 @@ def case_study(runs: Sequence[RunData], folders: Sequence[Path]) -> list[dict[st
     It is the first such row of the split, so none is hand-picked. [] without a trained run, or where rows differ.
     """
     asked = [run.generations.select(["split", "row"]) for run in runs]
-    catalogs = [folder / _CATALOG for folder in folders if (folder / _CATALOG).is_file()]
+    catalogs = [path for folder in folders for catalog in _CATALOGS if (path := folder / catalog).is_file()]
     if not catalogs or not all(rows.equals(asked[0]) for rows in asked):
         return []
     users = pq.read_table(catalogs[0], columns=["id", "count"])

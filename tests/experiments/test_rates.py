@@ -1,0 +1,74 @@
+"""The choice of learning rates in a comparison: equally many values a system, by validation loss."""
+
+from pathlib import Path
+
+import pytest
+from helpers.tiny import tiny
+
+from gavamoe.artifacts.files import read_json
+from gavamoe.config.files import load_config
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import Dataset
+from gavamoe.errors import InputError
+from gavamoe.evaluation.comparison_files import markdown
+from gavamoe.experiments.ablate import run_ablation
+from gavamoe.experiments.rates import choose_rate, parse_factors, scaled_rates
+from gavamoe.experiments.variants import System, find_systems
+
+
+def test_every_rate_of_a_system_is_scaled() -> None:
+    config = load_config("quickstart", ["stage2.learning_rate=0.004"])
+    assert scaled_rates(config, 0.5) == ["stage2.learning_rate=0.002"]
+    both = load_config("quickstart", ["stage2.learning_rate=0.004", "stage2.expert_learning_rate=0.008"])
+    assert scaled_rates(both, 2) == ["stage2.learning_rate=0.008", "stage2.expert_learning_rate=0.016"]
+    pepler = load_config("quickstart", ["system=pepler-plus", "baselines.pepler.prompt_learning_rate=0.25"])
+    assert scaled_rates(pepler, 2) == [
+        "baselines.pepler.prompt_learning_rate=0.5",
+        "baselines.pepler.learning_rate=0.002",
+    ]
+
+
+@pytest.mark.parametrize("text", ["1", "1,1", "0,1", "1,x", "1,inf", "1,nan", "1,-2", ""])
+def test_what_are_no_factors_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"two or more different factors above 0, such as 0\.3,1,3"):
+        parse_factors(text)
+
+
+def test_factors_are_sorted() -> None:
+    assert parse_factors("3, 1,0.3") == [0.3, 1, 3]
+
+
+def test_the_choice_is_kept_and_the_others_are_removed(tmp_path: Path) -> None:
+    [system] = find_systems(["peter"])
+    config, trained = tiny("system=peter"), []
+
+    def train(system: System, config: RunConfig, run: Path) -> None:
+        rate = config.baselines.peter.learning_rate
+        trained.append(rate)
+        (run / "baseline").mkdir(parents=True)
+        (run / "baseline" / "metrics.json").write_text(f'{{"validation_loss": {abs(rate - 0.001)}}}')
+
+    found = choose_rate(system, config, tmp_path, [0.5, 1, 2], train)
+    assert (found.factor, trained, found.at_the_edge) == (1, [0.0005, 0.001, 0.002], False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rates.json", "seed-0"]
+    assert choose_rate(system, config, tmp_path, [2, 1, 0.5], train) == found
+    assert len(trained) == 3
+    with pytest.raises(InputError, match=r"chosen among 0\.5, 1, 2, not 1, 4"):
+        choose_rate(system, config, tmp_path, [1, 4], train)
+    (tmp_path / "rates.json").unlink()
+    with pytest.raises(InputError, match="trained before learning rates were compared"):
+        choose_rate(system, config, tmp_path, [0.5, 1, 2], train)
+
+
+def test_a_comparison_trains_all_seeds_at_the_chosen_rate(planted: Dataset, tmp_path: Path) -> None:
+    config = tiny("evaluation.rows=12", "evaluation.probe_rows=0", "stage2.max_steps=6", "generation.max_new_tokens=4")
+    config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"workers": 1})})
+    asked = {"only": ["peter"], "seeds": 2, "rates": [0.01, 1]}
+    found = run_ablation(config, planted.path, tmp_path, **asked)
+    assert found.rates["peter"].factor == 1  # a hundredth learns next to nothing
+    assert found.rates["peter"].at_the_edge
+    assert [outcome.seed for outcome in found.outcomes] == [0, 1]
+    assert "learning rate, peter: times 1 (validation loss 0.01: " in markdown(found)
+    kept = read_json(tmp_path / "peter" / "seed-0" / "baseline" / "metrics.json")
+    assert kept["validation_loss"] == found.rates["peter"].losses[1]
+    assert run_ablation(config, planted.path, tmp_path, **asked) == found
