@@ -20,8 +20,8 @@ from gavamoe.artifacts.run import Run, open_run
 from gavamoe.config.files import override_config
 from gavamoe.data.dataset import Dataset, dataset_of_run
 from gavamoe.evaluation.evaluate import evaluate
+from gavamoe.generation.evidence.pair_features import PairFeatures
 from gavamoe.generation.generator import ExplanationGenerator
-from gavamoe.generation.pair_features import PairFeatures
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage1.routes import ROUTES_FILE, route_pairs, training_routes
 

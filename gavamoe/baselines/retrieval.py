@@ -18,14 +18,13 @@ import numpy as np
 from gavamoe.config.schema import GenerationConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.evaluation.reference_scores import bias_model, most_frequent_text
+from gavamoe.generation.evidence.quotes import FeatureIndex, ranked
 from gavamoe.generation.generator import Explanation
 from gavamoe.generation.request import ExplanationRequest
 
 Source = Literal["constant", "user", "item", "features"]
 USUAL_FEATURES = 2
 _PROGRESS_EVERY = 256
-_SAME = 1e-9
-"""Cosines this close count as equal: sums in another order differ in the last bits."""
 
 
 class Copier:
@@ -39,7 +38,7 @@ class Copier:
         table = dataset.table("train", ["text", "features"])
         self._texts: list[str | None] = table["text"].to_pylist()
         self._spoken = np.array([bool(text and text.strip()) for text in self._texts], dtype=bool)
-        self._index = _FeatureIndex(table["features"].to_pylist())
+        self._index = FeatureIndex(table["features"].to_pylist())
         self._of_user = _Grouped(self._pairs.user, self._spoken)
         self._of_item = _Grouped(self._pairs.item, self._spoken)
         self._bias = bias_model(self._pairs, self.catalog.n_users, self.catalog.n_items)
@@ -100,12 +99,9 @@ class Copier:
             similar = self._index.similarity(features, rows)
         if not len(rows):
             return None
-        rows = rows[similar >= similar.max() - _SAME]
-        if rating is not None:
-            distance = np.nan_to_num(np.abs(self._pairs.rating[rows] - rating), nan=np.inf)
-            rows = rows[distance <= distance.min() + _SAME]
+        distance = None if rating is None else np.abs(self._pairs.rating[rows] - rating)
         related = (self._pairs.user[rows] == user) | (self._pairs.item[rows] == item)
-        return int(rows[related.argmax()])
+        return int(ranked(rows, similar, distance, related)[0])
 
 
 class _Grouped:
@@ -120,41 +116,3 @@ class _Grouped:
         low, high = np.searchsorted(self._owners, [owner, owner + 1])
         rows: np.ndarray = self._rows[low:high]
         return rows
-
-
-class _FeatureIndex:
-    """Cosines between sets of features, each feature weighted by its idf: ln(N / rows that have it) + 1."""
-
-    def __init__(self, features: Sequence[Sequence[str] | None]) -> None:
-        sets = [frozenset(word.casefold() for word in words or ()) for words in features]
-        self._sets = sets
-        postings: dict[str, list[int]] = {}
-        for row, words in enumerate(sets):
-            for word in sorted(words):
-                postings.setdefault(word, []).append(row)
-        self._postings = {word: np.array(rows, dtype=np.int64) for word, rows in postings.items()}
-        self._weight = {word: np.log(len(sets) / len(rows)) + 1.0 for word, rows in postings.items()}
-        self._norm = np.array([self._norm_of(words) for words in sets])
-        self._dot = np.zeros(len(sets))
-
-    def similar(self, features: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (C,) that share a feature, ascending, and their cosines (C,)."""
-        words = sorted({word.casefold() for word in features} & self._postings.keys())
-        if not words:
-            return np.zeros(0, np.int64), np.zeros(0)
-        for word in words:
-            self._dot[self._postings[word]] += self._weight[word] ** 2
-        rows = np.unique(np.concatenate([self._postings[word] for word in words]))
-        cosine = self._dot[rows] / (self._norm[rows] * self._norm_of(words))
-        self._dot[rows] = 0.0
-        return rows, cosine
-
-    def similarity(self, features: Sequence[str], rows: np.ndarray) -> np.ndarray:
-        """Cosines (C,) of the given rows; 0 where nothing is shared."""
-        words = {word.casefold() for word in features}
-        norm = self._norm_of(words) or 1.0
-        dots = [sum(self._weight[word] ** 2 for word in self._sets[row] & words) for row in rows.tolist()]
-        return np.array(dots, dtype=np.float64) / (np.maximum(self._norm[rows], _SAME) * norm)
-
-    def _norm_of(self, words: frozenset[str] | set[str] | list[str]) -> float:
-        return float(np.sqrt(sum(self._weight.get(word, 0.0) ** 2 for word in sorted(words))))

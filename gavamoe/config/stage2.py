@@ -117,6 +117,11 @@ class PromptConfig(Section):
     """Features in a prompt at most; the first ones are kept."""
     title: bool = True
     """Whether the prompt names the item's title, where the dataset has one."""
+    quotes: Count = 0
+    """Training explanations in the prompt at most: those of the rows most like what is asked for, by features and
+    rating. The artifact holds all of them then."""
+    quote_tokens: PositiveInt = 24
+    """Tokens of a quoted explanation at most."""
     cluster: bool = False
     """Whether the prompt has a slot for the user's cluster: conditioning without gates, to compare gates with."""
     max_tokens: Annotated[int, Field(ge=16)] = 96

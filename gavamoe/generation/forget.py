@@ -1,6 +1,7 @@
 """Taking a user out of a trained run: what is this user's alone is removed, what was learned from everybody stays.
 
-Removed: the id, the features and their counts (catalog, `pair_features`), all the user's pairs (routes), the rows
+Removed: the id, the features and their counts (catalog, `pair_features`), all the user's pairs (routes), the reviews
+that prompts might quote (`quotes`), the rows
 written for the user (evaluation), the report, and the user's row in every table of users, which becomes the unknown
 user's. Staying: the weights that all users share, as the user's reviews shaped them among all others', the counts and
 scores of everybody, hashes of the user's texts as nobody's, by which a service goes on withholding them
@@ -31,7 +32,8 @@ from gavamoe.data.catalog import Catalog
 from gavamoe.errors import InputError, did_you_mean
 from gavamoe.generation.artifact import CATALOG_FOLDER
 from gavamoe.generation.authorship import AUTHORS_FILE, SingleAuthors
-from gavamoe.generation.pair_features import FEATURES_FILE
+from gavamoe.generation.evidence.pair_features import FEATURES_FILE
+from gavamoe.generation.evidence.quotes import QUOTES_FILE
 from gavamoe.stage1.routes import ROUTES_FILE
 
 USER_TABLES = ("user_embedding.weight", "user_bias")
@@ -89,6 +91,8 @@ def forget_users(run: Run, users: Sequence[str]) -> Forgotten:
                     _blank_users(path, indices)
                 elif path.name == FEATURES_FILE:
                     _drop_features(path, indices)
+                elif path.name == QUOTES_FILE:
+                    _drop_rows(path, indices)
                 elif path.name == AUTHORS_FILE:
                     SingleAuthors.load(aside).without(indices).save(aside)
             fingerprints[kind] = _describe(aside, manifest, fingerprints, len(users))

@@ -160,6 +160,7 @@ class ExplanationGenerator:
             ratings=[filled.rating for filled in requests],
             features=[filled.features for filled in requests],
             titles=[filled.title for filled in requests],
+            quotes=[filled.quotes for filled in requests],
         )
         return self.builder.prompts(columns)
 

@@ -8,11 +8,13 @@ One template serves every model, scratch or pretrained; parts in brackets appear
 
     Explain the recommendation.
     User: [slot] [cluster] Item: [slot] [Title: ...] [Rating: positive|neutral|negative] [Features: a, b]
+    [Similar reviews:
+    - ...]
     Explanation:
 
 Each piece is tokenized on its own and special tokens are never parsed in it, so no text of a user can
 forge a slot, end the prompt or start an answer; slots are single ids above the vocabulary. Too long a
-prompt loses title tokens first, then features from the last one on; slots and answer marker stay.
+prompt loses quoted reviews first, then title tokens, then features from the last one on; slots and answer marker stay.
 """
 
 import math
@@ -36,8 +38,10 @@ _TITLE = "\nTitle:"
 _RATING = "\nRating:"
 _FEATURES = "\nFeatures:"
 _COMMA = ","
+_QUOTES, _QUOTE = "\nSimilar reviews:", "\n-"
 _ANSWER = "\nExplanation:\n"
 _CONSTANTS = (_INSTRUCTION, _ITEM, _TITLE, _RATING, _FEATURES, _COMMA, _ANSWER)
+_CONSTANTS_OF_QUOTES = (_QUOTES, _QUOTE)
 
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), " ")
 _CHARACTERS_PER_TOKEN = 16
@@ -65,6 +69,8 @@ class PromptColumns:
     """None or NaN: no sentiment word."""
     features: Sequence[Sequence[str]]
     titles: Sequence[str | None]
+    quotes: Sequence[Sequence[str]] | None = None
+    """Training explanations that are quoted; None: none in any prompt."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -99,7 +105,8 @@ class PromptBuilder:
         self.tokenizer, self.config, self.scale = tokenizer, config, scale
         self.slots = slots
         self.end = _end_token(tokenizer)
-        constants = dict(zip(_CONSTANTS, encode_texts(tokenizer, _CONSTANTS), strict=True))
+        names = (*_CONSTANTS, *(_CONSTANTS_OF_QUOTES if config.quotes else ()))
+        constants = dict(zip(names, encode_texts(tokenizer, names), strict=True))
         self._constants = {text: tuple(ids) for text, ids in constants.items()}
         self._start = (*_start_tokens(tokenizer), *self._constants[_INSTRUCTION])
         words = encode_texts(tokenizer, [f" {word}" for word in SENTIMENTS])
@@ -119,6 +126,8 @@ class PromptBuilder:
         titles = self._encode_unique(title for title in columns.titles if title) if self.config.title else {}
         kept = [tuple(words)[: self.config.max_features] for words in columns.features]
         words = self._encode_unique(word for words in kept for word in words) if self.config.features else {}
+        quotes = columns.quotes if self.config.quotes and columns.quotes is not None else [()] * len(columns)
+        quoted = self._encode_unique(text for texts in quotes for text in texts)
         return [
             self._assemble(
                 self.slots.user_token(int(columns.users[row])),
@@ -126,6 +135,7 @@ class PromptBuilder:
                 titles.get(columns.titles[row] or "", ()),
                 self._sentiment(columns.ratings[row]),
                 [words[word] for word in kept[row] if words.get(word)],
+                [quoted[text] for text in quotes[row][: self.config.quotes] if quoted.get(text)],
             )
             for row in range(len(columns))
         ]
@@ -155,6 +165,7 @@ class PromptBuilder:
         title: tuple[int, ...],
         sentiment: tuple[int, ...],
         features: list[tuple[int, ...]],
+        quotes: list[tuple[int, ...]],
     ) -> list[int]:
         item = (user_slot, *self._cluster, *self._constants[_ITEM], item_slot)
         answer = self._constants[_ANSWER]
@@ -163,7 +174,21 @@ class PromptBuilder:
         room -= len(listed)
         label = self._constants[_TITLE]
         titled = (*label, *title)[: max(room, 0)] if title and room > len(label) else ()
-        return [*self._start, *item, *titled, *sentiment, *listed, *answer]
+        quoted = self._list_quotes(quotes, room - len(titled))
+        return [*self._start, *item, *titled, *sentiment, *listed, *quoted, *answer]
+
+    def _list_quotes(self, quotes: list[tuple[int, ...]], room: int) -> tuple[int, ...]:
+        """Label and quoted reviews that fit into `room` tokens; those that don't fit whole are left out."""
+        if not quotes:
+            return ()
+        label, dash = self._constants[_QUOTES], self._constants[_QUOTE]
+        listed: tuple[int, ...] = label
+        for ids in quotes:
+            own = (*dash, *ids[: self.config.quote_tokens])
+            if len(listed) + len(own) > room:
+                break
+            listed += own
+        return listed if len(listed) > len(label) else ()
 
     def _list_features(self, features: list[tuple[int, ...]], room: int) -> tuple[int, ...]:
         """Label and features that fit into `room` tokens; only the first feature may be cut inside."""

@@ -15,7 +15,8 @@ import numpy as np
 from gavamoe.data.catalog import Catalog
 from gavamoe.errors import InputError
 from gavamoe.generation.artifact import CATALOG_FOLDER, read_prompt_spec
-from gavamoe.generation.pair_features import PairFeatures
+from gavamoe.generation.evidence.pair_features import PairFeatures
+from gavamoe.generation.evidence.quotes import Quotes
 from gavamoe.generation.prompts import PromptSpec
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage1.route_overrides import RouteControl
@@ -58,6 +59,8 @@ class FilledRequest:
     user_known: bool
     """Whether the user has training rows."""
     item_known: bool
+    quotes: tuple[str, ...] = ()
+    """Training explanations that the prompt quotes, as far as they fit."""
 
 
 class RequestFiller:
@@ -73,12 +76,13 @@ class RequestFiller:
         crowd: Crowd | None = None,
         words: ClusterWords | None = None,
         features: PairFeatures | None = None,
+        quotes: Quotes | None = None,
     ) -> None:
         """`control` routes in stage 1's place; `crowd` and `words`: of the clusters' users, for histories; `features`:
-        what pairs are asked about when nobody says; None: the item's usual ones."""
+        what pairs are asked about when nobody says; None: the item's usual ones; `quotes`: of prompts that quote."""
         self.vae_gmm = vae_gmm.to(device).eval()
         self.catalog, self.spec, self.device, self.control = catalog, spec, device, control
-        self._crowd, self._words, self._pair_features = crowd, words, features
+        self._crowd, self._words, self._pair_features, self._quotes = crowd, words, features, quotes
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "RequestFiller":
@@ -93,7 +97,8 @@ class RequestFiller:
         clusters = vae_gmm.config.clusters
         words, features = ClusterWords.load(folder, clusters), PairFeatures.load(folder, catalog, clusters)
         crowd, control = Crowd.load(folder, vae_gmm), RouteControl.load(folder)
-        return cls(vae_gmm, catalog, spec, device, control, crowd, words, features)
+        quotes = Quotes.load(folder) if spec.prompt.quotes else None
+        return cls(vae_gmm, catalog, spec, device, control, crowd, words, features, quotes)
 
     @cached_property
     def fold_in(self) -> FoldIn:
@@ -153,13 +158,21 @@ class RequestFiller:
 
     def _filled(self, request: ExplanationRequest, routes: Routes, row: int) -> FilledRequest:
         predicted = float(routes.rating[row])
+        rating, features = (
+            self._rating(request.rating, predicted),
+            self._features(request, routes.responsibilities[row]),
+        )
+        quotes: tuple[str, ...] = ()
+        if self._quotes is not None:
+            quotes = self._quotes.nearest(request.user, request.item, rating, features, self.spec.prompt.quotes)
         return FilledRequest(
             request=request,
             cluster=int(routes.cluster[row]),
             responsibilities=tuple(map(float, routes.responsibilities[row])),
             predicted_rating=predicted,
-            rating=self._rating(request.rating, predicted),
-            features=self._features(request, routes.responsibilities[row]),
+            rating=rating,
+            features=features,
+            quotes=quotes,
             title=self.catalog.item_title(request.item),
             user_known=0 <= request.user < self.catalog.known_users,
             item_known=0 <= request.item < self.catalog.known_items,

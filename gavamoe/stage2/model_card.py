@@ -17,7 +17,8 @@ from gavamoe.config.schema import RunConfig
 from gavamoe.generation.artifact import CATALOG_FOLDER, PROMPT_FILE
 from gavamoe.generation.authorship import SingleAuthors
 from gavamoe.generation.detokenize import clean_text
-from gavamoe.generation.pair_features import PairFeatures
+from gavamoe.generation.evidence.pair_features import PairFeatures
+from gavamoe.generation.evidence.quotes import Quotes
 from gavamoe.model.lora import merged_state
 from gavamoe.stage1.artifact import save_vae_gmm
 from gavamoe.stage1.rating_biases import shrink_interaction
@@ -49,6 +50,8 @@ def write_artifact(
         _write_clusters(folder, config, setup, vae_gmm)
         write_json(folder / PROMPT_FILE, setup.spec.model_dump(mode="json"))
         single_authors(setup).save(folder)
+        if config.stage2.prompt.quotes:
+            Quotes.read(setup.data).save(folder)
         write_json(folder / "metrics.json", metrics)
         if setup.control is not None:
             setup.control.save(folder)

@@ -4,6 +4,7 @@ Needs the base model's tokenizer, never its weights.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.data.ratings import RatingScale
 from gavamoe.errors import InputError
+from gavamoe.generation.evidence.quotes import Quotes
 from gavamoe.generation.prompts import PromptBuilder, PromptColumns, template_texts
 from gavamoe.model.base_config import base_shape
 from gavamoe.model.base_model import load_tokenizer
@@ -45,6 +47,7 @@ def rating_scale(data: Dataset) -> RatingScale | None:
 def encode_rows(builder: PromptBuilder, data: Dataset, split: str, rows: np.ndarray) -> TextRows:
     """Prompts and answers of the given rows (ascending) of a split; the file is read in parts."""
     titles = [data.catalog.item_title(item) for item in range(data.catalog.n_items)]
+    quotes = Quotes.read(data) if builder.config.quotes else None
     prompts, answers = [Ragged.pack([])], [Ragged.pack([])]
     start = 0
     for batch in data.batches(split):
@@ -59,10 +62,20 @@ def encode_rows(builder: PromptBuilder, data: Dataset, split: str, rows: np.ndar
             ratings=chosen["rating"],
             features=[words or () for words in chosen["features"]],
             titles=[titles[item] for item in chosen["item"]],
+            quotes=None if quotes is None else _quoted(quotes, chosen, builder.config.quotes),
         )
         prompts.append(Ragged.pack(builder.prompts(columns)))
         answers.append(Ragged.pack(builder.answers(chosen["text"])))
     return TextRows(Ragged.join(prompts), Ragged.join(answers))
+
+
+def _quoted(quotes: Quotes, rows: dict[str, list[Any]], count: int) -> list[tuple[str, ...]]:
+    """The explanations that each row's prompt quotes, never one of the row's own pair."""
+    columns = (rows[name] for name in ("user", "item", "rating", "features"))
+    return [
+        quotes.nearest(user, item, rating, features or (), count)
+        for user, item, rating, features in zip(*columns, strict=True)
+    ]
 
 
 def tokenizer_texts(data: Dataset) -> Iterator[str]:

@@ -16,8 +16,8 @@ from gavamoe.data.dataset import open_dataset
 from gavamoe.data.prepare import prepare
 from gavamoe.errors import InputError
 from gavamoe.generation.decoding_engine import Engine, Row
+from gavamoe.generation.evidence.pair_features import PairFeatures
 from gavamoe.generation.generator import Explanation, ExplanationGenerator
-from gavamoe.generation.pair_features import PairFeatures
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.base_model import special_ids
 from gavamoe.runtime.context import LocalContext

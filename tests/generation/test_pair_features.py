@@ -11,7 +11,7 @@ from gavamoe.data.catalog import Catalog
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.data.prepare import prepare
 from gavamoe.errors import InputError
-from gavamoe.generation.pair_features import FEATURES_FILE, ITEM, OWN, USER, PairFeatures
+from gavamoe.generation.evidence.pair_features import FEATURES_FILE, ITEM, OWN, USER, PairFeatures
 
 ROWS = (
     [("ann", "cup", ["lid"])] * 3 + [("ann", "pot", ["rim", "lid"])] * 2 + [("bob", "cup", ["rim"])]
