@@ -158,10 +158,8 @@ class RequestFiller:
 
     def _filled(self, request: ExplanationRequest, routes: Routes, row: int) -> FilledRequest:
         predicted = float(routes.rating[row])
-        rating, features = (
-            self._rating(request.rating, predicted),
-            self._features(request, routes.responsibilities[row]),
-        )
+        rating = self._rating(request.rating, predicted)
+        features = self._features(request, routes.responsibilities[row])
         quotes: tuple[str, ...] = ()
         if self._quotes is not None:
             quotes = self._quotes.nearest(request.user, request.item, rating, features, self.spec.prompt.quotes)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gavamoe.config.schema import RunConfig
+from gavamoe.config.schema import PromptConfig, RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.data.ratings import RatingScale
 from gavamoe.errors import InputError
@@ -62,18 +62,19 @@ def encode_rows(builder: PromptBuilder, data: Dataset, split: str, rows: np.ndar
             ratings=chosen["rating"],
             features=[words or () for words in chosen["features"]],
             titles=[titles[item] for item in chosen["item"]],
-            quotes=None if quotes is None else _quoted(quotes, chosen, builder.config.quotes),
+            quotes=None if quotes is None else _quoted(quotes, chosen, builder.config),
         )
         prompts.append(Ragged.pack(builder.prompts(columns)))
         answers.append(Ragged.pack(builder.answers(chosen["text"])))
     return TextRows(Ragged.join(prompts), Ragged.join(answers))
 
 
-def _quoted(quotes: Quotes, rows: dict[str, list[Any]], count: int) -> list[tuple[str, ...]]:
-    """The explanations that each row's prompt quotes, never one of the row's own pair."""
+def _quoted(quotes: Quotes, rows: dict[str, list[Any]], prompt: PromptConfig) -> list[tuple[str, ...]]:
+    """The explanations that each row's prompt quotes, by what the prompt says; never one of the row's own pair."""
     columns = (rows[name] for name in ("user", "item", "rating", "features"))
+    most = prompt.max_features if prompt.features else 0
     return [
-        quotes.nearest(user, item, rating, features or (), count)
+        quotes.nearest(user, item, rating, (features or ())[:most], prompt.quotes)
         for user, item, rating, features in zip(*columns, strict=True)
     ]
 
