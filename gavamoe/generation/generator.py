@@ -8,6 +8,7 @@ Texts are written by `decoding_engine`, the same wherever they are asked for: gr
 same seed. Beam search alone, which knows its text only at the end, is transformers' `generate`.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ class ExplanationGenerator:
         """
         if not requests:
             return []
-        prepared = self._checked(self.prepare(requests), generation)
+        prepared = self._checked(self.prepare(requests, generation.length), generation)
         write = self._beam_search if generation.beams > 1 else self._decode
         tokens: dict[int, list[int]] = {}
         for finished in write(prepared, generation, seed):
@@ -145,15 +146,15 @@ class ExplanationGenerator:
             raise InputError(f"generation.beams {generation.beams}: beam search can't be streamed; set 1")
         if not requests:
             return iter(())
-        return self._pieces(self._checked(self.prepare(requests), generation), generation, seed)
+        return self._pieces(self._checked(self.prepare(requests, generation.length), generation), generation, seed)
 
-    def prepare(self, requests: Sequence[ExplanationRequest]) -> Prepared:
+    def prepare(self, requests: Sequence[ExplanationRequest], length: str = "any") -> Prepared:
         """What the model reads for N requests, with all that was not given filled in; raises as `explain` does."""
         filled = self.filler.fill(requests)
-        return Prepared(filled, self.prompts(filled))
+        return Prepared(filled, self.prompts(filled, length))
 
-    def prompts(self, requests: Sequence[FilledRequest]) -> list[list[int]]:
-        """Token ids of the prompts."""
+    def prompts(self, requests: Sequence[FilledRequest], length: str = "any") -> list[list[int]]:
+        """Token ids of the prompts; `length`: as in `GenerationConfig`."""
         columns = PromptColumns(
             users=[filled.request.user for filled in requests],
             items=[filled.request.item for filled in requests],
@@ -161,6 +162,7 @@ class ExplanationGenerator:
             features=[filled.features for filled in requests],
             titles=[filled.title for filled in requests],
             quotes=[filled.quotes for filled in requests],
+            lengths=None if length == "any" else [length] * len(requests),
         )
         return self.builder.prompts(columns)
 
@@ -272,11 +274,13 @@ class ExplanationGenerator:
         self, prompts: list[list[int]], clusters: Tensor, options: transformers.GenerationConfig
     ) -> Iterable[list[int]]:
         ids_BT, mask_BT = left_padded(prompts, options.pad_token_id)
+        options, processors = _text_only(options, ids_BT.shape[1])
         output_BT = self.model.generate(
             torch.from_numpy(ids_BT).to(self.device),
             attention_mask=torch.from_numpy(mask_BT).to(self.device),
             cluster_ids=clusters.to(self.device),
             generation_config=options,
+            logits_processor=processors,
         )
         end = self.builder.end
         for tokens in output_BT[:, ids_BT.shape[1] :].tolist():  # behind a row's end is padding to the longest
@@ -298,6 +302,20 @@ class ExplanationGenerator:
             pad_token_id=end if pad is None else pad,
             **(sampled if generation.temperature > 0 else {}),
         )
+
+
+def _text_only(
+    options: transformers.GenerationConfig, prompt_tokens: int
+) -> tuple[transformers.GenerationConfig, transformers.LogitsProcessorList]:
+    """What keeps n-grams from being repeated reads the text alone, where transformers' own reads the prompt too: a
+    prompt's title may well be named, or a review that it quotes."""
+    processors = transformers.LogitsProcessorList()
+    if options.no_repeat_ngram_size:
+        ban = transformers.NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size)
+        processors.append(lambda ids, scores: ban(ids[:, prompt_tokens:], scores))
+        options = copy.copy(options)
+        options.no_repeat_ngram_size = 0
+    return options, processors
 
 
 def sampling_of(generation: GenerationConfig, seed: int) -> Sampling:

@@ -23,7 +23,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
     no_repeat_ngram: int = 0
-    """Refuse to repeat n-grams of this length, the prompt's included; 0: off."""
+    """Refuse to repeat n-grams of this length that the text has; 0: off."""
     repetition_penalty: float = 1.0
     """Makes tokens that the text already has less likely; 1: off."""
     min_new_tokens: int = 0
@@ -66,11 +66,12 @@ class Choice:
 
     def _repeated(self) -> list[int]:
         n = self.sampling.no_repeat_ngram
-        if not n or len(self.tokens) < n:
+        written = self.written if n else []
+        if len(written) < n or not n:
             return []
-        last = self.tokens[len(self.tokens) - n + 1 :]
-        starts = range(len(self.tokens) - n + 1)
-        return [self.tokens[at + n - 1] for at in starts if self.tokens[at : at + n - 1] == last]
+        last = written[len(written) - n + 1 :]
+        starts = range(len(written) - n + 1)
+        return [written[at + n - 1] for at in starts if written[at : at + n - 1] == last]
 
 
 def choose_tokens(logits_BV: Tensor, choices: Sequence[Choice], forbidden: Tensor) -> list[int]:

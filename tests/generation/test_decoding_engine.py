@@ -165,8 +165,9 @@ def test_sampling_follows_the_distribution_and_top_p() -> None:
 def test_forbidden_tokens_and_repeated_ngrams_are_not_written() -> None:
     logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]])
     assert choose_tokens(logits, [Choice(Sampling(1), [])], torch.tensor([1])) == [2]
-    choice = Choice(Sampling(9, no_repeat_ngram=2), [7, 1, 7])
-    assert choose_tokens(torch.tensor([[0.0, 3.0, 2.0, 1.0]]), [choice], torch.tensor([], dtype=torch.long)) == [2]
+    choice, none = Choice(Sampling(9, no_repeat_ngram=2), [7, 1, 7]), torch.tensor([], dtype=torch.long)
+    written = [choose_tokens(torch.tensor([[0.0, 3.0, 2.0, 1.0]]), [choice], none)[0] for _ in range(5)]
+    assert written == [1, 1, 2, 1, 3], "1 1, 1 2 and 2 1 are there; what the prompt has may be written"
     assert logits[0, 1] == 3.0, "the model's logits are not written to"
 
 
