@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from gavamoe.baselines.frame import Columns, Reader
 from gavamoe.baselines.g_refer import GRefer
 from gavamoe.baselines.parts.evidence import EVIDENCE_FILE, Evidence
-from gavamoe.baselines.retrieval import _FeatureIndex
 from gavamoe.baselines.training import Rows, train_baseline
 from gavamoe.baselines.writing import BaselineWriter
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
+from gavamoe.generation.evidence.quotes import FeatureIndex
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage2.tokenized_rows import prompt_builder, rating_scale, rows_with_text, validation_rows
 
@@ -107,7 +107,7 @@ def test_likeness_is_that_of_the_copying_systems(planted: Dataset) -> None:
     found = Evidence.of_training(planted, np.arange(len(rows)))
     known = planted.catalog.known_users
     sets = [sorted({word for row in rows if row["user"] == user for word in row["features"]}) for user in range(known)]
-    index = _FeatureIndex(sets)
+    index = FeatureIndex(sets)
     for user in range(0, known, 7):
         for item in range(0, planted.catalog.known_items, 5):
             places = [place for place, row in enumerate(rows) if row["item"] == item and row["user"] != user]

@@ -11,12 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.bare_dataset import bare_dataset
 
-from gavamoe.baselines.retrieval import Copier, Source, _FeatureIndex
+from gavamoe.baselines.retrieval import Copier, Source
 from gavamoe.config.files import parse_config
 from gavamoe.config.schema import GenerationConfig
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.evaluation.evaluate import evaluate
 from gavamoe.evaluation.reference_scores import most_frequent_text
+from gavamoe.generation.evidence.quotes import FeatureIndex
 from gavamoe.generation.request import ExplanationRequest
 
 SOURCES: tuple[Source, ...] = ("constant", "user", "item", "features")
@@ -122,7 +123,7 @@ def test_the_evaluation_scores_a_copier_like_any_system(planted: Dataset) -> Non
 
 
 def test_cosines_by_hand() -> None:
-    index = _FeatureIndex([["a"], ["a", "b"], ["b"], None, []])
+    index = FeatureIndex([["a"], ["a", "b"], ["b"], None, []])
     weight = math.log(5 / 2) + 1
     rows, cosine = index.similar(["A", "zzz"])
     assert rows.tolist() == [0, 1]

@@ -31,7 +31,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _SAME = 1e-9
-"""Cosines this close count as equal: sums in another order differ in the last bits."""
+"""Norms below this are none."""
 
 
 class FeatureIndex:
