@@ -7,7 +7,8 @@
     significance      intervals; is a difference more than chance?
     reference_scores  constant text, mean and bias ratings
     planted_truth     how much of a planted truth was recovered
-    comparison        systems side by side: means, differences, Figure 3
+    comparison        systems side by side: means, differences, who may be ranked together
+    comparison_files  the tables and Figure 3 of a comparison, as files
     decoding_choice   a way of decoding, chosen on validation rows
     metrics_file      metrics.json: its version, and the reading of older ones
     evaluated_run     an evaluated run, read back

@@ -3,7 +3,6 @@
     request          what is asked for, and the same with all that it leaves out
     prompts          what the model reads, as token ids
     artifact         what it reads of a stage-2 folder
-    pair_features    features for a pair that names none
     authorship       training texts that one single user wrote
     forget           a user taken out of a run
     placement        the device and the number format to write in
@@ -13,6 +12,8 @@
     kv_cache         keys and values of all rows being written
     sampling         the next token of each row
     detokenize       a growing text in pieces
+
+What training rows know of a pair is in `evidence`.
 
 Shape letters: B rows, T tokens, L read length of the cache, X experts, V vocabulary, K clusters.
 """
