@@ -14,7 +14,8 @@ cier       CIER and CIER+F
 g_refer    G-Refer's node retriever and G-Refer+F
 xrec       XRec and XRec+F
 pevae      PEVAE and PEVAE+F
-parts      what these are made of
+
+What these are made of is in `parts`.
 
 Shape letters: N training rows, B rows, T tokens, D embedding size, V vocabulary.
 """
