@@ -3,6 +3,9 @@
 `generation.choose` asks for it at the end of training. The choice replaces `generation` in the artifact's manifest,
 which `explain`, `evaluate` and the service read; the table of all ways tried stands beside it (`details.decoding`).
 
+The rows are drawn from each sentiment alike, as far as it has rows: of 96 rows of a set that praises, three would be
+negative, and chance would choose.
+
 A way's score is the sum of what a reader wants of the texts, each from 0 to 1: nearness to the references (ROUGE-L),
 given features that are named, agreement with the rating (the mean over sentiments), less the shares of texts that
 repeat themselves and that are training texts word for word. Ties go to the first. Beam search is not among the ways: a
@@ -27,6 +30,7 @@ from gavamoe.evaluation.metrics.text_scores import aggregate, measure
 from gavamoe.evaluation.rows import EvaluatedRows, requests_of, select_rows
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.placement import writing_device
+from gavamoe.stage2.tokenized_rows import rating_scale
 
 ROWS = 96
 """Validation rows that are written for, at most."""
@@ -66,7 +70,7 @@ def choose_decoding(
     manifest = read_manifest(stage2, "stage2", verify=False)
     if DETAIL in manifest.details:
         return GenerationConfig.model_validate(manifest.config["generation"])
-    rows = select_rows(dataset, "valid", ROWS, config.seed)
+    rows = _rows(dataset, config.seed)
     if not any(text.strip() for text in rows.references):
         return None
     explainer = ExplanationGenerator.load(stage2, writing_device(None, gpu=config.runtime.gpu), config.generation.dtype)
@@ -82,6 +86,22 @@ def choose_decoding(
     best = max(table, key=lambda name: table[name]["score"])
     _keep(stage2, manifest, tried[best], {"rows": len(rows.references), "chosen": best, "tried": table})
     return tried[best]
+
+
+def _rows(dataset: Dataset, seed: int) -> EvaluatedRows:
+    """At most ROWS validation rows, the same number of each sentiment, or all that it has."""
+    every, scale = select_rows(dataset, "valid", 0, seed), rating_scale(dataset)
+    if scale is None or len(every.references) <= ROWS:
+        return select_rows(dataset, "valid", ROWS, seed)
+    ratings = every.pairs.rating.tolist()
+    names = np.array(["" if rating != rating else scale.sentiment(rating) for rating in ratings])
+    shuffled = np.random.default_rng(seed).permutation(len(names))
+    groups = sorted((shuffled[names[shuffled] == name] for name in set(names.tolist())), key=len)
+    taken: list[np.ndarray] = []
+    for number, group in enumerate(groups):  # the smallest first: what it lacks is the others'
+        left = ROWS - sum(map(len, taken))
+        taken.append(group[: left // (len(groups) - number)])
+    return every.take(np.sort(np.concatenate(taken)))
 
 
 class _Judge:

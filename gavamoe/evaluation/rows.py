@@ -26,6 +26,15 @@ class EvaluatedRows:
     references: list[str]
     features: list[list[str]]
 
+    def take(self, places: np.ndarray) -> "EvaluatedRows":
+        """Some of the rows, by their places among these."""
+        return EvaluatedRows(
+            index=self.index[places],
+            pairs=PairArrays(*(column[places] for column in self.pairs)),
+            references=[self.references[place] for place in places],
+            features=[self.features[place] for place in places],
+        )
+
 
 def select_rows(dataset: Dataset, split: str, limit: int, seed: int) -> EvaluatedRows:
     """All rows of a split that have a text, or `limit` of them drawn by the seed, in the split's order; all its rows

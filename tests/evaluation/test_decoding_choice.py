@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.stage2_runs import Trained
 from helpers.tiny import tiny
@@ -11,7 +12,8 @@ from helpers.tiny import tiny
 from gavamoe.artifacts.manifest import MANIFEST, read_manifest
 from gavamoe.artifacts.run import claim_run, open_run
 from gavamoe.config.schema import GenerationConfig
-from gavamoe.data.dataset import Dataset
+from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.evaluation import decoding_choice
 from gavamoe.evaluation.decoding_choice import choose_decoding, ways
 from gavamoe.evaluation.faithfulness.measure import repeats_itself
@@ -82,3 +84,21 @@ def test_repeats_are_of_four_words() -> None:
     assert not repeats_itself("it is a good film and it is a bad day")
     assert not repeats_itself("no no no")
     assert not repeats_itself("")
+
+
+def test_rows_are_of_each_sentiment_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding_choice, "ROWS", 12)
+    dataset = open_dataset(synthesize(tmp_path / "data", users=60, items=40, ratings=900))
+    rows = decoding_choice._rows(dataset, 0)
+    ratings = dataset.arrays("valid").rating[rows.index]
+    assert [int(count) for count in (np.sum(ratings < 3), np.sum(ratings == 3), np.sum(ratings > 3))] == [4, 4, 4]
+    assert np.array_equal(ratings, rows.pairs.rating)
+    texts = dataset.table("valid", ["text"])["text"].to_pylist()
+    assert rows.references == [texts[row] for row in rows.index]
+    few = dataset.arrays("valid").rating.copy()
+    few[few < 3] = 4
+    few[np.flatnonzero(few == 4)[0]] = 1
+    pairs = dataset.arrays("valid")._replace(rating=few)
+    monkeypatch.setattr(dataset, "arrays", lambda _: pairs)
+    ratings = few[decoding_choice._rows(dataset, 0).index]
+    assert [int(count) for count in (np.sum(ratings < 3), np.sum(ratings == 3), np.sum(ratings > 3))] == [1, 5, 6]
