@@ -24,9 +24,6 @@ class GenerationConfig(Section):
     """N-grams of this length are never written twice in a text; 0: off."""
     repetition_penalty: Annotated[float, Field(ge=1, le=100)] = 1.0
     """Penalty on tokens that the text already has, which makes them less likely; the prompt's do not count; 1: off."""
-    length: Literal["any", "short", "medium", "long"] = "any"
-    """How long a text the prompt asks for, where the model was trained with `stage2.prompt.length`; any: it says
-    nothing."""
     min_new_tokens: Count = 0
     """Tokens that a text has before it may end."""
     choose: bool = False

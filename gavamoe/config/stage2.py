@@ -117,9 +117,6 @@ class PromptConfig(Section):
     """Features in a prompt at most; the first ones are kept."""
     title: bool = True
     """Whether the prompt names the item's title, where the dataset has one."""
-    length: bool = False
-    """Whether the prompt of three training rows in four says how long the text is: short, medium or long, a third of
-    the training texts each, by words. `generation.length` then asks for a length."""
     quotes: Count = 0
     """Training explanations in the prompt at most: those of the rows most like what is asked for, by features and
     rating. The artifact holds all of them then."""

@@ -38,13 +38,12 @@ DETAIL = "decoding"
 """Name of the table in the manifest's details."""
 
 
-def ways(configured: GenerationConfig, usual_length: int, *, lengths: bool = False) -> dict[str, GenerationConfig]:
+def ways(configured: GenerationConfig, usual_length: int) -> dict[str, GenerationConfig]:
     """The ways that are tried, by name.
 
     Args:
         configured: how the config says; what it says of lengths and batches holds for all.
         usual_length: tokens that three quarters of the training texts have at least.
-        lengths: whether prompts may ask for a length.
     """
     least = {"min_new_tokens": max(min(usual_length, configured.max_new_tokens), configured.min_new_tokens)}
     changes: dict[str, dict[str, Any]] = {
@@ -55,8 +54,6 @@ def ways(configured: GenerationConfig, usual_length: int, *, lengths: bool = Fal
         "usual length, penalty": {"no_repeat_ngram": 3, "repetition_penalty": 1.1} | least,
         "sampled": {"no_repeat_ngram": 3, "temperature": 0.7, "top_p": 0.9},
     }
-    if lengths:
-        changes |= {f"{length} texts": {"no_repeat_ngram": 3, "length": length} for length in ("medium", "long")}
     return {name: configured.model_copy(update=change) for name, change in changes.items()}
 
 
@@ -74,8 +71,7 @@ def choose_decoding(
     if not any(text.strip() for text in rows.references):
         return None
     explainer = ExplanationGenerator.load(stage2, writing_device(None, gpu=config.runtime.gpu), config.generation.dtype)
-    lengths = explainer.spec.prompt.length
-    tried = ways(config.generation, _usual_length(explainer, dataset), lengths=lengths)
+    tried = ways(config.generation, _usual_length(explainer, dataset))
     judge = _Judge(dataset, rows, config.seed)
     requests, table = requests_of(rows, "given"), {}
     for number, (name, generation) in enumerate(tried.items()):

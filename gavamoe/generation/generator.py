@@ -125,7 +125,7 @@ class ExplanationGenerator:
         """
         if not requests:
             return []
-        prepared = self._checked(self.prepare(requests, generation.length), generation)
+        prepared = self._checked(self.prepare(requests), generation)
         write = self._beam_search if generation.beams > 1 else self._decode
         tokens: dict[int, list[int]] = {}
         for finished in write(prepared, generation, seed):
@@ -146,15 +146,15 @@ class ExplanationGenerator:
             raise InputError(f"generation.beams {generation.beams}: beam search can't be streamed; set 1")
         if not requests:
             return iter(())
-        return self._pieces(self._checked(self.prepare(requests, generation.length), generation), generation, seed)
+        return self._pieces(self._checked(self.prepare(requests), generation), generation, seed)
 
-    def prepare(self, requests: Sequence[ExplanationRequest], length: str = "any") -> Prepared:
+    def prepare(self, requests: Sequence[ExplanationRequest]) -> Prepared:
         """What the model reads for N requests, with all that was not given filled in; raises as `explain` does."""
         filled = self.filler.fill(requests)
-        return Prepared(filled, self.prompts(filled, length))
+        return Prepared(filled, self.prompts(filled))
 
-    def prompts(self, requests: Sequence[FilledRequest], length: str = "any") -> list[list[int]]:
-        """Token ids of the prompts; `length`: as in `GenerationConfig`."""
+    def prompts(self, requests: Sequence[FilledRequest]) -> list[list[int]]:
+        """Token ids of the prompts."""
         columns = PromptColumns(
             users=[filled.request.user for filled in requests],
             items=[filled.request.item for filled in requests],
@@ -162,7 +162,6 @@ class ExplanationGenerator:
             features=[filled.features for filled in requests],
             titles=[filled.title for filled in requests],
             quotes=[filled.quotes for filled in requests],
-            lengths=None if length == "any" else [length] * len(requests),
         )
         return self.builder.prompts(columns)
 

@@ -8,7 +8,7 @@ One template serves every model, scratch or pretrained; parts in brackets appear
 
     Explain the recommendation.
     User: [slot] [cluster] Item: [slot] [Title: ...] [Rating: positive|neutral|negative] [Features: a, b]
-    [Length: short|medium|long] [Similar reviews:
+    [Similar reviews:
     - ...]
     Explanation:
 
@@ -38,7 +38,6 @@ _TITLE = "\nTitle:"
 _RATING = "\nRating:"
 _FEATURES = "\nFeatures:"
 _COMMA = ","
-_LENGTH, LENGTHS = "\nLength:", ("short", "medium", "long")
 _QUOTES, _QUOTE = "\nSimilar reviews:", "\n-"
 _ANSWER = "\nExplanation:\n"
 _CONSTANTS = (_INSTRUCTION, _ITEM, _TITLE, _RATING, _FEATURES, _COMMA, _ANSWER)
@@ -72,8 +71,6 @@ class PromptColumns:
     titles: Sequence[str | None]
     quotes: Sequence[Sequence[str]] | None = None
     """Training explanations that are quoted; None: none in any prompt."""
-    lengths: Sequence[str | None] | None = None
-    """One of LENGTHS, or None: the prompt says nothing of it."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -116,10 +113,6 @@ class PromptBuilder:
         self._sentiments = {
             word: (*self._constants[_RATING], *ids) for word, ids in zip(SENTIMENTS, words, strict=True)
         }
-        self._lengths: dict[str | None, tuple[int, ...]] = {None: ()}
-        if config.length:
-            label, *words = encode_texts(tokenizer, [_LENGTH, *(f" {word}" for word in LENGTHS)])
-            self._lengths |= {word: (*label, *ids) for word, ids in zip(LENGTHS, words, strict=True)}
         self._cluster = (slots.cluster,) if config.cluster else ()
         self._check_room()
 
@@ -135,7 +128,6 @@ class PromptBuilder:
         words = self._encode_unique(word for words in kept for word in words) if self.config.features else {}
         quotes = columns.quotes if self.config.quotes and columns.quotes is not None else [()] * len(columns)
         quoted = self._encode_unique(text for texts in quotes for text in texts)
-        lengths = columns.lengths if self.config.length and columns.lengths is not None else [None] * len(columns)
         return [
             self._assemble(
                 self.slots.user_token(int(columns.users[row])),
@@ -143,7 +135,6 @@ class PromptBuilder:
                 titles.get(columns.titles[row] or "", ()),
                 self._sentiment(columns.ratings[row]),
                 [words[word] for word in kept[row] if words.get(word)],
-                self._lengths[lengths[row]],
                 [quoted[text] for text in quotes[row][: self.config.quotes] if quoted.get(text)],
             )
             for row in range(len(columns))
@@ -174,18 +165,17 @@ class PromptBuilder:
         title: tuple[int, ...],
         sentiment: tuple[int, ...],
         features: list[tuple[int, ...]],
-        length: tuple[int, ...],
         quotes: list[tuple[int, ...]],
     ) -> list[int]:
         item = (user_slot, *self._cluster, *self._constants[_ITEM], item_slot)
         answer = self._constants[_ANSWER]
-        room = self.config.max_tokens - len(self._start) - len(item) - len(sentiment) - len(length) - len(answer)
+        room = self.config.max_tokens - len(self._start) - len(item) - len(sentiment) - len(answer)
         listed = self._list_features(features, room)
         room -= len(listed)
         label = self._constants[_TITLE]
         titled = (*label, *title)[: max(room, 0)] if title and room > len(label) else ()
         quoted = self._list_quotes(quotes, room - len(titled))
-        return [*self._start, *item, *titled, *sentiment, *listed, *length, *quoted, *answer]
+        return [*self._start, *item, *titled, *sentiment, *listed, *quoted, *answer]
 
     def _list_quotes(self, quotes: list[tuple[int, ...]], room: int) -> tuple[int, ...]:
         """Label and quoted reviews that fit into `room` tokens; those that don't fit whole are left out."""
@@ -214,7 +204,6 @@ class PromptBuilder:
 
     def _check_room(self) -> None:
         longest = max(map(len, self._sentiments.values())) if self.shows_ratings else 0
-        longest += max(map(len, self._lengths.values()))
         fixed = (self._start, self._constants[_ITEM], self._constants[_ANSWER])
         needed = sum(map(len, fixed)) + 2 + len(self._cluster) + longest  # 2: the slots of user and item
         if needed > self.config.max_tokens:

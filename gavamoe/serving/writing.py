@@ -167,7 +167,7 @@ class WritingService:
         return self._router.route([routed.pair])[0]
 
     def _row(self, routed: RoutedPair, request: TextRequest) -> Row:
-        [prompt] = self._explainer.prompts([routed.filled], self.defaults.length)
+        [prompt] = self._explainer.prompts([routed.filled])
         length = max(self._most_tokens(request), self._least_tokens)
         asked = {"max_new_tokens": length, "temperature": request.temperature, "top_p": request.top_p}
         changes = {name: value for name, value in asked.items() if value is not None}

@@ -13,7 +13,7 @@ from gavamoe.data.dataset import Dataset
 from gavamoe.data.ratings import RatingScale
 from gavamoe.errors import InputError
 from gavamoe.generation.evidence.quotes import Quotes
-from gavamoe.generation.prompts import LENGTHS, PromptBuilder, PromptColumns, template_texts
+from gavamoe.generation.prompts import PromptBuilder, PromptColumns, template_texts
 from gavamoe.model.base_config import base_shape
 from gavamoe.model.base_model import load_tokenizer
 from gavamoe.model.slots import SlotIds
@@ -48,9 +48,8 @@ def encode_rows(builder: PromptBuilder, data: Dataset, split: str, rows: np.ndar
     """Prompts and answers of the given rows (ascending) of a split; the file is read in parts."""
     titles = [data.catalog.item_title(item) for item in range(data.catalog.n_items)]
     quotes = Quotes.read(data) if builder.config.quotes else None
-    bounds = length_bounds(data) if builder.config.length and split == "train" else None
     prompts, answers = [Ragged.pack([])], [Ragged.pack([])]
-    start = done = 0
+    start = 0
     for batch in data.batches(split):
         wanted = rows[(rows >= start) & (rows < start + batch.num_rows)] - start
         start += batch.num_rows
@@ -64,25 +63,10 @@ def encode_rows(builder: PromptBuilder, data: Dataset, split: str, rows: np.ndar
             features=[words or () for words in chosen["features"]],
             titles=[titles[item] for item in chosen["item"]],
             quotes=None if quotes is None else _quoted(quotes, chosen, builder.config),
-            lengths=None if bounds is None else _lengths(chosen["text"], rows[done : done + len(wanted)], bounds),
         )
-        done += len(wanted)
         prompts.append(Ragged.pack(builder.prompts(columns)))
         answers.append(Ragged.pack(builder.answers(chosen["text"])))
     return TextRows(Ragged.join(prompts), Ragged.join(answers))
-
-
-def length_bounds(data: Dataset) -> tuple[int, int]:
-    """Words of the longest short text and of the longest medium one: a third of the training texts each."""
-    words = [len(text.split()) for text in data.table("train", ["text"])["text"].to_pylist() if text and text.strip()]
-    short, medium = np.quantile(words, [1 / 3, 2 / 3], method="lower") if words else (0, 0)
-    return int(short), int(medium)
-
-
-def _lengths(texts: list[str], rows: np.ndarray, bounds: tuple[int, int]) -> list[str | None]:
-    """What each row's prompt says of its text's length: nothing in every fourth row, so that prompts may be silent."""
-    found = (LENGTHS[int(np.searchsorted(bounds, len(text.split())))] for text in texts)
-    return [None if row % 4 == 0 else word for row, word in zip(rows.tolist(), found, strict=True)]
 
 
 def _quoted(quotes: Quotes, rows: dict[str, list[Any]], prompt: PromptConfig) -> list[tuple[str, ...]]:

@@ -236,14 +236,3 @@ def test_a_quoted_review_can_forge_nothing() -> None:
     [prompt] = make_builder(quotes=1, quote_tokens=60, max_tokens=200).prompts(quoted)
     assert readable(prompt).count(MARKER) == 1
     assert not set(prompt[1:]) & special_ids(TOKENIZER)
-
-
-def test_a_length_is_named_where_it_is_asked_for_and_the_model_knows_lengths() -> None:
-    row = columns()
-
-    def shown(asked_for: str | None, **settings: object) -> str:
-        asked = PromptColumns(row.users, row.items, row.ratings, row.features, row.titles, lengths=[asked_for])
-        return readable(make_builder(**settings).prompts(asked)[0])
-
-    assert shown("long", length=True).endswith("Features: food, service\nLength: long" + MARKER)
-    assert shown(None, length=True) == shown("long") == readable(make_builder().prompts(row)[0])

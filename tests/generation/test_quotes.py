@@ -17,7 +17,7 @@ from gavamoe.generation.forget import forget_users
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.runtime.context import LocalContext
-from gavamoe.stage2.tokenized_rows import encode_rows, length_bounds, prompt_builder, rows_with_text
+from gavamoe.stage2.tokenized_rows import encode_rows, prompt_builder, rows_with_text
 from gavamoe.stage2.train import train_stage2
 
 ROWS = [
@@ -78,25 +78,6 @@ def test_training_prompts_quote_other_rows_alone(planted: Dataset) -> None:
         assert texts[row] in others or texts[row] not in prompt
     plain = encode_rows(prompt_builder(tiny(), planted), planted, "train", rows)
     assert encoded.prompts.lengths.sum() > plain.prompts.lengths.sum()
-
-
-def test_training_prompts_name_the_length_of_three_texts_in_four(planted: Dataset) -> None:
-    builder, rows = prompt_builder(tiny("stage2.prompt.length=true"), planted), rows_with_text(planted, "train")
-    short, medium = length_bounds(planted)
-    texts = [planted.table("train", ["text"])["text"].to_pylist()[row] for row in rows]
-    words = np.array([len(text.split()) for text in texts])
-    encoded, known = encode_rows(builder, planted, "train", rows), len(builder.tokenizer)
-    for place, row in enumerate(rows[:60]):
-        prompt = builder.tokenizer.decode([token for token in encoded.prompts[place] if token < known])
-        wanted = "short" if words[place] <= short else "medium" if words[place] <= medium else "long"
-        assert ("Length:" in prompt) == (row % 4 != 0)
-        assert row % 4 == 0 or f"Length: {wanted}\n" in prompt
-    assert 0.2 < np.mean(words <= short) < 0.6
-    assert 0.1 < np.mean(words > medium) < 0.5
-    valid = encode_rows(builder, planted, "valid", rows_with_text(planted, "valid")[:5])
-    assert all(
-        "Length" not in builder.tokenizer.decode(valid.prompts[row][valid.prompts[row] < known]) for row in range(5)
-    )
 
 
 @pytest.fixture(scope="module")
