@@ -151,7 +151,7 @@ def test_only_the_form_with_features_reads_sentiment_and_features(planted: Datas
     [given] = g_refer(planted, features=True).prefixes(columns_of((2, 3)), reader)
     assert plain[0] == reader.start
     assert given[-len(plain) :] == plain
-    assert reader.tokenizer.decode(given[: -len(plain)]) == "positivebattles"
+    assert reader.tokenizer.decode(given[: -len(plain)]) == "positive, battles"
 
 
 def test_training_rows_are_read_without_themselves_and_others_as_strangers_would_be(

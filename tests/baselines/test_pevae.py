@@ -318,7 +318,7 @@ def test_the_form_with_features_reads_sentiment_and_features(planted: Dataset) -
     plain, plus = (Pevae.create(config, planted, reader, features=features) for features in (False, True))
     assert plain.prefixes(columns, reader) == [[reader.start]] * 2
     good, unrated = (reader.tokenizer.decode(ids) for ids in plus.prefixes(columns, reader))
-    assert good.startswith("positivebattles")
+    assert good.startswith("positive, battles")
     assert unrated.startswith("battles, story")
     batch = a_batch() | {"tokens": torch.tensor([[7, 6, START, 8, 9, END], [7, 5, START, 8, 9, END]])}
     same = [batch["users"][:1].expand(2), batch["items"][:1].expand(2), batch["tokens"], torch.tensor([2, 2])]

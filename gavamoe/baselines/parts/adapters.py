@@ -7,6 +7,7 @@ is trained whole.
 from typing import Any, Literal, Self
 
 from gavamoe.baselines.language_model import LanguageBaseline, LanguageSpec
+from gavamoe.config.baselines import CierConfig, GReferConfig
 from gavamoe.config.schema import RunConfig
 
 _ADAPTED = {
@@ -59,7 +60,7 @@ class AdaptedBaseline(LanguageBaseline):
         return not self.spec.lora_rank or not name.startswith("lm.") or ".lora_" in name
 
 
-def adapter_settings(config: RunConfig, own: Any) -> dict[str, Any]:
+def adapter_settings(config: RunConfig, own: CierConfig | GReferConfig) -> dict[str, Any]:
     """The adapters' part of a spec, from the baseline's section of the config."""
     rank = 0 if config.stage2.base_model == "scratch" else own.lora_rank
     return {"lora_rank": rank, "lora_alpha": own.lora_alpha, "lora_on": own.lora_on}
