@@ -167,10 +167,8 @@ class Training:
             "kept_step": progress.step if progress.best is None else progress.best[0],
             "validation_loss": loss,
             "validation_perplexity": None if loss is None else math.exp(min(loss, 700)),
-            "validation_losses": [
-                {"step": step, "loss": value, "cpu_seconds": seconds}
-                for (step, value), seconds in zip(progress.validations, progress.cpu_seconds, strict=False)
-            ],
+            "validation_losses": [{"step": step, "loss": value} for step, value in progress.validations],
+            "validation_cpu_seconds": progress.cpu_seconds[:-1],
             "cpu_seconds": progress.cpu_seconds[-1],
             "train_loss": progress.train_loss,
             "steps": progress.step,

@@ -137,8 +137,10 @@ def read_outcome(name: str, label: str, what: str, seed: int, folder: Path, *, t
     for path in trained:
         model = read_json(path)
         own |= {key: model.get(key) for key in _OF_TRAINING}
-        validations = model.get("validation_losses", [])
-        curve = [(one["cpu_seconds"], one["loss"]) for one in validations if "cpu_seconds" in one]
+        losses = [one["loss"] for one in model.get("validation_losses", [])]
+        seconds = model.get("validation_cpu_seconds", [])
+        # A run that an earlier version began knows the times of its last validations alone.
+        curve = list(zip(seconds, losses, strict=True)) if len(seconds) == len(losses) else []
     scores, intervals = _section_scores(metrics)
     second = metrics.get("predicted")
     predicted, predicted_intervals = _section_scores(second) if second else (None, {})

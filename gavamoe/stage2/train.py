@@ -152,10 +152,8 @@ class Training:
             "validation_perplexity": None if kept is None else math.exp(min(kept, 700)),
             "validation_loss_at_start": losses.get(0),
             "validation_loss_at_end": losses.get(progress.step),
-            "validation_losses": [
-                {"step": step, "loss": loss, "cpu_seconds": seconds}
-                for (step, loss), seconds in zip(progress.validations, progress.cpu_seconds, strict=False)
-            ],
+            "validation_losses": [{"step": step, "loss": loss} for step, loss in progress.validations],
+            "validation_cpu_seconds": [seconds * self._context.world_size for seconds in progress.cpu_seconds[:-1]],
             "cpu_seconds": progress.cpu_seconds[-1] * self._context.world_size,
             "experts": self._experts_of(kept_step),
             "train_loss": progress.train_loss,

@@ -21,7 +21,7 @@ FAULTS = (
     "stage2.validation_rows=16",
 )  # fmt: skip
 """Overrides of the tiny config: two workers, and steps enough to die in."""
-TIMES = ("seconds", "tokens_per_second", "pairs_per_second")
+TIMES = ("seconds", "cpu_seconds", "validation_cpu_seconds", "tokens_per_second", "pairs_per_second")
 STEPS = {"stage1": 40, "stage2": 24}
 """Steps that a training with `FAULTS` takes, by stage."""
 Kills = list[tuple[int, int]]
