@@ -15,7 +15,6 @@ from gavamoe.baselines.writing import BaselineWriter
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
-from gavamoe.experiments.ablate import run_ablation
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.pipeline import train_run
 from gavamoe.runtime.context import LocalContext
@@ -145,16 +144,3 @@ def test_a_run_of_a_baseline_is_a_run_like_any_other(planted: Dataset, tmp_path:
         train_run(small("peter"), planted.path, run, resume=True)
     with pytest.raises(InputError, match=r"was started with baselines\.peter\.layers=2, now 1;"):
         train_run(small("peter-plus", "baselines.peter.layers=1"), planted.path, run, resume=True)
-
-
-def test_they_take_part_in_a_comparison(planted: Dataset, tmp_path: Path) -> None:
-    names = ["peter", "peter-plus", "constant"]
-    found = run_ablation(small("gavamoe"), planted.path, tmp_path, only=names, seeds=2)
-    assert [(o.system, o.seed) for o in found.outcomes if o.trained] == [
-        ("peter", 0), ("peter-plus", 0), ("peter", 1), ("peter-plus", 1),
-    ]  # fmt: skip
-    assert all(o.scores["validation_loss"] and o.scores["rmse"] for o in found.outcomes if o.trained)
-    artifact = tmp_path / "peter" / "seed-0" / "baseline" / "artifact.json"
-    made = artifact.read_text()
-    run_ablation(small("gavamoe"), planted.path, tmp_path, only=names, seeds=2)
-    assert artifact.read_text() == made

@@ -1,19 +1,23 @@
 """The choice of learning rates in a comparison: equally many values a system, by validation loss."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from helpers.tiny import tiny
 
 from gavamoe.artifacts.files import read_json
+from gavamoe.artifacts.run import claim_run
+from gavamoe.baselines.training import train_baseline
 from gavamoe.config.files import load_config
 from gavamoe.config.schema import RunConfig
-from gavamoe.data.dataset import Dataset
+from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluation.comparison_files import markdown
 from gavamoe.experiments.ablate import run_ablation
 from gavamoe.experiments.rates import choose_rate, parse_factors, scaled_rates
 from gavamoe.experiments.variants import System, find_systems
+from gavamoe.runtime.context import LocalContext
 
 
 def test_every_rate_of_a_system_is_scaled() -> None:
@@ -60,7 +64,18 @@ def test_the_choice_is_kept_and_the_others_are_removed(tmp_path: Path) -> None:
         choose_rate(system, config, tmp_path, [0.5, 1, 2], train)
 
 
-def test_a_comparison_trains_all_seeds_at_the_chosen_rate(planted: Dataset, tmp_path: Path) -> None:
+def in_this_process(config: RunConfig, dataset: Path, folder: Path, **rest: object) -> None:
+    """A run of a baseline without Ray, which takes half a minute for each."""
+    if not (folder / "baseline").exists():
+        claim_run(folder, config, dataset, open_dataset(dataset).fingerprint, continuing=True)
+        train_baseline(config, dataset, folder / "baseline", LocalContext())
+
+
+def test_a_comparison_trains_all_seeds_at_the_chosen_rate(
+    planted: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gavamoe.experiments.ablate.train_run", in_this_process)
+    monkeypatch.setattr("gavamoe.experiments.ablate.ray_session", lambda _: nullcontext())
     config = tiny("evaluation.rows=12", "evaluation.probe_rows=0", "stage2.max_steps=6", "generation.max_new_tokens=4")
     config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"workers": 1})})
     asked = {"only": ["peter"], "seeds": 2, "rates": [0.01, 1]}
@@ -68,7 +83,11 @@ def test_a_comparison_trains_all_seeds_at_the_chosen_rate(planted: Dataset, tmp_
     assert found.rates["peter"].factor == 1  # a hundredth learns next to nothing
     assert found.rates["peter"].at_the_edge
     assert [outcome.seed for outcome in found.outcomes] == [0, 1]
+    assert all(outcome.scores["validation_loss"] and outcome.scores["rmse"] for outcome in found.outcomes)
     assert "learning rate, peter: times 1 (validation loss 0.01: " in markdown(found)
     kept = read_json(tmp_path / "peter" / "seed-0" / "baseline" / "metrics.json")
     assert kept["validation_loss"] == found.rates["peter"].losses[1]
+    artifact = tmp_path / "peter" / "seed-0" / "baseline" / "artifact.json"
+    made = artifact.read_text()
     assert run_ablation(config, planted.path, tmp_path, **asked) == found
+    assert artifact.read_text() == made
