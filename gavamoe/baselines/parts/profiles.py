@@ -75,7 +75,7 @@ class FeatureCounts:
 
 @dataclass(frozen=True)
 class Profiles:
-    """Of all users and items with a training row."""
+    """Features of every user and every item that has a training row, with their counts."""
 
     users: FeatureCounts
     items: FeatureCounts
