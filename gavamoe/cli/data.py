@@ -8,9 +8,9 @@ import typer
 from gavamoe.cli.options import Json, OutPath, bounds_of, input_folder, pairs_of, shares_of
 
 if TYPE_CHECKING:
-    from gavamoe.data.features import SentenceRule
     from gavamoe.data.readers.formats import TextMode
     from gavamoe.data.readers.sources import Quoting
+    from gavamoe.data.text.features import SentenceRule
 
 data_app = typer.Typer(help="Make and look at datasets.", no_args_is_help=True)
 
@@ -75,6 +75,14 @@ def prepare(
         bool,
         typer.Option("--keep-textless", help="Keep rows without a text as such pairs; default: they are rejected."),
     ] = False,
+    keep_repeated_texts: Annotated[
+        bool,
+        typer.Option(
+            "--keep-repeated-texts",
+            help="review: keep explanations that their user wrote before, of another item; default: such rows become "
+            "pairs without a text.",
+        ),
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Turn raw reviews into a dataset folder: ids, splits, features, one explanation a row."""
@@ -105,6 +113,7 @@ def prepare(
             pairs=pairs,
             pairs_columns=pairs_of("--pairs-column", pairs_column),
             keep_textless=keep_textless,
+            keep_repeated_texts=keep_repeated_texts,
             progress=progress.rows,
         )
     print_prepared(result, out, as_json=json_output)

@@ -1,14 +1,13 @@
 """Reviews of any format become a dataset folder, and are read from one.
 
     prepare      `data prepare`: any source -> dataset folder
+    texts        second pass: a text for each row
+    summary      what it found and wrote, in counts
     validation   first pass: rows accepted or rejected, with the reason
     bounds       the longest ids, titles, features and texts
     splits       ratio or index files; repeated pairs
-    cleaning     cleaning of texts, ids, titles
     user_ids     users left out, ids hashed
     times        times of reviews, ISO 8601 and numbers
-    features     the words in which a text speaks about an item
-    lexicon      word lists for it
     dataset      the prepared folder, opened
     writer       the same, written in bounded memory
     ratings      what ratings can be, and the sentiment of one

@@ -4,25 +4,27 @@ Two passes: `validation` reads the source once, keeps the good rows and counts w
 texts are read back to choose sentences and features and to write the dataset.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-from pydantic import BaseModel, ConfigDict
 
 from gavamoe.artifacts.files import write_folder
-from gavamoe.data.bounds import MAX_EXPLANATION_CHARS, MAX_TITLE_CHARS
-from gavamoe.data.cleaning import clean, sentences
-from gavamoe.data.features import SentenceRule, Vocabulary
+from gavamoe.data.bounds import MAX_TITLE_CHARS
 from gavamoe.data.ratings import RatingScale
 from gavamoe.data.readers.batches import FIELDS, RawBatch
 from gavamoe.data.readers.formats import Format, TextMode, check_columns, get_format, read_titles
 from gavamoe.data.readers.sources import NO_COLUMN, Quoting, SourceOptions, check_encoding
 from gavamoe.data.splits import check_ratio, draw_splits, given_splits, repeated_pairs
+from gavamoe.data.summary import PrepareSummary, Quartiles
+from gavamoe.data.text.cleaning import clean
+from gavamoe.data.text.features import SentenceRule
+from gavamoe.data.texts import OnRows, choose_texts, stored, write_texts
 from gavamoe.data.user_ids import UserIds, read_hash_key, read_ids
 from gavamoe.data.validation import AcceptedRows, RowValidator
 from gavamoe.data.writer import LEFT_OUT, DatasetWriter, Rows
@@ -30,75 +32,6 @@ from gavamoe.data.writer import rating_scale as scale_of
 from gavamoe.errors import InputError
 
 DEFAULT_MAX_REJECTED_SHARE = 0.1
-
-OnRows = Callable[[str, int], None]
-"""Called with the phase ("read" or "write") and the number of rows done in it."""
-
-
-class Quartiles(BaseModel):
-    """A fourth, half and three fourths of the values are at most these."""
-
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-
-    low: int
-    """Lower quartile."""
-    median: int
-    """Median."""
-    high: int
-    """Upper quartile."""
-
-    @classmethod
-    def of_counts(cls, counts: np.ndarray) -> "Quartiles | None":
-        """Those of a histogram: how often 0, 1, 2, ... occur. None where nothing does."""
-        if not counts.sum():
-            return None
-        low, median, high = np.searchsorted(np.cumsum(counts), counts.sum() * np.array([0.25, 0.5, 0.75])).tolist()
-        return cls(low=low, median=median, high=high)
-
-
-class PrepareSummary(BaseModel):
-    """Counts of a source's rows, by what became of them, and the sizes of the dataset."""
-
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-
-    read: int
-    """Number of rows of the source."""
-    kept: int
-    """Number of rows in the dataset."""
-    rejected: dict[str, int]
-    """Number of rejected rows by reason; each row is in rejected.jsonl."""
-    repeated_pairs: int
-    """Number of good rows left out because a later row has the same user and item."""
-    dropped: int
-    """Number of rows left out because their user is to be left out."""
-    in_no_index: int
-    """Number of good rows that no index file names."""
-    unknown_times: int
-    """Number of rows whose time is not understood; of repeated pairs they count as the earliest."""
-    texts_cut: int
-    """Number of texts that were longer than the bound, and shortened."""
-    without_text: int
-    """Number of kept rows that are pairs without a text, by choice."""
-    without_feature: int
-    """Number of kept rows in whose text no feature was found or given."""
-    vocabulary: int
-    """Number of features that the extractor found; 0 where the source gives them."""
-    rows: dict[str, int]
-    """Number of rows by split."""
-    users: int
-    """Number of users."""
-    items: int
-    """Number of items."""
-    titles: int
-    """Number of items with a title."""
-    fingerprint: str
-    """Fingerprint of the dataset: SHA-256 over its data files."""
-    sentence: str | None
-    """Rule that chose each review's sentence as its explanation: best or frequent; None where none was chosen."""
-    words: Quartiles | None
-    """Number of words of the explanations of kept rows; None without texts."""
-    notes: list[str]
-    """What the user should know about how the source was read."""
 
 
 def prepare(
@@ -123,6 +56,7 @@ def prepare(
     pairs: Path | None = None,
     pairs_columns: Mapping[str, str] | None = None,
     keep_textless: bool = False,
+    keep_repeated_texts: bool = False,
     progress: OnRows | None = None,
 ) -> PrepareSummary:
     """Write the dataset folder `out` from `source`; whole or not at all.
@@ -143,6 +77,8 @@ def prepare(
         pairs: a table of more pairs, without text, on which stage 1 alone trains.
         pairs_columns: its columns of user, item, rating and time whose names are others, as `columns`.
         keep_textless: rows of the source without a text are kept as such pairs, rather than rejected.
+        keep_repeated_texts: explanations that the same user wrote before stay (`text.repeats`); text mode review only,
+            where they otherwise become such pairs.
 
     Raises:
         InputError: something about the source, the arguments or `out` is wrong.
@@ -155,6 +91,8 @@ def prepare(
     _check_pairs(pairs, pairs_columns or {}, index_dir)
     mode, scale = text_mode or kind.text_mode, rating_scale or kind.scale
     rule = _sentence_rule(sentence, mode)
+    if keep_repeated_texts and mode != "review":
+        raise InputError(f"keep_repeated_texts: text mode {mode} takes none out; leave --keep-repeated-texts out")
     report = progress or (lambda phase, rows: None)
     ids = UserIds(read_ids(drop_users) if drop_users else (), read_hash_key(hash_users) if hash_users else None)
     with write_folder(Path(out)) as folder:
@@ -174,7 +112,8 @@ def prepare(
         name = source.name if pairs is None else f"{source.name} + {Path(pairs).name}"
         settings = {"source": name, "format": format, "text_mode": mode, "sentence": rule, "seed": seed}
         settings["split"] = Path(index_dir).name if index_dir is not None else ":".join(f"{share:g}" for share in split)
-        return _write(folder, validator, rows, accepted.has_text, repeats, settings, scale, report)
+        dropping = mode == "review" and not keep_repeated_texts
+        return _write(folder, validator, rows, accepted.has_text, repeats, settings, scale, dropping, report)
 
 
 def _check_arguments(
@@ -327,13 +266,16 @@ def _write(
     repeats: int,
     settings: dict[str, Any],
     scale: tuple[float, float] | None,
+    dropping: bool,
     report: OnRows,
 ) -> PrepareSummary:
     vocabulary = validator.vocabulary()
     kept = rows.split != LEFT_OUT
     with DatasetWriter(folder, rows) as writer:
         leaning = _leaning(rows.rating, kept, scale) if settings["sentence"] == "best" else None
-        written = _write_texts(validator, writer, kept & has_text, vocabulary, settings["sentence"], leaning, report)
+        texts = partial(choose_texts, validator, vocabulary, settings["sentence"], leaning)
+        with stored(folder / "chosen.arrow", texts) if dropping else nullcontext(texts) as read:
+            written = write_texts(read, writer, kept & has_text, rows.user if dropping else None, report)
         validator.remove_spool()
         counts = {
             "read": validator.read,
@@ -344,6 +286,7 @@ def _write(
             "unknown_times": validator.unknown_times,
             "texts_cut": validator.texts_cut,
             "without_text": int((kept & ~has_text).sum()),
+            "repeated_texts": written.repeated,
             "without_feature": written.without_feature,
             "vocabulary": len(vocabulary.features) if vocabulary else 0,
         }
@@ -381,43 +324,3 @@ def _leaning(rating: np.ndarray, kept: np.ndarray, bounds: tuple[float, float] |
     rated = rating[kept & ~np.isnan(rating)]
     values, extent = scale_of(np.unique(rated), bounds)
     return None if extent is None else RatingScale(low=extent[0], high=extent[1], values=values).leaning(rating)
-
-
-class _Written(NamedTuple):
-    """Counts of the texts that `_write_texts` wrote, of the rows to count."""
-
-    without_feature: int
-    """How many have no feature."""
-    words: np.ndarray
-    """How many have 0, 1, 2, ... words: int64."""
-
-
-def _write_texts(
-    validator: RowValidator,
-    writer: DatasetWriter,
-    counted: np.ndarray,
-    vocabulary: Vocabulary | None,
-    rule: SentenceRule | None,
-    leaning: np.ndarray | None,
-    report: OnRows,
-) -> _Written:
-    """Choose text and features of every accepted row and write them; counts are of the `counted` rows."""
-    start = bare = 0
-    words = np.zeros(MAX_EXPLANATION_CHARS, dtype=np.int64)
-    for text, features in validator.spooled():
-        span = slice(start, start + len(text))
-        if vocabulary is not None and rule is not None:
-            sentence, row = sentences(text)
-            of_rows = None if leaning is None else leaning[span]
-            text, features = vocabulary.choose(sentence, row, len(text), rule, of_rows)
-        elif vocabulary is not None:
-            text, features = vocabulary.choose(text, np.arange(len(text)), len(text))
-        writer.write(text, features)
-        empty = pc.equal(pc.list_value_length(features), 0).to_numpy(zero_copy_only=False)
-        bare += int(np.count_nonzero(empty & counted[span]))
-        shown = text.filter(pa.array(counted[span]))
-        n_words = pc.count_substring(shown, " ").to_numpy() + pc.not_equal(shown, "").to_numpy(zero_copy_only=False)
-        words += np.bincount(n_words, minlength=len(words))
-        start += len(text)
-        report("write", start)
-    return _Written(bare, words)

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gavamoe.data.cleaning import clean_id
 from gavamoe.data.readers.batches import RawBatch
+from gavamoe.data.text.cleaning import clean_id
 from gavamoe.errors import InputError
 
 MAX_IDS_BYTES = 2**30

@@ -20,10 +20,11 @@ from gavamoe.data.bounds import (
     MAX_REVIEW_CHARS,
     MAX_TITLE_CHARS,
 )
-from gavamoe.data.cleaning import clean, clean_id, clean_review, too_long, unmarked
-from gavamoe.data.features import Vocabulary, WordCounts, given_features
 from gavamoe.data.readers.batches import RawBatch, Rejection, parse_numbers, shorten
 from gavamoe.data.readers.formats import TextMode
+from gavamoe.data.text.cleaning import clean, clean_id, clean_review, too_long, unmarked
+from gavamoe.data.text.features import Vocabulary, WordCounts, given_features
+from gavamoe.data.text.spool import FEATURE_LISTS, TextSpool
 from gavamoe.data.times import parse_times
 from gavamoe.data.user_ids import UserIds
 from gavamoe.data.writer import StringEncoder
@@ -48,7 +49,6 @@ REASONS = (
     _NO_LIST,
 )
 """Reasons of a rejection by their code, of which the first that applies is given; 0: the row is accepted."""
-_SPOOL_SCHEMA = pa.schema([("text", pa.string()), ("features", pa.list_(pa.string()))])
 
 
 class AcceptedRows(NamedTuple):
@@ -117,10 +117,7 @@ class RowValidator:
         self._featured: bool | None = None
         self._parts: list[AcceptedRows] = []
         self._words = WordCounts()
-        self._spool_path = folder / "texts.arrow"
-        self._spool = pa.ipc.new_stream(
-            str(self._spool_path), _SPOOL_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="lz4")
-        )
+        self._spool = TextSpool(folder / "texts.arrow")
         self._log = open(folder / "rejected.jsonl", "w", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
 
     def __enter__(self) -> "RowValidator":
@@ -194,14 +191,11 @@ class RowValidator:
 
     def spooled(self) -> Iterator[tuple[pa.Array, pa.Array]]:
         """text string (R,) and given features list<string> (R,) of the accepted rows, in order, batch by batch."""
-        self._spool.close()
-        with pa.OSFile(str(self._spool_path)) as file, pa.ipc.open_stream(file) as reader:
-            for batch in reader:
-                yield batch["text"], batch["features"]
+        return self._spool.read()
 
     def remove_spool(self) -> None:
         """Delete the file of texts."""
-        self._spool_path.unlink()
+        self._spool.remove()
 
     def _settle_columns(self, batch: RawBatch) -> None:
         if "text" not in batch.columns and self._text_mode != "none" and self._featured is None:
@@ -262,7 +256,7 @@ class RowValidator:
     def _features(self, batch: RawBatch, reasons: "_Reasons") -> pa.Array:
         """list<string> (R,): the given features; empty lists where the source gives none."""
         if not self._featured or self._of_pairs:
-            return pa.array([[]] * len(batch.row), _SPOOL_SCHEMA.field("features").type)
+            return pa.array([[]] * len(batch.row), FEATURE_LISTS)
         features, long, broken = given_features(batch.columns.get("features", pa.nulls(len(batch.row), pa.string())))
         reasons.mark(long, _LONG_FEATURE)
         reasons.mark(broken, _NO_LIST)
@@ -303,7 +297,7 @@ class RowValidator:
     def _spool_texts(self, text: pa.Array, features: pa.Array) -> None:
         if not self._featured and self._text_mode != "none":
             self._words.add(text)
-        self._spool.write_batch(pa.record_batch([text, features], schema=_SPOOL_SCHEMA))
+        self._spool.add(text, features)
 
 
 class _Reasons:

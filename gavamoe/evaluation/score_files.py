@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gavamoe.data.features import split_features
 from gavamoe.data.readers.batches import shorten
+from gavamoe.data.text.features import split_features
 from gavamoe.errors import InputError, did_you_mean, listed
 from gavamoe.evaluation.metrics.bertscore import BertScore, bert_score
 from gavamoe.evaluation.metrics.text_scores import RowStatistics, Style, aggregate, count, measure

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gavamoe.data.dataset import open_dataset
-from gavamoe.data.prepare import PrepareSummary, prepare
+from gavamoe.data.prepare import prepare
 from gavamoe.data.readers import records
 from gavamoe.data.readers.delimited import DelimitedFile
 from gavamoe.data.readers.sources import SourceOptions
+from gavamoe.data.summary import PrepareSummary
 
 HEADER = ("user", "item", "rating", "title", "text")
 

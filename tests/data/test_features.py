@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gavamoe.data import features as module
 from gavamoe.data.bounds import MAX_FEATURE_CHARS
-from gavamoe.data.cleaning import clean, clean_id, clean_review, cut, sentences, unmarked
-from gavamoe.data.features import MAX_ROW_FEATURES, Vocabulary, WordCounts, given_features, split_features
-from gavamoe.data.lexicon import NEVER_FEATURES
+from gavamoe.data.text import features as module
+from gavamoe.data.text.cleaning import clean, clean_id, clean_review, cut, sentences, unmarked
+from gavamoe.data.text.features import MAX_ROW_FEATURES, Vocabulary, WordCounts, given_features, split_features
+from gavamoe.data.text.lexicon import NEVER_FEATURES
 
 
 def vocabulary(texts: list[str], repeat: int = 10) -> list[str]:

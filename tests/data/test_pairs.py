@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gavamoe.data.dataset import SPLITS, Dataset, open_dataset
-from gavamoe.data.prepare import PrepareSummary, prepare
+from gavamoe.data.prepare import prepare
+from gavamoe.data.summary import PrepareSummary
 from gavamoe.errors import InputError
 from gavamoe.evaluation.rows import select_rows
 from gavamoe.stage2.tokenized_rows import rows_with_text

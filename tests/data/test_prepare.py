@@ -38,7 +38,8 @@ def test_amazon_2018(tmp_path: Path) -> None:
     assert dataset.meta.source == "reviews.json"
     found = {(row["user"], row["item"], row["rating"]) for row in rows_of(dataset)}
     assert found == {(record["reviewerID"], record["asin"], record["overall"]) for record in amazon()}
-    assert all(row["features"] == ["room"] for row in rows_of(dataset))
+    assert sorted(row["features"] for row in rows_of(dataset)) == [[]] * 13 + [["room"]] * 7, "a text once a user"
+    assert summary.repeated_texts == 13
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "items.parquet", "meta.json", "rejected.jsonl", "test.parquet", "train.parquet", "users.parquet",
         "valid.parquet",

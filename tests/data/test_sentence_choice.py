@@ -15,12 +15,13 @@ from helpers.reviews import rows_of, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gavamoe.data import lexicon
-from gavamoe.data.cleaning import clean_review, sentences
 from gavamoe.data.dataset import open_dataset
-from gavamoe.data.features import Chosen, SentenceRule, Vocabulary, WordCounts
-from gavamoe.data.prepare import Quartiles, prepare
+from gavamoe.data.prepare import prepare
 from gavamoe.data.ratings import RatingScale
+from gavamoe.data.summary import Quartiles
+from gavamoe.data.text import lexicon
+from gavamoe.data.text.cleaning import clean_review, sentences
+from gavamoe.data.text.features import Chosen, SentenceRule, Vocabulary, WordCounts
 
 REVIEWS = json.loads((Path(__file__).parent.parent / "fixtures" / "marked_reviews.json").read_text(encoding="utf-8"))
 ROOM = Vocabulary(["room", "bed", "pool", "staff", "view"])

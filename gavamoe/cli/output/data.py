@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gavamoe.cli.terminal import console, print_json, print_table
 from gavamoe.data.describe import Description
-from gavamoe.data.prepare import PrepareSummary
+from gavamoe.data.summary import PrepareSummary
 
 
 def print_prepared(result: PrepareSummary, out: Path, *, as_json: bool) -> None:
@@ -20,6 +20,7 @@ def print_prepared(result: PrepareSummary, out: Path, *, as_json: bool) -> None:
         ("kept", result.kept),
         *[(f"  {split}", count) for split, count in result.rows.items()],
         ("kept without a text, for stage 1 alone", result.without_text),
+        ("kept, but not the text: the user wrote it before", result.repeated_texts),
         ("kept texts without a feature", result.without_feature),
         ("times not understood", result.unknown_times),
         ("texts cut to the longest allowed", result.texts_cut),

@@ -1,5 +1,10 @@
-"""Texts as words, and sentences judged by them.
+"""What is done to texts: cleaned, parted, judged, searched for features.
 
+cleaning         cleaning of texts, ids, titles; sentences
 words            texts parted into words, vectorised
+lexicon          word lists
+features         the words in which a text speaks about an item
 sentence_scores  how well a sentence would explain its review
+repeats          explanations that their user wrote before
+spool            a file of texts between two passes
 """

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gavamoe.data import lexicon
+from gavamoe.data.text import lexicon
 from gavamoe.data.text.words import SPACE, Words, among, text_bytes
 
 FEATURES = 1.5

@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gavamoe.data.bounds import MAX_FEATURE_CHARS
-from gavamoe.data.lexicon import DESCRIBERS, DETERMINERS, JOINING, NEVER_FEATURES, OPINIONS, STOP_WORDS, VERB_CUES
+from gavamoe.data.text.lexicon import DESCRIBERS, DETERMINERS, JOINING, NEVER_FEATURES, OPINIONS, STOP_WORDS, VERB_CUES
 from gavamoe.data.text.sentence_scores import sentence_scores
 from gavamoe.data.text.words import PAUSE, SPACE, STOP, Words, among, distinct_keys, part_words
 
