@@ -55,6 +55,21 @@ def test_the_best_way_is_kept_and_read_by_all(run: Path, planted: Dataset, monke
     assert choose_decoding(run / "stage2", CONFIG, planted) == chosen
 
 
+@pytest.mark.parametrize(
+    ("lead", "chosen"), [(decoding_choice.MARGIN / 2, "as configured"), (decoding_choice.MARGIN * 2, "usual length")]
+)
+def test_a_later_way_must_lead_by_more_than_chance(
+    lead: float, chosen: str, run: Path, planted: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = iter(ways(CONFIG.generation, 1))
+    monkeypatch.setattr(ExplanationGenerator, "explain", lambda *_, **__: [])
+    monkeypatch.setattr(
+        decoding_choice._Judge, "scores", lambda *_: {"score": 1.5 + lead * (next(order) == "usual length")}
+    )
+    choose_decoding(run / "stage2", CONFIG, planted)
+    assert read_manifest(run / "stage2", "stage2").details["decoding"]["chosen"] == chosen
+
+
 def test_texts_are_judged_by_all_parts(run: Path, planted: Dataset) -> None:
     done: list[tuple[int, int]] = []
     choose_decoding(run / "stage2", CONFIG, planted, lambda *counts: done.append(counts))
