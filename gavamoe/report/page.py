@@ -24,7 +24,8 @@ from gavamoe.report.faithfulness import faithfulness_section, protocol_section
 from gavamoe.report.figures import SPARSITY, write_figures
 from gavamoe.report.systems import case_study, comparison_section, open_runs
 
-SAMPLES = 6
+SAMPLES = 20
+"""Rows whose texts the page shows: enough to see what a model is like."""
 LONGEST_TEXT = 600
 """Characters of a text that the page shows."""
 
