@@ -11,6 +11,7 @@ from helpers.ray_head import free_port
 from helpers.serve_run import Site
 
 from gavamoe import evaluate_run
+from gavamoe.data.readers import formats
 from gavamoe.serving.settings import hash_key
 
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
@@ -56,7 +57,8 @@ def test_load_in_transformers(run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [line.split(":")[0] for line in lines] == ["gate 0", "gate 1", "gate 2"]
 
 
-def test_own_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "FORMATS", dict(formats.FORMATS))  # the script adds one, which no other test expects
     rows = [f"2026-03-14 | u{n % 9} | i{n % 11} | {1 + n % 5} | Pours well, and the lid stays on." for n in range(99)]
     (tmp_path / "reviews.log").write_text("\n".join([*rows, "no review", "2026-03-14 | ann | tea | nine | Good."]))
     lines = printed(capsys, "own_reader", tmp_path / "reviews.log", tmp_path / "dataset")
