@@ -86,10 +86,12 @@ def choose_texts(
 def stored(path: Path, read: ReadTexts) -> Iterator[ReadTexts]:
     """The same texts, from a file as long as this lasts: choosing them takes longer than reading them again."""
     spool = TextSpool(path)
-    for text, features in read():
-        spool.add(text, features)
-    yield spool.read
-    spool.remove()
+    try:
+        for text, features in read():
+            spool.add(text, features)
+        yield spool.read
+    finally:
+        spool.remove()
 
 
 def _texts_of(read: ReadTexts, counted: np.ndarray) -> Iterator[pa.Array]:
