@@ -5,6 +5,7 @@ ray_train    gives a loop its workers, checkpoints, restarts
 failures     what the end of a training means, and whether going on can help
 connection   where a Ray is: the environment and options, checked; connecting, starting
 worker       the workers' side: context, checkpoints with checksums
+host_memory  how a process keeps the memory of its tensors between steps
 tracking     logs, TensorBoard, MLflow, Weights & Biases
 progress     protocols of progress, and its line in a log
 jobs         the same commands as Ray jobs on a cluster

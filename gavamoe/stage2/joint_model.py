@@ -34,6 +34,9 @@ class JointModel(nn.Module):
         explainer.user_embedding, explainer.item_embedding = vae_gmm.user_embedding, vae_gmm.item_embedding
         self.explainer, self.vae_gmm = explainer, vae_gmm
         self.alpha, self.beta, self.bf16 = alpha, vae_gmm.config.beta, bf16
+        # Its gradient as the few rows that were read: added to that of the output head, which is the same table, and so
+        # never a dense one of its own, as large as the vocabulary. Untied, an optimizer would meet it as it is.
+        explainer.get_input_embeddings().sparse = explainer.config.tie_word_embeddings
         for name, parameter in self.named_parameters():
             is_table = name.removeprefix(EXPLAINER).startswith(_TABLES)
             idle = VAE_GMM if alpha == 0 else EXPLAINER if alpha == 1 else None

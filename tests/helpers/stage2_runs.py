@@ -62,10 +62,13 @@ def put_code_into(file: Path, marker: Path) -> None:
     torch.save(state | {"extra": Trap(marker)}, file)
 
 
-def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float, *, but: float = 0) -> None:
+    """Whether two states are equal, `but` a share of each tensor's values: where a gradient is as small as Adam's eps,
+    its rounding error is a step of its own, which the processor decides."""
     assert a.keys() == b.keys()
     for name, tensor in a.items():
-        torch.testing.assert_close(tensor, b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        far = ~torch.isclose(tensor, b[name], rtol=tolerance, atol=tolerance)
+        assert far.double().mean() <= but, f"{name}: {int(far.sum())} of {far.numel()} values differ"
 
 
 def check_equal_runs(run: Trained, expected: Trained) -> None:

@@ -45,6 +45,21 @@ def test_shared_tables_get_both_gradients(setup: Setup) -> None:
     assert both["vae_gmm.encoder.mean.weight"] is not None
 
 
+def test_a_tied_table_gets_what_its_lookups_and_its_output_head_give(setup: Setup) -> None:
+    model = JointModel(setup.model.explainer, setup.model.vae_gmm, alpha=0).train()
+    table = model.explainer.get_input_embeddings()
+    assert table.sparse  # no dense gradient of its own for the lookups
+    found = []
+    for table.sparse in (True, False):
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        model(**joint_batch(setup))["loss"].backward()
+        found.append(table.weight.grad)
+    assert found[0] is not None
+    assert found[0].layout == torch.strided
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_the_loss_weighs_both_parts(setup: Setup) -> None:
     def loss(alpha: float) -> dict[str, float]:
         torch.manual_seed(0)
