@@ -23,6 +23,7 @@ from gavamoe.data.dataset import open_dataset
 from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.experiments.variants import find_systems
 from gavamoe.runtime.context import LocalContext
+from gavamoe.runtime.host_memory import keep_freed_memory
 from gavamoe.stage1.train import train_stage1
 from gavamoe.stage2.setup import prepare
 from gavamoe.stage2.train import SHORT_ROW, Training
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    keep_freed_memory()  # as workers do
     name = asked.config or ("reviews" if asked.dataset else "quickstart")
     base = override_config(load_config(name), ["runtime.engine=torch", "runtime.workers=1", *asked.set])
     systems = find_systems(asked.only.split(","))

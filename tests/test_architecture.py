@@ -32,8 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "experiments": UP_TO_PIPELINE,
     "plan": UP_TO_STAGE2,
     "tune": UP_TO_PIPELINE,
+    "export": UP_TO_STAGE2 - {"stage2"},
     "serving": GROUND | {"data", "model", "runtime", "stage1", "generation"},
-    "cli": UP_TO_PIPELINE | {"experiments", "plan", "tune", "serving"},
+    "cli": UP_TO_PIPELINE | {"experiments", "plan", "tune", "serving", "export"},
 }
 
 """Room (a package or a module at the top) -> the rooms it may import from, beside itself."""

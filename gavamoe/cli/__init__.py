@@ -5,6 +5,7 @@ options      options that commands share
 train        quickstart, train, tune
 run          route, explain
 serve        serve
+export       export
 forget       forget
 evaluate     evaluate, score, ablate, report
 data         gavamoe data ...

@@ -22,6 +22,7 @@ from gavamoe import __version__
 from gavamoe.cli.cluster import copy, jobs_app, status, submit
 from gavamoe.cli.data import data_app
 from gavamoe.cli.evaluate import ablate, evaluate, report, score
+from gavamoe.cli.export import export
 from gavamoe.cli.forget import forget
 from gavamoe.cli.human import human_app
 from gavamoe.cli.options import store_work
@@ -66,7 +67,7 @@ def _panel(name: str, commands: Sequence[Callable[..., None]], groups: dict[str,
 
 
 _panel("Data and training", [quickstart, plan, train, tune], {"data": data_app})
-_panel("A trained run", [route, explain, serve, forget])
+_panel("A trained run", [route, explain, serve, export, forget])
 _panel("Scores and comparisons", [evaluate, score, ablate, report], {"human-eval": human_app})
 _panel("On a cluster", [submit, status, copy], {"jobs": jobs_app})
 

@@ -40,17 +40,17 @@ class RatingScale(BaseModel):
     def sentiment(self, rating: float) -> Sentiment:
         """Sentiment of a rating: negative below, neutral at, positive above the middle of the scale."""
         distance = rating - self.middle
-        if abs(distance) <= self._neutral_within:
+        if abs(distance) <= self.neutral_within:
             return "neutral"
         return "positive" if distance > 0 else "negative"
 
     def leaning(self, ratings: np.ndarray) -> np.ndarray:
         """`sentiment` of ratings (N,) as int8: -1 negative, 1 positive, 0 neutral or, for NaN, no rating."""
         distance = np.nan_to_num(np.asarray(ratings, dtype=np.float64) - self.middle)
-        return np.where(np.abs(distance) <= self._neutral_within, 0, np.sign(distance)).astype(np.int8)
+        return np.where(np.abs(distance) <= self.neutral_within, 0, np.sign(distance)).astype(np.int8)
 
     @property
-    def _neutral_within(self) -> float:
+    def neutral_within(self) -> float:
         """How far from the middle a rating is still neutral."""
         return (0.0 if self.values is not None else _CONTINUOUS_MIDDLE * (self.high - self.low)) + 1e-9
 

@@ -121,6 +121,23 @@ class PromptBuilder:
         """Whether a rating changes the prompt."""
         return self.config.rating and self.scale is not None
 
+    def pieces(self) -> dict[str, Any]:
+        """The prompt's constant texts and bounds, for whoever builds prompts without this class."""
+        return {
+            "start": list(self._start[: len(self._start) - len(self._constants[_INSTRUCTION])]),
+            "instruction": _INSTRUCTION,
+            "item": _ITEM,
+            "title": _TITLE,
+            "sentiment": _RATING,
+            "features": _FEATURES,
+            "comma": _COMMA,
+            "answer": _ANSWER,
+            "titles": self.config.title,
+            "ratings": self.shows_ratings,
+            "max_features": self.config.max_features if self.config.features else 0,
+            "max_tokens": self.config.max_tokens,
+        }
+
     def prompts(self, columns: PromptColumns) -> list[list[int]]:
         """Token ids of N prompts, each at most `max_tokens` long and ending in the answer marker."""
         titles = self._encode_unique(title for title in columns.titles if title) if self.config.title else {}
