@@ -115,6 +115,10 @@ class BaselineWriter:
                 on_progress(len(explanations), len(requests))
         return [explanations[row] for row in range(len(requests))]
 
+    def check(self, request: ExplanationRequest) -> None:
+        """Raise InputError for a request that `explain` would refuse."""
+        self._checked(request)
+
     @torch.inference_mode()
     def _write(
         self, columns: Columns, prefixes: Sequence[Sequence[int]], rows: Sequence[int], limits: Limits

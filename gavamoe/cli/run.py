@@ -15,6 +15,7 @@ from gavamoe.errors import InputError
 
 if TYPE_CHECKING:
     from gavamoe.artifacts.run import Run
+    from gavamoe.config.schema import GenerationConfig
     from gavamoe.data.catalog import Catalog
     from gavamoe.generation.generator import Explanation, Piece
 
@@ -120,7 +121,7 @@ def _route(run: "Run", user: str, item: str, dataset: Path | None, *, as_json: b
 
 def explain(
     run: RunPath,
-    item: Annotated[str, typer.Option(help="Raw item id; unknown ids are served and reported as such.")],
+    item: Annotated[str | None, typer.Option(help="Raw item id; unknown ids are served and reported as such.")] = None,
     user: Annotated[
         str | None, typer.Option(help="Raw user id; unknown ids are served and reported as such. Or --history.")
     ] = None,
@@ -132,6 +133,17 @@ def explain(
     ] = None,
     features: Annotated[str | None, typer.Option(help="Comma-separated; default: the likely ones.")] = None,
     rating: Annotated[float | None, typer.Option(help="Default: the predicted rating.")] = None,
+    requests: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="In place of a pair: Parquet, JSON lines or CSV of user, item, perhaps rating, features, history.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the texts of --requests go: .parquet, .jsonl or .csv.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="With --requests: go on where it was interrupted.")] = False,
     overrides: Set = None,
     seed: Annotated[int, typer.Option(min=0, help="For sampling; greedy by default.")] = 0,
     stream: Annotated[
@@ -141,47 +153,144 @@ def explain(
     device: Device = None,
     json_output: Json = False,
 ) -> None:
-    """Write the explanation for one user and one item; the user may be one that training never saw.
+    """Write the explanation for one user and one item, or for all pairs of a file; users may be ones never seen.
 
     For example: gavamoe explain RUN --item I7 --history mine.jsonl, where mine.jsonl has lines such as
     {"item": "I3", "rating": 4, "text": "Short and witty."}
+
+    Or: gavamoe explain RUN --requests pairs.csv --out texts.csv, where pairs.csv begins with user,item,rating
     """
     from gavamoe.artifacts.run import open_run
-    from gavamoe.baselines.writing import BaselineWriter
-    from gavamoe.cli.output.explanation import print_explanation
     from gavamoe.config.files import override_config
-    from gavamoe.generation.generator import ExplanationGenerator
     from gavamoe.generation.placement import writing_device
-    from gavamoe.generation.request import ExplanationRequest
-    from gavamoe.stage1.strangers.history import read_history
 
-    if user is None and history is None:
+    if requests is not None:
+        if out is None:
+            raise InputError("--requests needs --out FILE, for the texts")
+        given = {"--user": user, "--item": item, "--history": history, "--features": features, "--rating": rating}
+        if named := [name for name, value in given.items() if value is not None]:
+            raise InputError(f"--requests has {', '.join(named)} in its file's rows; leave out the option")
+    elif out is not None or resume:
+        raise InputError("--out and --resume belong to --requests FILE")
+    elif item is None:
+        raise InputError("explain needs --item, or --requests FILE for many pairs")
+    elif user is None and history is None:
         raise InputError("explain needs --user, or --history of a user that training never saw")
     opened = open_run(run)
     generation = override_config(opened.config, overrides or []).generation
-    words = None if features is None else tuple(word.strip() for word in features.split(",") if word.strip())
     place = writing_device(device, gpu=opened.config.runtime.gpu)
-    if opened.config.system != "gavamoe":
-        if history is not None or stream:
-            raise InputError(f"{run}: {opened.config.system} takes no --history, and writes texts whole, not --stream")
-        writer = BaselineWriter.load(opened.baseline, place)
-        pair = writer.catalog.user_or_unknown(user or ""), writer.catalog.item_or_unknown(item)
-        [value] = writer.explain([ExplanationRequest(*pair, rating, words)], generation)
-        print_explanation(value, user, item, history=0, shown=False, as_json=json_output)
+    if requests is not None:
+        assert out is not None
+        _explain_file(opened, requests, out, generation, place, seed=seed, resume=resume, as_json=json_output)
         return
-    generator = ExplanationGenerator.load(opened.stage2, place, generation.dtype)
+    assert item is not None
+    words = None if features is None else tuple(word.strip() for word in features.split(",") if word.strip())
+    _explain_pair(
+        opened, (user, item), rating, words, history, generation, place, seed=seed, stream=stream, as_json=json_output
+    )
+
+
+def _explain_pair(
+    run: "Run",
+    pair: tuple[str | None, str],
+    rating: float | None,
+    features: tuple[str, ...] | None,
+    history: Path | None,
+    generation: "GenerationConfig",
+    device: str,
+    *,
+    seed: int,
+    stream: bool | None,
+    as_json: bool,
+) -> None:
+    from gavamoe.baselines.writing import BaselineWriter
+    from gavamoe.cli.output.explanation import print_explanation
+    from gavamoe.generation.generator import ExplanationGenerator
+    from gavamoe.generation.request import ExplanationRequest
+    from gavamoe.stage1.strangers.history import read_history
+
+    user, item = pair
+    if run.config.system != "gavamoe":
+        if history is not None or stream:
+            raise InputError(
+                f"{run.path}: {run.config.system} takes no --history, and writes texts whole, not --stream"
+            )
+        writer = BaselineWriter.load(run.baseline, device)
+        ids = writer.catalog.user_or_unknown(user or ""), writer.catalog.item_or_unknown(item)
+        [value] = writer.explain([ExplanationRequest(*ids, rating, features)], generation)
+        print_explanation(value, user, item, history=0, shown=False, as_json=as_json)
+        return
+    generator = ExplanationGenerator.load(run.stage2, device, generation.dtype)
     catalog = generator.catalog
     entries = () if history is None else generator.filler.history(read_history(history))
     index = catalog.n_users if user is None else catalog.user_or_unknown(user)
-    request = ExplanationRequest(index, catalog.item_or_unknown(item), rating, words, entries)
+    request = ExplanationRequest(index, catalog.item_or_unknown(item), rating, features, entries)
     live = sys.stdout.isatty() if stream is None else stream
     if generation.beams > 1 and not stream:
         [value] = generator.explain([request], generation, seed=seed)
         live = False
     else:
-        live = live and not json_output
+        live = live and not as_json
         value = _follow(generator.stream([request], generation, seed=seed), live=live)
-    print_explanation(value, user, item, history=len(entries), shown=live, as_json=json_output)
+    print_explanation(value, user, item, history=len(entries), shown=live, as_json=as_json)
+
+
+def _explain_file(
+    run: "Run",
+    requests: Path,
+    out: Path,
+    generation: "GenerationConfig",
+    device: str,
+    *,
+    seed: int,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    import time
+
+    from gavamoe.artifacts.manifest import read_manifest
+    from gavamoe.baselines.writing import BaselineWriter
+    from gavamoe.cli.terminal import TerminalProgress, console, print_json
+    from gavamoe.generation.batch.request_file import RequestFile, RequestRow, as_request
+    from gavamoe.generation.batch.text_file import output_form, write_texts
+    from gavamoe.generation.generator import ExplanationGenerator
+    from gavamoe.generation.request import ExplanationRequest
+
+    output_form(out)
+    with TerminalProgress() as progress:
+        progress.step("Read the model")
+        writer: ExplanationGenerator | BaselineWriter
+        if run.config.system == "gavamoe":
+            generator = writer = ExplanationGenerator.load(run.stage2, device, generation.dtype)
+            catalog, entries, check = generator.catalog, generator.filler.history, generator.filler.check
+        else:
+            writer = BaselineWriter.load(run.baseline, device)
+            catalog, entries, check = writer.catalog, None, writer.check
+
+        def to_request(row: RequestRow) -> ExplanationRequest:
+            return as_request(row, catalog, entries)
+
+        progress.step("Look through the requests")
+        source = RequestFile.open(requests, lambda row: check(to_request(row)))
+        progress.step("Write texts")
+        started, first = time.monotonic(), -1
+
+        def tell(done: int, total: int) -> None:
+            nonlocal first
+            first = done if first < 0 else first  # what an earlier command wrote does not count
+            rate = (done - first) / max(time.monotonic() - started, 1e-9)
+            progress.line({"phase": f"{rate:.1f} texts/s" if rate else "", "step": done, "steps": total})
+
+        model = read_manifest(run.path / run.writer, run.writer, verify=False).fingerprint
+        before = write_texts(
+            source, out, writer, to_request, generation, model=model, seed=seed, resume=resume, on_progress=tell
+        )
+    seconds = time.monotonic() - started
+    if as_json:
+        print_json({"out": str(out), "rows": source.rows, "already_written": before, "seconds": round(seconds, 3)})
+    console.print(
+        f"{out}: {source.rows:,} texts, {source.rows - before:,} of them now, in {seconds:.1f} s", markup=False
+    )
 
 
 def _follow(pieces: "Iterator[Piece]", *, live: bool) -> "Explanation":

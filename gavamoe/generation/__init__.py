@@ -13,7 +13,7 @@
     sampling         the next token of each row
     detokenize       a growing text in pieces
 
-What training rows know of a pair is in `evidence`.
+What training rows know of a pair is in `evidence`; texts for a whole file of requests are `batch`.
 
 Shape letters: B rows, T tokens, L read length of the cache, X experts, V vocabulary, K clusters.
 """

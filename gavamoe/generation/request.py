@@ -126,16 +126,27 @@ class RequestFiller:
         Raises:
             InputError: the user is known, the routes are a control's, or an earlier version made the artifact.
         """
+        self._check_stranger(user)
+        return self.fold_in.routes(self.fold_in.stranger(history), items)
+
+    def _check_stranger(self, user: int) -> None:
         if user < self.catalog.known_users:
             raise InputError("history: the user is known by its training rows; leave out the history, or the user")
         if self.control is not None:
             raise InputError("history: this run routes by a rule (stage2.routes), which knows none; leave it out")
-        return self.fold_in.routes(self.fold_in.stranger(history), items)
+        assert self.fold_in is not None  # refuses artifacts of earlier versions
 
     def routes(self, users: np.ndarray, items: np.ndarray) -> Routes:
         """Clusters, responsibilities and predicted ratings of pairs by index: int64 (N,) each."""
         routes = route_pairs(self.vae_gmm, users, items, device=self.device)
         return routes if self.control is None else self.control.apply(routes, users, items)
+
+    def check(self, request: ExplanationRequest) -> None:
+        """Raise InputError for a request that `fill` would refuse."""
+        if request.rating is not None:
+            self._rating(request.rating, 0.0)
+        if request.history:
+            self._check_stranger(request.user)
 
     def fill(self, requests: Sequence[ExplanationRequest]) -> list[FilledRequest]:
         """The requests, in order, with all that they leave out.
