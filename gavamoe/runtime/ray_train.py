@@ -23,6 +23,7 @@ from gavamoe.errors import InputError, RunError
 from gavamoe.runtime import connection
 from gavamoe.runtime.context import LocalContext
 from gavamoe.runtime.failures import failure_text, keep_traceback, lost_surroundings
+from gavamoe.runtime.host_memory import KEPT_MEMORY
 from gavamoe.runtime.tracking import Line, RunLog
 from gavamoe.runtime.worker import WorkerJob, WorkerLog, run_worker, storage_problem
 
@@ -405,4 +406,5 @@ def _worker_environment(placement: RuntimeConfig) -> dict[str, str]:
         # Experts meet other numbers of tokens at each step: with oneDNN's default of 1,024, bfloat16 products are
         # compiled again and again, a tenth of a step of stage 2.
         environment["DNNL_PRIMITIVE_CACHE_CAPACITY"] = "8192"
+        environment |= KEPT_MEMORY
     return environment

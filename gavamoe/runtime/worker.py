@@ -22,7 +22,6 @@ from gavamoe.artifacts.files import read_json, write_json
 from gavamoe.config.schema import RuntimeConfig
 from gavamoe.errors import InputError, RunError, Stopped, validated
 from gavamoe.runtime.context import Metrics
-from gavamoe.runtime.host_memory import keep_freed_memory
 from gavamoe.runtime.tracking import Line
 
 LOG_FILE = "log.jsonl"
@@ -108,8 +107,6 @@ def run_worker(config: dict[str, Any]) -> Any:
     if ray.get(job.worker_log.refusals.remote()):
         return None  # an attempt before this one was refused, by one rank only
     torch.set_num_threads(job.placement.threads_per_worker)
-    if not job.placement.gpu:
-        keep_freed_memory()
     stored_paths = {name: value for name, value in job.arguments.items() if isinstance(value, remote.StoredPath)}
     try:
         arguments = job.arguments | {name: remote.local_path(stored) for name, stored in stored_paths.items()}
