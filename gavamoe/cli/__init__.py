@@ -11,7 +11,7 @@ evaluate     evaluate, score, ablate, report
 data         gavamoe data ...
 human        gavamoe human-eval ...
 cluster      submit, jobs, status, copy
-plan         gavamoe plan
+plan         plan, doctor: before anything is paid for
 status       what ran, how far it is, what is next
 terminal     tables, progress bars, JSON on standard output
 """

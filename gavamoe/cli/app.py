@@ -26,7 +26,7 @@ from gavamoe.cli.export import export
 from gavamoe.cli.forget import forget
 from gavamoe.cli.human import human_app
 from gavamoe.cli.options import store_work
-from gavamoe.cli.plan import plan
+from gavamoe.cli.plan import doctor, plan
 from gavamoe.cli.run import explain, route
 from gavamoe.cli.serve import serve
 from gavamoe.cli.train import quickstart, train, tune
@@ -66,7 +66,7 @@ def _panel(name: str, commands: Sequence[Callable[..., None]], groups: dict[str,
         app.add_typer(commands_of_group, name=group, rich_help_panel=name)
 
 
-_panel("Data and training", [quickstart, plan, train, tune], {"data": data_app})
+_panel("Data and training", [quickstart, doctor, plan, train, tune], {"data": data_app})
 _panel("A trained run", [route, explain, serve, export, forget])
 _panel("Scores and comparisons", [evaluate, score, ablate, report], {"human-eval": human_app})
 _panel("On a cluster", [submit, status, copy], {"jobs": jobs_app})

@@ -11,6 +11,7 @@ from gavamoe.cli.options import (
     DatasetPath,
     Device,
     Json,
+    Quantize,
     RunPath,
     ScoreStyle,
     Set,
@@ -42,6 +43,7 @@ def evaluate(
     ] = None,
     dataset: DatasetOfRun = None,
     device: Device = None,
+    quantize: Quantize = None,
     json_output: Json = False,
 ) -> None:
     """Write explanations for a split and score them."""
@@ -63,6 +65,7 @@ def evaluate(
             bertscore_layer=bertscore_layer,
             row_losses=row_losses,
             device=device,
+            quantize=quantize,
         )
     scores.print_evaluation(metrics, run, as_json=json_output)
 

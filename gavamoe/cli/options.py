@@ -19,6 +19,10 @@ Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda or cuda:N, to write on; default: a GPU if the run trained on one and one is here."),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="int8 (several times as fast on a CPU), int4 (least memory) or none; default: the run's."),
+]
 ScoreStyle = Annotated[
     str | None,
     typer.Option(

@@ -87,3 +87,28 @@ def bytes_of(text: str) -> float:
         return float(number) * _SIZES[unit]
     except (KeyError, ValueError):
         raise InputError(f"--device-memory {text}: expected a number and a unit, such as 48GiB") from None
+
+
+def doctor(
+    base_model: Annotated[
+        str, typer.Option(help="The base model that is to be reached, as stage2.base_model names it.")
+    ] = "scratch",
+    folder: Annotated[Path, typer.Option(help="Where runs are to be written.")] = Path(),
+    json_output: Json = False,
+) -> None:
+    """Is this machine ready? Versions, devices, Ray, disks, ports, base model; what is wrong, and the way out."""
+    from dataclasses import asdict
+
+    from gavamoe.cli.terminal import console, print_json, print_table
+    from gavamoe.runtime.machine import examine
+
+    found = examine(base_model, folder)
+    if json_output:
+        print_json([asdict(finding) for finding in found])
+    print_table("This machine", ["", "", "found"], [(each.what, each.state, each.found) for each in found])
+    for each in found:
+        if each.way_out:
+            console.print(f"{each.state}: {each.what}: {each.found}; {each.way_out}", markup=False, soft_wrap=True)
+    if any(each.state == "wrong" for each in found):
+        raise typer.Exit(1)
+    console.print("ready: `gavamoe quickstart` is the first thing to try", markup=False)

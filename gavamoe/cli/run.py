@@ -6,16 +6,16 @@ What is heavy to import, torch before all, is imported inside the functions.
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gavamoe.cli.options import DatasetOfRun, Device, Json, RunPath, Set, counts_of
+from gavamoe.cli.options import DatasetOfRun, Device, Json, Quantize, RunPath, Set, counts_of
 from gavamoe.errors import InputError
 
 if TYPE_CHECKING:
     from gavamoe.artifacts.run import Run
-    from gavamoe.config.schema import GenerationConfig
+    from gavamoe.config.schema import GenerationConfig, RunConfig
     from gavamoe.data.catalog import Catalog
     from gavamoe.generation.generator import Explanation, Piece
 
@@ -144,6 +144,9 @@ def explain(
         Path | None, typer.Option(metavar="FILE", help="Where the texts of --requests go: .parquet, .jsonl or .csv.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="With --requests: go on where it was interrupted.")] = False,
+    workers: Annotated[
+        int, typer.Option(min=0, help="With --requests: Ray workers that write side by side; 0: this process alone.")
+    ] = 0,
     overrides: Set = None,
     seed: Annotated[int, typer.Option(min=0, help="For sampling; greedy by default.")] = 0,
     stream: Annotated[
@@ -151,6 +154,7 @@ def explain(
         typer.Option("--stream/--no-stream", help="Print the text as it is written; default: on a terminal."),
     ] = None,
     device: Device = None,
+    quantize: Quantize = None,
     json_output: Json = False,
 ) -> None:
     """Write the explanation for one user and one item, or for all pairs of a file; users may be ones never seen.
@@ -170,18 +174,33 @@ def explain(
         given = {"--user": user, "--item": item, "--history": history, "--features": features, "--rating": rating}
         if named := [name for name, value in given.items() if value is not None]:
             raise InputError(f"--requests has {', '.join(named)} in its file's rows; leave out the option")
-    elif out is not None or resume:
-        raise InputError("--out and --resume belong to --requests FILE")
+    elif out is not None or resume or workers:
+        raise InputError("--out, --resume and --workers belong to --requests FILE")
     elif item is None:
         raise InputError("explain needs --item, or --requests FILE for many pairs")
     elif user is None and history is None:
         raise InputError("explain needs --user, or --history of a user that training never saw")
     opened = open_run(run)
-    generation = override_config(opened.config, overrides or []).generation
+    if quantize is not None:
+        overrides = [*(overrides or []), f"generation.quantize={quantize}"]
+    config = override_config(opened.config, overrides or [])
+    generation = config.generation
+    if opened.config.system != "gavamoe" and generation.quantize != "none":
+        raise InputError(f"{run}: {opened.config.system} is not written in fewer bits; leave out --quantize")
     place = writing_device(device, gpu=opened.config.runtime.gpu)
     if requests is not None:
         assert out is not None
-        _explain_file(opened, requests, out, generation, place, seed=seed, resume=resume, as_json=json_output)
+        _explain_file(
+            opened,
+            requests,
+            out,
+            config,
+            place,
+            workers=workers,
+            seed=seed,
+            resume=resume,
+            as_json=json_output,
+        )
         return
     assert item is not None
     words = None if features is None else tuple(word.strip() for word in features.split(",") if word.strip())
@@ -220,7 +239,7 @@ def _explain_pair(
         [value] = writer.explain([ExplanationRequest(*ids, rating, features)], generation)
         print_explanation(value, user, item, history=0, shown=False, as_json=as_json)
         return
-    generator = ExplanationGenerator.load(run.stage2, device, generation.dtype)
+    generator = ExplanationGenerator.load(run.stage2, device, generation.dtype, generation.quantize)
     catalog = generator.catalog
     entries = () if history is None else generator.filler.history(read_history(history))
     index = catalog.n_users if user is None else catalog.user_or_unknown(user)
@@ -239,39 +258,44 @@ def _explain_file(
     run: "Run",
     requests: Path,
     out: Path,
-    generation: "GenerationConfig",
+    config: "RunConfig",
     device: str,
     *,
+    workers: int,
     seed: int,
     resume: bool,
     as_json: bool,
 ) -> None:
     import time
+    from contextlib import nullcontext
 
     from gavamoe.artifacts.manifest import read_manifest
+    from gavamoe.baselines.scores import load_writer
     from gavamoe.baselines.writing import BaselineWriter
     from gavamoe.cli.terminal import TerminalProgress, console, print_json
     from gavamoe.generation.batch.request_file import RequestFile, RequestRow, as_request
-    from gavamoe.generation.batch.text_file import output_form, write_texts
-    from gavamoe.generation.generator import ExplanationGenerator
-    from gavamoe.generation.request import ExplanationRequest
+    from gavamoe.generation.batch.text_file import output_form, write_texts, written_by_workers, written_here
+    from gavamoe.generation.request import ExplanationRequest, RequestFiller
+    from gavamoe.runtime.ray_train import ray_session
 
     output_form(out)
-    with TerminalProgress() as progress:
-        progress.step("Read the model")
-        writer: ExplanationGenerator | BaselineWriter
-        if run.config.system == "gavamoe":
-            generator = writer = ExplanationGenerator.load(run.stage2, device, generation.dtype)
-            catalog, entries, check = generator.catalog, generator.filler.history, generator.filler.check
-        else:
-            writer = BaselineWriter.load(run.baseline, device)
-            catalog, entries, check = writer.catalog, None, writer.check
+    generation, placement, own = config.generation, config.runtime, run.config.system == "gavamoe"
+    with TerminalProgress() as progress, ray_session(placement) if workers else nullcontext():
+        progress.step("Read the run")
+        # The language model is read where it writes: with workers, not here.
+        checks = RequestFiller.load(run.stage2) if own else BaselineWriter.load(run.baseline)
+        entries = checks.history if isinstance(checks, RequestFiller) else None
 
         def to_request(row: RequestRow) -> ExplanationRequest:
-            return as_request(row, catalog, entries)
+            return as_request(row, checks.catalog, entries)
 
         progress.step("Look through the requests")
-        source = RequestFile.open(requests, lambda row: check(to_request(row)))
+        source = RequestFile.open(requests, lambda row: checks.check(to_request(row)))
+        arguments: dict[str, Any] = {"run": run.path.absolute(), "dtype": generation.dtype, "bits": generation.quantize}
+        if workers:
+            write = written_by_workers(load_writer, arguments, generation, workers, placement)
+        else:
+            write = written_here(load_writer(**arguments, device=device), generation)
         progress.step("Write texts")
         started, first = time.monotonic(), -1
 
@@ -283,7 +307,7 @@ def _explain_file(
 
         model = read_manifest(run.path / run.writer, run.writer, verify=False).fingerprint
         before = write_texts(
-            source, out, writer, to_request, generation, model=model, seed=seed, resume=resume, on_progress=tell
+            source, out, write, to_request, generation, model=model, seed=seed, resume=resume, on_progress=tell
         )
     seconds = time.monotonic() - started
     if as_json:

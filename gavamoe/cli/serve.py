@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gavamoe.cli.options import RunPath
+from gavamoe.cli.options import Quantize, RunPath
 
 
 def serve(
@@ -27,6 +27,7 @@ def serve(
         int | None,
         typer.Option(min=1, max=65535, help="Prometheus metrics; default 8001, or a free port where that is taken."),
     ] = None,
+    quantize: Quantize = None,
     update: Annotated[
         bool, typer.Option("--update", help="Put RUN into the service that is up; all else stays.")
     ] = False,
@@ -40,6 +41,8 @@ def serve(
         changes["generator_scaling"] = {"min_replicas": replicas, "max_replicas": replicas}
     if api_keys is not None:
         changes["api_keys_file"] = str(api_keys.absolute())
+    if quantize is not None:
+        changes["generator"] = {"quantize": quantize}
     if no_api_keys:
         changes["no_api_keys"] = True
 

@@ -72,7 +72,8 @@ def choose_decoding(
     rows = _rows(dataset, config.seed)
     if not any(text.strip() for text in rows.references):
         return None
-    explainer = ExplanationGenerator.load(stage2, writing_device(None, gpu=config.runtime.gpu), config.generation.dtype)
+    place, generation = writing_device(None, gpu=config.runtime.gpu), config.generation
+    explainer = ExplanationGenerator.load(stage2, place, generation.dtype, generation.quantize)
     tried = ways(config.generation, _usual_length(explainer, dataset))
     judge = _Judge(dataset, rows, config.seed)
     requests, table = requests_of(rows, "given"), {}

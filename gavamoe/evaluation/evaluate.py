@@ -105,7 +105,8 @@ def evaluate_run(
     """Evaluate a trained run and write its evaluation/ folder, replacing an earlier one.
 
     Args:
-        options: fields of the config's `evaluation` section; None leaves the config's own.
+        options: fields of the config's `evaluation` section, and `quantize` of `generation`; None leaves the config's
+            own.
         dataset: where the run's dataset is now, if it moved.
         device: torch device to write on; None: a GPU if the run trains on one and one is here, else the CPU.
 
@@ -121,7 +122,8 @@ def evaluate_run(
     place = writing_device(device, gpu=opened.config.runtime.gpu)
 
     def load() -> Scored:
-        explainer = ExplanationGenerator.load(opened.stage2, place, opened.config.generation.dtype)
+        generation = _configured(opened.config, **options).generation
+        explainer = ExplanationGenerator.load(opened.stage2, place, generation.dtype, generation.quantize)
         return Scored(explainer, partial(measure_gates, explainer), partial(measure_row_losses, explainer))
 
     return score_run(opened, load, split=split, dataset=dataset, on_progress=on_progress, **options)
@@ -353,8 +355,10 @@ def _bert_scores(texts: dict[str, list[str]], references: list[str], config: Run
 
 
 def _configured(config: RunConfig, **options: Any) -> RunConfig:
-    """The run's config with the given evaluation options in place of its own."""
+    """The run's config with the given options in place of its own."""
     values = config.model_dump(mode="json")
+    if (bits := options.pop("quantize", None)) is not None:
+        values["generation"]["quantize"] = bits
     values["evaluation"] |= {name: value for name, value in options.items() if value is not None}
     return parse_config(values, "evaluate")
 

@@ -31,6 +31,7 @@ from gavamoe.generation.sampling import Sampling
 from gavamoe.model.base_model import special_ids
 from gavamoe.model.build import load_explainer
 from gavamoe.model.explainer import GavamoeForCausalLM
+from gavamoe.model.quantized import Quantization, quantize
 
 JOIN_PARTS = 4
 """New texts are begun when one in so many slots is free."""
@@ -95,16 +96,21 @@ class ExplanationGenerator:
         self.builder = PromptBuilder(tokenizer, model.slots, self.spec.prompt, self.spec.scale)
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu", dtype: str = "auto") -> "ExplanationGenerator":
-        """Read a stage-2 artifact onto a torch device, its weights in `dtype` (see `placement.writing_dtype`).
+    def load(
+        cls, folder: Path, device: str = "cpu", dtype: str = "auto", bits: Quantization = "none"
+    ) -> "ExplanationGenerator":
+        """Read a stage-2 artifact onto a torch device, its weights in `dtype` (see `placement.writing_dtype`), its
+        large matrices in `bits` (see `model.quantized`).
 
         Raises:
-            InputError: it is missing, of another kind, damaged or not whole.
+            InputError: it is missing, of another kind, damaged or not whole; or it can't be quantized there.
         """
         read_manifest(folder, "stage2")
         filler = RequestFiller.load(folder, device)
         model, tokenizer = load_explainer(folder, writing_dtype(dtype, device))
-        return cls(model, tokenizer, filler)
+        generator = cls(model, tokenizer, filler)
+        quantize(generator.model, bits)
+        return generator
 
     def explain(
         self,

@@ -12,6 +12,7 @@
     base_model    from scratch, a folder, a hub id, GGUF; tokenizers
     base_config   a base model's config alone, shipped for known models
     base_weights  whether a base model's weights are whole
+    quantized     the large matrices in 8 or 4 bits, for writing on a CPU
     lora          adapters on its attention; merged for the artifact
 
 Shape letters: B rows, T positions, M = B x T tokens, D hidden size, E slot size (stage 1's embedding), V vocabulary,

@@ -2,9 +2,11 @@
 
 context      the interface between a training loop and Ray
 ray_train    gives a loop its workers, checkpoints, restarts
+ray_pool     actors that hold an object and do block after block of work
 failures     what the end of a training means, and whether going on can help
 connection   where a Ray is: the environment and options, checked; connecting, starting
 worker       the workers' side: context, checkpoints with checksums
+machine      is this machine ready? what is wrong, and the way out
 host_memory  how a process keeps the memory of its tensors between steps
 tracking     logs, TensorBoard, MLflow, Weights & Biases
 progress     protocols of progress, and its line in a log

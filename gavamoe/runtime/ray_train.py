@@ -71,7 +71,7 @@ def ray_session(placement: RuntimeConfig, *, dashboard: bool = False) -> Iterato
 def _start_ray(placement: RuntimeConfig, *, dashboard: bool) -> None:
     import ray
 
-    environment = _worker_environment(placement)
+    environment = worker_environment(placement)
     if dashboard:
         # Ray Train's clean-up asks Ray's State API, which gives up where several Rays run on the machine and none is
         # named: the workers' environment names this one, so its port is chosen before it starts.
@@ -161,7 +161,7 @@ def run_training(
             ),
             checkpoint_config=train.CheckpointConfig(num_to_keep=2),
             logging_config=train.LoggingConfig(log_level="ERROR"),
-            worker_runtime_env={"env_vars": _worker_environment(placement)},
+            worker_runtime_env={"env_vars": worker_environment(placement)},
         ),
     )
     config = arguments.get("config")
@@ -366,7 +366,7 @@ def run_tasks(
         num_cpus=placement.threads_per_worker,
         num_gpus=1 if placement.gpu else 0,
         max_retries=placement.max_failures,
-        runtime_env={"env_vars": _worker_environment(placement)},
+        runtime_env={"env_vars": worker_environment(placement)},
     )
     results = [task.remote(loop, job, placement) for job in jobs]
     waiting = results
@@ -395,7 +395,8 @@ def _task(loop: Callable[..., Any], job: dict[str, Any], placement: RuntimeConfi
     return loop(context=LocalContext(device="cuda" if placement.gpu else "cpu"), **job)
 
 
-def _worker_environment(placement: RuntimeConfig) -> dict[str, str]:
+def worker_environment(placement: RuntimeConfig) -> dict[str, str]:
+    """What processes that compute are started with: threads, libraries' settings, memory that is kept."""
     threads = str(placement.threads_per_worker)
     environment = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     # Said in both cases: a variable that was exported for one would have DeepSpeed run its code on the other.

@@ -61,8 +61,16 @@ class GeneratorSettings(Section):
     """"cuda" needs `num_gpus` above 0 in `generator_scaling`: Ray Serve then gives each replica its own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the weights; auto: bfloat16 on a GPU, float32 on a CPU."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Bits of the large matrices, on a CPU: int8 for speed, int4 for memory."""
     stuck_after_s: Positive = 30.0
     """A step that takes longer makes the replica unhealthy, and Ray Serve replaces it."""
+
+    @model_validator(mode="after")
+    def _quantized_on_a_cpu(self) -> "GeneratorSettings":
+        if self.quantize != "none" and (self.device != "cpu" or self.dtype == "bfloat16"):
+            raise ValueError(f"quantize {self.quantize}: is for a CPU, from float32; leave it out, or device and dtype")
+        return self
 
 
 class Scaling(Section):

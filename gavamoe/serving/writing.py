@@ -107,7 +107,7 @@ class WritingService:
                 withheld and it doesn't know their authors.
         """
         torch.set_num_threads(settings.threads)
-        explainer = ExplanationGenerator.load(folder, settings.device, settings.dtype)
+        explainer = ExplanationGenerator.load(folder, settings.device, settings.dtype, settings.quantize)
         return cls(explainer, folder, settings, max_new_tokens, withhold)
 
     @property

@@ -11,9 +11,9 @@ from helpers.cli import Runner
 from helpers.exported_runs import run, trained
 
 from gavamoe.config.files import override_config
-from gavamoe.errors import InputError
+from gavamoe.errors import InputError, RunError
 from gavamoe.generation.batch.request_file import RequestFile, RequestRow, as_request
-from gavamoe.generation.batch.text_file import write_texts
+from gavamoe.generation.batch.text_file import write_texts, written_here
 from gavamoe.generation.generator import ExplanationGenerator
 
 ROWS = 23
@@ -54,7 +54,8 @@ class Work:
 
     def write(self, out: Path, **options: Any) -> int:
         found = {"model": "m", "block_rows": 5} | options
-        return write_texts(self.source, out, self.generator, self.request, self.generation, **found)
+        write = found.pop("write", None) or written_here(self.generator, self.generation)
+        return write_texts(self.source, out, write, self.request, self.generation, **found)
 
 
 def texts(path: Path) -> list[str]:
@@ -143,7 +144,7 @@ def test_the_command_writes_all_forms_alike(gavamoe: Runner, tmp_path: Path) -> 
         (["--requests", "{r}"], "--requests needs --out FILE"),
         (["--requests", "{r}", "--out", "{t}/x.txt"], "the output is Parquet, JSON lines or CSV"),
         (["--requests", "{r}", "--out", "{t}/x.csv", "--user", "U"], "--requests has --user in its file's rows"),
-        (["--item", "I", "--user", "U", "--resume"], "--out and --resume belong to --requests"),
+        (["--item", "I", "--user", "U", "--resume"], "--out, --resume and --workers belong to --requests"),
         (["--requests", "{t}/bad.csv", "--out", "{t}/x.csv"], "row 2: rating 9: outside this dataset's scale, 1 to 5"),
         (["--requests", "{t}/known.jsonl", "--out", "{t}/x.csv"], "row 1: history: the user is known"),
     ],
@@ -159,3 +160,35 @@ def test_wrong_use_is_one_line_and_writes_nothing(
     assert result.code == 2
     assert problem in result.err
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_blocks_that_were_given_up_are_named_and_tried_again(tmp_path: Path) -> None:
+    work = Work(tmp_path)
+
+    def write(blocks: Any) -> Any:
+        for number, requests, seed in blocks:
+            yield number, "out of memory" if number == 2 else work.generator.explain(requests, work.generation, seed)
+
+    with pytest.raises(RunError, match=r"requests 11 to 15 failed each time .*out of memory.*--resume"):
+        work.write(tmp_path / "out.parquet", write=write)
+    assert not (tmp_path / "out.parquet").exists()
+    assert work.write(tmp_path / "out.parquet", resume=True) == ROWS - 5
+    work.write(tmp_path / "whole.parquet")
+    assert pq.read_table(tmp_path / "out.parquet").equals(pq.read_table(tmp_path / "whole.parquet"))
+
+
+@pytest.mark.usefixtures("ray_two_workers")
+def test_workers_write_what_one_process_writes(gavamoe: Runner, tmp_path: Path) -> None:
+    source = requests_file(tmp_path, rows=1100)  # three blocks
+    found = []
+    for name, options in (("one.parquet", []), ("two.parquet", ["--workers", "2"])):
+        result = gavamoe(
+            "explain", trained(), "--requests", source, "--out", tmp_path / name, *options,
+            "--set", "generation.max_new_tokens=4",
+        )  # fmt: skip
+        assert result.code == 0, result.err
+        found.append(pq.read_table(tmp_path / name))
+    assert found[0].equals(found[1])
+    result = gavamoe("explain", trained(), "--requests", source, "--out", tmp_path / "x.csv", "--workers", "99")
+    assert result.code == 2
+    assert "--workers 99: the cluster has room for" in result.err

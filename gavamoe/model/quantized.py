@@ -1,0 +1,178 @@
+"""An explainer's large matrices in 8 or 4 bits, for writing on a CPU.
+
+Writing reads every weight for each token, so a quarter of the bytes is nearly four times the speed. Quantized are the
+decoder's linear layers, its routed experts and the output head; routers, norms and tables stay float32.
+
+    int8    torch's dynamic kernel (FBGEMM, oneDNN): one scale an output; what a layer reads is rounded to 8 bits as
+            well, by one scale for all of a pass's rows
+    int4    torch's packed kernel: a scale and a zero point for each 32 weights of an output; arithmetic in bfloat16. An
+            eighth of the bytes, for machines short of memory: slower than int8, as that kernel is today
+
+Shape letters: M tokens, S experts of a token, N experts, D hidden size, I width, O outputs of a layer.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from gavamoe.errors import InputError
+from gavamoe.model.experts import MlpExperts, SwiGluExperts
+from gavamoe.model.explainer import GavamoeForCausalLM
+
+Quantization = Literal["none", "int8", "int4"]
+GROUP = 32
+"""Weights of an output that share a scale, for int4."""
+_OUTPUTS_OF_INT4 = 16
+"""What the outputs of an int4 layer must be a multiple of."""
+
+
+def quantize(model: GavamoeForCausalLM, kind: Quantization) -> GavamoeForCausalLM:
+    """Replace an explainer's large matrices, in place; it can then write and score, but not be trained or saved.
+
+    Raises:
+        InputError: the model is not in float32 on a CPU, or this processor's torch has no such kernels.
+    """
+    if kind == "none":
+        return model
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        raise InputError(
+            f"generation.quantize {kind}: is for writing on a CPU, from float32 weights; leave it out on"
+            f" {model.device.type}, and generation.dtype {str(model.dtype).removeprefix('torch.')}"
+        )
+    if kind == "int8" and torch.backends.quantized.engine == "none":
+        raise InputError("generation.quantize int8: this build of torch has no quantized kernels; use int4 or none")
+    head = model.lm_head
+    for parent, name, layer in list(_layers(model.model)):
+        setattr(parent, name, _linear(_weight(layer), layer.bias, kind))
+    for block in model.model.modules():
+        experts = getattr(block, "experts", None)
+        if isinstance(experts, SwiGluExperts | MlpExperts):
+            block.experts = QuantizedExperts(experts, kind)
+    model.lm_head = QuantizedHead(head.weight, kind)  # type: ignore[assignment]  # the same calls, other weights
+    return model
+
+
+def _layers(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """The decoder's linear layers: what holds them, and under which name."""
+    for parent in decoder.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear | Conv1D):
+                yield parent, name, child
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """(O, D); GPT-2's layers store the other way round."""
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+    return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def _linear(weight_OD: Tensor, bias_O: Tensor | None, kind: Quantization) -> nn.Module:
+    outputs, inputs = weight_OD.shape
+    if kind == "int4" and inputs % GROUP == 0 and outputs % _OUTPUTS_OF_INT4 == 0:
+        return Int4Linear(weight_OD, bias_O)
+    return Int8Linear(weight_OD, bias_O)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights, (..., D) to (..., O)."""
+
+    def __init__(self, weight_OD: Tensor, bias_O: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight_OD.shape
+        weight_OD = weight_OD.detach().float().contiguous()
+        scale_O = (weight_OD.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny).double()
+        zero_O = torch.zeros(len(scale_O), dtype=torch.long)
+        quantized = torch.quantize_per_channel(weight_OD, scale_O, zero_O, 0, torch.qint8)
+        bias = None if bias_O is None else bias_O.detach().float()
+        self._packed = torch.ops.quantized.linear_prepack(quantized, bias)
+        # Without these instructions a product of two 8-bit numbers may not fit: what is read then gets 7 bits.
+        self._reduced = not torch.cpu._is_vnni_supported()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) float32 to (..., O)."""
+        output: Tensor = torch.ops.quantized.linear_dynamic(hidden, self._packed, self._reduced)
+        return output
+
+
+class Int4Linear(nn.Module):
+    """A linear layer with 4-bit weights, (..., D) to (..., O); D in whole groups."""
+
+    def __init__(self, weight_OD: Tensor, bias_O: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight_OD.shape
+        groups_OGW = weight_OD.detach().float().unflatten(1, (-1, GROUP))
+        low_OG, high_OG = groups_OGW.aminmax(dim=-1)
+        scale_OG = ((high_OG - low_OG) / 15).clamp(min=1e-6)
+        codes = ((groups_OGW - low_OG[..., None]) / scale_OG[..., None]).round().clamp(0, 15)
+        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.flatten(1).to(torch.int32), 1)
+        # The kernel reads code c as (c - 8) x scale + zero.
+        scales_GO2 = torch.stack([scale_OG, low_OG + 8 * scale_OG], dim=-1).transpose(0, 1)
+        self._scales = scales_GO2.to(torch.bfloat16).contiguous()
+        self._bias = None if bias_O is None else bias_O.detach().float()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) float32 to (..., O)."""
+        rows_MD = hidden.reshape(-1, self.in_features).to(torch.bfloat16)
+        output_MO = torch.ops.aten._weight_int4pack_mm_for_cpu(rows_MD, self._packed, GROUP, self._scales)
+        output: Tensor = output_MO.to(hidden.dtype).view(*hidden.shape[:-1], self.out_features)
+        return output if self._bias is None else output + self._bias
+
+
+class QuantizedHead(nn.Module):
+    """The output head; called as `OutputHead` is."""
+
+    def __init__(self, weight_VD: Tensor, kind: Quantization) -> None:
+        super().__init__()
+        self._linear = _linear(weight_VD, None, kind)
+
+    def forward(self, hidden: Tensor, targets_L: Tensor | None = None) -> Tensor:
+        """Logits, or with targets the summed negative log-likelihood."""
+        logits: Tensor = self._linear(hidden)
+        return logits if targets_L is None else functional.cross_entropy(logits, targets_L, reduction="sum")
+
+
+class QuantizedExperts(nn.Module):
+    """Eq. 11 with quantized experts: the tokens of each expert together."""
+
+    def __init__(self, experts: SwiGluExperts | MlpExperts, kind: Quantization) -> None:
+        super().__init__()
+        self.num_experts = experts.num_experts
+        self.act_fn = experts.act_fn
+        self.gated = isinstance(experts, SwiGluExperts)
+        reads, writes = [], []
+        for expert in range(experts.num_experts):
+            if isinstance(experts, SwiGluExperts):
+                reads.append(_linear(experts.gate_up_proj[expert], None, kind))
+                writes.append(_linear(experts.down_proj[expert], None, kind))
+            else:
+                reads.append(_linear(experts.up_proj[expert].T, experts.up_proj_bias[expert], kind))
+                writes.append(_linear(experts.down_proj[expert].T, experts.down_proj_bias[expert], kind))
+        self.reads, self.writes = nn.ModuleList(reads), nn.ModuleList(writes)
+
+    def forward(self, hidden_MD: Tensor, experts_MS: Tensor, weights_MS: Tensor) -> Tensor:
+        """Returns (M, D)."""
+        if len(hidden_MD) == 1:
+            chosen = experts_MS[0].tolist()
+            output_SD = torch.cat([self._expert(expert, hidden_MD) for expert in chosen])
+            return weights_MS.to(hidden_MD.dtype) @ output_SD
+        order_P = experts_MS.flatten().argsort()
+        token_P = order_P // experts_MS.shape[1]
+        counts = torch.bincount(experts_MS.flatten(), minlength=self.num_experts).tolist()
+        parts = hidden_MD[token_P].split(counts)
+        done = [self._expert(expert, part) for expert, part in enumerate(parts) if len(part)]
+        weight_P1 = weights_MS.flatten()[order_P, None].to(hidden_MD.dtype)
+        return torch.zeros_like(hidden_MD).index_add_(0, token_P, torch.cat(done) * weight_P1)
+
+    def _expert(self, expert: int, hidden_MD: Tensor) -> Tensor:
+        inner = self.reads[expert](hidden_MD)
+        if self.gated:
+            gate_MI, up_MI = inner.chunk(2, dim=-1)
+            inner = self.act_fn(gate_MI) * up_MI
+        else:
+            inner = self.act_fn(inner)
+        output: Tensor = self.writes[expert](inner.contiguous())
+        return output

@@ -1,0 +1,84 @@
+"""Blocks of work on Ray actors: results, workers that die, blocks that always fail, work that never ends."""
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gavamoe.config.schema import RuntimeConfig
+from gavamoe.errors import InputError
+from gavamoe.runtime.ray_pool import ATTEMPTS, Block, Done, map_blocks
+
+pytestmark = pytest.mark.usefixtures("ray_two_workers")
+PLACEMENT = RuntimeConfig(threads_per_worker=1)
+
+
+class Doubler:
+    def __init__(self, folder: Path, device: str) -> None:
+        assert device == "cpu"
+        self.folder, self.made_by = folder, os.getpid()
+
+    def double(self, number: int, fault: str = "") -> tuple[int, int]:
+        with (self.folder / f"tried-{number}").open("a") as file:
+            file.write("x")
+        tried = len((self.folder / f"tried-{number}").read_text())
+        if fault == "dies once" and tried == 1:
+            os._exit(1)
+        if fault == "fails":
+            raise RuntimeError(f"no memory for {number}")
+        if fault == "refuses":
+            raise InputError("rating 9: outside this dataset's scale")
+        return 2 * number, self.made_by
+
+
+def run(blocks: Any, folder: Path, workers: int = 2) -> Iterator[Done]:
+    return map_blocks(Doubler, {"folder": folder}, "double", blocks, workers=workers, placement=PLACEMENT)
+
+
+def test_every_block_is_done_once_by_some_worker(tmp_path: Path) -> None:
+    done = list(run((Block(n, (n,)) for n in range(12)), tmp_path))
+    assert {each.number: each.result[0] for each in done} == {n: 2 * n for n in range(12)}
+    assert len({each.result[1] for each in done}) == 2
+    assert all((tmp_path / f"tried-{n}").read_text() == "x" for n in range(12))
+
+
+def test_few_blocks_are_taken_ahead(tmp_path: Path) -> None:
+    taken = []
+
+    def endless() -> Iterator[Block]:
+        for number in itertools.count():
+            taken.append(number)
+            yield Block(number, (number,))
+
+    found = list(itertools.islice(run(endless(), tmp_path), 5))
+    assert len(found) == 5
+    assert len(taken) <= 5 + 2 * 2
+
+
+def test_a_worker_that_dies_costs_its_blocks_another_try(tmp_path: Path) -> None:
+    blocks = [Block(n, (n, "dies once" if n == 3 else "")) for n in range(8)]
+    done = list(run(blocks, tmp_path))
+    assert sorted(each.result[0] for each in done) == [2 * n for n in range(8)]
+    assert len((tmp_path / "tried-3").read_text()) == 2
+
+
+def test_a_block_that_always_fails_is_given_up_and_the_rest_goes_on(tmp_path: Path) -> None:
+    blocks = [Block(n, (n, "fails" if n == 1 else "")) for n in range(6)]
+    done = {each.number: each for each in run(blocks, tmp_path)}
+    assert "no memory for 1" in done[1].problem
+    assert len((tmp_path / "tried-1").read_text()) == ATTEMPTS
+    assert [done[n].result[0] for n in (0, 2, 3, 4, 5)] == [0, 4, 6, 8, 10]
+
+
+def test_wrong_input_is_raised_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="rating 9"):
+        list(run([Block(0, (0, "refuses"))], tmp_path))
+    assert (tmp_path / "tried-0").read_text() == "x"
+
+
+def test_more_workers_than_the_cluster_has_room_for_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--workers 50: the cluster has room for \d+ \("):
+        list(run([Block(0, (0,))], tmp_path, workers=50))
