@@ -21,7 +21,7 @@ Device = Annotated[
 ]
 Quantize = Annotated[
     str | None,
-    typer.Option(help="int8 (several times as fast on a CPU), int4 (least memory) or none; default: the run's."),
+    typer.Option(help="int8, int4: fewer bytes to read for each token, on a CPU; or none. Default: the run's."),
 ]
 ScoreStyle = Annotated[
     str | None,

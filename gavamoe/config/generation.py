@@ -32,8 +32,8 @@ class GenerationConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the explainer's weights while it writes; auto: bfloat16 on a GPU, float32 on a CPU."""
     quantize: Literal["none", "int8", "int4"] = "none"
-    """Bits of the explainer's large matrices while it writes on a CPU. int8: several times as fast as float32; int4:
-    least memory; both read the float32 weights of the artifact, which stays as it is."""
+    """Bits of the explainer's large matrices while it writes on a CPU. They are
+    packed from the float32 weights of the artifact, which stays as it is."""
 
     @model_validator(mode="after")
     def _lengths_in_order(self) -> "GenerationConfig":

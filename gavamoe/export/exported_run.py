@@ -93,6 +93,9 @@ def export_run(
     with write_folder(out) as aside:
         progress.step("Read the explainer")
         generator = ExplanationGenerator.load(run.stage2, "cpu", "float32")
+        if generator.spec.prompt.quotes:
+            raise InputError("export: prompts that quote training texts can't be built without gavamoe;"
+                             " train with stage2.prompt.quotes=0")  # fmt: skip
         routes = _routes(run, generator)
         slots = _slots(generator, routes)
         names = _models(generator, slots, gates, aside, form, dtype, progress)

@@ -1,12 +1,12 @@
 """An explainer's large matrices in 8 or 4 bits, for writing on a CPU.
 
-Writing reads every weight for each token, so a quarter of the bytes is nearly four times the speed. Quantized are the
+Writing reads every weight for each token, so fewer bytes are less time. Quantized are the
 decoder's linear layers, its routed experts and the output head; routers, norms and tables stay float32.
 
     int8    torch's dynamic kernel (FBGEMM, oneDNN): one scale an output; what a layer reads is rounded to 8 bits as
             well, by one scale for all of a pass's rows
     int4    torch's packed kernel: a scale and a zero point for each 32 weights of an output; arithmetic in bfloat16. An
-            eighth of the bytes, for machines short of memory: slower than int8, as that kernel is today
+            eighth of the bytes, for machines short of memory; with many rows slower than int8
 
 Shape letters: M tokens, S experts of a token, N experts, D hidden size, I width, O outputs of a layer.
 """

@@ -160,6 +160,12 @@ def test_wrong_options_are_refused_in_one_line(options: dict[str, Any], problem:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_prompts_that_quote_reviews_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"quote training texts .*stage2\.prompt\.quotes=0"):
+        export_run(run("stage2.prompt.quotes=1", "stage2.max_steps=2"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_exists_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="already exists"):
