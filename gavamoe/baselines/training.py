@@ -30,8 +30,9 @@ from gavamoe.data.dataset import Dataset, PairArrays, open_dataset
 from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.context import Context
 from gavamoe.stage2.batches import BatchPlan, Ragged, TextRows
+from gavamoe.stage2.clear_texts import training_rows
 from gavamoe.stage2.schedule import rate_at
-from gavamoe.stage2.tokenized_rows import prompt_builder, rating_scale, rows_with_text, validation_rows
+from gavamoe.stage2.tokenized_rows import prompt_builder, rating_scale, validation_rows
 
 LOG_EVERY = 10
 """Optimizer steps between log lines."""
@@ -55,7 +56,7 @@ def train_baseline(config: RunConfig, dataset: Path, out: Path, context: Context
     builder = prompt_builder(config, data)
     reader = Reader(builder.tokenizer, config.stage2.prompt, rating_scale(data))
     model = kind.create(config, data, reader, features=entry.features).to(context.device)
-    train = Rows.read(data, "train", rows_with_text(data, "train"), model, reader)
+    train = Rows.read(data, "train", training_rows(config, data), model, reader)
     valid = Rows.read(data, "valid", validation_rows(config, data), model, reader)
     training = Training(config, model, train, valid, reader.end, context)
     if context.resume_from is not None:

@@ -160,6 +160,9 @@ class Stage2Config(Section):
     """Share of the steps in which all is trained but gates and routed experts; after them these alone, on what is left
     over (residual training), each part on a schedule of its own. 0: everything at once. With conversion lora the base
     model is trained in the first part, and frozen in the second."""
+    clear_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training rows of each sentiment whose texts are learned: those that say it most clearly, by a reader
+    learned from other rows. 1: all. Less makes texts agree with the rating more often, where there are rows enough."""
     extra_width: Count = 0
     """Neurons added to each dense feed-forward layer of a pretrained base model, started at zero output: a control of
     what experts add; needs `experts.enabled` false."""

@@ -9,7 +9,8 @@ negative, and chance would choose.
 A way's score is the sum of what a reader wants of the texts, each from 0 to 1: nearness to the references (ROUGE-L),
 given features that are named, agreement with the rating (the mean over sentiments), less the shares of texts that
 repeat themselves and that are training texts word for word. A later way must lead an earlier one by MARGIN, since the
-earlier interferes less. Beam search is not among the ways: a service that writes token by token has none.
+earlier interferes less. Beam search is not among the ways: a service that writes token by token has none. Nor is a least length:
+a model that may not end its text after a short sentence goes on with another prompt ("User: ... Rating: ...").
 """
 
 from collections.abc import Callable
@@ -40,20 +41,16 @@ DETAIL = "decoding"
 """Name of the table in the manifest's details."""
 
 
-def ways(configured: GenerationConfig, usual_length: int) -> dict[str, GenerationConfig]:
+def ways(configured: GenerationConfig) -> dict[str, GenerationConfig]:
     """The ways that are tried, by name.
 
     Args:
         configured: how the config says; what it says of lengths and batches holds for all.
-        usual_length: tokens that three quarters of the training texts have at least.
     """
-    least = {"min_new_tokens": max(min(usual_length, configured.max_new_tokens), configured.min_new_tokens)}
     changes: dict[str, dict[str, Any]] = {
         "as configured": {},
         "no triple twice": {"no_repeat_ngram": 3},
         "penalty": {"no_repeat_ngram": 3, "repetition_penalty": 1.1},
-        "usual length": {"no_repeat_ngram": 3} | least,
-        "usual length, penalty": {"no_repeat_ngram": 3, "repetition_penalty": 1.1} | least,
         "sampled": {"no_repeat_ngram": 3, "temperature": 0.7, "top_p": 0.9},
     }
     return {name: configured.model_copy(update=change) for name, change in changes.items()}
@@ -74,7 +71,7 @@ def choose_decoding(
         return None
     place, generation = writing_device(None, gpu=config.runtime.gpu), config.generation
     explainer = ExplanationGenerator.load(stage2, place, generation.dtype, generation.quantize)
-    tried = ways(config.generation, _usual_length(explainer, dataset))
+    tried = ways(config.generation)
     judge = _Judge(dataset, rows, config.seed)
     requests, table = requests_of(rows, "given"), {}
     for number, (name, generation) in enumerate(tried.items()):
@@ -146,12 +143,6 @@ class _Judge:
 def _mean(values: np.ndarray) -> float:
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else 0.0
-
-
-def _usual_length(explainer: ExplanationGenerator, dataset: Dataset) -> int:
-    texts = [text for text in dataset.table("train", ["text"])["text"].to_pylist() if text and text.strip()]
-    sample = texts[:: max(1, len(texts) // 2000)]
-    return int(np.quantile([len(answer) for answer in explainer.builder.answers(sample)], 0.25))
 
 
 def _keep(stage2: Path, manifest: Manifest, chosen: GenerationConfig, details: dict[str, Any]) -> None:

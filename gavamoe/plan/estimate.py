@@ -27,7 +27,8 @@ from gavamoe.plan.work import (
     stage1_traffic,
     step_traffic,
 )
-from gavamoe.stage2.tokenized_rows import encode_rows, prompt_builder, rows_with_text
+from gavamoe.stage2.clear_texts import training_rows
+from gavamoe.stage2.tokenized_rows import encode_rows, prompt_builder
 
 SAMPLE = 2000
 """Rows that are tokenized to measure the mean lengths of prompts and answers."""
@@ -101,7 +102,7 @@ def measure_dataset(
         lengths: mean tokens of prompt and answer to return where the base model's tokenizer can't be loaded.
     """
     data = open_dataset(dataset)
-    rows = rows_with_text(data, "train")
+    rows = training_rows(config, data)
     chosen = np.sort(np.random.default_rng(config.seed).permutation(rows)[:SAMPLE])
     try:
         builder = prompt_builder(config, data)

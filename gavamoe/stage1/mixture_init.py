@@ -64,14 +64,24 @@ def cluster_users(
     sample = np.random.default_rng([seed, 2]).permutation(users)[:SAMPLE]
     by_ratings = _fit(points[np.sort(sample)], config, seed).predict_proba(points)
     if words is None:
-        return by_ratings
+        return _by_first_user(by_ratings)
     coordinates = words.coordinates(seed)
     starts = [by_ratings]
     for restart in range(config.mixture_restarts if coordinates.shape[1] else 0):
         labels = KMeans(config.clusters, n_init=1, random_state=seed + restart).fit_predict(coordinates)
         starts.append(_START_SHARE * np.eye(config.clusters)[labels] + (1 - _START_SHARE) / config.clusters)
     found = [_em(points, rating_weight, words, shares_UK, config.word_evidence) for shares_UK in starts]
-    return max(found, key=lambda each: each[0])[1]
+    return _by_first_user(max(found, key=lambda each: each[0])[1])
+
+
+def _by_first_user(shares_UK: np.ndarray) -> np.ndarray:
+    """The clusters in the order of their first users: a fit numbers them by rounding errors, which differ between
+    processors and numbers of threads."""
+    users, clusters = shares_UK.shape
+    likeliest = shares_UK.argmax(axis=1)
+    first = np.full(clusters, users)
+    np.minimum.at(first, likeliest, np.arange(users))
+    return shares_UK[:, np.argsort(first, kind="stable")]
 
 
 def _em(

@@ -9,6 +9,7 @@
     joint_model       both stages around shared embeddings (Eq. 13)
     batches           tokenized rows, their order, tensors
     tokenized_rows    a dataset's rows as token ids
+    clear_texts       the training rows whose texts say their rating
     token_cache       the same, made once, beside the dataset
     training_engines  DeepSpeed or plain torch behind one interface
     expert_movement   whether the routed experts learn

@@ -47,6 +47,10 @@ class Ragged:
         values = np.concatenate([part.values for part in parts])
         return cls(values, np.concatenate([np.zeros(1, np.int64), lengths.cumsum()]))
 
+    def take(self, rows: np.ndarray) -> "Ragged":
+        """Copies of the given sequences, in that order."""
+        return Ragged.pack([self[int(row)] for row in rows])
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

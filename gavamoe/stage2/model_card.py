@@ -71,14 +71,15 @@ def _write_clusters(folder: Path, config: RunConfig, setup: Setup, vae_gmm: VaeG
 
 
 def single_authors(setup: Setup) -> SingleAuthors:
-    """The training texts of one user each: as they were written, and those that are longer than the model learns as it
-    learned them too."""
-    rows = setup.data.table("train", ["user", "text"]).take(rows_with_text(setup.data, "train"))
-    texts, users = rows["text"].to_pylist(), rows["user"].to_numpy()
+    """The training texts of one user each, learned or not (prompts may quote them): as they were written, and those
+    that are longer than the model learns as it learned them too."""
+    table, rows = setup.data.table("train", ["user", "text"]), rows_with_text(setup.data, "train")
+    texts, users = table["text"].take(rows).to_pylist(), table["user"].to_numpy()
     answers = setup.train.answers
     cut = np.flatnonzero(answers.lengths == setup.spec.prompt.max_explanation_tokens)
     learned = [clean_text(setup.tokenizer, answers[int(row)].tolist()) for row in cut]
-    return SingleAuthors.of_texts(texts + learned, np.concatenate([users, users[cut]]).tolist())
+    authors = np.concatenate([users[rows], users[setup.train_rows[cut]]])
+    return SingleAuthors.of_texts(texts + learned, authors.tolist())
 
 
 def model_card(config: RunConfig, setup: Setup, metrics: dict[str, Any]) -> str:

@@ -24,13 +24,13 @@ from gavamoe.stage1.route_overrides import RouteControl
 from gavamoe.stage1.routes import ROUTES_FILE, Routes, read_routes
 from gavamoe.stage1.vae_gmm import VaeGmm
 from gavamoe.stage2.batches import TextRows
+from gavamoe.stage2.clear_texts import training_rows
 from gavamoe.stage2.joint_model import JointModel
 from gavamoe.stage2.preflight import check_positions
 from gavamoe.stage2.token_cache import read_cache
 from gavamoe.stage2.tokenized_rows import (
     encode_rows,
     rating_scale,
-    rows_with_text,
     tokenizer_texts,
     usual_features,
     validation_rows,
@@ -54,7 +54,9 @@ class Setup:
     spec: PromptSpec
     """How prompts are built; saved with the artifact."""
     train: TextRows
-    """Tokenized training rows with a text."""
+    """Tokenized training rows with a text, or the clearest of them (`stage2.clear_share`)."""
+    train_rows: np.ndarray
+    """Their row numbers in the training split, ascending: int64."""
     valid: TextRows
     """Tokenized validation rows with a text, at most `validation_rows`, chosen by the seed."""
     routed: dict[str, Split]
@@ -95,7 +97,7 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path, *, empty_weights: bo
         usual_features=usual_features(data, config.stage2.prompt.max_features),
     )
     builder = PromptBuilder(tokenizer, explainer.slots, spec.prompt, spec.scale)
-    chosen = {"train": rows_with_text(data, "train"), "valid": validation_rows(config, data)}
+    chosen = {"train": training_rows(config, data), "valid": validation_rows(config, data)}
     arrays = {split: data.arrays(split) for split in chosen}
     routed = {split: (arrays[split].user[rows], arrays[split].item[rows]) for split, rows in chosen.items()}
     control = RouteControl.of(config, data)
@@ -106,6 +108,7 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path, *, empty_weights: bo
         tokenizer=tokenizer,
         spec=spec,
         train=read_cache(data, builder, chosen["train"]) or encode_rows(builder, data, "train", chosen["train"]),
+        train_rows=chosen["train"],
         valid=encode_rows(builder, data, "valid", chosen["valid"]),
         routed=routed,
         clusters={

@@ -111,21 +111,24 @@ def encode_part(context: Context, builder: PromptBuilder, dataset: Path, rows: n
 
 
 def read_cache(data: Dataset, builder: PromptBuilder, rows: np.ndarray) -> TextRows | None:
-    """The given training rows from the cache; None where it is missing, damaged, or of other rows."""
+    """The given training rows (ascending) from the cache; None where it is damaged, or lacks one of them."""
     if data.size("train") < WORTHWHILE:
         return None
     folder = cache_folder(data, builder)
     try:
-        files = _check(folder, len(rows))
+        files = _check(folder)
         tables = [pq.read_table(folder / name, schema=_SCHEMA) for name in files]
     except (OSError, InputError, pa.ArrowException):
         return None
     table = pa.concat_tables(tables)
-    if not np.array_equal(table["row"].to_numpy(), rows):
+    cached = table["row"].to_numpy()
+    places = np.searchsorted(cached, rows)
+    if len(rows) > len(cached) or not np.array_equal(cached[np.minimum(places, len(cached) - 1)], rows):
         return None
     _touch(folder)
     prompts, answers = (_from_arrow(table[name]) for name in ("prompt", "answer"))
-    return TextRows(prompts, answers)
+    whole = TextRows(prompts, answers)
+    return whole if len(rows) == len(cached) else TextRows(prompts.take(places), answers.take(places))
 
 
 def cache_folder(data: Dataset, builder: PromptBuilder) -> Path:
@@ -153,15 +156,15 @@ def _is_whole(folder: Path, rows: int) -> bool:
     return True
 
 
-def _check(folder: Path, rows: int) -> Sequence[str]:
-    """Names of the parts, in order, each of the content that was written.
+def _check(folder: Path, rows: int | None = None) -> Sequence[str]:
+    """Names of the parts, in order, each of the content that was written; `rows` None: of any number of rows.
 
     Raises:
         InputError, OSError: something is missing, damaged, or of another version.
     """
     path = folder / _MANIFEST
     manifest = validated(_Manifest, read_json(path), path, "the list of a token cache")
-    if (manifest.version, manifest.rows) != (VERSION, rows):
+    if manifest.version != VERSION or rows not in (None, manifest.rows):
         raise InputError(f"{path}: belongs to another version or to other rows")
     damage = find_damage(folder, {name: FileEntry(sha256=recorded) for name, recorded in manifest.files.items()})
     if damage is not None:

@@ -34,7 +34,7 @@ def run(torch_run: Trained, planted: Dataset, tmp_path: Path) -> Path:
 
 def scores(monkeypatch: pytest.MonkeyPatch, best: str) -> None:
     """Have the way of that name score best, without writing."""
-    order = iter(ways(CONFIG.generation, 1))
+    order = iter(ways(CONFIG.generation))
     monkeypatch.setattr(ExplanationGenerator, "explain", lambda *_, **__: [])
     monkeypatch.setattr(decoding_choice._Judge, "scores", lambda *_: {"score": float(next(order) == best)})
 
@@ -56,16 +56,14 @@ def test_the_best_way_is_kept_and_read_by_all(run: Path, planted: Dataset, monke
 
 
 @pytest.mark.parametrize(
-    ("lead", "chosen"), [(decoding_choice.MARGIN / 2, "as configured"), (decoding_choice.MARGIN * 2, "usual length")]
+    ("lead", "chosen"), [(decoding_choice.MARGIN / 2, "as configured"), (decoding_choice.MARGIN * 2, "penalty")]
 )
 def test_a_later_way_must_lead_by_more_than_chance(
     lead: float, chosen: str, run: Path, planted: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = iter(ways(CONFIG.generation, 1))
+    order = iter(ways(CONFIG.generation))
     monkeypatch.setattr(ExplanationGenerator, "explain", lambda *_, **__: [])
-    monkeypatch.setattr(
-        decoding_choice._Judge, "scores", lambda *_: {"score": 1.5 + lead * (next(order) == "usual length")}
-    )
+    monkeypatch.setattr(decoding_choice._Judge, "scores", lambda *_: {"score": 1.5 + lead * (next(order) == "penalty")})
     choose_decoding(run / "stage2", CONFIG, planted)
     assert read_manifest(run / "stage2", "stage2").details["decoding"]["chosen"] == chosen
 
@@ -74,7 +72,7 @@ def test_texts_are_judged_by_all_parts(run: Path, planted: Dataset) -> None:
     done: list[tuple[int, int]] = []
     choose_decoding(run / "stage2", CONFIG, planted, lambda *counts: done.append(counts))
     tried = json.loads((run / "stage2" / MANIFEST).read_text())["details"]["decoding"]["tried"]
-    assert list(tried) == list(ways(CONFIG.generation, 1))
+    assert list(tried) == list(ways(CONFIG.generation))
     assert done[-1] == (len(tried), len(tried))
     for parts in tried.values():
         plus = parts["rouge_l"] + parts["feature_recall"] + parts["sentiment_balanced"]
@@ -89,9 +87,9 @@ def test_without_the_wish_a_run_keeps_its_settings(run: Path, planted: Dataset) 
 
 def test_lengths_of_the_config_hold_for_all_ways() -> None:
     configured = GenerationConfig(max_new_tokens=20, min_new_tokens=3, batch_size=5)
-    for way in ways(configured, 50).values():
+    for way in ways(configured).values():
         assert (way.max_new_tokens, way.batch_size, way.beams) == (20, 5, 1)
-        assert 3 <= way.min_new_tokens <= 20
+        assert way.min_new_tokens == 3
 
 
 def test_repeats_are_of_four_words() -> None:

@@ -73,8 +73,10 @@ def test_an_evaluation_loads_the_model_where_the_run_says(
     gpus(monkeypatch, 1)
     asked: list[tuple[str, str]] = []
 
-    def load(folder: Path, device: str = "cpu", dtype: str = "auto") -> ExplanationGenerator:
-        del folder
+    def load(
+        folder: Path, device: str = "cpu", dtype: str = "auto", quantize: str | None = None
+    ) -> ExplanationGenerator:
+        del folder, quantize
         asked.append((device, dtype))
         raise InputError("far enough")
 

@@ -4,7 +4,8 @@ import sys
 import pytest
 
 PAGES = """
-import resource, sys
+import ctypes, resource, sys
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a page is 4 KiB here as well where huge ones are usual
 from gavamoe.runtime.host_memory import keep_freed_memory
 import torch
 if sys.argv[1] == "keep" and not keep_freed_memory():

@@ -192,7 +192,7 @@ def test_training_stops_when_patience_is_over(tiny_dataset: Path, tmp_path: Path
 
 def test_implicit_data_train_with_sampled_negatives(implicit_dataset: Path, tmp_path: Path) -> None:
     metrics = train_stage1(
-        tiny_stage1(epochs=4, batch_size=64, learning_rate=3e-3), implicit_dataset, tmp_path / "stage1", LocalContext()
+        tiny_stage1(epochs=8, batch_size=64, learning_rate=3e-3), implicit_dataset, tmp_path / "stage1", LocalContext()
     )
     model, _ = load_stage1(tmp_path / "stage1")
     assert model.likelihood == "bernoulli"

@@ -66,6 +66,14 @@ def test_the_cache_has_the_rows_that_would_be_made(dataset: Path) -> None:
     assert [path.name for path in (dataset / "tokens").iterdir()] == [folder.name]
 
 
+def test_some_of_the_cached_rows_can_be_read(dataset: Path) -> None:
+    fill_cache(config(), dataset, in_order)
+    data = open_dataset(dataset)
+    builder, rows = prompt_builder(config(), data), rows_with_text(data, "train")[5::7]
+    assert same(read_cache(data, builder, rows), encode_rows(builder, data, "train", rows))
+    assert read_cache(data, builder, np.array([data.size("train")])) is None
+
+
 def test_a_second_run_makes_nothing(dataset: Path) -> None:
     fill_cache(config(), dataset, in_order)
 
