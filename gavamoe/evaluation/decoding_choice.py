@@ -9,8 +9,8 @@ negative, and chance would choose.
 A way's score is the sum of what a reader wants of the texts, each from 0 to 1: nearness to the references (ROUGE-L),
 given features that are named, agreement with the rating (the mean over sentiments), less the shares of texts that
 repeat themselves and that are training texts word for word. A later way must lead an earlier one by MARGIN, since the
-earlier interferes less. Beam search is not among the ways: a service that writes token by token has none. Nor is a least length:
-a model that may not end its text after a short sentence goes on with another prompt ("User: ... Rating: ...").
+earlier interferes less. Beam search is not among the ways: a service that writes token by token has none. Nor is a least
+length: a model that may not end its text after a short sentence goes on with another prompt ("User: ... Rating: ...").
 """
 
 from collections.abc import Callable

@@ -49,7 +49,7 @@ class Ragged:
 
     def take(self, rows: np.ndarray) -> "Ragged":
         """Copies of the given sequences, in that order."""
-        return Ragged.pack([self[int(row)] for row in rows])
+        return Ragged.pack([self[int(row)].tolist() for row in rows])
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
