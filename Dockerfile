@@ -9,33 +9,31 @@
 #   docker build --target serve --tag gavamoe-serve .
 #   docker run --rm -p 8000:8000 -v $PWD/runs:/runs:ro -e GAVAMOE_API_KEYS gavamoe-serve      serves runs/quickstart
 #
-# On GPUs: --gpus all. PyPI's torch brings its CUDA libraries. DeepSpeed compiles its CPU Adam
-# (stage2.offload_optimizer) with nvcc: build on a base that has it,
-# --build-arg BASE=nvidia/cuda:12.8.1-devel-ubuntu24.04.
+# On GPUs: --gpus all, with a driver of 580 or newer: PyPI's torch 2.13 brings the libraries of CUDA 13. Nothing here
+# needs nvcc.
 #
 # A tag can be moved to other content. `docker buildx imagetools inspect python:3.11-slim-bookworm` prints the digest of
 # what it names today: --build-arg BASE=python:3.11-slim-bookworm@sha256:... builds on exactly that.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE} AS base
 
-# wget: KubeRay asks by it whether a pod is well. Debian's and Ubuntu's own Python lacks venv.
+# wget: KubeRay asks by it whether a pod is well.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends wget \
-    && (python3 -c "import ensurepip" || apt-get install --yes --no-install-recommends python3 python3-venv) \
     && rm -rf /var/lib/apt/lists/*
 
-# Ubuntu's images have a user of that number already.
-RUN (userdel --remove ubuntu || true) \
-    && useradd --create-home --uid 1000 gavamoe \
-    && mkdir /opt/gavamoe && chown gavamoe:gavamoe /opt/gavamoe
+# The profile: Ray's cluster launcher and KubeRay start their commands in a login shell, in which /etc/profile sets PATH
+# anew.
+RUN useradd --create-home --uid 1000 gavamoe \
+    && mkdir /opt/gavamoe && chown gavamoe:gavamoe /opt/gavamoe \
+    && echo 'export PATH=/opt/gavamoe/.venv/bin:$PATH' > /etc/profile.d/gavamoe.sh
 WORKDIR /opt/gavamoe
 
 
 # Every package as a wheel, made from files whose SHA-256 constraints.hashes.txt has: the stages below install from them
 # alone. Before the code, which changes more often.
 FROM base AS wheels
-RUN apt-get update && apt-get install --yes --no-install-recommends g++ make \
-    && (test -x /usr/local/bin/python3 || apt-get install --yes --no-install-recommends python3-dev)
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ make
 COPY Makefile constraints.hashes.txt ./
 RUN make wheels WHEELS=/wheels PYTHON=python3
 
@@ -67,7 +65,6 @@ FROM base AS full
 # chromium: the tests of the service's page; they are left out where it is missing.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ git make rsync openssh-client chromium \
-    && (test -x /usr/local/bin/python3 || apt-get install --yes --no-install-recommends python3-dev) \
     && rm -rf /var/lib/apt/lists/*
 USER gavamoe
 COPY --chown=gavamoe:gavamoe constraints.txt ./

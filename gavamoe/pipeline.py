@@ -217,7 +217,7 @@ def _choose_decoding(config: RunConfig, dataset: Dataset, run: RunFolder, progre
     from gavamoe.evaluation.decoding_choice import choose_decoding
 
     progress.step("Choose how to write, on validation rows")
-    choose_decoding(run.stage2, config, dataset, progress.count)
+    choose_decoding(run.path, config, dataset, progress.count)
     remote.commit(run.path)
 
 

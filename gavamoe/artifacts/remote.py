@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from gavamoe.artifacts.checksums import (
@@ -282,6 +283,16 @@ def with_uris(text: str) -> str:
     except InputError:  # no home, so no staging folders
         return text
     return re.sub(f"{cache}/[0-9a-f]{{20}}/{_HERE}", uri_of, text)
+
+
+def portable(value: Any) -> Any:
+    """A staged path as a place that other machines can fetch; anything else as it is."""
+    return (stored_path(value) or value) if isinstance(value, Path) else value
+
+
+def here(value: Any) -> Any:
+    """What `portable` made of a value, on this machine."""
+    return local_path(value) if isinstance(value, StoredPath) else value
 
 
 def local_path(stored: StoredPath) -> Path:

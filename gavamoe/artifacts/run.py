@@ -64,6 +64,11 @@ class RunFolder:
         return self.path / "evaluation"
 
     @property
+    def texts_under_way(self) -> Path:
+        """What an evaluation has written that has not come to its end."""
+        return self.path / ".evaluation"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

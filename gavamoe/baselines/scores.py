@@ -6,10 +6,10 @@ from typing import Any
 from gavamoe.artifacts.run import open_run
 from gavamoe.baselines.writing import BaselineWriter
 from gavamoe.errors import InputError
-from gavamoe.evaluation.evaluate import Scored, evaluate_run, score_run
+from gavamoe.evaluation import evaluate
+from gavamoe.evaluation.evaluate import Scored
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.model.quantized import Quantization
-from gavamoe.runtime.progress import OnProgress
 
 
 def load_writer(
@@ -28,31 +28,13 @@ def load_writer(
     return BaselineWriter.load(opened.baseline, device)
 
 
-def evaluate_any(
-    run: Path,
-    *,
-    split: str = "test",
-    dataset: Path | None = None,
-    device: str | None = None,
-    on_progress: OnProgress | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Evaluate a trained run and write its evaluation/ folder; see `evaluation.evaluate.evaluate_run`.
+def load_scored(run: Path, dtype: str, bits: Quantization, device: str) -> Scored:
+    """What is evaluated of a run; a baseline has neither gates nor slots, so none are probed and no losses are read."""
+    if open_run(run).config.system == "gavamoe":
+        return evaluate.load_scored(run, dtype, bits, device)
+    return Scored(load_writer(run, dtype, bits, device))
 
-    A baseline has neither gates nor slots, so gates are not probed and row losses are not read.
-    """
-    from gavamoe.generation.placement import writing_device
 
-    opened = open_run(run)
-    if opened.config.system == "gavamoe":
-        return evaluate_run(run, split=split, dataset=dataset, device=device, on_progress=on_progress, **options)
-    place = writing_device(device, gpu=opened.config.runtime.gpu)
-    bits: Quantization = options.get("quantize") or "none"
-    return score_run(
-        opened,
-        lambda: Scored(load_writer(run, bits=bits, device=place)),
-        split=split,
-        dataset=dataset,
-        on_progress=on_progress,
-        **options,
-    )
+def evaluate_any(run: Path, **options: Any) -> dict[str, Any]:
+    """Evaluate a trained run and write its evaluation/ folder; see `evaluation.evaluate.evaluate_run`."""
+    return evaluate.evaluate_run(run, load=load_scored, **options)

@@ -26,7 +26,6 @@ def submit(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A variable for the job; others can read it."),
     ] = None,
-    driver_gpus: Annotated[float, typer.Option(min=0, help="GPUs for the script itself: evaluate computes in it.")] = 0,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log until the job ends.")] = True,
 ) -> None:
     """Run a step on a Ray cluster, with the arguments that its command takes here, and follow its log.
@@ -44,7 +43,7 @@ def submit(
         raise InputError(f"{step}: no such step; there are {', '.join(STEPS)}")
     environment = pairs_of("--env", env) or {}
     jobs = Jobs(address)
-    job = jobs.submit(step, context.args, environment, gpus=driver_gpus)
+    job = jobs.submit(step, context.args, environment)
     console.print(f"job: {job}", markup=False)
     at = f" --address {address}" if address else ""
     console.print(f"log: gavamoe jobs logs {job}{at}    end it: gavamoe jobs stop {job}{at}", markup=False)

@@ -15,6 +15,7 @@ from gavamoe.cli.options import (
     RunPath,
     ScoreStyle,
     Set,
+    Workers,
     local_path,
     name_of,
     run_folder,
@@ -43,10 +44,11 @@ def evaluate(
     ] = None,
     dataset: DatasetOfRun = None,
     device: Device = None,
+    workers: Workers = None,
     quantize: Quantize = None,
     json_output: Json = False,
 ) -> None:
-    """Write explanations for a split and score them."""
+    """Write explanations for a split and score them. What a run that was cut off has written is not written again."""
     from gavamoe.cli.output import scores
     from gavamoe.cli.terminal import TerminalProgress
     from gavamoe.pipeline import evaluate_and_report
@@ -65,6 +67,7 @@ def evaluate(
             bertscore_layer=bertscore_layer,
             row_losses=row_losses,
             device=device,
+            workers=workers,
             quantize=quantize,
         )
     scores.print_evaluation(metrics, run, as_json=json_output)

@@ -19,6 +19,14 @@ Device = Annotated[
     str | None,
     typer.Option(help="cpu, cuda or cuda:N, to write on; default: a GPU if the run trained on one and one is here."),
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Ray workers that write side by side; 0: this process alone. Default: 0, or with RAY_ADDRESS as many as"
+        " the run trained on.",
+    ),
+]
 Quantize = Annotated[
     str | None,
     typer.Option(help="int8, int4: fewer bytes to read for each token, on a CPU; or none. Default: the run's."),

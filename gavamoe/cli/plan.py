@@ -12,7 +12,7 @@ _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB
 
 
 def plan(
-    config: Annotated[str, typer.Argument(help="Config file, or a preset: quickstart, smollm2, gpt2, paper.")],
+    config: Annotated[str, typer.Argument(help="Config file, or a preset: quickstart, reviews, smollm2, gpt2, paper.")],
     dataset: Annotated[
         Path | None,
         typer.Option(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gavamoe.cli.options import DatasetOfRun, Device, Json, Quantize, RunPath, Set, counts_of
+from gavamoe.cli.options import DatasetOfRun, Device, Json, Quantize, RunPath, Set, Workers, counts_of
 from gavamoe.errors import InputError
 
 if TYPE_CHECKING:
@@ -144,9 +144,7 @@ def explain(
         Path | None, typer.Option(metavar="FILE", help="Where the texts of --requests go: .parquet, .jsonl or .csv.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="With --requests: go on where it was interrupted.")] = False,
-    workers: Annotated[
-        int, typer.Option(min=0, help="With --requests: Ray workers that write side by side; 0: this process alone.")
-    ] = 0,
+    workers: Workers = None,
     overrides: Set = None,
     seed: Annotated[int, typer.Option(min=0, help="For sampling; greedy by default.")] = 0,
     stream: Annotated[
@@ -166,7 +164,7 @@ def explain(
     """
     from gavamoe.artifacts.run import open_run
     from gavamoe.config.files import override_config
-    from gavamoe.generation.placement import writing_device
+    from gavamoe.generation.placement import writing_device, writing_workers
 
     if requests is not None:
         if out is None:
@@ -196,7 +194,7 @@ def explain(
             out,
             config,
             place,
-            workers=workers,
+            workers=writing_workers(config.runtime, workers, device),
             seed=seed,
             resume=resume,
             as_json=json_output,
@@ -267,20 +265,22 @@ def _explain_file(
     as_json: bool,
 ) -> None:
     import time
-    from contextlib import nullcontext
+    from contextlib import ExitStack
 
     from gavamoe.artifacts.manifest import read_manifest
     from gavamoe.baselines.scores import load_writer
     from gavamoe.baselines.writing import BaselineWriter
     from gavamoe.cli.terminal import TerminalProgress, console, print_json
+    from gavamoe.generation.batch.blocks import written_by, written_here
     from gavamoe.generation.batch.request_file import RequestFile, RequestRow, as_request
-    from gavamoe.generation.batch.text_file import output_form, write_texts, written_by_workers, written_here
+    from gavamoe.generation.batch.text_file import output_form, write_texts
     from gavamoe.generation.request import ExplanationRequest, RequestFiller
+    from gavamoe.runtime.ray_pool import BlockPool
     from gavamoe.runtime.ray_train import ray_session
 
     output_form(out)
     generation, placement, own = config.generation, config.runtime, run.config.system == "gavamoe"
-    with TerminalProgress() as progress, ray_session(placement) if workers else nullcontext():
+    with TerminalProgress() as progress, ExitStack() as stack:
         progress.step("Read the run")
         # The language model is read where it writes: with workers, not here.
         checks = RequestFiller.load(run.stage2) if own else BaselineWriter.load(run.baseline)
@@ -293,9 +293,11 @@ def _explain_file(
         source = RequestFile.open(requests, lambda row: checks.check(to_request(row)))
         arguments: dict[str, Any] = {"run": run.path.absolute(), "dtype": generation.dtype, "bits": generation.quantize}
         if workers:
-            write = written_by_workers(load_writer, arguments, generation, workers, placement)
+            stack.enter_context(ray_session(placement))
+            pool = BlockPool(load_writer, arguments, workers=workers, placement=placement)
+            write = written_by(stack.enter_context(pool))
         else:
-            write = written_here(load_writer(**arguments, device=device), generation)
+            write = written_here(load_writer(**arguments, device=device))
         progress.step("Write texts")
         started, first = time.monotonic(), -1
 

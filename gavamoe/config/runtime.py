@@ -24,6 +24,9 @@ class RuntimeConfig(Section):
     min_workers: Count = 0
     """Smallest number of workers with which stage 1 continues when machines are lost; it takes more when they come. 0:
     it waits for all. Stage 2 always waits: DeepSpeed's checkpoints belong to a number of workers."""
+    collective_minutes: Positive = 30
+    """Minutes that workers wait for each other in a step; then training fails. Where one worker sets up alone, as the
+    clusters of many users at the start of stage 1's second part, the others wait for it."""
     wait_minutes: Positive = 4
     """Minutes that workers may take to start, also on machines that an autoscaler first has to get; then training
     fails."""

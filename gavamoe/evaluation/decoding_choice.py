@@ -9,10 +9,12 @@ negative, and chance would choose.
 A way's score is the sum of what a reader wants of the texts, each from 0 to 1: nearness to the references (ROUGE-L),
 given features that are named, agreement with the rating (the mean over sentiments), less the shares of texts that
 repeat themselves and that are training texts word for word. A later way must lead an earlier one by MARGIN, since the
-earlier interferes less. Beam search is not among the ways: a service that writes token by token has none. Nor is a least
-length: a model that may not end its text after a short sentence goes on with another prompt ("User: ... Rating: ...").
+earlier interferes less. Beam search is not among the ways: a service that writes token by token has none. Nor is a
+least length: a model that may not end its text after a short sentence goes on with another prompt ("User: ...
+Rating: ...").
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,16 +23,17 @@ import numpy as np
 
 from gavamoe.artifacts.files import read_json, write_json
 from gavamoe.artifacts.manifest import MANIFEST, Manifest, read_manifest
+from gavamoe.artifacts.run import RunFolder
 from gavamoe.config.schema import GenerationConfig, RunConfig
 from gavamoe.data.dataset import Dataset
+from gavamoe.evaluation.evaluate import open_writer
 from gavamoe.evaluation.faithfulness.features import Mentions, feature_set
 from gavamoe.evaluation.faithfulness.measure import repeats_itself
 from gavamoe.evaluation.faithfulness.memorization import TrainingTexts
 from gavamoe.evaluation.faithfulness.sentiment import SentimentReader, agreement, by_sentiment, reader_of
+from gavamoe.evaluation.kept_texts import KeptTexts
 from gavamoe.evaluation.metrics.text_scores import aggregate, measure
 from gavamoe.evaluation.rows import EvaluatedRows, requests_of, select_rows
-from gavamoe.generation.generator import ExplanationGenerator
-from gavamoe.generation.placement import writing_device
 from gavamoe.stage2.tokenized_rows import rating_scale
 
 ROWS = 96
@@ -57,30 +60,31 @@ def ways(configured: GenerationConfig) -> dict[str, GenerationConfig]:
 
 
 def choose_decoding(
-    stage2: Path, config: RunConfig, dataset: Dataset, on_progress: Callable[[int, int], None] | None = None
+    run: Path, config: RunConfig, dataset: Dataset, on_progress: Callable[[int, int], None] | None = None
 ) -> GenerationConfig | None:
-    """Try every way, and keep the best with the stage-2 artifact; None where no validation row has a text.
+    """Try every way, and keep the best with the run's stage-2 artifact; None where no validation row has a text.
 
     A choice that was made stays: called again, it is returned.
     """
+    stage2 = RunFolder(run).stage2
     manifest = read_manifest(stage2, "stage2", verify=False)
     if DETAIL in manifest.details:
         return GenerationConfig.model_validate(manifest.config["generation"])
     rows = _rows(dataset, config.seed)
     if not any(text.strip() for text in rows.references):
         return None
-    place, generation = writing_device(None, gpu=config.runtime.gpu), config.generation
-    explainer = ExplanationGenerator.load(stage2, place, generation.dtype, generation.quantize)
     tried = ways(config.generation)
     judge = _Judge(dataset, rows, config.seed)
-    requests, table = requests_of(rows, "given"), {}
-    for number, (name, generation) in enumerate(tried.items()):
-        texts = [written.text for written in explainer.explain(requests, generation, seed=config.seed)]
-        table[name] = judge.scores(texts)
-        if on_progress is not None:
-            on_progress(number + 1, len(tried))
+    requests, table, kept = requests_of(rows, "given"), {}, RunFolder(run).texts_under_way
+    with open_writer(run.absolute(), config) as (writer, _, _):
+        for number, (name, generation) in enumerate(tried.items()):
+            texts = KeptTexts(writer, kept, manifest.fingerprint).explain(requests, generation, seed=config.seed)
+            table[name] = judge.scores([written.text for written in texts])
+            if on_progress is not None:
+                on_progress(number + 1, len(tried))
     best = _best({name: scores["score"] for name, scores in table.items()})
     _keep(stage2, manifest, tried[best], {"rows": len(rows.references), "chosen": best, "tried": table})
+    shutil.rmtree(kept, ignore_errors=True)
     return tried[best]
 
 

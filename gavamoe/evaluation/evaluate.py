@@ -4,12 +4,14 @@ Reads a run's stage1/ and stage2/ and its dataset; writes evaluation/ with metri
 file of texts for each protocol and, if asked for, one of losses. Text is made by `ExplanationGenerator`, as in serving.
 """
 
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,13 +19,14 @@ import pyarrow.parquet as pq
 
 from gavamoe.artifacts.files import write_folder, write_json
 from gavamoe.artifacts.manifest import read_manifest, write_manifest
-from gavamoe.artifacts.run import METRICS_FILE, Run, open_run
+from gavamoe.artifacts.run import METRICS_FILE, open_run
 from gavamoe.config.files import parse_config
 from gavamoe.config.schema import GenerationConfig, RunConfig
-from gavamoe.data.dataset import Dataset, dataset_of_run
+from gavamoe.data.dataset import Dataset, dataset_of_run, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluation.faithfulness.features import feature_set
 from gavamoe.evaluation.faithfulness.measure import Gates, Written, measure_faithfulness
+from gavamoe.evaluation.kept_texts import KeptTexts
 from gavamoe.evaluation.losses.row_losses import RowLosses
 from gavamoe.evaluation.metrics.bertscore import BertScore, bert_score
 from gavamoe.evaluation.metrics.text_scores import RowStatistics, aggregate, count, measure
@@ -39,28 +42,20 @@ from gavamoe.evaluation.rows import (
     summary_of,
 )
 from gavamoe.evaluation.significance import intervals, not_better
+from gavamoe.generation.batch.blocks import Writer
+from gavamoe.model.quantized import Quantization
 from gavamoe.runtime.progress import OnProgress
 from gavamoe.stage1.routes import ROUTES_FILE
 
 if TYPE_CHECKING:
+    from gavamoe.evaluation.faithfulness.gates import GateProbe
     from gavamoe.generation.generator import Explanation
     from gavamoe.generation.request import ExplanationRequest
+    from gavamoe.runtime.ray_pool import BlockPool
 
 GENERATIONS_FILE = "generations.parquet"
 PREDICTED_FILE = "generations_predicted.parquet"
 """Texts of the second protocol, where both were evaluated."""
-
-
-class Writer(Protocol):
-    """What evaluation needs of `ExplanationGenerator`."""
-
-    def explain(
-        self,
-        requests: "Sequence[ExplanationRequest]",
-        generation: GenerationConfig,
-        seed: int = 0,
-        on_progress: OnProgress | None = None,
-    ) -> "list[Explanation]": ...
 
 
 @dataclass(frozen=True)
@@ -93,45 +88,9 @@ class _WrittenTexts:
         return [explanation.text for explanation in self.explanations]
 
 
-def evaluate_run(
-    run: Path,
-    *,
-    split: str = "test",
-    dataset: Path | None = None,
-    device: str | None = None,
-    on_progress: OnProgress | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Evaluate a trained run and write its evaluation/ folder, replacing an earlier one.
-
-    Args:
-        options: fields of the config's `evaluation` section, and `quantize` of `generation`; None leaves the config's
-            own.
-        dataset: where the run's dataset is now, if it moved.
-        device: torch device to write on; None: a GPU if the run trains on one and one is here, else the CPU.
-
-    Raises:
-        InputError: not a trained run, another dataset than it was trained on, or an impossible option or device.
-    """
-    from gavamoe.evaluation.faithfulness.gates import measure_gates
-    from gavamoe.evaluation.losses.measure import measure_row_losses
-    from gavamoe.generation.generator import ExplanationGenerator
-    from gavamoe.generation.placement import writing_device
-
-    opened = open_run(run)
-    place = writing_device(device, gpu=opened.config.runtime.gpu)
-
-    def load() -> Scored:
-        generation = _configured(opened.config, **options).generation
-        explainer = ExplanationGenerator.load(opened.stage2, place, generation.dtype, generation.quantize)
-        return Scored(explainer, partial(measure_gates, explainer), partial(measure_row_losses, explainer))
-
-    return score_run(opened, load, split=split, dataset=dataset, on_progress=on_progress, **options)
-
-
 @dataclass(frozen=True)
 class Scored:
-    """What is evaluated: a writer, and what else can be measured of it."""
+    """What is evaluated: a writer, and what else can be measured of it. Ray workers hold one each."""
 
     writer: Writer
     gates: Gates | None = None
@@ -139,17 +98,59 @@ class Scored:
     losses: ReadLosses | None = None
     """Reads the rows' own texts, if the writer can."""
 
+    def explain(
+        self, requests: "Sequence[ExplanationRequest]", generation: GenerationConfig, seed: int = 0
+    ) -> "list[Explanation]":
+        """As the writer does."""
+        return self.writer.explain(requests, generation, seed)
 
-def score_run(
-    opened: Run,
-    load: Callable[[], Scored],
+    def measure_gates(self, requests: "Sequence[ExplanationRequest]", references: Sequence[str]) -> "GateProbe | None":
+        """What `gates` measures; None without gates."""
+        return None if self.gates is None else self.gates(requests, references)
+
+    def read_losses(self, dataset: Path, rows: EvaluatedRows, seed: int) -> RowLosses | None:
+        """What `losses` reads of a dataset folder; None where the writer can't read."""
+        return None if self.losses is None else self.losses(open_dataset(dataset), rows, seed)
+
+
+def load_scored(run: Path, dtype: str, bits: Quantization, device: str) -> Scored:
+    """A trained run's explainer on a torch device, with what can be measured of it."""
+    from gavamoe.evaluation.faithfulness.gates import measure_gates
+    from gavamoe.evaluation.losses.measure import measure_row_losses
+    from gavamoe.generation.generator import ExplanationGenerator
+
+    explainer = ExplanationGenerator.load(open_run(run).stage2, device, dtype, bits)
+    return Scored(explainer, partial(measure_gates, explainer), partial(measure_row_losses, explainer))
+
+
+def evaluate_run(
+    run: Path,
     *,
-    split: str,
-    dataset: Path | None,
+    split: str = "test",
+    dataset: Path | None = None,
+    device: str | None = None,
+    workers: int | None = None,
     on_progress: OnProgress | None = None,
+    load: Callable[..., Scored] = load_scored,
     **options: Any,
 ) -> dict[str, Any]:
-    """Evaluate what `load` opens of a trained run, and write the run's evaluation/ folder; see `evaluate_run`."""
+    """Evaluate a trained run and write its evaluation/ folder, replacing an earlier one.
+
+    What an evaluation that was cut off has written is read, not written again.
+
+    Args:
+        options: fields of the config's `evaluation` section, and `quantize` of `generation`; None leaves the config's
+            own.
+        dataset: where the run's dataset is now, if it moved.
+        device: torch device to write on; None: a GPU if the run trains on one and one is here, else the CPU.
+        workers: Ray workers that write; 0: none, this process does; None: see `writing_workers`.
+        load: module-level function that opens a run, as `load_scored` does.
+
+    Raises:
+        InputError: not a trained run, another dataset than it was trained on, or an impossible option, device or number
+            of workers.
+    """
+    opened = open_run(run)
     config = _configured(opened.config, **options)
     data = dataset_of_run(opened, dataset)
     folder = opened.path / opened.writer
@@ -159,20 +160,51 @@ def score_run(
     if trained.inputs.get("dataset") != data.fingerprint:
         raise InputError(f"{folder}: was trained on another dataset than {data.path}; train it again")
     data.size(split)
-    scored = load()
-    result = evaluate(
-        scored.writer,
-        data,
-        config,
-        split=split,
-        routes=opened.stage1 / ROUTES_FILE,
-        gates=scored.gates,
-        losses=scored.losses,
-        on_progress=on_progress,
-    )
+    kept = opened.texts_under_way
+    with open_writer(opened.path.absolute(), config, device, workers, load) as (writer, gates, losses):
+        result = evaluate(
+            KeptTexts(writer, kept, trained.fingerprint),
+            data,
+            config,
+            split=split,
+            routes=opened.stage1 / ROUTES_FILE,
+            gates=gates,
+            losses=losses,
+            on_progress=on_progress,
+        )
     inputs = {"dataset": data.fingerprint, opened.writer: trained.fingerprint}
     write_evaluation(opened.evaluation, result, config, inputs)
+    shutil.rmtree(kept, ignore_errors=True)
     return result.metrics
+
+
+@contextmanager
+def open_writer(
+    run: Path,
+    config: RunConfig,
+    device: str | None = None,
+    workers: int | None = None,
+    load: Callable[..., Scored] = load_scored,
+) -> Iterator[tuple["Writer | BlockPool", Gates, ReadLosses | None]]:
+    """What `load` opens of a run, here or on Ray workers, for `KeptTexts`; see `evaluate_run`."""
+    from gavamoe.generation.placement import writing_device, writing_workers
+    from gavamoe.runtime.ray_pool import BlockPool
+    from gavamoe.runtime.ray_train import ray_session
+
+    placement, generation = config.runtime, config.generation
+    arguments = {"run": run, "dtype": generation.dtype, "bits": generation.quantize}
+    count = writing_workers(placement, workers, device)
+    if not count:
+        here = load(**arguments, device=writing_device(device, gpu=placement.gpu))
+        yield here.writer, here.measure_gates, here.losses
+        return
+    with ray_session(placement), BlockPool(load, arguments, workers=count, placement=placement) as pool:
+
+        def losses(dataset: Dataset, rows: EvaluatedRows, seed: int) -> RowLosses | None:
+            found: RowLosses | None = pool.call("read_losses", dataset.path.absolute(), rows, seed)
+            return found
+
+        yield pool, partial(pool.call, "measure_gates"), losses
 
 
 def evaluate(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gavamoe.generation.kv_cache import SlotCache
+from gavamoe.generation.llama_step import LlamaStep
 from gavamoe.generation.sampling import Choice, Sampling, choose_tokens
 from gavamoe.model.explainer import GavamoeForCausalLM
 
@@ -100,6 +101,8 @@ class Engine:
         self.max_waiting, self.prefill_rows, self.join_rows = max_waiting, prefill_rows, join_rows
         self.capacity = min(capacity, model.config.text_config.max_position_embeddings)
         self.cache = SlotCache(model.config.text_config, slots, self.capacity, model.dtype, self.device)
+        self.step_pass = LlamaStep.of(self.model, self.capacity)
+        """Decodes in fewer operations than the model's own forward pass; None where only that can."""
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
         self._choices: list[Choice] = []
@@ -198,18 +201,24 @@ class Engine:
         count = len(rows)
         longest = max(self._lengths[:count]) + 1
         position_B = torch.tensor(self._lengths[:count], device=self.device)
-        seen_BL = torch.arange(longest, device=self.device)[None] <= position_B[:, None]
-        output = self.model(
-            input_ids=torch.tensor([[row.tokens[-1]] for row in rows], device=self.device),
-            position_ids=position_B[:, None],
-            attention_mask=seen_BL[:, None, None],
-            past_key_values=self.cache.decode(position_B, longest),
-            **self._inputs(rows),
-        )
+        ids_B = torch.tensor([row.tokens[-1] for row in rows], device=self.device)
+        inputs = self._inputs(rows)
+        if self.step_pass is not None and not inputs["output_router_logits"]:
+            logits_BV = self.step_pass(ids_B, position_B, inputs["cluster_ids"], self.cache, longest)
+        else:
+            seen_BL = torch.arange(longest, device=self.device)[None] <= position_B[:, None]
+            output = self.model(
+                input_ids=ids_B[:, None],
+                position_ids=position_B[:, None],
+                attention_mask=seen_BL[:, None, None],
+                past_key_values=self.cache.decode(position_B, longest),
+                **inputs,
+            )
+            self._count_experts(rows, output.router_logits, [1] * count)
+            logits_BV = output.logits[:, -1]
         for slot in range(count):
             self._lengths[slot] += 1
-        self._count_experts(rows, output.router_logits, [1] * count)
-        self._write(slice(0, count), output.logits[:, -1])
+        self._write(slice(0, count), logits_BV)
 
     def _inputs(self, rows: list[Row]) -> dict[str, Any]:
         return {

@@ -96,6 +96,7 @@ def forget_users(run: Run, users: Sequence[str]) -> Forgotten:
                 elif path.name == AUTHORS_FILE:
                     SingleAuthors.load(aside).without(indices).save(aside)
             fingerprints[kind] = _describe(aside, manifest, fingerprints, len(users))
+    shutil.rmtree(run.texts_under_way, ignore_errors=True)
     if run.report.is_file():  # replaced, not deleted: at a URI a file that is missing here would stay as it was
         with write_file(run.report) as aside:
             aside.write_text(_NO_REPORT, encoding="utf-8")

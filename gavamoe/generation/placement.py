@@ -4,7 +4,9 @@ import re
 
 import torch
 
+from gavamoe.config.schema import RuntimeConfig
 from gavamoe.errors import InputError
+from gavamoe.runtime.connection import cluster_address
 
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 
@@ -23,6 +25,26 @@ def writing_device(asked: str | None, *, gpu: bool) -> str:
     if asked != "cpu" and int(asked.partition(":")[2] or 0) >= here:
         raise InputError(f"--device {asked}: torch sees {here} GPU(s) here; use cpu, or a machine that has it")
     return asked
+
+
+def writing_workers(placement: RuntimeConfig, asked: int | None, device: str | None) -> int:
+    """How many Ray workers write texts; 0: this process does.
+
+    What was `asked`; else as many as trained, where they were on other machines (RAY_ADDRESS), whose memory and GPUs
+    the driver's machine need not have.
+
+    Raises:
+        InputError: workers and a device are asked for: each worker has the one that the run's `runtime` says.
+    """
+    if device is not None:
+        if asked:
+            raise InputError(
+                f"--device {device}: with --workers each has what the run's runtime.gpu says; leave it out"
+            )
+        return 0
+    if asked is not None:
+        return asked
+    return placement.workers if cluster_address() is not None else 0
 
 
 def writing_dtype(dtype: str, device: str) -> torch.dtype:

@@ -28,6 +28,7 @@ from gavamoe.plan.work import (
     step_traffic,
 )
 from gavamoe.stage2.clear_texts import training_rows
+from gavamoe.stage2.preflight import Sizes, checkpoint_bytes
 from gavamoe.stage2.tokenized_rows import encode_rows, prompt_builder
 
 SAMPLE = 2000
@@ -160,12 +161,13 @@ def _memory(config: RunConfig, blueprint: Blueprint, hardware: Hardware) -> list
     rows = []
     choices = schemes(hardware.devices, config.stage2.expert_parallel)
     for scheme in choices if configured in choices else [*choices, configured]:
-        row: dict[str, Any] = {"scheme": scheme.title, "own": scheme == configured}
+        start = FLOAT * blueprint.whole.total if scheme.zero_stage == 3 else 0
+        row: dict[str, Any] = {"scheme": scheme.title, "own": scheme == configured, "start": start}
         for name, checkpointing in (("plain", False), ("checkpointed", True)):
             memory = scheme_memory(config, blueprint, scheme, checkpointing=checkpointing)
             row[name] = asdict(memory) | {
                 "device": memory.device,
-                "fits": memory.device <= USABLE * hardware.memory,
+                "fits": max(memory.device, start) <= USABLE * hardware.memory,
                 "own": scheme == configured and checkpointing == config.stage2.gradient_checkpointing,
             }
         rows.append(row)
@@ -187,6 +189,7 @@ def _training(config: RunConfig, blueprint: Blueprint, workload: Workload, hardw
     traffic = _step_traffic(config, blueprint, own_scheme(config, hardware.devices))
     sending = traffic.total / hardware.bandwidth
     total = min(stage2.epochs * steps, stage2.max_steps or math.inf)
+    checkpoint = checkpoint_bytes(config, Sizes(blueprint.whole.total, blueprint.whole.trained))
     return {
         "rows_per_step": rows,
         "steps_per_epoch": steps,
@@ -198,6 +201,8 @@ def _training(config: RunConfig, blueprint: Blueprint, workload: Workload, hardw
         "step_seconds": {"compute": seconds, "communication": sending},
         "epoch_seconds": {"compute": steps * seconds, "communication": steps * sending},
         "seconds": {"compute": total * seconds, "communication": total * sending},
+        "checkpoints": math.ceil(total / (stage2.checkpoint_every or total)),
+        "checkpoint_bytes": checkpoint,
     }
 
 

@@ -3,6 +3,7 @@
 context      the interface between a training loop and Ray
 ray_train    gives a loop its workers, checkpoints, restarts
 ray_pool     actors that hold an object and do block after block of work
+room         whether a cluster can hold them, also after its autoscaler has grown it
 failures     what the end of a training means, and whether going on can help
 connection   where a Ray is: the environment and options, checked; connecting, starting
 worker       the workers' side: context, checkpoints with checksums

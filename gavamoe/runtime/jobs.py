@@ -107,12 +107,11 @@ class Jobs:
         except RuntimeError as error:
             raise RunError(f"{self.address}: the job server says: {one_line(error)}") from error
 
-    def submit(self, step: str, arguments: Sequence[str], environment: dict[str, str], *, gpus: float = 0) -> str:
+    def submit(self, step: str, arguments: Sequence[str], environment: dict[str, str]) -> str:
         """Start `jobs/STEP.py ARGUMENTS` on the cluster; returns the job's id.
 
         Args:
             environment: variables of the job's processes. The cluster stores them in plain text: no secrets.
-            gpus: number that the script's own machine must have; `evaluate` computes there, training does not.
         """
         if step not in STEPS:
             raise InputError(f"{step}: no such step; there are {', '.join(STEPS)}")
@@ -121,7 +120,6 @@ class Jobs:
                 entrypoint=shlex.join(["python", f"jobs/{step}.py", *command]),
                 submission_id=f"{step}-{time.strftime('%m%d-%H%M%S')}-{os.urandom(2).hex()}",
                 runtime_env={"working_dir": str(folder), "env_vars": job_environment(environment)},
-                entrypoint_num_gpus=gpus or None,
             )
 
     def _submit_when_ready(self, **job: Any) -> str:

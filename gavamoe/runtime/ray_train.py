@@ -136,7 +136,7 @@ def run_training(
     worker_log = ray.remote(WorkerLog).options(num_cpus=0, scheduling_strategy=_on_this_node()).remote()
     job = WorkerJob(
         loop=loop,
-        arguments={key: _portable(value) for key, value in arguments.items()},
+        arguments={key: remote.portable(value) for key, value in arguments.items()},
         placement=placement,
         worker_log=worker_log,
         labels={"run": folder.name, "step": name},
@@ -146,7 +146,9 @@ def run_training(
     trainer = TorchTrainer(
         run_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if placement.gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if placement.gpu else "gloo", timeout_s=round(60 * placement.collective_minutes)
+        ),
         scaling_config=train.ScalingConfig(
             num_workers=workers,
             use_gpu=placement.gpu,
@@ -265,11 +267,6 @@ def was_cut_off(folder: Path, name: str) -> bool:
     """Whether the last `run_training` of that name was interrupted after a checkpoint. Its workers outlive a killed
     driver for a second or two and may have written their results, which the log then lacks."""
     return _Checkpoints(Path(folder).absolute(), name).exist()
-
-
-def _portable(value: Any) -> Any:
-    """A staged path as a place that other machines can fetch; anything else as it is."""
-    return (remote.stored_path(value) or value) if isinstance(value, Path) else value
 
 
 def _on_this_node() -> Any:

@@ -35,6 +35,10 @@ _NO_SPACE = {
 }
 _TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
 """Messages with which torch.save reports a full disk: a RuntimeError without an error number."""
+_LESS_MEMORY = (
+    "stage2.gradient_checkpointing=true, a smaller stage2.batch_size, a higher stage2.zero_stage or offloading take"
+    " less memory (`gavamoe plan` says how much); then train in a new --run-dir"
+)
 _SECONDS_TO_AGREE = 5.0
 GAUGES = {"step": "train_step", "loss": "train_loss", "tokens_per_second": "train_tokens_per_second",
            "pairs_per_second": "train_pairs_per_second"}  # fmt: skip
@@ -109,7 +113,7 @@ def run_worker(config: dict[str, Any]) -> Any:
     torch.set_num_threads(job.placement.threads_per_worker)
     stored_paths = {name: value for name, value in job.arguments.items() if isinstance(value, remote.StoredPath)}
     try:
-        arguments = job.arguments | {name: remote.local_path(stored) for name, stored in stored_paths.items()}
+        arguments = {name: remote.here(value) for name, value in job.arguments.items()}
         with RayContext(job) as context:
             outcome = job.loop(context=context, **arguments)
         if train.get_context().get_world_rank() == 0:
@@ -123,6 +127,9 @@ def run_worker(config: dict[str, Any]) -> Any:
         problem = storage_problem(error)
         if problem is not None:
             return _refuse(job, RunError(f"{problem}; make room or give permission, then continue with --resume"))
+        if isinstance(error, torch.OutOfMemoryError):
+            # Another attempt would need as much.
+            return _refuse(job, RunError(f"{str(error).partition(chr(10))[0].rstrip('.')}; {_LESS_MEMORY}"))
         if isinstance(error, RunError):
             return _refuse(job, error)
         raise
@@ -172,9 +179,7 @@ class RayContext:
         self._resources = ExitStack()
 
     def __enter__(self) -> "RayContext":
-        checkpoint, damaged = _newest_whole_checkpoint(self.rank)
-        if checkpoint is not None:
-            self.resume_from = Path(self._resources.enter_context(checkpoint.as_directory()))
+        self.resume_from, damaged = _newest_whole_checkpoint(self.rank, self._resources)
         if self.rank == 0:
             self._start_log()
             for problem in damaged:
@@ -237,9 +242,12 @@ class RayContext:
             self._gauges[field] = gauge
 
 
-def _newest_whole_checkpoint(rank: int) -> tuple[Any, list[str]]:
-    """The newest registered checkpoint whose files are as they were written (None: nothing to resume), the same on all
-    ranks, and on rank 0 what is wrong with the newer ones.
+def _newest_whole_checkpoint(rank: int, resources: ExitStack) -> tuple[Path | None, list[str]]:
+    """The folder of the newest registered checkpoint whose files are as they were written (None: nothing to resume),
+    the same one on all ranks, and on rank 0 what is wrong with the newer ones.
+
+    Args:
+        resources: holds the copies of what lies at a URI. Rank 0's, which it has checked, serves its whole machine.
 
     Raises:
         InputError: there are checkpoints, and all are damaged.
@@ -252,15 +260,16 @@ def _newest_whole_checkpoint(rank: int) -> tuple[Any, list[str]]:
     chosen = -1
     if rank == 0:
         for index in reversed(range(len(reported))):
-            with reported[index].checkpoint.as_directory() as folder:
-                problem = checkpoint_problem(Path(folder))
-            if problem is None:
-                chosen = index
-                break
+            with ExitStack() as fetched:
+                problem = checkpoint_problem(Path(fetched.enter_context(reported[index].checkpoint.as_directory())))
+                if problem is None:
+                    chosen = index
+                    resources.push(fetched.pop_all())
+                    break
             damaged.append(f"{reported[index].checkpoint.path}: {problem}")
     chosen = broadcast_from_rank_zero(chosen)
     if chosen >= 0:
-        return reported[chosen].checkpoint, damaged
+        return Path(resources.enter_context(reported[chosen].checkpoint.as_directory())), damaged
     if reported:
         reason = f" ({damaged[0]})" if damaged else ""
         raise InputError(f"no whole checkpoint is left{reason}; start again without --resume")

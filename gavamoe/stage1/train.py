@@ -21,7 +21,7 @@ from gavamoe.stage1.pair_stream import BUCKET_PAIRS, PairFile, Pairs
 from gavamoe.stage1.rating_biases import RatingBiases, fit_biases
 from gavamoe.stage1.routes import ROUTES_FILE, route_pairs, training_routes, user_group_ari, write_routes
 from gavamoe.stage1.strangers.fold_in import Crowd
-from gavamoe.stage1.trainer import Trainer, from_rank_0
+from gavamoe.stage1.trainer import Trainer
 from gavamoe.stage1.user_words import ClusterWords, UserWords, effective, information
 from gavamoe.stage1.validation import idle_gates, no_better_than_biases, validate
 
@@ -29,7 +29,9 @@ _SCORE_STEPS = 2**20
 
 
 def train_stage1(config: RunConfig, dataset: Path, out: Path, context: Context) -> dict[str, Any]:
-    """Train on this worker and, on rank 0, write the artifact `out`; every rank returns the metrics.
+    """Train on this worker and, on rank 0, write the artifact `out` and return the metrics.
+
+    The other ranks return {} at once: routing all pairs may take longer than a collective operation may last.
 
     Raises:
         InputError: the dataset or the checkpoint to resume from does not fit the config.
@@ -41,7 +43,7 @@ def train_stage1(config: RunConfig, dataset: Path, out: Path, context: Context) 
     if context.resume_from is not None:
         trainer.restore(context.resume_from)
     trainer.run()
-    return from_rank_0(context, lambda: _write_artifact(trainer, out, started))
+    return _write_artifact(trainer, out, started) if context.rank == 0 else {}
 
 
 def _write_artifact(trainer: Trainer, out: Path, started: float) -> dict[str, Any]:

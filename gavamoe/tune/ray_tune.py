@@ -27,6 +27,7 @@ from ray.tune.search import Searcher
 from gavamoe.config.schema import RuntimeConfig
 from gavamoe.errors import InputError, RunError, Stopped, one_line
 from gavamoe.runtime.ray_train import ray_session
+from gavamoe.runtime.room import described, needs, room_for
 from gavamoe.tune.checks import refusal, trial_config
 from gavamoe.tune.space import Space
 from gavamoe.tune.study import Record, Study
@@ -108,18 +109,11 @@ def _slots(placement: RuntimeConfig, concurrent: int | None) -> int:
     Raises:
         InputError: not even one fits.
     """
-    import ray
-
-    have = ray.cluster_resources()
-    need = {"CPU": placement.workers * placement.threads_per_worker}
-    if placement.gpu:
-        need["GPU"] = placement.workers
-    fit = min(int(have.get(kind, 0) // count) for kind, count in need.items())
+    need = needs(placement, placement.workers)
+    fit = room_for(need, placement, concurrent or 1)
     if fit < 1:
-        wanted = ", ".join(f"{count} {kind}" for kind, count in need.items())
         raise InputError(
-            f"runtime: a trial needs {wanted}, the cluster has {have.get('CPU', 0):g} CPU,"
-            f" {have.get('GPU', 0):g} GPU; lower runtime.workers or runtime.threads_per_worker"
+            f"runtime: a trial needs {described(need)}; lower runtime.workers or runtime.threads_per_worker"
         )
     return fit if concurrent is None else min(fit, concurrent)
 

@@ -25,8 +25,8 @@ from gavamoe.artifacts.stage1_cache import STAGE1_CACHE, cached_stage1, stage1_k
 from gavamoe.config.files import override_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import RunError
-from gavamoe.runtime.context import Metrics
-from gavamoe.runtime.ray_train import run_training
+from gavamoe.runtime.context import Context, LocalContext, Metrics
+from gavamoe.runtime.ray_train import run_tasks, run_training
 from gavamoe.tune.checks import trial_config
 from gavamoe.tune.metrics import curve_value, stage1_values, stage2_values, text_values
 from gavamoe.tune.space import Space, Values
@@ -180,15 +180,17 @@ class _Seed:
 
     def _texts(self, stage2: Path) -> dict[str, float]:
         """Scores of explanations written for the validation split."""
-        from gavamoe.data.dataset import open_dataset
-        from gavamoe.evaluation.evaluate import evaluate
-        from gavamoe.generation.generator import ExplanationGenerator
-
-        explainer = ExplanationGenerator.load(stage2, _device(self._config), self._config.generation.dtype)
-        data = open_dataset(self._job.dataset)
         # The registry's scores alone: a trial has no use for the probes, and they run the model again.
-        quick = override_config(self._config, ["evaluation.probe_rows=0"])
-        return text_values(evaluate(explainer, data, quick, split="valid").metrics)
+        job: dict[str, Any] = {
+            "stage2": stage2,
+            "dataset": self._job.dataset,
+            "config": override_config(self._config, ["evaluation.probe_rows=0"]),
+        }
+        if self._job.in_process:
+            return write_and_score(LocalContext(device=_device(self._config)), **job)
+        # With Ray Train inside, the trial has reserved neither a GPU nor cores: a task of its own does.
+        [scores] = run_tasks(write_and_score, [job], self._config.runtime)
+        return dict(scores)
 
     def _run(self, loop: Callable[..., Any], name: str, out: Path, extra: Mapping[str, Path]) -> None:
         """Run one stage's loop here, or on Ray Train workers, from the last checkpoint of a killed attempt, if any."""
@@ -286,6 +288,16 @@ def _active(stage2: Path, config: RunConfig) -> float:
                     idle += math.prod(weights.get_slice(name).get_shape())
     parameters = read_json(stage2 / "metrics.json")["parameters"]
     return float(parameters - idle * (experts.count - experts.top_k) / experts.count)
+
+
+def write_and_score(context: Context, stage2: Path, dataset: Path, config: RunConfig) -> dict[str, float]:
+    """The text scores of a trial, on the context's device."""
+    from gavamoe.data.dataset import open_dataset
+    from gavamoe.evaluation.evaluate import evaluate
+    from gavamoe.generation.generator import ExplanationGenerator
+
+    explainer = ExplanationGenerator.load(stage2, context.device, config.generation.dtype)
+    return text_values(evaluate(explainer, open_dataset(dataset), config, split="valid").metrics)
 
 
 def _device(config: RunConfig) -> str:

@@ -43,7 +43,7 @@ def test_the_best_way_is_kept_and_read_by_all(run: Path, planted: Dataset, monke
     fingerprint = read_manifest(run / "stage2", "stage2").fingerprint
     with monkeypatch.context() as patch:
         scores(patch, "penalty")
-        chosen = choose_decoding(run / "stage2", CONFIG, planted)
+        chosen = choose_decoding(run, CONFIG, planted)
     assert chosen is not None
     assert (chosen.no_repeat_ngram, chosen.repetition_penalty) == (3, 1.1)
     assert open_run(run).config.generation == generation_settings(run / "stage2") == chosen
@@ -52,7 +52,7 @@ def test_the_best_way_is_kept_and_read_by_all(run: Path, planted: Dataset, monke
     assert manifest.details["decoding"]["chosen"] == "penalty"
     # Made once: what is there is not tried again.
     monkeypatch.setattr(ExplanationGenerator, "explain", lambda *_, **__: pytest.fail("written again"))
-    assert choose_decoding(run / "stage2", CONFIG, planted) == chosen
+    assert choose_decoding(run, CONFIG, planted) == chosen
 
 
 @pytest.mark.parametrize(
@@ -64,13 +64,13 @@ def test_a_later_way_must_lead_by_more_than_chance(
     order = iter(ways(CONFIG.generation))
     monkeypatch.setattr(ExplanationGenerator, "explain", lambda *_, **__: [])
     monkeypatch.setattr(decoding_choice._Judge, "scores", lambda *_: {"score": 1.5 + lead * (next(order) == "penalty")})
-    choose_decoding(run / "stage2", CONFIG, planted)
+    choose_decoding(run, CONFIG, planted)
     assert read_manifest(run / "stage2", "stage2").details["decoding"]["chosen"] == chosen
 
 
 def test_texts_are_judged_by_all_parts(run: Path, planted: Dataset) -> None:
     done: list[tuple[int, int]] = []
-    choose_decoding(run / "stage2", CONFIG, planted, lambda *counts: done.append(counts))
+    choose_decoding(run, CONFIG, planted, lambda *counts: done.append(counts))
     tried = json.loads((run / "stage2" / MANIFEST).read_text())["details"]["decoding"]["tried"]
     assert list(tried) == list(ways(CONFIG.generation))
     assert done[-1] == (len(tried), len(tried))

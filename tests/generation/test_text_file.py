@@ -5,15 +5,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.cli import Runner
 from helpers.exported_runs import run, trained
 
 from gavamoe.config.files import override_config
+from gavamoe.config.schema import GenerationConfig
 from gavamoe.errors import InputError, RunError
+from gavamoe.generation.batch.blocks import SCHEMA, from_table, to_rows, written_here
 from gavamoe.generation.batch.request_file import RequestFile, RequestRow, as_request
-from gavamoe.generation.batch.text_file import write_texts, written_here
+from gavamoe.generation.batch.text_file import write_texts
 from gavamoe.generation.generator import ExplanationGenerator
 
 ROWS = 23
@@ -54,7 +57,7 @@ class Work:
 
     def write(self, out: Path, **options: Any) -> int:
         found = {"model": "m", "block_rows": 5} | options
-        write = found.pop("write", None) or written_here(self.generator, self.generation)
+        write = found.pop("write", None) or written_here(self.generator)
         return write_texts(self.source, out, write, self.request, self.generation, **found)
 
 
@@ -96,6 +99,7 @@ def test_texts_are_those_that_each_request_gets_alone(tmp_path: Path) -> None:
     table = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [row["cluster"] for row in table] == [found.cluster for found in alone]
     assert [row["user"] for row in table] == [row.user for row in rows]
+    assert from_table(pa.Table.from_pylist(to_rows(alone), SCHEMA)) == alone
 
 
 @pytest.mark.parametrize(
@@ -165,9 +169,9 @@ def test_wrong_use_is_one_line_and_writes_nothing(
 def test_blocks_that_were_given_up_are_named_and_tried_again(tmp_path: Path) -> None:
     work = Work(tmp_path)
 
-    def write(blocks: Any) -> Any:
+    def write(blocks: Any, generation: GenerationConfig) -> Any:
         for number, requests, seed in blocks:
-            yield number, "out of memory" if number == 2 else work.generator.explain(requests, work.generation, seed)
+            yield number, "out of memory" if number == 2 else work.generator.explain(requests, generation, seed)
 
     with pytest.raises(RunError, match=r"requests 11 to 15 failed each time .*out of memory.*--resume"):
         work.write(tmp_path / "out.parquet", write=write)

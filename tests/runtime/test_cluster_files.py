@@ -183,7 +183,7 @@ def test_commands_in_the_comments_parse(name: str) -> None:
     assert found
     for step, rest in found:
         assert step in STEPS
-        assert set(re.findall(r"--[a-z-]+", rest)) <= {"--dataset", "--run-dir", "--set", "--driver-gpus"}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= {"--dataset", "--run-dir", "--set"}
 
 
 Stage = list[tuple[str, str]]
@@ -272,7 +272,7 @@ def test_images_install_from_these_wheels_alone() -> None:
 def test_the_image_of_the_service_has_what_it_needs_and_no_more() -> None:
     serve = image("serve")
     installed = set(re.findall(r"install --yes --no-install-recommends ([a-z0-9. +-]+)", commands(serve)))
-    assert {word for words in installed for word in words.split()} == {"wget", "python3", "python3-venv"}
+    assert {word for words in installed for word in words.split()} == {"wget"}
     assert "find-links /wheels gavamoe" in commands(serve), "no extra"
     assert copied(serve) == set(), "the package is all of ours that is in it"
     assert last(serve, "USER") == "gavamoe", "not root"
@@ -323,6 +323,27 @@ def test_the_other_image_holds_what_both_commands_need(tmp_path: Path) -> None:
         text=True, check=True,
     )  # fmt: skip
     assert shown.stdout.strip() == str(tmp_path / "gavamoe" / "__init__.py")
+
+
+def test_commands_are_found_in_login_shells(tmp_path: Path) -> None:
+    """Ray's launcher runs its commands by `bash --login`, where Debian's /etc/profile sets PATH anew."""
+    [line] = re.findall(r"echo '(.*)' > /etc/profile\.d/gavamoe\.sh", (ROOT / "Dockerfile").read_text())
+    scripts = tmp_path / "venv" / "bin"
+    scripts.mkdir(parents=True)
+    (scripts / "ray").write_text("#!/bin/sh\n")
+    (scripts / "ray").chmod(0o755)
+    assert f"{workdir()}/.venv/bin" in line
+    profile = tmp_path / ".bash_profile"  # read by login shells after /etc/profile, as /etc/profile.d is by Debian's
+    profile.write_text(line.replace(f"{workdir()}/.venv/bin", str(scripts)) + "\n")
+    shell = ["env", "-i", f"HOME={tmp_path}", "bash", "--login", "-c", "command -v ray"]
+    assert subprocess.run(shell, capture_output=True, text=True, check=True).stdout.strip() == str(scripts / "ray")
+
+
+def test_one_training_stays_on_one_machine(cluster: dict[str, Any]) -> None:
+    """Nothing here sets up a fast network between machines."""
+    assert cluster["max_workers"] == 1
+    spec = documents("cluster/kuberay.yaml")["RayCluster"]["spec"]
+    assert [group["maxReplicas"] for group in spec["workerGroupSpecs"]] == [1]
 
 
 def test_grafana_names_metrics_that_exist() -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from gavamoe.config.schema import RuntimeConfig
-from gavamoe.errors import InputError
-from gavamoe.runtime.ray_pool import ATTEMPTS, Block, Done, map_blocks
+from gavamoe.errors import InputError, RunError
+from gavamoe.runtime.ray_pool import ATTEMPTS, Block, BlockPool, Done
 
 pytestmark = pytest.mark.usefixtures("ray_two_workers")
 PLACEMENT = RuntimeConfig(threads_per_worker=1)
@@ -35,7 +35,8 @@ class Doubler:
 
 
 def run(blocks: Any, folder: Path, workers: int = 2) -> Iterator[Done]:
-    return map_blocks(Doubler, {"folder": folder}, "double", blocks, workers=workers, placement=PLACEMENT)
+    with BlockPool(Doubler, {"folder": folder}, workers=workers, placement=PLACEMENT) as pool:
+        yield from pool.map("double", blocks)
 
 
 def test_every_block_is_done_once_by_some_worker(tmp_path: Path) -> None:
@@ -82,3 +83,15 @@ def test_wrong_input_is_raised_at_once(tmp_path: Path) -> None:
 def test_more_workers_than_the_cluster_has_room_for_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--workers 50: the cluster has room for \d+ \("):
         list(run([Block(0, (0,))], tmp_path, workers=50))
+
+
+def test_workers_stay_from_one_call_to_the_next(tmp_path: Path) -> None:
+    with BlockPool(Doubler, {"folder": tmp_path}, workers=2, placement=PLACEMENT) as pool:
+        first = next(pool.map("double", [Block(n, (n,)) for n in range(4)]))  # the rest is left
+        again = [pool.call("double", 10 + n) for n in range(4)]
+        assert [result for result, _ in again] == [20, 22, 24, 26]
+        assert {first.result[1]} | {made_by for _, made_by in again} <= {
+            done.result[1] for done in pool.map("double", [Block(n, (20 + n,)) for n in range(8)])
+        }
+        with pytest.raises(RunError, match=r"double failed 3 times on Ray workers: .*no memory for 9"):
+            pool.call("double", 9, "fails")

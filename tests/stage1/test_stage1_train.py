@@ -131,7 +131,7 @@ def test_two_workers_equal_one(tiny_dataset: Path, tmp_path: Path) -> None:
     arguments = (2, port, tiny_dataset, tmp_path / "two", tmp_path)
     torch.multiprocessing.spawn(_train_worker, arguments, nprocs=2)
     results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
-    assert results[0]["metrics"] == results[1]["metrics"]
+    assert results[1]["metrics"] == {}
     first_elbo_step = 11
     for one, two in zip(alone.lines, results[0]["lines"], strict=True):
         # Adam's first step on a gradient that is nothing but rounding is a whole step: later losses agree less.

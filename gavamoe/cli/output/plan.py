@@ -5,6 +5,8 @@ from typing import Any
 from gavamoe.cli.terminal import console, print_json, print_table
 from gavamoe.plan.memory import USABLE
 
+_DISK = 1e9
+"""Bytes a second to a disk, or to a storage, for the time that checkpoints take."""
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
 
 
@@ -43,8 +45,8 @@ def _print_memory(plan: dict[str, Any]) -> None:
     ways = "with" if checkpointing else "without"
     print_table(
         f"Stage 2, memory per device in {name}: {hardware['devices']} x {size(hardware['memory'])}, longest batch,"
-        f" {ways} gradient checkpointing\n(o) optimizer, (w) weights on host; + fits into {USABLE:.0%}, - does not,"
-        " * this config",
+        f" {ways} gradient checkpointing\n(o) optimizer, (w) weights on host; + fits into {USABLE:.0%}, - does not"
+        f" (ZeRO-3 starts from the whole model: {size(max(row['start'] for row in plan['memory']))}), * this config",
         ["scheme", "weight", "grad.", "optim.", "buffer", "activ.", "device", "host"],
         rows,
     )
@@ -61,6 +63,7 @@ def _mark(memory: dict[str, Any]) -> str:
 
 def _print_training(plan: dict[str, Any]) -> None:
     work, load, hardware = plan["training"], plan["workload"], plan["hardware"]
+    writing = work["checkpoints"] * work["checkpoint_bytes"]
     rows = [
         ("rows of training", load["rows"]),
         ("tokens per row, prompt + answer", f"{load['prompt_tokens']:.0f} + {load['answer_tokens']:.0f}"),
@@ -70,6 +73,8 @@ def _print_training(plan: dict[str, Any]) -> None:
         ("FLOPs per epoch", f"{work['flops_per_epoch']:.3g}"),
         *_times(work["epoch_seconds"], "epoch"),
         *_times(work["seconds"], "whole run"),
+        ("checkpoints", f"{work['checkpoints']} of {size(work['checkpoint_bytes'])}"),
+        (f"whole run: waiting for them at {_DISK / 1e9:g} GB/s", duration(writing / _DISK)),
     ]
     title = (
         f"Stage 2, work: {hardware['flops'] / 1e12:g} TFLOP/s in bf16 at {hardware['utilisation']:.0%},"

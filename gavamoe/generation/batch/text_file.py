@@ -8,80 +8,29 @@ texts draw by seed and row, so that they are the ones that an undisturbed comman
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gavamoe.artifacts.files import read_json, sha256, write_file, write_json
 from gavamoe.artifacts.lock import locked_folder
-from gavamoe.config.schema import GenerationConfig, RuntimeConfig
+from gavamoe.config.schema import GenerationConfig
 from gavamoe.errors import InputError, RunError, listed
+from gavamoe.generation.batch.blocks import SCHEMA, Blocks, WriteBlocks, to_rows
 from gavamoe.generation.batch.request_file import RequestFile, RequestRow, form_of
 from gavamoe.generation.generator import Explanation
 from gavamoe.generation.request import ExplanationRequest
-from gavamoe.runtime.ray_pool import Block, map_blocks
 
 BLOCK_ROWS = 512
 _WORK = "work.json"
 _SCHEMA = pa.schema(
-    [
-        ("user", pa.string()), ("item", pa.string()), ("text", pa.string()), ("cluster", pa.int16()),
-        ("rating", pa.float64()), ("rating_given", pa.bool_()), ("predicted_rating", pa.float64()),
-        ("features", pa.list_(pa.string())), ("features_given", pa.bool_()), ("user_known", pa.bool_()),
-        ("item_known", pa.bool_()), ("new_tokens", pa.int32()),
-    ]
-)  # fmt: skip
+    [("user", pa.string()), ("item", pa.string()), *(field for field in SCHEMA if field.name != "responsibilities")]
+)
 Count = Callable[[int, int], None]
-
-
-class Writer(Protocol):
-    """What writes texts: an `ExplanationGenerator`, or a baseline's writer."""
-
-    def explain(
-        self, requests: Sequence[ExplanationRequest], generation: GenerationConfig, seed: int = 0
-    ) -> list[Explanation]:
-        """One explanation per request, in their order."""
-
-
-Blocks = Iterator[tuple[int, list[ExplanationRequest], int]]
-"""A block's number, its requests, and the seed of its first one."""
-WriteBlocks = Callable[[Blocks], Iterator[tuple[int, list[Explanation] | str]]]
-"""Writes blocks, in whatever order: each one's number with its texts, or with the reason why it was given up."""
-
-
-def written_here(writer: Writer, generation: GenerationConfig) -> WriteBlocks:
-    """Blocks one after the other, in this process."""
-
-    def write(blocks: Blocks) -> Iterator[tuple[int, list[Explanation] | str]]:
-        for number, requests, seed in blocks:
-            yield number, writer.explain(requests, generation, seed)
-
-    return write
-
-
-def written_by_workers(
-    load: Callable[..., Writer],
-    arguments: dict[str, Any],
-    generation: GenerationConfig,
-    workers: int,
-    placement: RuntimeConfig,
-) -> WriteBlocks:
-    """Blocks side by side, on Ray workers of the connected cluster, each with a writer of its own.
-
-    Args:
-        load: module-level function that makes a writer of `arguments` and a `device`.
-    """
-
-    def write(blocks: Blocks) -> Iterator[tuple[int, list[Explanation] | str]]:
-        jobs = (Block(number, (requests, generation, seed)) for number, requests, seed in blocks)
-        for done in map_blocks(load, arguments, "explain", jobs, workers=workers, placement=placement):
-            yield done.number, done.problem or done.result
-
-    return write
 
 
 @dataclass(frozen=True)
@@ -125,7 +74,7 @@ def write_texts(
     """Write the texts of all requests into `out`; returns how many rows were there already from an earlier command.
 
     Args:
-        write: `written_here` or `written_by_workers`.
+        write: `written_here` or `written_by`.
         to_request: a row by index, as `as_request` makes it.
         model: fingerprint of the artifact that writes.
         resume: go on with the parts that an interrupted command left.
@@ -155,7 +104,7 @@ def write_texts(
                     yield number, [to_request(row) for row in rows], seed + number * block_rows
 
         given_up: dict[int, str] = {}
-        for number, found in write(jobs()):
+        for number, found in write(jobs(), generation):
             rows = rows_of.pop(number)
             if isinstance(found, str):
                 given_up[number] = found
@@ -203,11 +152,7 @@ def _part(parts: Path, number: int) -> Path:
 
 
 def _write_part(path: Path, rows: list[RequestRow], found: list[Explanation]) -> None:
-    names = [name for name in _SCHEMA.names if name not in ("user", "item")]
-    values = [
-        {"user": row.user, "item": row.item} | {name: getattr(text, name) for name in names}
-        for row, text in zip(rows, found, strict=True)
-    ]
+    values = [{"user": row.user, "item": row.item} | text for row, text in zip(rows, to_rows(found), strict=True)]
     with write_file(path) as aside:
         pq.write_table(pa.Table.from_pylist(values, _SCHEMA), aside)
 
