@@ -92,7 +92,7 @@ def test_streamed_pieces_add_up_to_the_same_explanations(
 
 def test_a_stream_gives_the_first_piece_before_the_text_is_whole(explainer: ExplanationGenerator) -> None:
     passes: list[int] = []
-    explainer.model.register_forward_hook(lambda *_: passes.append(1))
+    explainer.model.lm_head.register_forward_hook(lambda *_: passes.append(1))
     stream = explainer.stream([ExplanationRequest(1, 2, 5.0)], GREEDY)
     assert passes == [], "nothing is written before it is asked for"
     first = next(stream)
