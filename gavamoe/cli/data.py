@@ -1,5 +1,7 @@
 """`gavamoe data ...`: make and look at datasets."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -8,6 +10,7 @@ import typer
 from gavamoe.cli.options import Json, OutPath, bounds_of, input_folder, pairs_of, shares_of
 
 if TYPE_CHECKING:
+    from gavamoe.data.judging import OrderedMap
     from gavamoe.data.readers.formats import TextMode
     from gavamoe.data.readers.sources import Quoting
     from gavamoe.data.text.features import SentenceRule
@@ -83,6 +86,9 @@ def prepare(
             "pairs without a text.",
         ),
     ] = False,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Ray workers that clean texts and choose sentences; 0: this process alone.")
+    ] = 0,
     json_output: Json = False,
 ) -> None:
     """Turn raw reviews into a dataset folder: ids, splits, features, one explanation a row."""
@@ -90,7 +96,7 @@ def prepare(
     from gavamoe.cli.terminal import TerminalProgress
     from gavamoe.data.prepare import prepare as prepare_reviews
 
-    with TerminalProgress() as progress:
+    with TerminalProgress() as progress, _side_by_side(workers) as run:
         progress.step("Prepare reviews")
         result = prepare_reviews(
             source,
@@ -115,8 +121,25 @@ def prepare(
             keep_textless=keep_textless,
             keep_repeated_texts=keep_repeated_texts,
             progress=progress.rows,
+            run=run,
         )
     print_prepared(result, out, as_json=json_output)
+
+
+@contextmanager
+def _side_by_side(workers: int) -> "Iterator[OrderedMap]":
+    """What runs batches: this process, or Ray workers."""
+    from gavamoe.data.judging import run_here
+
+    if not workers:
+        yield run_here
+        return
+    from gavamoe.config.schema import RuntimeConfig
+    from gavamoe.runtime.ordered_tasks import OrderedTasks
+    from gavamoe.runtime.ray_train import ray_session
+
+    with ray_session(RuntimeConfig(workers=workers, threads_per_worker=1)):
+        yield OrderedTasks(workers)
 
 
 @data_app.command()

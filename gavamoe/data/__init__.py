@@ -4,6 +4,7 @@
     texts        second pass: a text for each row
     summary      what it found and wrote, in counts
     validation   first pass: rows accepted or rejected, with the reason
+    judging      the judgment of one batch, a function of it alone
     bounds       the longest ids, titles, features and texts
     splits       ratio or index files; repeated pairs
     user_ids     users left out, ids hashed

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from gavamoe.artifacts.files import write_folder
 from gavamoe.data.bounds import MAX_TITLE_CHARS
+from gavamoe.data.judging import OrderedMap, run_here
 from gavamoe.data.ratings import RatingScale
 from gavamoe.data.readers.batches import FIELDS, RawBatch
 from gavamoe.data.readers.formats import Format, TextMode, check_columns, get_format, read_titles
@@ -58,6 +59,7 @@ def prepare(
     keep_textless: bool = False,
     keep_repeated_texts: bool = False,
     progress: OnRows | None = None,
+    run: OrderedMap = run_here,
 ) -> PrepareSummary:
     """Write the dataset folder `out` from `source`; whole or not at all.
 
@@ -79,6 +81,8 @@ def prepare(
         keep_textless: rows of the source without a text are kept as such pairs, rather than rejected.
         keep_repeated_texts: explanations that the same user wrote before stay (`text.repeats`); text mode review only,
             where they otherwise become such pairs.
+        run: judges rows and chooses sentences, batch by batch; with `runtime.ordered_tasks` side by side. The dataset
+            is the same.
 
     Raises:
         InputError: something about the source, the arguments or `out` is wrong.
@@ -97,13 +101,12 @@ def prepare(
     ids = UserIds(read_ids(drop_users) if drop_users else (), read_hash_key(hash_users) if hash_users else None)
     with write_folder(Path(out)) as folder:
         with RowValidator(folder, mode, scale, kind.rated, ids, keep_textless) as validator:
-            for batch in kind.read(source, options):
-                validator.add(batch)
-                report("read", validator.read)
+            for read in validator.add(kind.read(source, options), run):
+                report("read", read)
             if pairs is not None:
-                for batch in _read_pairs(Path(pairs), options, pairs_columns or {}, validator.rated):
-                    validator.add(batch, pairs=True)
-                    report("read", validator.read)
+                more = _read_pairs(Path(pairs), options, pairs_columns or {}, validator.rated)
+                for read in validator.add(more, run, pairs=True):
+                    report("read", read)
         accepted = validator.accepted()
         _check_rejections(source, validator, len(accepted.row), max_rejected_share)
         _check_times(source, format, validator, max_rejected_share)
@@ -113,7 +116,7 @@ def prepare(
         settings = {"source": name, "format": format, "text_mode": mode, "sentence": rule, "seed": seed}
         settings["split"] = Path(index_dir).name if index_dir is not None else ":".join(f"{share:g}" for share in split)
         dropping = mode == "review" and not keep_repeated_texts
-        return _write(folder, validator, rows, accepted.has_text, repeats, settings, scale, dropping, report)
+        return _write(folder, validator, rows, accepted.has_text, repeats, settings, scale, dropping, report, run)
 
 
 def _check_arguments(
@@ -268,12 +271,13 @@ def _write(
     scale: tuple[float, float] | None,
     dropping: bool,
     report: OnRows,
+    run: OrderedMap,
 ) -> PrepareSummary:
     vocabulary = validator.vocabulary()
     kept = rows.split != LEFT_OUT
     with DatasetWriter(folder, rows) as writer:
         leaning = _leaning(rows.rating, kept, scale) if settings["sentence"] == "best" else None
-        texts = partial(choose_texts, validator, vocabulary, settings["sentence"], leaning)
+        texts = partial(choose_texts, validator, vocabulary, settings["sentence"], leaning, run)
         with stored(folder / "chosen.arrow", texts) if dropping else nullcontext(texts) as read:
             written = write_texts(read, writer, kept & has_text, rows.user if dropping else None, report)
         validator.remove_spool()

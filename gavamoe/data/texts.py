@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gavamoe.data.bounds import MAX_EXPLANATION_CHARS
+from gavamoe.data.judging import OrderedMap, run_here
 from gavamoe.data.text.cleaning import sentences
 from gavamoe.data.text.features import SentenceRule, Vocabulary
 from gavamoe.data.text.repeats import repeated_texts
@@ -66,20 +67,34 @@ def write_texts(
 
 
 def choose_texts(
-    validator: RowValidator, vocabulary: Vocabulary | None, rule: SentenceRule | None, leaning: np.ndarray | None
+    validator: RowValidator,
+    vocabulary: Vocabulary | None,
+    rule: SentenceRule | None,
+    leaning: np.ndarray | None,
+    run: OrderedMap = run_here,
 ) -> Iterator[tuple[pa.Array, pa.Array]]:
-    """Text and features of all accepted rows, batch by batch."""
-    start = 0
-    for text, features in validator.spooled():
-        size = len(text)
-        if vocabulary is not None and rule is not None:
-            sentence, row = sentences(text)
-            of_rows = None if leaning is None else leaning[start : start + size]
-            text, features = vocabulary.choose(sentence, row, size, rule, of_rows)
-        elif vocabulary is not None:
-            text, features = vocabulary.choose(text, np.arange(size), size)
-        yield text, features
-        start += size
+    """Text and features of all accepted rows, batch by batch; `run` chooses them, perhaps side by side."""
+    if vocabulary is None:
+        return validator.spooled()
+
+    def jobs() -> Iterator[tuple[pa.Array, np.ndarray | None]]:
+        start = 0
+        for text, _ in validator.spooled():
+            yield text, None if leaning is None else leaning[start : start + len(text)]
+            start += len(text)
+
+    return run(choose_batch, (vocabulary, rule), jobs())
+
+
+def choose_batch(
+    vocabulary: Vocabulary, rule: SentenceRule | None, text: pa.Array, leaning: np.ndarray | None
+) -> tuple[pa.Array, pa.Array]:
+    """Text and features of a batch of rows; a sentence of each text where there is a rule."""
+    size = len(text)
+    if rule is None:
+        return vocabulary.choose(text, np.arange(size), size)
+    sentence, row = sentences(text)
+    return vocabulary.choose(sentence, row, size, rule, leaning)
 
 
 @contextmanager

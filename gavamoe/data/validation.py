@@ -1,11 +1,11 @@
 """First pass over a source: every row is accepted or rejected with a reason; texts go to a file, the rest to arrays.
 
-Memory: about 40 bytes a row, the distinct ids, and one batch.
+Memory: about 40 bytes a row, the distinct ids, and the batches that are being judged.
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,42 +13,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gavamoe.data.bounds import (
-    MAX_EXPLANATION_CHARS,
-    MAX_FEATURE_CHARS,
-    MAX_ID_CHARS,
-    MAX_REVIEW_CHARS,
-    MAX_TITLE_CHARS,
-)
-from gavamoe.data.readers.batches import RawBatch, Rejection, parse_numbers, shorten
+from gavamoe.data.bounds import MAX_TITLE_CHARS
+from gavamoe.data.judging import REASONS, Judged, OrderedMap, Rules, judge, run_here
+from gavamoe.data.readers.batches import RawBatch, Rejection
 from gavamoe.data.readers.formats import TextMode
-from gavamoe.data.text.cleaning import clean, clean_id, clean_review, too_long, unmarked
-from gavamoe.data.text.features import Vocabulary, WordCounts, given_features
-from gavamoe.data.text.spool import FEATURE_LISTS, TextSpool
-from gavamoe.data.times import parse_times
+from gavamoe.data.text.cleaning import clean
+from gavamoe.data.text.features import Vocabulary, WordCounts
+from gavamoe.data.text.spool import TextSpool
 from gavamoe.data.user_ids import UserIds
 from gavamoe.data.writer import StringEncoder
 from gavamoe.errors import InputError
 
-_LONG_ID = {field: f"{field} id longer than {MAX_ID_CHARS} characters" for field in ("user", "item")}
-_LONG_FEATURE = f"feature longer than {MAX_FEATURE_CHARS} characters"
-_NO_LIST = "features begin like a list and are none"
-REASONS = (
-    "",
-    "user missing",
-    _LONG_ID["user"],
-    "user id malformed",
-    "item missing",
-    _LONG_ID["item"],
-    "item id malformed",
-    "rating missing",
-    "rating not a number",
-    "rating off scale",
-    "text missing",
-    _LONG_FEATURE,
-    _NO_LIST,
-)
-"""Reasons of a rejection by their code, of which the first that applies is given; 0: the row is accepted."""
+_NO_STRINGS = pa.array([], pa.string())
 
 
 class AcceptedRows(NamedTuple):
@@ -127,50 +103,80 @@ class RowValidator:
         self._spool.close()
         self._log.close()
 
-    def add(self, batch: RawBatch, *, pairs: bool = False) -> None:
-        """Accept or reject each row of a batch.
+    def add(self, batches: Iterable[RawBatch], run: OrderedMap = run_here, *, pairs: bool = False) -> Iterator[int]:
+        """Accept or reject the rows of all batches; yields the number of rows read, after each batch.
 
         Args:
+            run: judges batches, perhaps side by side; what comes of it is taken over in their order.
             pairs: the rows are of a second file, of pairs without text.
 
         Raises:
             InputError: the source has no texts, or has ratings or features in later rows only.
         """
         self._of_pairs = pairs
-        count = len(batch.row)
-        self.read += count + len(batch.broken)
+        under_way: deque[RawBatch] = deque()
+
+        def jobs() -> Iterator[tuple[Rules, dict[str, pa.Array]]]:
+            for batch in batches:
+                if (left := self._settled(batch)) is not None:
+                    under_way.append(left)
+                    yield self._rules(), left.columns
+
+        for judged in run(judge, (), jobs()):
+            self._take_over(under_way.popleft(), judged)
+            yield self.read
+
+    def _settled(self, batch: RawBatch) -> RawBatch | None:
+        """The rows that are left to be judged, with what is known of the source before them; None: there are none."""
+        self.read += len(batch.row) + len(batch.broken)
         ends = [rejection.row for rejection in batch.broken] + batch.row[-1:].tolist()
         self.last_row = max(self.last_row, *ends, 0)
         self.notes += batch.notes
         batch = self.user_ids.apply(batch)
-        count = len(batch.row)
-        if not count:
-            self._reject(batch, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int8))
-            return
-        if not pairs:
+        if not self._of_pairs and len(batch.row):
             self._settle_columns(batch)
-        reasons = _Reasons(count)
-        user, item = (self._ids(batch, field, reasons) for field in ("user", "item"))
-        rating = self._ratings(batch, reasons)
-        text = self._texts(batch, reasons)
-        features = self._features(batch, reasons)
-        time = self._times(batch)
-        accepted = reasons.code == 0
-        self._reject(batch, np.flatnonzero(~accepted), reasons.code[~accepted])
+        if len(batch.row) or batch.broken:
+            return batch if len(batch.row) else batch._replace(columns=dict.fromkeys(("user", "item"), _NO_STRINGS))
+        return None
+
+    def _rules(self) -> Rules:
+        return Rules(
+            self._text_mode,
+            self._scale,
+            bool(self._rated),
+            bool(self._featured),
+            self._keep_textless,
+            self._of_pairs,
+        )
+
+    def _take_over(self, batch: RawBatch, judged: Judged) -> None:
+        """Number the accepted rows' users and items, keep their values, and write down why the others were not."""
+        self.texts_cut += judged.texts_cut
+        self.pointed_ids += judged.pointed_ids
+        self.times += judged.times
+        self.unknown_times += judged.unknown_times
+        if self.first_unknown_time is None and judged.first_unknown_time is not None:
+            at, value = judged.first_unknown_time
+            self.first_unknown_time = int(batch.row[at]), value
+        accepted = judged.code == 0
+        self._reject(batch, np.flatnonzero(~accepted), judged.code[~accepted])
         mask = pa.array(accepted)
-        items = self.items.encode(item.filter(mask))
+        items = self.items.encode(judged.item.filter(mask))
+        text = judged.text.filter(mask)
         self._parts.append(
             AcceptedRows(
                 batch.row[accepted],
-                self.users.encode(user.filter(mask)),
+                self.users.encode(judged.user.filter(mask)),
                 items,
-                rating[accepted],
-                time[accepted],
-                pc.not_equal(text.filter(mask), "").to_numpy(zero_copy_only=False) | (self._text_mode == "none"),
+                judged.rating[accepted],
+                judged.time[accepted],
+                pc.not_equal(text, "").to_numpy(zero_copy_only=False) | (self._text_mode == "none"),
             )
         )
         self._keep_titles(batch, items, mask)
-        self._spool_texts(text.filter(mask), features.filter(mask))
+        if judged.words is not None:
+            self._words.add(judged.words)
+        self._spool.add(text, judged.features.filter(mask))
 
     def accepted(self) -> AcceptedRows:
         """All accepted rows, in order."""
@@ -214,67 +220,6 @@ class RowValidator:
                 "use text mode explanation or leave the features column out"
             )
 
-    def _ids(self, batch: RawBatch, field: str, reasons: "_Reasons") -> pa.Array:
-        ids, missing, long, malformed = clean_id(batch.columns[field])
-        reasons.mark(missing, f"{field} missing")
-        reasons.mark(long, _LONG_ID[field])
-        reasons.mark(malformed, f"{field} id malformed")
-        self.pointed_ids += pc.sum(pc.match_substring_regex(ids, r"^\d+\.0$")).as_py() or 0
-        return ids
-
-    def _ratings(self, batch: RawBatch, reasons: "_Reasons") -> np.ndarray:
-        """float32 (R,), NaN where there is none."""
-        if not self._rated:
-            return np.full(len(batch.row), np.nan, dtype=np.float32)
-        values = batch.columns.get("rating", pa.nulls(len(batch.row), pa.float64()))
-        number, bad = parse_numbers(values)
-        reasons.mark(_blank(values), "rating missing")
-        reasons.mark(bad, "rating not a number")
-        if self._scale is not None:
-            low, high = self._scale
-            reasons.mark(pc.or_(pc.less(number, low), pc.greater(number, high)), "rating off scale")
-        else:  # beyond what a float32 holds
-            reasons.mark(pc.greater(pc.abs(number), 1e30), "rating off scale")
-        return pc.fill_null(number, float("nan")).to_numpy().astype(np.float32)
-
-    def _texts(self, batch: RawBatch, reasons: "_Reasons") -> pa.Array:
-        count = len(batch.row)
-        if self._text_mode == "none" or self._of_pairs:
-            return pa.array([""] * count, pa.string())
-        text = batch.columns.get("text", pa.nulls(count, pa.string()))
-        if self._text_mode == "review":
-            self.texts_cut += too_long(text, MAX_REVIEW_CHARS)
-            text = clean_review(unmarked(text))
-        else:
-            self.texts_cut += too_long(text, MAX_EXPLANATION_CHARS)
-            text = clean(text, MAX_EXPLANATION_CHARS)
-        if self._keep_textless:
-            return pc.fill_null(text, "")
-        reasons.mark(pc.or_kleene(pc.is_null(text), pc.equal(text, "")), "text missing")
-        return text
-
-    def _features(self, batch: RawBatch, reasons: "_Reasons") -> pa.Array:
-        """list<string> (R,): the given features; empty lists where the source gives none."""
-        if not self._featured or self._of_pairs:
-            return pa.array([[]] * len(batch.row), FEATURE_LISTS)
-        features, long, broken = given_features(batch.columns.get("features", pa.nulls(len(batch.row), pa.string())))
-        reasons.mark(long, _LONG_FEATURE)
-        reasons.mark(broken, _NO_LIST)
-        return features
-
-    def _times(self, batch: RawBatch) -> np.ndarray:
-        """float64 (R,), NaN where there is none or it is not understood; these are counted, not rejected."""
-        if "time" not in batch.columns:
-            return np.full(len(batch.row), np.nan)
-        seconds, unknown = parse_times(batch.columns["time"])
-        count = pc.sum(unknown).as_py() or 0
-        self.times += len(seconds) - seconds.null_count + count
-        if count and self.first_unknown_time is None:
-            at = pc.index(unknown, True).as_py()
-            self.first_unknown_time = int(batch.row[at]), shorten(str(batch.columns["time"][at].as_py()))
-        self.unknown_times += count
-        return pc.fill_null(seconds, float("nan")).to_numpy()
-
     def _reject(self, batch: RawBatch, rows: np.ndarray, codes: np.ndarray) -> None:
         judged = [
             Rejection(int(batch.row[row]), ("pairs: " if self._of_pairs else "") + REASONS[code], batch.show(row))
@@ -293,26 +238,3 @@ class RowValidator:
         for code, title in zip(codes.tolist(), titles.take(pa.array(first)).to_pylist(), strict=True):
             if title:
                 self.titles.setdefault(code, title)
-
-    def _spool_texts(self, text: pa.Array, features: pa.Array) -> None:
-        if not self._featured and self._text_mode != "none":
-            self._words.add(text)
-        self._spool.add(text, features)
-
-
-class _Reasons:
-    """The first reason that applies to each row."""
-
-    def __init__(self, count: int) -> None:
-        self.code = np.zeros(count, dtype=np.int8)
-
-    def mark(self, mask: pa.Array, reason: str) -> None:
-        """Give `reason` to the rows of `mask` (null: no) that have none yet."""
-        marked = pc.fill_null(mask, False).to_numpy(zero_copy_only=False)
-        self.code[marked & (self.code == 0)] = REASONS.index(reason)
-
-
-def _blank(values: pa.Array) -> pa.Array:
-    if pa.types.is_string(values.type):
-        return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True)
-    return pc.is_null(values)

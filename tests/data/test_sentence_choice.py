@@ -21,7 +21,7 @@ from gavamoe.data.ratings import RatingScale
 from gavamoe.data.summary import Quartiles
 from gavamoe.data.text import lexicon
 from gavamoe.data.text.cleaning import clean_review, sentences
-from gavamoe.data.text.features import Chosen, SentenceRule, Vocabulary, WordCounts
+from gavamoe.data.text.features import Chosen, SentenceRule, Vocabulary, WordCounts, count_words
 
 REVIEWS = json.loads((Path(__file__).parent.parent / "fixtures" / "marked_reviews.json").read_text(encoding="utf-8"))
 ROOM = Vocabulary(["room", "bed", "pool", "staff", "view"])
@@ -42,7 +42,7 @@ def marked() -> tuple[list[str], list[int], Vocabulary]:
     """The marked reviews, the sentiments of their ratings, and the features that are found in them."""
     texts = [text_of(review) for review in REVIEWS]
     counts = WordCounts()
-    counts.add(pa.array(texts * 10))  # as if of 500 reviews, or most words were too rare
+    counts.add(count_words(pa.array(texts * 10)))  # as if of 500 reviews, or most words were too rare
     return texts, [int(np.sign(review["rating"] - 3)) for review in REVIEWS], Vocabulary.from_counts(counts)
 
 

@@ -59,29 +59,44 @@ _NUMPY = re.compile(r"\[\s*(?:(?:'[^']*'|\"[^\"]*\")\s*)*\]")
 _CANDIDATE = r"^\p{L}{3,24}$"
 
 
+class CountedWords(NamedTuple):
+    """What a batch of texts says of its words."""
+
+    texts: int
+    words: pa.Array
+    """string (W,): the words that may be features."""
+    numbers: np.ndarray
+    """float64 (W, 3): texts that have each, occurrences, noun-like minus verb-like occurrences."""
+
+
+def count_words(text: pa.Array) -> CountedWords:
+    """Count the words of a batch of texts."""
+    words = part_words(text)
+    size = len(words.distinct)
+    candidate = pc.match_substring_regex(words.distinct, _CANDIDATE).to_numpy(zero_copy_only=False)
+    candidate &= ~among(words.distinct, NEVER_FEATURES)
+    occurrences = np.bincount(words.code, minlength=size)
+    balance = np.bincount(words.code, _noun_evidence(words, candidate), size)
+    counted = candidate[words.code]
+    pairs = distinct_keys(words.text[counted] * size + words.code[counted])
+    texts = np.bincount(pairs % max(size, 1), minlength=size)
+    taken = np.flatnonzero(candidate)
+    numbers = np.stack([texts[taken], occurrences[taken], balance[taken]], axis=1)
+    return CountedWords(len(text), words.distinct.take(pa.array(taken)), numbers)
+
+
 class WordCounts:
-    """First pass: `add` every text."""
+    """First pass: `add` what `count_words` finds in every batch of texts."""
 
     def __init__(self) -> None:
         self._counts: dict[str, list[float]] = {}
         """word -> [texts, occurrences, noun-like minus verb-like occurrences]"""
         self.texts = 0
 
-    def add(self, text: pa.Array) -> None:
-        """Count the words of a batch of texts."""
-        words = part_words(text)
-        size = len(words.distinct)
-        candidate = pc.match_substring_regex(words.distinct, _CANDIDATE).to_numpy(zero_copy_only=False)
-        candidate &= ~among(words.distinct, NEVER_FEATURES)
-        occurrences = np.bincount(words.code, minlength=size)
-        balance = np.bincount(words.code, _noun_evidence(words, candidate), size)
-        counted = candidate[words.code]
-        pairs = distinct_keys(words.text[counted] * size + words.code[counted])
-        texts = np.bincount(pairs % max(size, 1), minlength=size)
-        taken = np.flatnonzero(candidate)
-        numbers = np.stack([texts[taken], occurrences[taken], balance[taken]], axis=1).tolist()
-        self._merge(words.distinct.take(pa.array(taken)).to_pylist(), numbers)
-        self.texts += len(text)
+    def add(self, counted: CountedWords) -> None:
+        """Add the words of the next batch."""
+        self._merge(counted.words.to_pylist(), counted.numbers.tolist())
+        self.texts += counted.texts
 
     def items(self) -> list[tuple[str, float, float, float]]:
         """(word, texts, occurrences, noun-like minus verb-like occurrences) of every counted word."""
