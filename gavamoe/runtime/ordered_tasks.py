@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pyarrow as pa
+
 from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.failures import failure_text
 
@@ -39,11 +41,20 @@ class OrderedTasks:
         lent = ray.put((function, shared))
         under_way: deque[Any] = deque()
         for job in jobs:
-            under_way.append(task.remote(lent, job))
+            under_way.append(task.remote(lent, tuple(map(_apart, job))))
             if len(under_way) == _AHEAD * self._workers:
                 yield _result(under_way.popleft())
         while under_way:
             yield _result(under_way.popleft())
+
+
+def _apart(value: Any) -> Any:
+    """An Arrow array, or a dict of them, without the rows around it: a slice is sent with all that it is a slice of."""
+    if isinstance(value, dict):
+        return {name: _apart(each) for name, each in value.items()}
+    if isinstance(value, pa.ChunkedArray):
+        return value.combine_chunks()
+    return pa.concat_arrays([value]) if isinstance(value, pa.Array) and len(value) else value
 
 
 def _call(lent: tuple[Callable[..., Any], tuple[Any, ...]], job: tuple[Any, ...]) -> Any:

@@ -1,18 +1,20 @@
 """Jobs as Ray tasks: in order, few at a time, side by side; and `data prepare --workers`, equal byte for byte."""
 
 import os
+import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from helpers.cli import Runner
 
-from gavamoe.data.readers import batches
+from gavamoe.data.readers import delimited
 from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.errors import InputError, RunError
-from gavamoe.runtime.ordered_tasks import OrderedTasks
+from gavamoe.runtime.ordered_tasks import OrderedTasks, _apart
 
 pytestmark = pytest.mark.usefixtures("ray_two_workers")
 
@@ -53,6 +55,16 @@ def test_a_job_that_fails_ends_all(fault: str, kind: type[Exception], text: str)
         list(OrderedTasks(2)(slow_square, (2,), [(1,), (3, fault), (5,)]))
 
 
+def test_slices_are_sent_without_what_they_are_slices_of() -> None:
+    whole = pa.array([str(number) * 10 for number in range(10_000)])
+    sent = _apart({"text": whole.slice(50, 3), "parts": pa.chunked_array([whole.slice(0, 1), whole.slice(7, 2)])})
+    assert sent["text"].to_pylist() == whole.slice(50, 3).to_pylist()
+    assert sent["parts"].to_pylist() == [whole[0].as_py(), whole[7].as_py(), whole[8].as_py()]
+    assert len(pickle.dumps(sent)) < 1000
+    assert _apart(pa.array([], pa.string())).to_pylist() == []
+    assert _apart(7) == 7
+
+
 def reviews(folder: Path) -> Path:
     """A few hundred reviews of several sentences, some rows wrong."""
     from gavamoe.data.dataset import open_dataset
@@ -70,7 +82,7 @@ def reviews(folder: Path) -> Path:
 
 
 def test_datasets_are_equal_byte_for_byte(gavamoe: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "BATCH_ROWS", 100)
+    monkeypatch.setattr(delimited, "BATCH_ROWS", 100)
     source = reviews(tmp_path)
     found: list[dict[str, bytes]] = []
     for name, options in (("one", []), ("two", ["--workers", "2"])):
