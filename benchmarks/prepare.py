@@ -1,16 +1,20 @@
 """How fast `data prepare` is and how much memory it takes, on files it generates.
 
-    python benchmarks/prepare.py [--rows 2000000] [--table-rows 300000] [--keep DIR]
+    python benchmarks/prepare.py [--rows 2000000] [--table-rows 300000] [--keep DIR] [--workers ROUNDS]
 
 Amazon-style JSON lines (one file of --rows rows) and, of --table-rows rows each, CSV, Parquet and JSON lines
 tables with and without a feature column. Each source is prepared in a process of its own (prepare starts no other);
 reported are rows a second and the peak resident memory. Linux only.
+
+--workers: instead, reviews of --table-rows rows as JSON lines and Parquet by one process, by one Ray worker and by two
+(Ray's start is not counted), which take turns for so many rounds.
 """
 
 import argparse
 import json
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,11 +36,13 @@ nice cheap solid broke works as expected would buy again never more than one rea
 SECONDS_AND_MEMORY = """
 import json, resource, sys, time
 from pathlib import Path
+from gavamoe.cli.data import _side_by_side
 from gavamoe.data.prepare import prepare
-source, out, format, columns = sys.argv[1:]
-start = time.perf_counter()
-summary = prepare(Path(source), Path(out), format, columns=json.loads(columns))
-seconds = time.perf_counter() - start
+source, out, format, text_mode, workers = sys.argv[1:]
+with _side_by_side(int(workers)) as run:
+    start = time.perf_counter()
+    summary = prepare(Path(source), Path(out), format, text_mode=text_mode or None, run=run)
+    seconds = time.perf_counter() - start
 cpu = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
 # not ru_maxrss, in which a new process inherits the peak of the one that started it
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -100,13 +106,42 @@ def write_tables(folder: Path, count: int) -> list[tuple[str, Path]]:
     return made
 
 
-def measure(name: str, source: Path, format: str, count: int) -> None:
-    """Prepare `source` in a new process and print its rate and peak memory."""
+def prepared(source: Path, format: str, text_mode: str = "", workers: int = 0) -> dict[str, float]:
+    """What SECONDS_AND_MEMORY prints of one preparation."""
     out = source.with_suffix(".dataset")
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-c", SECONDS_AND_MEMORY, str(source), str(out), format, "{}"]
-    result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    command = [sys.executable, "-c", SECONDS_AND_MEMORY, str(source), str(out), format, text_mode, str(workers)]
+    result: dict[str, float] = json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
     shutil.rmtree(out)
+    return result
+
+
+def compare_workers(folder: Path, count: int, rounds: int) -> None:
+    """Print the rates of one process, one worker and two, on the same reviews."""
+    table = pa.Table.from_pylist(list(rows(count, sentences=4))).drop_columns(["features"])
+    pq.write_table(table, folder / "reviews.parquet")
+    with open(folder / "reviews.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in table.to_pylist())
+    del table
+    for kind in ("jsonl", "parquet"):
+        found: dict[int, list[dict[str, float]]] = {0: [], 1: [], 2: []}
+        for _ in range(rounds):
+            for workers, results in found.items():
+                results.append(prepared(folder / f"reviews.{kind}", "table", "review", workers))
+        rates = {n: count / statistics.median(each["seconds"] for each in results) for n, results in found.items()}
+        shown = ", ".join(f"{rate:,.0f}" for rate in rates.values())
+        print(
+            f"{kind}, {count:,} reviews, rows/s by one process, one worker, two workers: {shown};"
+            f" two of one worker {rates[2] / rates[1]:.2f}, of one process {rates[2] / rates[0]:.2f};"
+            f" peak of the command {max(each['peak_mib'] for each in found[2]):.0f} MiB"
+        )
+
+
+def measure(name: str, source: Path, format: str, count: int) -> None:
+    """Prepare `source` in a new process and print its rate and peak memory."""
+    result = prepared(source, format)
     rate = count / result["seconds"]
     size = source.stat().st_size / 2**20
     print(
@@ -120,10 +155,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2_000_000, help="rows of the JSON-lines file")
     parser.add_argument("--table-rows", type=int, default=300_000, help="rows of each table")
     parser.add_argument("--keep", type=Path, help="generate the files here and leave them")
+    parser.add_argument("--workers", type=int, default=0, metavar="ROUNDS", help="compare workers, nothing else")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
+        if options.workers:
+            compare_workers(folder, options.table_rows, options.workers)
+            return
         for name, path in write_tables(folder, options.table_rows):
             measure(name, path, "table", options.table_rows)
         amazon = folder / "amazon.jsonl"
