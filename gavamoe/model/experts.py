@@ -16,6 +16,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
+_BLACKWELL = 10
+"""Major compute capability of the first GPUs of that kind."""
 FEW_TOKENS = 2
 """The kernel `auto` computes up to this many tokens one by one, on a CPU and without gradients."""
 
@@ -123,12 +125,20 @@ def auto_experts_forward(experts: _Experts, hidden_MD: Tensor, experts_MS: Tenso
     few = hidden_MD.shape[0] <= FEW_TOKENS and hidden_MD.device.type == "cpu"  # elsewhere the loop waits for the device
     if few and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return experts.forward_few(hidden_MD, experts_MS, weights_MS)
+    if torch.is_grad_enabled() and has_wrong_gradients(hidden_MD.device):
+        return _Experts.forward(experts, hidden_MD, experts_MS, weights_MS)
     read = _AutocastWeights(experts, hidden_MD.device.type)
     if hidden_MD.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _grouped_for_training(read, hidden_MD, experts_MS, weights_MS)
     grouped: Any = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
     output_MD: Tensor = grouped(read, hidden_MD, experts_MS, weights_MS)
     return output_MD
+
+
+def has_wrong_gradients(device: torch.device) -> bool:
+    """Whether grouped products give experts without tokens a gradient that is not zero, or NaN: on Blackwell GPUs, up to
+    torch 2.13 at least (pytorch issues 172439, 193633)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= _BLACKWELL
 
 
 def _grouped_for_training(experts: Any, hidden_MD: Tensor, experts_MS: Tensor, weights_MS: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from gavamoe.model.experts import FEW_TOKENS
+from gavamoe.model import experts
+from gavamoe.model.experts import FEW_TOKENS, has_wrong_gradients
 from gavamoe.model.router import MultiGateRouter, check_cluster_ids, load_balance_loss, router_z_loss
 
 KERNELS = ("eager", "batched_mm", "grouped_mm")
@@ -281,3 +282,22 @@ def test_balance_loss_pulls_the_router_towards_even_use() -> None:
         values.append(loss.item())
     assert values[-1] < values[0]
     assert values[-1] == pytest.approx(1.0, abs=0.1)
+
+
+def test_experts_without_tokens_learn_nothing_where_grouped_products_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blackwell's give them gradients: training takes the loop there, writing does not."""
+    for major, wrong in ((8, False), (9, False), (10, True), (12, True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, major=major: (major, 0))
+        assert has_wrong_gradients(torch.device("cuda:0")) is wrong
+    assert not has_wrong_gradients(torch.device("cpu"))
+    states = hidden(1, 3).float()
+    auto, eager = (block(name).float() for name in ("auto", "eager"))
+    monkeypatch.setattr(experts, "has_wrong_gradients", lambda _: True)
+    monkeypatch.setattr(experts, "_grouped_for_training", lambda *_: pytest.fail("grouped"))
+    outputs = [built(states, torch.tensor([1])) for built in (auto, eager)]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    for one, other in zip(auto.parameters(), eager.parameters(), strict=True):
+        assert one.grad is not None
+        assert torch.equal(one.grad, other.grad)

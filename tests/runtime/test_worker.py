@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from gavamoe.artifacts.files import write_folder
 from gavamoe.config.schema import RuntimeConfig
@@ -189,6 +191,49 @@ def test_it_goes_on_from_the_newest_whole_checkpoint_with_its_log(training: Trai
     assert [json.loads(x)["step"] for x in Path(training.kept[3].path, "log.jsonl").read_text().splitlines()] == [
         1, 2, 3, 4,
     ]  # fmt: skip
+
+
+class Remote(Kept):
+    """A checkpoint at a URI: fetched by the first who asks, removed when the last one is done, as Ray does it."""
+
+    def __init__(self, kept: Kept, local: Path) -> None:
+        super().__init__(Path(kept.path))
+        self.local, self.open, self.fetched = local, 0, 0
+
+    @contextmanager
+    def as_directory(self) -> Iterator[str]:
+        if not self.open:
+            shutil.copytree(self.path, self.local)
+            self.fetched += 1
+        self.open += 1
+        yield str(self.local)
+        self.open -= 1
+        if not self.open:
+            shutil.rmtree(self.local)
+
+
+def test_a_checkpoint_at_a_uri_is_fetched_once(training: Training, tmp_path: Path) -> None:
+    """What rank 0 has checked is what all go on from; a damaged one does not stay."""
+    log_actor, work = LocalLog(), tmp_path / "work"
+    run_worker({"job": job(log_actor, counting, steps=3, work=work)})
+    Path(training.kept[-1].path, "step").write_text("9")
+    stored = [Remote(kept, tmp_path / f"fetched-{number}") for number, kept in enumerate(training.kept)]
+    training.kept[:] = stored
+    assert run_worker({"job": job(log_actor, counting, steps=5, work=work)}) == 2
+    assert [each.fetched for each in stored] == [0, 1, 1]
+    assert not any(each.local.exists() for each in stored)
+
+
+def out_of_memory(*, context: RayContext) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation.")
+
+
+def test_a_gpu_without_room_is_not_tried_again(training: Training) -> None:
+    log_actor = LocalLog()
+    assert run_worker({"job": job(log_actor, out_of_memory)}) is None
+    [error] = log_actor.log_actor.refusals()
+    assert isinstance(error, RunError)
+    assert str(error).startswith("CUDA out of memory. Tried to allocate 2.00 GiB; stage2.gradient_checkpointing=true")
 
 
 def test_without_a_whole_checkpoint_it_refuses(training: Training, tmp_path: Path) -> None:
