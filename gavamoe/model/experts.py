@@ -136,8 +136,8 @@ def auto_experts_forward(experts: _Experts, hidden_MD: Tensor, experts_MS: Tenso
 
 
 def has_wrong_gradients(device: torch.device) -> bool:
-    """Whether grouped products give experts without tokens a gradient that is not zero, or NaN: on Blackwell GPUs, up to
-    torch 2.13 at least (pytorch issues 172439, 193633)."""
+    """Whether grouped products give experts without tokens a gradient that is not zero, or NaN: on Blackwell GPUs, up
+    to torch 2.13 at least (pytorch issues 172439, 193633)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= _BLACKWELL
 
 

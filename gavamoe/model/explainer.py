@@ -196,6 +196,7 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_router_logits: bool | None = None,
         return_logits: bool = True,
+        right_padded: bool = False,
         **kwargs: Any,
     ) -> GavamoeOutput:
         """Score the next token at each position.
@@ -210,6 +211,8 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
                 covers only positions that are scored.
             return_logits: False, in training: of these positions, those with a label alone are scored, and a large
                 vocabulary's logits never stand whole (`output_head`).
+            right_padded: padding, if any, is on the right, where causal attention of the tokens before never looks: the
+                decoder then gets no mask, so that attention runs by faster kernels, without copies of grouped keys.
 
         Raises:
             ValueError: missing cluster ids, not one per row, or ids that no gate has.
@@ -218,14 +221,14 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         cluster_ids = self._checked(cluster_ids)
         embeds_BTD = inputs_embeds if input_ids is None else self.embed(input_ids, cluster_ids)
-        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2 and not right_padded:
             position_ids = _positions(attention_mask, embeds_BTD)
         record = self._records_router(output_router_logits, labels)
         if self.config.experts_enabled:
             kwargs |= {"cluster_ids": cluster_ids, "output_router_logits": record}
         outputs = self.model(
             inputs_embeds=embeds_BTD,
-            attention_mask=attention_mask,
+            attention_mask=None if right_padded else attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,

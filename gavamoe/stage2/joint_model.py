@@ -57,7 +57,8 @@ class JointModel(nn.Module):
         """Losses of a batch; a part that gets no input, or has weight 0 in training, is left out.
 
         Args:
-            input_ids, attention_mask, labels: (B, T); cluster_ids: (B,), or responsibilities (B, K).
+            input_ids, attention_mask, labels: (B, T), padded on the right.
+            cluster_ids: (B,), or responsibilities (B, K).
             label_count: what to divide the summed negative log-likelihood by; None: this batch's labels.
             users, items, ratings: (P,).
 
@@ -98,6 +99,7 @@ class JointModel(nn.Module):
                 cluster_ids=cluster_ids,
                 use_cache=False,
                 return_logits=False,
+                right_padded=True,
                 num_items_in_batch=label_count,
             )
         loss: Tensor = output.loss

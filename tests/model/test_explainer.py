@@ -213,3 +213,25 @@ def test_bfloat16_model_trains_and_generates() -> None:
     output.loss.backward()
     assert model.model.layers[0].mlp.experts.gate_up_proj.grad.isfinite().all()
     assert model.generate(ids, attention_mask=mask, cluster_ids=clusters, max_new_tokens=3).shape == (3, 12)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_padding_on_the_right_needs_no_mask(family: str) -> None:
+    """The same logits at every token and the same loss and gradients, whatever stands in the padding."""
+    model = explainer(dense_model(family)).double().eval()
+    ids, clusters = text_ids(3, 9), torch.tensor([0, 1, 2])
+    mask = (torch.arange(9) < torch.tensor([[9], [6], [4]])).long()
+    labels = torch.where((mask == 1) & (torch.arange(9) > 2), ids, -100)
+    found = []
+    for padding, right_padded in ((0, False), (0, True), (5, True)):
+        padded = torch.where(mask == 1, ids, padding)
+        model.zero_grad()
+        output = model(
+            input_ids=padded, attention_mask=mask, labels=labels, cluster_ids=clusters, right_padded=right_padded
+        )
+        output.loss.backward()
+        gradients = [p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and "embed" not in n]
+        found.append([output.loss, output.logits[mask == 1], *gradients])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(two, one)

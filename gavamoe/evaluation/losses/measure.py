@@ -180,6 +180,7 @@ def answer_losses(explainer: "ExplanationGenerator", batch: Batch, cluster_ids_B
         cluster_ids=cluster_ids_B.to(device),
         logits_to_keep=positions_P.to(device),
         use_cache=False,
+        right_padded=True,
     ).logits
     targets_BP = batch["labels"][:, positions_P + 1].to(device)
     loss_BP = functional.cross_entropy(
