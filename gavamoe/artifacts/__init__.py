@@ -9,6 +9,7 @@ csv_files     tables for spreadsheets, in which no cell is a formula
 checksums     lists of files with size and SHA-256; the first difference from one
 manifest      artifact folders: config, versions and inputs, listed files, strict loading
 remote        datasets and runs at s3:// and other URIs: staged here, committed afterwards
+source_files  files that are read once; those at URIs are fetched for the while
 copying       a dataset or run copied between folders and URIs, verified
 home          the user's home folder, for caches and tokens
 object_store  requests to the storage, with retries

@@ -20,7 +20,10 @@ data_app = typer.Typer(help="Make and look at datasets.", no_args_is_help=True)
 
 @data_app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(help="Review file, or the folder that holds it (peter).")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="Review files of one format, or their URIs; for peter the folder."),
+    ],
     out: OutPath,
     format: Annotated[str, typer.Option("--format", help="amazon, yelp, peter, or table (CSV, JSONL, Parquet).")],
     column: Annotated[
@@ -91,15 +94,19 @@ def prepare(
     ] = 0,
     json_output: Json = False,
 ) -> None:
-    """Turn raw reviews into a dataset folder: ids, splits, features, one explanation a row."""
+    """Turn raw reviews into a dataset folder: ids, splits, features, one explanation a row.
+
+    Rows of several files are numbered through, in the order of the files.
+    """
+    from gavamoe.artifacts.source_files import local_files
     from gavamoe.cli.output.data import print_prepared
     from gavamoe.cli.terminal import TerminalProgress
     from gavamoe.data.prepare import prepare as prepare_reviews
 
-    with TerminalProgress() as progress, _side_by_side(workers) as run:
+    with TerminalProgress() as progress, local_files(sources) as here, _side_by_side(workers) as run:
         progress.step("Prepare reviews")
         result = prepare_reviews(
-            source,
+            here,
             out,
             format,
             columns=pairs_of("--column", column),

@@ -20,6 +20,7 @@ from gavamoe.data.judging import OrderedMap, run_here
 from gavamoe.data.ratings import RatingScale
 from gavamoe.data.readers.batches import FIELDS, RawBatch
 from gavamoe.data.readers.formats import Format, TextMode, check_columns, get_format, read_titles
+from gavamoe.data.readers.several import read_several
 from gavamoe.data.readers.sources import NO_COLUMN, Quoting, SourceOptions, check_encoding
 from gavamoe.data.splits import check_ratio, draw_splits, given_splits, repeated_pairs
 from gavamoe.data.summary import PrepareSummary, Quartiles
@@ -33,10 +34,12 @@ from gavamoe.data.writer import rating_scale as scale_of
 from gavamoe.errors import InputError
 
 DEFAULT_MAX_REJECTED_SHARE = 0.1
+_NAMED = 3
+"""Sources that a dataset names; of more it has the number."""
 
 
 def prepare(
-    source: Path,
+    source: Path | Sequence[Path],
     out: Path,
     format: str,
     *,
@@ -64,6 +67,7 @@ def prepare(
     """Write the dataset folder `out` from `source`; whole or not at all.
 
     Args:
+        source: one source, or several of the same format, whose rows are numbered through in this order.
         format: a name in `readers.formats.FORMATS`.
         columns: for format table: the source's column of each field whose column has another name; "-": leave it out.
         split: ratio of train, valid and test rows.
@@ -87,11 +91,12 @@ def prepare(
     Raises:
         InputError: something about the source, the arguments or `out` is wrong.
     """
-    source, kind = Path(source), get_format(format)
+    sources = [Path(source)] if isinstance(source, str | Path) else [Path(each) for each in source]
+    kind, shown = get_format(format), _shown(sources)
     check_columns(format, columns or {})
     check_ratio(split)
     options = _source_options(format, columns or {}, encoding, quoting, escape)
-    _check_arguments(source, format, kind, text_mode, rating_scale, max_rejected_share, titles)
+    _check_arguments(sources, format, kind, text_mode, rating_scale, max_rejected_share, titles)
     _check_pairs(pairs, pairs_columns or {}, index_dir)
     mode, scale = text_mode or kind.text_mode, rating_scale or kind.scale
     rule = _sentence_rule(sentence, mode)
@@ -101,26 +106,34 @@ def prepare(
     ids = UserIds(read_ids(drop_users) if drop_users else (), read_hash_key(hash_users) if hash_users else None)
     with write_folder(Path(out)) as folder:
         with RowValidator(folder, mode, scale, kind.rated, ids, keep_textless) as validator:
-            for read in validator.add(kind.read(source, options), run):
+            for read in validator.add(read_several(kind.read, sources, options), run):
                 report("read", read)
             if pairs is not None:
                 more = _read_pairs(Path(pairs), options, pairs_columns or {}, validator.rated)
                 for read in validator.add(more, run, pairs=True):
                     report("read", read)
         accepted = validator.accepted()
-        _check_rejections(source, validator, len(accepted.row), max_rejected_share)
-        _check_times(source, format, validator, max_rejected_share)
-        _read_title_file(source, kind, titles, validator)
+        _check_rejections(shown, validator, len(accepted.row), max_rejected_share)
+        _check_times(shown, format, validator, max_rejected_share)
+        _read_title_file(sources[0], kind, titles, validator)
         rows, repeats = _split(validator, accepted, index_dir, split, seed)
-        name = source.name if pairs is None else f"{source.name} + {Path(pairs).name}"
+        names = [each.name for each in sources] + ([] if pairs is None else [Path(pairs).name])
+        name = " + ".join(names if len(names) <= _NAMED else [*names[:_NAMED], f"{len(names) - _NAMED} more"])
         settings = {"source": name, "format": format, "text_mode": mode, "sentence": rule, "seed": seed}
         settings["split"] = Path(index_dir).name if index_dir is not None else ":".join(f"{share:g}" for share in split)
         dropping = mode == "review" and not keep_repeated_texts
         return _write(folder, validator, rows, accepted.has_text, repeats, settings, scale, dropping, report, run)
 
 
+def _shown(sources: Sequence[Path]) -> str:
+    """The sources, for messages."""
+    if not sources:
+        raise InputError("prepare: names no source")
+    return f"{sources[0]}" + (f" and {len(sources) - 1} more" if len(sources) > 1 else "")
+
+
 def _check_arguments(
-    source: Path,
+    sources: Sequence[Path],
     format: str,
     kind: Format,
     text_mode: str | None,
@@ -128,8 +141,13 @@ def _check_arguments(
     max_rejected_share: float,
     titles: Path | None,
 ) -> None:
-    if not source.exists():
-        raise InputError(f"{source}: no such file")
+    for number, source in enumerate(sources):
+        if not source.exists():
+            raise InputError(f"{source}: no such file")
+        if source in sources[:number]:
+            raise InputError(f"{source}: named twice; its rows would count twice")
+    if len(sources) > 1 and format == "peter":
+        raise InputError("format peter: is one folder; give the others a dataset of their own")
     if text_mode is not None and text_mode not in get_args(TextMode):
         raise InputError(f"text_mode: unknown value {text_mode!r}; known are {', '.join(get_args(TextMode))}")
     if not 0 <= max_rejected_share <= 1:
@@ -192,7 +210,7 @@ def _source_options(
     return SourceOptions(dict(columns), encoding and check_encoding(encoding), quoting, escape)
 
 
-def _check_times(source: Path, format: str, validator: RowValidator, max_share: float) -> None:
+def _check_times(source: str, format: str, validator: RowValidator, max_share: float) -> None:
     """Raise InputError when too many times are not understood: they decide which row of a repeated pair stays."""
     share = validator.unknown_times / max(validator.times, 1)
     if share <= max_share or validator.first_unknown_time is None:
@@ -206,7 +224,7 @@ def _check_times(source: Path, format: str, validator: RowValidator, max_share: 
     )
 
 
-def _check_rejections(source: Path, validator: RowValidator, kept: int, max_share: float) -> None:
+def _check_rejections(source: str, validator: RowValidator, kept: int, max_share: float) -> None:
     """Raise InputError when too many rows were rejected, or none is left."""
     if validator.read == 0:
         raise InputError(f"{source}: holds no rows")

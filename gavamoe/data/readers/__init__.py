@@ -2,6 +2,7 @@
 
     formats      the table of source formats
     batches      batches of raw records, bounded
+    several      several sources as if they were one
     sources      files opened: compressed, packed, in any encoding
     json_lines   JSON: a line a record, laid out, arrays
     delimited    CSV and the like: header, quoting, values
