@@ -1,5 +1,6 @@
 """Explainers in 8 and 4 bits: near the float32 ones, in every block, and refused where there are no such kernels."""
 
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,9 @@ def test_texts_of_a_run_are_written_and_the_artifact_stays_as_it_is(kind: Any) -
     requests = [ExplanationRequest(user, item) for user in range(8) for item in range(3)]
     generation = run().config.generation
     wanted, found = (writer.explain(requests, generation) for writer in (full, small))
-    same = [a.text == b.text for a, b in zip(wanted, found, strict=True)]
-    assert sum(same) > 0.4 * len(same)
+    # A tiny model is often undecided: one other word, and the rest of a text is another.
+    alike = [SequenceMatcher(None, a.text, b.text).ratio() for a, b in zip(wanted, found, strict=True)]
+    assert sum(alike) / len(alike) > 0.5
     assert all(text.text for text in found)
     assert {path: path.stat().st_mtime_ns for path in trained().rglob("*") if path.is_file()} == before
 

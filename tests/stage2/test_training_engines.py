@@ -103,7 +103,7 @@ def test_a_loss_in_chunks_equals_the_whole_at_every_zero_stage(
         finally:
             running.close()
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)
-    close(found[1][1], found[0][1], 1e-3, but=1e-3)
+    close(found[1][1], found[0][1], 1e-3, but=3e-3)
 
 
 def test_accumulated_batches_equal_one_larger_batch(tiny_dataset: Path, stage1: Path, tmp_path: Path) -> None:
