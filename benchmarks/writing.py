@@ -63,7 +63,8 @@ def explainer(base: str | None, block: str) -> tuple[GavamoeForCausalLM, Any]:
         tokenizer: Any = train_tokenizer([TEXT], 400)
     else:
         dense, tokenizer = load_base(base, ScratchModelConfig(), [], 0)
-    return build_explainer(config, dense.float(), ExplainerSizes(USERS, ITEMS, SLOT, GATES)), tokenizer
+    dense = dense if dense.dtype == torch.float32 else dense.float()  # what came from GGUF may not be cast
+    return build_explainer(config, dense, ExplainerSizes(USERS, ITEMS, SLOT, GATES)), tokenizer
 
 
 def prompts(rows: int) -> list[list[int]]:
