@@ -6,8 +6,9 @@ from typing import Any
 from gavamoe.artifacts.run import open_run
 from gavamoe.baselines.writing import BaselineWriter
 from gavamoe.errors import InputError
-from gavamoe.evaluation import evaluate
-from gavamoe.evaluation.evaluate import Scored
+from gavamoe.evaluation import writers
+from gavamoe.evaluation.evaluate import evaluate_run
+from gavamoe.evaluation.writers import Scored
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.model.quantized import Quantization
 
@@ -31,10 +32,10 @@ def load_writer(
 def load_scored(run: Path, dtype: str, bits: Quantization, device: str) -> Scored:
     """What is evaluated of a run; a baseline has neither gates nor slots, so none are probed and no losses are read."""
     if open_run(run).config.system == "gavamoe":
-        return evaluate.load_scored(run, dtype, bits, device)
+        return writers.load_scored(run, dtype, bits, device)
     return Scored(load_writer(run, dtype, bits, device))
 
 
 def evaluate_any(run: Path, **options: Any) -> dict[str, Any]:
     """Evaluate a trained run and write its evaluation/ folder; see `evaluation.evaluate.evaluate_run`."""
-    return evaluate.evaluate_run(run, load=load_scored, **options)
+    return evaluate_run(run, load=load_scored, **options)

@@ -90,7 +90,7 @@ class Judged(NamedTuple):
     first_unknown_time: tuple[int, str] | None
     """Place in the batch and value of the first time that is not understood."""
     words: CountedWords | None
-    """Of the accepted rows' texts; None where features need no words."""
+    """The words of the accepted rows' texts; None where no features are sought in them."""
 
 
 def judge(rules: Rules, columns: dict[str, pa.Array]) -> Judged:

@@ -1,6 +1,7 @@
 """A split -> texts and numbers.
 
     evaluate          write and score a split
+    writers           what it needs of a run, opened here or by Ray workers
     kept_texts        its texts, block by block, here or by Ray workers; kept until all are there
     rows              which rows, and what is asked for them
     score_files       `gavamoe score`: any system's texts

@@ -26,7 +26,6 @@ from gavamoe.artifacts.manifest import MANIFEST, Manifest, read_manifest
 from gavamoe.artifacts.run import RunFolder
 from gavamoe.config.schema import GenerationConfig, RunConfig
 from gavamoe.data.dataset import Dataset
-from gavamoe.evaluation.evaluate import open_writer
 from gavamoe.evaluation.faithfulness.features import Mentions, feature_set
 from gavamoe.evaluation.faithfulness.measure import repeats_itself
 from gavamoe.evaluation.faithfulness.memorization import TrainingTexts
@@ -34,6 +33,7 @@ from gavamoe.evaluation.faithfulness.sentiment import SentimentReader, agreement
 from gavamoe.evaluation.kept_texts import KeptTexts
 from gavamoe.evaluation.metrics.text_scores import aggregate, measure
 from gavamoe.evaluation.rows import EvaluatedRows, requests_of, select_rows
+from gavamoe.evaluation.writers import open_writer
 from gavamoe.stage2.tokenized_rows import rating_scale
 
 ROWS = 96

@@ -6,8 +6,7 @@ file of texts for each protocol and, if asked for, one of losses. Text is made b
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,8 @@ from gavamoe.artifacts.files import write_folder, write_json
 from gavamoe.artifacts.manifest import read_manifest, write_manifest
 from gavamoe.artifacts.run import METRICS_FILE, open_run
 from gavamoe.config.files import parse_config
-from gavamoe.config.schema import GenerationConfig, RunConfig
-from gavamoe.data.dataset import Dataset, dataset_of_run, open_dataset
+from gavamoe.config.schema import RunConfig
+from gavamoe.data.dataset import Dataset, dataset_of_run
 from gavamoe.errors import InputError
 from gavamoe.evaluation.faithfulness.features import feature_set
 from gavamoe.evaluation.faithfulness.measure import Gates, Written, measure_faithfulness
@@ -42,16 +41,14 @@ from gavamoe.evaluation.rows import (
     summary_of,
 )
 from gavamoe.evaluation.significance import intervals, not_better
+from gavamoe.evaluation.writers import ReadLosses, Scored, load_scored, open_writer
 from gavamoe.generation.batch.blocks import Writer
-from gavamoe.model.quantized import Quantization
 from gavamoe.runtime.progress import OnProgress
 from gavamoe.stage1.routes import ROUTES_FILE
 
 if TYPE_CHECKING:
-    from gavamoe.evaluation.faithfulness.gates import GateProbe
     from gavamoe.generation.generator import Explanation
     from gavamoe.generation.request import ExplanationRequest
-    from gavamoe.runtime.ray_pool import BlockPool
 
 GENERATIONS_FILE = "generations.parquet"
 PREDICTED_FILE = "generations_predicted.parquet"
@@ -71,10 +68,6 @@ class Evaluation:
     """Losses of the rows, where they were asked for and the writer is a model that can be read."""
 
 
-ReadLosses = Callable[[Dataset, EvaluatedRows, int], RowLosses | None]
-"""Dataset, rows and seed -> the writer's losses; see `losses.measure`."""
-
-
 @dataclass(frozen=True)
 class _WrittenTexts:
     """The texts that a writer wrote under one protocol, what it was asked, and how long it took."""
@@ -86,41 +79,6 @@ class _WrittenTexts:
     @property
     def texts(self) -> list[str]:
         return [explanation.text for explanation in self.explanations]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What is evaluated: a writer, and what else can be measured of it. Ray workers hold one each."""
-
-    writer: Writer
-    gates: Gates | None = None
-    """Measures the writer's gates, if it has any."""
-    losses: ReadLosses | None = None
-    """Reads the rows' own texts, if the writer can."""
-
-    def explain(
-        self, requests: "Sequence[ExplanationRequest]", generation: GenerationConfig, seed: int = 0
-    ) -> "list[Explanation]":
-        """As the writer does."""
-        return self.writer.explain(requests, generation, seed)
-
-    def measure_gates(self, requests: "Sequence[ExplanationRequest]", references: Sequence[str]) -> "GateProbe | None":
-        """What `gates` measures; None without gates."""
-        return None if self.gates is None else self.gates(requests, references)
-
-    def read_losses(self, dataset: Path, rows: EvaluatedRows, seed: int) -> RowLosses | None:
-        """What `losses` reads of a dataset folder; None where the writer can't read."""
-        return None if self.losses is None else self.losses(open_dataset(dataset), rows, seed)
-
-
-def load_scored(run: Path, dtype: str, bits: Quantization, device: str) -> Scored:
-    """A trained run's explainer on a torch device, with what can be measured of it."""
-    from gavamoe.evaluation.faithfulness.gates import measure_gates
-    from gavamoe.evaluation.losses.measure import measure_row_losses
-    from gavamoe.generation.generator import ExplanationGenerator
-
-    explainer = ExplanationGenerator.load(open_run(run).stage2, device, dtype, bits)
-    return Scored(explainer, partial(measure_gates, explainer), partial(measure_row_losses, explainer))
 
 
 def evaluate_run(
@@ -176,35 +134,6 @@ def evaluate_run(
     write_evaluation(opened.evaluation, result, config, inputs)
     shutil.rmtree(kept, ignore_errors=True)
     return result.metrics
-
-
-@contextmanager
-def open_writer(
-    run: Path,
-    config: RunConfig,
-    device: str | None = None,
-    workers: int | None = None,
-    load: Callable[..., Scored] = load_scored,
-) -> Iterator[tuple["Writer | BlockPool", Gates, ReadLosses | None]]:
-    """What `load` opens of a run, here or on Ray workers, for `KeptTexts`; see `evaluate_run`."""
-    from gavamoe.generation.placement import writing_device, writing_workers
-    from gavamoe.runtime.ray_pool import BlockPool
-    from gavamoe.runtime.ray_train import ray_session
-
-    placement, generation = config.runtime, config.generation
-    arguments = {"run": run, "dtype": generation.dtype, "bits": generation.quantize}
-    count = writing_workers(placement, workers, device)
-    if not count:
-        here = load(**arguments, device=writing_device(device, gpu=placement.gpu))
-        yield here.writer, here.measure_gates, here.losses
-        return
-    with ray_session(placement), BlockPool(load, arguments, workers=count, placement=placement) as pool:
-
-        def losses(dataset: Dataset, rows: EvaluatedRows, seed: int) -> RowLosses | None:
-            found: RowLosses | None = pool.call("read_losses", dataset.path.absolute(), rows, seed)
-            return found
-
-        yield pool, partial(pool.call, "measure_gates"), losses
 
 
 def evaluate(

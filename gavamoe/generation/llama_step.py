@@ -38,7 +38,7 @@ class _Layer(NamedTuple):
     output: Product
     feed_norm: Tensor
     feed: Callable[[Tensor, Tensor | None], Tensor]
-    """Of the normed hidden states (B, D) and the rows' gates (B, N, D), to (B, D)."""
+    """The feed-forward part: normed hidden states (B, D) and the rows' gates (B, N, D) to (B, D)."""
 
 
 class LlamaStep:
