@@ -129,9 +129,9 @@ class _Gates:
             return [None] * layers
         if self._weights.shape[1] == 1:
             clusters_B = torch.zeros_like(clusters_B)
+        before = self._clusters
         # Elsewhere than on a CPU, looking would wait for the device.
-        kept = clusters_B.device.type == "cpu" and self._clusters is not None
-        if not kept or not torch.equal(self._clusters, clusters_B):  # type: ignore[arg-type]
+        if before is None or clusters_B.device.type != "cpu" or not torch.equal(before, clusters_B):
             self._clusters = clusters_B
             self._picked = list(self._weights.index_select(1, clusters_B))
         return self._picked
@@ -208,7 +208,10 @@ def _product(parent: nn.Module, *names: str) -> Product:
         bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
         start = 0
         for layer in layers:
-            layer.weight.data = weight[start : start + layer.out_features]
+            own = slice(start, start + layer.out_features)
+            layer.weight.data = weight[own]
+            if bias is not None:
+                layer.bias.data = bias[own]
             start += layer.out_features
         fused = (weight, bias)
         setattr(parent, _FUSED, fused)

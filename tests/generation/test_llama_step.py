@@ -7,6 +7,7 @@ import torch
 from helpers.explainers import dense_model, explainer, text_ids
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
 
 from gavamoe.generation.decoding_engine import Engine, Row
 from gavamoe.generation.kv_cache import SlotCache
@@ -105,6 +106,23 @@ def test_quantized_logits_are_those_of_the_model(block: str, kind: Quantization)
 def test_bfloat16_logits_are_near_those_of_the_model() -> None:
     for own, fast in zip(*both_ways(telling("shared").bfloat16(), 3), strict=True):
         assert float((fast - own).float().norm() / own.float().norm()) < 0.03
+
+
+def test_biases_of_attention_are_the_model_s_own_too() -> None:
+    config = dense_model().config
+    config.attention_bias = True
+    model = explainer(LlamaForCausalLM(config).double(), **BLOCKS["shared"]).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(3))
+    for change in (0.0, 0.5):  # in place, behind a pass that was made before
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(("k_proj.bias", "v_proj.bias")):
+                    parameter.add_(change)
+        for own, fast in zip(*both_ways(model, 3), strict=True):
+            torch.testing.assert_close(fast, own, rtol=1e-4, atol=1e-4)
 
 
 def test_the_weights_stay_the_model_s_own() -> None:
