@@ -1,12 +1,13 @@
 """The service: its engine against bare `generate()`, and the whole of it over HTTP.
 
-    python -m benchmarks.serve [--run runs/quickstart] [--url http://127.0.0.1:8000] [--proxy] [--rounds 3] [--json]
+    python -m benchmarks.serve [--run RUN] [--url http://127.0.0.1:8000] [--pid PID] [--proxy] [--rounds 3] [--json]
 
 Engine, in this process: tokens a second of 16 rows at a time, by `generate()` on batches of 16 and by the engine with
 16 slots, on the same prompts, in turns; then requests that arrive at random, in batches that wait for each other
 (static) and continuously. Over HTTP (a service that `gavamoe serve RUN` has started, named by --url): closed loop at
 1, 8, 16 and 32 clients, open loop at shares of the best rate found there, time to the first token, `/v1/route` alone,
-and the overhead: what a client waits beyond the engine's own times. --proxy: the same proxy before a deployment that
+and the overhead: what a client waits beyond the engine's own times; with --pid, the process of `gavamoe serve`, the CPU
+time of a request by process, this one's as client included. --proxy: the same proxy before a deployment that
 answers requests like those of `/v1/route` at once, which is the limit of whatever stands behind it.
 """
 
@@ -14,14 +15,17 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import statistics
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
+import psutil
 import torch
 
 from gavamoe.config.schema import GenerationConfig
@@ -53,7 +57,7 @@ def prompts_of(explainer: ExplanationGenerator, rows: int) -> tuple[list[list[in
 
 def by_generate(explainer: ExplanationGenerator, prompts: list[list[int]], clusters: list[int]) -> int:
     """Bare `generate()` on batches of SLOTS rows; returns the tokens written."""
-    options = explainer._options(GenerationConfig(max_new_tokens=NEW_TOKENS))
+    options = explainer._beam_options(GenerationConfig(max_new_tokens=NEW_TOKENS))
     written = 0
     for start in range(0, len(prompts), SLOTS):
         ids_BT, mask_BT = left_padded(prompts[start : start + SLOTS], options.pad_token_id)
@@ -64,7 +68,8 @@ def by_generate(explainer: ExplanationGenerator, prompts: list[list[int]], clust
                 cluster_ids=torch.tensor(clusters[start : start + SLOTS]),
                 generation_config=options,
             )
-        written += sum(len(explainer._until_end(row)) for row in output[:, ids_BT.shape[1] :].tolist())
+        for row in output[:, ids_BT.shape[1] :].tolist():
+            written += row.index(options.eos_token_id) + 1 if options.eos_token_id in row else len(row)
     return written
 
 
@@ -266,8 +271,20 @@ def _measure_proxy(port: int, requests: int) -> dict[str, Results]:
         ray.shutdown()
 
 
-async def measure_http(url: str, requests: int, options: dict[str, Any]) -> dict[str, Results]:
-    """All HTTP measurements."""
+def cpu_by_process(pid: int) -> dict[str, float]:
+    """CPU seconds so far of a service's processes, of `gavamoe serve` down, by what they are; and of this one."""
+    spent: dict[str, float] = {"client": sum(psutil.Process().cpu_times()[:2])}
+    for process in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            command = " ".join(process.cmdline())
+            replica = re.search(r"ServeReplica:gavamoe:(\w+)", command)
+            kind = replica[1] if replica else "HAProxy" if process.name() == "haproxy" else "rest of Ray"
+            spent[kind] = spent.get(kind, 0.0) + sum(process.cpu_times()[:2])
+    return spent
+
+
+async def measure_http(url: str, requests: int, options: dict[str, Any], pid: int | None) -> dict[str, Results]:
+    """All HTTP measurements; with the process of the service also where the CPU time of a request goes."""
     results: dict[str, Results] = {}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         listed = [await (await session.get(f"{url}/v1/{kind}?limit=100")).json() for kind in ("users", "items")]
@@ -277,7 +294,9 @@ async def measure_http(url: str, requests: int, options: dict[str, Any]) -> dict
         best = 0.0
         for clients in CLIENTS:
             count = requests // 4 if clients == 1 else max(requests, clients)
+            before = cpu_by_process(pid) if pid else {}
             answers, seconds, spent = await closed_loop(clients, count, lambda: client.explain(**options))
+            after = cpu_by_process(pid) if pid else {}
             engine = [sum(a["timings_ms"][part] for part in ("route", "queue", "prefill", "decode")) for a in answers]
             overhead = [a["client_ms"] - ms for a, ms in zip(answers, engine, strict=True)]
             best = max(best, count / spent)
@@ -285,6 +304,7 @@ async def measure_http(url: str, requests: int, options: dict[str, Any]) -> dict
                 "requests/s": count / spent,
                 "tokens/s": sum(a["new_tokens"] for a in answers) / spent,
                 "overhead p50 ms": statistics.median(overhead),
+                **{f"CPU ms of {kind}": 1000 * (after[kind] - before.get(kind, 0.0)) / count for kind in sorted(after)},
             } | quantiles("answer", seconds)
             firsts, _, _ = await closed_loop(clients, count // 2, lambda: client.first_token(**options))
             results[f"stream, {clients} clients"] = quantiles("first token", firsts)
@@ -304,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--url", help="of a running service; without it, HTTP is not measured")
+    parser.add_argument("--pid", type=int, help="of `gavamoe serve`: also CPU time a request, by process")
     parser.add_argument("--proxy", action="store_true", help="also Serve's proxy alone; starts a Ray of its own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=96, help="of the engine's measurements")
@@ -324,7 +345,7 @@ def main() -> None:
         print(f"{arguments.run}: no run there, so the engine is not measured; `make quickstart` makes one")
     if arguments.url:
         options = {"max_new_tokens": arguments.new_tokens} if arguments.new_tokens else {}
-        results |= asyncio.run(measure_http(arguments.url.rstrip("/"), arguments.requests, options))
+        results |= asyncio.run(measure_http(arguments.url.rstrip("/"), arguments.requests, options, arguments.pid))
         bare, served = results.get("engine, 16 rows"), results[f"explain, {SLOTS} clients"]
         if bare:
             served["of generate()"] = served["tokens/s"] / bare["generate tokens/s"]

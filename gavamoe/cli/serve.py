@@ -18,6 +18,12 @@ def serve(
         Path | None, typer.Option(help="YAML with the app builder's arguments (docs/serve.md).")
     ] = None,
     replicas: Annotated[int | None, typer.Option(min=1, help="Generator replicas.")] = None,
+    single: Annotated[
+        bool,
+        typer.Option(
+            "--single", help="Router, generator and HTTP in one replica: fewer hops, for a small model on one machine."
+        ),
+    ] = False,
     api_keys: Annotated[
         Path | None,
         typer.Option(help="File with one sha256:HEX of an API key a line; names and limits: docs/serve.md."),
@@ -39,6 +45,8 @@ def serve(
     changes: dict[str, Any] = {}
     if replicas is not None:
         changes["generator_scaling"] = {"min_replicas": replicas, "max_replicas": replicas}
+    if single:
+        changes["composed"] = False
     if api_keys is not None:
         changes["api_keys_file"] = str(api_keys.absolute())
     if quantize is not None:

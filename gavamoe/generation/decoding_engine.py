@@ -1,21 +1,23 @@
 """Continuous batching: rows of different clusters, lengths and ages share each pass through the explainer.
 
 `step()` reads the prompts of rows that wait (prefill), as far as slots are free, and writes one more token of every
-row (decode). A row joins while others are in the middle of their text and leaves with its last token; its slot is free
-at the next step. A row's text depends on its own prompt, cluster and seed alone (but for float rounding).
+row (decode). What all prompts begin with is read once a gate. A row joins while others are in the middle of their text
+and leaves with its last token; its slot is free at the next step. A row's text depends on its own prompt, cluster and
+seed alone (but for float rounding).
 
 Why not transformers' continuous batching: it was tried (5.23). It packs all rows into one row of tokens and hands the
 model a fixed set of arguments, so a cluster id per request cannot reach the router (every request fails there), and its
 sampling has one generator for all rows.
 
-Shape letters: B rows, T tokens, L read length of the cache, X experts, V vocabulary.
+Shape letters: B rows, T tokens, L read length of the cache, P tokens that all prompts begin with, X experts,
+V vocabulary.
 """
 
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -83,6 +85,7 @@ class Engine:
         max_waiting: int = 64,
         prefill_rows: int = 8,
         join_rows: int = 1,
+        prefix: Sequence[int] = (),
     ) -> None:
         """
         Args:
@@ -94,6 +97,8 @@ class Engine:
             prefill_rows: new rows a step, at most: bounds how long the others wait for their next token.
             join_rows: slots that must be free before new rows join those being written. A prefill costs a pass of its
                 own, so where nobody waits for a text, many together are cheaper.
+            prefix: what prompts begin with. Its keys and values depend on a row's gate alone, so that they are computed
+                once a gate and copied; a prompt without it is read whole.
         """
         self.model, self.end = model.eval(), end
         self.device = str(model.device)
@@ -101,6 +106,9 @@ class Engine:
         self.max_waiting, self.prefill_rows, self.join_rows = max_waiting, prefill_rows, join_rows
         self.capacity = min(capacity, model.config.text_config.max_position_embeddings)
         self.cache = SlotCache(model.config.text_config, slots, self.capacity, model.dtype, self.device)
+        self.prefix = tuple(prefix)
+        self._prefixes: dict[int, SlotCache] = {}
+        """The prefix as each gate reads it, in a cache of one slot."""
         self.step_pass = LlamaStep.of(self.model, self.capacity)
         """Decodes in fewer operations than the model's own forward pass; None where only that can."""
         self.waiting: deque[Row] = deque()
@@ -175,26 +183,56 @@ class Engine:
     def _prefill(self, rows: list[Row]) -> None:
         """Read the rows' prompts and write their first tokens."""
         started = time.monotonic()
-        lengths = [len(row.prompt) for row in rows]
+        first = len(self.active) - len(rows)
+        known = self._copy_prefixes(rows, first)
+        unread = [row.prompt[known:] for row in rows]
+        lengths = [len(prompt) for prompt in unread]
         width = max(lengths)
         # Padding is on the right, where causal attention of the tokens before never looks.
-        ids_BT = torch.tensor([[*row.prompt, *[0] * (width - len(row.prompt))] for row in rows], device=self.device)
+        ids_BT = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in unread], device=self.device)
         last_B = torch.tensor(lengths, device=self.device) - 1
         needed, place_B = torch.unique(last_B, return_inverse=True)
-        first = len(self.active) - len(rows)
         for row in rows:
             row.started = started
-        output = self.model(
-            input_ids=ids_BT,
-            position_ids=torch.arange(width, device=self.device)[None],
-            attention_mask=_causal_mask(width, self.device),
-            past_key_values=self.cache.prefill(first, len(rows)),
-            logits_to_keep=needed,
-            **self._inputs(rows),
-        )
+        output = self._read(ids_BT, self.cache, first, known, needed, **self._inputs(rows))
         logits_BV = output.logits[torch.arange(len(rows), device=self.device), place_B]
         self._count_experts(rows, output.router_logits, lengths)
         self._write(slice(first, first + len(rows)), logits_BV)
+
+    def _read(self, ids_BT: Tensor, cache: SlotCache, first: int, known: int, needed: Any, **inputs: Any) -> Any:
+        """The model's forward pass over tokens of the rows in the slots from `first` on, which hold `known` before."""
+        rows, width = ids_BT.shape
+        return self.model(
+            input_ids=ids_BT,
+            position_ids=torch.arange(known, known + width, device=self.device)[None],
+            attention_mask=_causal_mask(width, known, self.device),
+            past_key_values=cache.prefill(first, rows, known),
+            logits_to_keep=needed,
+            **inputs,
+        )
+
+    def _copy_prefixes(self, rows: list[Row], first: int) -> int:
+        """Put the prefix into the slots of new rows, if it is that of all; returns how many tokens they hold then.
+
+        A row whose experts are counted reads its whole prompt, and so does one of soft routes, which shares its mixture
+        of gates with no other.
+        """
+        size = len(self.prefix)
+        if not size or not all(_begins_with(row, self.prefix) for row in rows):
+            return 0
+        for slot, row in enumerate(rows, start=first):
+            gate = cast("int", row.route)
+            if gate not in self._prefixes:
+                self._prefixes[gate] = self._read_prefix(row)
+            self.cache.copy(self._prefixes[gate], slot, size)
+        return size
+
+    def _read_prefix(self, row: Row) -> SlotCache:
+        text_config = self.model.config.text_config
+        read = SlotCache(text_config, 1, len(self.prefix), self.model.dtype, self.device)
+        ids_1P = torch.tensor([self.prefix], device=self.device)
+        self._read(ids_1P, read, 0, 0, 1, **self._inputs([row]))
+        return read
 
     def _decode(self, rows: list[Row]) -> None:
         """Read each row's last token and write the next; `rows` are those in the slots 0..B-1."""
@@ -260,5 +298,12 @@ class Engine:
             values.pop()
 
 
-def _causal_mask(width: int, device: str) -> Tensor:
-    return torch.ones(1, 1, width, width, dtype=torch.bool, device=device).tril()
+def _begins_with(row: Row, prefix: tuple[int, ...]) -> bool:
+    """Whether a row can take over what was read of the prefix."""
+    whole = row.trace or not isinstance(row.route, int)
+    return not whole and len(row.prompt) > len(prefix) and tuple(row.prompt[: len(prefix)]) == prefix
+
+
+def _causal_mask(width: int, known: int, device: str) -> Tensor:
+    """(1, 1, T, known + T): a token sees all that was known before, and no later one."""
+    return torch.ones(1, 1, width, known + width, dtype=torch.bool, device=device).tril(known)

@@ -1,7 +1,7 @@
 """The engine's thread: requests come in from an asyncio loop, tokens go back to it.
 
 One thread drives the engine; the loop's side never waits for a forward pass. All tokens of a step go back in one
-call, since waking the loop costs more than a small model's token.
+call, since waking the loop costs more than a small model's token; and of a text that is wanted whole only its end does.
 """
 
 import asyncio
@@ -20,10 +20,11 @@ _LOST = -1
 
 
 class Ticket:
-    """One row's place in the engine; iterating yields how many tokens it has, each time that has grown."""
+    """One row's place in the engine; iterating yields how many tokens it has, each time that has grown, or once at the
+    end."""
 
-    def __init__(self, row: Row, thread: "EngineThread") -> None:
-        self.row, self._thread = row, thread
+    def __init__(self, row: Row, thread: "EngineThread", each_token: bool) -> None:
+        self.row, self._thread, self.each_token = row, thread, each_token
         self.news: asyncio.Queue[int] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
 
@@ -63,13 +64,16 @@ class EngineThread:
         """Rows being written, and rows that wait."""
         return len(self._engine.active), len(self._engine.waiting)
 
-    def start(self, row: Row) -> Ticket:
+    def start(self, row: Row, *, each_token: bool = True) -> Ticket:
         """Have a row written. The ticket must be closed, whatever becomes of it.
+
+        Args:
+            each_token: whether the ticket tells of every token, or of the finished row alone.
 
         Raises:
             EngineFull: too many rows wait.
         """
-        ticket = Ticket(row, self)
+        ticket = Ticket(row, self, each_token)
         with self._changed:
             self._engine.submit(row)
             self._tickets[id(row)] = ticket
@@ -141,7 +145,7 @@ class EngineThread:
         with self._changed:
             for row, count in news:
                 ticket = self._tickets.get(id(row))
-                if ticket is not None:
+                if ticket is not None and (ticket.each_token or row.done or count == _LOST):
                     by_loop.setdefault(ticket.loop, []).append((ticket, count))
         for loop, updates in by_loop.items():
             if not loop.is_closed():

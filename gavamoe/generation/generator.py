@@ -192,6 +192,7 @@ class ExplanationGenerator:
             max_waiting=max_waiting,
             prefill_rows=prefill_rows,
             join_rows=join_rows,
+            prefix=self.builder.start,
         )
 
     def text(self, tokens: list[int]) -> str:

@@ -27,9 +27,10 @@ class SlotCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def prefill(self, first: int, rows: int) -> "PrefillWindow":
-        """For a pass over the prompts of `rows` new rows, which take the slots from `first` on."""
-        return PrefillWindow(self, first, rows)
+    def prefill(self, first: int, rows: int, known: int = 0) -> "PrefillWindow":
+        """For a pass over the prompts of `rows` new rows, which take the slots from `first` on and hold the first
+        `known` tokens already."""
+        return PrefillWindow(self, first, rows, known)
 
     def decode(self, position_B: Tensor, longest: int) -> "DecodeWindow":
         """For a pass over one more token of each of the rows 0..B-1, the token of row b at `position_B[b]`.
@@ -37,6 +38,11 @@ class SlotCache:
         `longest` is one more than the largest position: how much of the slots is read.
         """
         return DecodeWindow(self, position_B, longest)
+
+    def copy(self, source: "SlotCache", slot: int, length: int) -> None:
+        """Fill the first `length` places of a slot from the first slot of another cache."""
+        self.keys[:, slot, :, :length] = source.keys[:, 0, :, :length]
+        self.values[:, slot, :, :length] = source.values[:, 0, :, :length]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""
@@ -46,18 +52,22 @@ class SlotCache:
 
 @dataclass(frozen=True)
 class PrefillWindow:
-    """What attention sees as its cache while prompts are read: nothing came before them."""
+    """What attention sees as its cache while prompts are read: what the slots hold, and the tokens of the pass."""
 
     cache: SlotCache
     first: int
     rows: int
+    known: int
 
     def update(self, keys_BHTF: Tensor, values_BHTF: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Store the prompts' keys and values; attention needs no others."""
-        slots, tokens = slice(self.first, self.first + self.rows), keys_BHTF.shape[2]
-        self.cache.keys[layer, slots, :, :tokens] = keys_BHTF
-        self.cache.values[layer, slots, :, :tokens] = values_BHTF
-        return keys_BHTF, values_BHTF
+        """Store the pass's keys and values, and return them behind those before, (B, H, known + T, F)."""
+        slots, end = slice(self.first, self.first + self.rows), self.known + keys_BHTF.shape[2]
+        keys_BHCF, values_BHCF = self.cache.keys[layer, slots], self.cache.values[layer, slots]
+        keys_BHCF[:, :, self.known : end] = keys_BHTF
+        values_BHCF[:, :, self.known : end] = values_BHTF
+        if not self.known:
+            return keys_BHTF, values_BHTF
+        return keys_BHCF[:, :, :end], values_BHCF[:, :, :end]
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ class PromptBuilder:
         names = (*_CONSTANTS, *(_CONSTANTS_OF_QUOTES if config.quotes else ()))
         constants = dict(zip(names, encode_texts(tokenizer, names), strict=True))
         self._constants = {text: tuple(ids) for text, ids in constants.items()}
-        self._start = (*_start_tokens(tokenizer), *self._constants[_INSTRUCTION])
+        self.start = (*_start_tokens(tokenizer), *self._constants[_INSTRUCTION])
+        """Token ids that every prompt begins with: the instruction."""
         words = encode_texts(tokenizer, [f" {word}" for word in SENTIMENTS])
         self._sentiments = {
             word: (*self._constants[_RATING], *ids) for word, ids in zip(SENTIMENTS, words, strict=True)
@@ -124,7 +125,7 @@ class PromptBuilder:
     def pieces(self) -> dict[str, Any]:
         """The prompt's constant texts and bounds, for whoever builds prompts without this class."""
         return {
-            "start": list(self._start[: len(self._start) - len(self._constants[_INSTRUCTION])]),
+            "start": list(self.start[: len(self.start) - len(self._constants[_INSTRUCTION])]),
             "instruction": _INSTRUCTION,
             "item": _ITEM,
             "title": _TITLE,
@@ -186,13 +187,13 @@ class PromptBuilder:
     ) -> list[int]:
         item = (user_slot, *self._cluster, *self._constants[_ITEM], item_slot)
         answer = self._constants[_ANSWER]
-        room = self.config.max_tokens - len(self._start) - len(item) - len(sentiment) - len(answer)
+        room = self.config.max_tokens - len(self.start) - len(item) - len(sentiment) - len(answer)
         listed = self._list_features(features, room)
         room -= len(listed)
         label = self._constants[_TITLE]
         titled = (*label, *title)[: max(room, 0)] if title and room > len(label) else ()
         quoted = self._list_quotes(quotes, room - len(titled))
-        return [*self._start, *item, *titled, *sentiment, *listed, *quoted, *answer]
+        return [*self.start, *item, *titled, *sentiment, *listed, *quoted, *answer]
 
     def _list_quotes(self, quotes: list[tuple[int, ...]], room: int) -> tuple[int, ...]:
         """Label and quoted reviews that fit into `room` tokens; those that don't fit whole are left out."""
@@ -221,7 +222,7 @@ class PromptBuilder:
 
     def _check_room(self) -> None:
         longest = max(map(len, self._sentiments.values())) if self.shows_ratings else 0
-        fixed = (self._start, self._constants[_ITEM], self._constants[_ANSWER])
+        fixed = (self.start, self._constants[_ITEM], self._constants[_ANSWER])
         needed = sum(map(len, fixed)) + 2 + len(self._cluster) + longest  # 2: the slots of user and item
         if needed > self.config.max_tokens:
             raise InputError(

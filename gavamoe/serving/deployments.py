@@ -1,4 +1,5 @@
-"""The service as Ray Serve deployments: `ClusterRouter`, `Generator`, and `Ingress` in front of them.
+"""The service as Ray Serve deployments: `ClusterRouter`, `Generator`, and `Ingress` in front of them; or
+`WholeService`, which is all three in one replica.
 
 `build` is the app builder for `serve deploy`, KubeRay and `gavamoe serve`; each part scales by its own settings.
 """
@@ -20,7 +21,7 @@ from gavamoe.errors import InputError, RunError
 from gavamoe.generation.decoding_engine import EngineFull
 from gavamoe.serving import schema
 from gavamoe.serving.api import create_api
-from gavamoe.serving.backend import Interrupted, Overloaded, Unavailable
+from gavamoe.serving.backend import Interrupted, LocalBackend, Overloaded, Unavailable
 from gavamoe.serving.keys import environment_keys
 from gavamoe.serving.routing import Pair, Ranking, RankRequest, RoutedPair, RoutingService
 from gavamoe.serving.settings import GeneratorSettings, Scaling, ServeArgs, Withhold
@@ -60,8 +61,7 @@ class Generator:
 
     def __init__(self, artifact: str, settings: GeneratorSettings, max_new_tokens: int, withhold: Withhold) -> None:
         self._writer = WritingService.load(Path(artifact), settings, max_new_tokens, withhold)
-        self._active = Gauge("gavamoe_engine_rows", "Texts being written by a generator replica.")
-        self._waiting = Gauge("gavamoe_engine_waiting", "Texts that wait for a slot of a generator replica.")
+        self._health = EngineHealth(self._writer)
 
     async def write(self, routed: RoutedPair, request: TextRequest) -> Written:
         """One whole text."""
@@ -83,14 +83,27 @@ class Generator:
 
     def check_health(self) -> None:
         """Called by Ray Serve every few seconds: a replica that fails is replaced."""
-        active, waiting = self._writer.engine.load
-        self._active.set(active)
-        self._waiting.set(waiting)
-        self._writer.check()
+        self._health.check()
 
     def __del__(self) -> None:
         if hasattr(self, "_writer"):  # not if loading failed
             self._writer.engine.close()
+
+
+class EngineHealth:
+    """What Ray Serve and Prometheus are told of a replica's engine."""
+
+    def __init__(self, writer: WritingService) -> None:
+        self._writer = writer
+        self._active = Gauge("gavamoe_engine_rows", "Texts being written by a generator replica.")
+        self._waiting = Gauge("gavamoe_engine_waiting", "Texts that wait for a slot of a generator replica.")
+
+    def check(self) -> None:
+        """Raise RunError if no answer can be expected."""
+        active, waiting = self._writer.engine.load
+        self._active.set(active)
+        self._waiting.set(waiting)
+        self._writer.check()
 
 
 @serve.ingress()
@@ -107,8 +120,39 @@ class Ingress:
         return create_api(self._backend, self._args, self._metrics.observe, behind_serve=True)
 
     async def settings(self) -> dict[str, Any]:
-        """What this service was told, for `gavamoe serve --update`; and whether the environment holds API keys."""
-        return {"args": self._args.model_dump(mode="json"), "environment_keys": bool(environment_keys())}
+        """What this service was told; see `described`."""
+        return described(self._args)
+
+
+@serve.ingress()
+class WholeService:
+    """HTTP, router and generator in one replica."""
+
+    def __init__(self, args: ServeArgs) -> None:
+        self._args = args
+        self._backend = LocalBackend.load(args)
+        self._health, self._metrics = EngineHealth(self._backend.writer), Metrics()
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Called by Ray Serve when the replica starts."""
+        return create_api(self._backend, self._args, self._metrics.observe, behind_serve=True)
+
+    async def settings(self) -> dict[str, Any]:
+        """See `Ingress.settings`."""
+        return described(self._args)
+
+    def check_health(self) -> None:
+        """See `Generator.check_health`."""
+        self._health.check()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_backend"):  # not if loading failed
+            self._backend.writer.engine.close()
+
+
+def described(args: ServeArgs) -> dict[str, Any]:
+    """What a service was told, for `gavamoe serve --update`; and whether the environment holds API keys."""
+    return {"args": args.model_dump(mode="json"), "environment_keys": bool(environment_keys())}
 
 
 class Metrics:
@@ -271,6 +315,19 @@ def build(args: ServeArgs) -> serve.Application:
     """The application: `import_path: gavamoe.serving.deployments:build` in a Serve config file."""
     artifact, limits, generator = str(args.artifact.absolute()), args.limits, args.generator
     environment = {"OMP_NUM_THREADS": str(generator.threads), "TOKENIZERS_PARALLELISM": "false"}
+    writing = {"health_check_period_s": 2, "health_check_timeout_s": 10}
+    http = {
+        # Above what the ingress itself admits, bodies that it waits for included: it answers 429 in the interface's own
+        # form, and health checks always find room. Ray's is the second line.
+        "max_ongoing_requests": limits.max_in_flight + limits.max_unfinished_bodies + 64,
+        "max_queued_requests": limits.max_in_flight,
+        "backpressure_config": {"status_code": 429, "retry_after_s": limits.retry_after_s},
+    }
+    finishing = {"graceful_shutdown_timeout_s": limits.request_timeout_s + 5}
+    if not args.composed:
+        scaled = _scaled(args.generator_scaling, environment)
+        # Under the name that `serve --update` asks for the settings.
+        return serve.deployment(WholeService, name="Ingress", **http, **writing, **finishing, **scaled).bind(args)
     router = serve.deployment(
         ClusterRouter,
         max_ongoing_requests=256,
@@ -281,21 +338,11 @@ def build(args: ServeArgs) -> serve.Application:
         Generator,
         max_ongoing_requests=generator.slots + generator.max_waiting,
         max_queued_requests=max(generator.max_waiting, 1),
-        health_check_period_s=2,
-        health_check_timeout_s=10,
-        graceful_shutdown_timeout_s=limits.request_timeout_s + 5,
+        **writing,
+        **finishing,
         **_scaled(args.generator_scaling, environment),
     ).bind(artifact, generator, limits.max_new_tokens, args.withhold)
-    ingress = serve.deployment(
-        Ingress,
-        # Above what the ingress itself admits, bodies that it waits for included: it answers 429 in the interface's own
-        # form, and health checks always find room. Ray's is the second line.
-        max_ongoing_requests=limits.max_in_flight + limits.max_unfinished_bodies + 64,
-        max_queued_requests=limits.max_in_flight,
-        backpressure_config={"status_code": 429, "retry_after_s": limits.retry_after_s},
-        graceful_shutdown_timeout_s=limits.request_timeout_s + 5,
-        **_scaled(args.ingress_scaling, environment),
-    )
+    ingress = serve.deployment(Ingress, **http, **finishing, **_scaled(args.ingress_scaling, environment))
     return ingress.bind(args, router, writers)
 
 

@@ -115,6 +115,10 @@ class ServeArgs(Section):
     run: str
     """A run folder, or a stage-2 artifact folder; on a path that all nodes share."""
     limits: Limits = Limits()
+    composed: bool = True
+    """Router, generator and HTTP are deployments of their own, each with its own scaling. False: one deployment has all
+    three, each replica with the whole model, by `generator_scaling`: no calls between processes, which for a small
+    model take longer than a text."""
     generator: GeneratorSettings = GeneratorSettings()
     router_scaling: Scaling = Scaling(num_cpus=0.25, target_ongoing_requests=64)
     generator_scaling: Scaling = Scaling()
@@ -173,7 +177,8 @@ class ServeArgs(Section):
     @property
     def reserved_cpus(self) -> float:
         """CPUs that the replicas reserve at most."""
-        parts = (self.router_scaling, self.generator_scaling, self.ingress_scaling)
+        others = (self.router_scaling, self.ingress_scaling) if self.composed else ()
+        parts = (self.generator_scaling, *others)
         return sum(part.num_cpus * part.max_replicas for part in parts)
 
 

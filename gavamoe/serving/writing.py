@@ -126,7 +126,7 @@ class WritingService:
         """
         routed = self._same_version(routed)
         row = self._row(routed, request)
-        ticket = self.engine.start(row)
+        ticket = self.engine.start(row, each_token=False)
         try:
             async for _ in ticket:
                 pass
@@ -140,7 +140,7 @@ class WritingService:
         routed = self._same_version(routed)
         row = self._row(routed, request)
         pieces = TextStream(self._explainer.tokenizer)
-        ticket = self.engine.start(row)
+        ticket = self.engine.start(row, each_token=self._authors is None)
         try:
             yield routed
             async for count in ticket:

@@ -253,8 +253,8 @@ def thread(explainer: ExplanationGenerator) -> Iterator[EngineThread]:
     running.close()
 
 
-async def collect(thread: EngineThread, row: Row) -> list[int]:
-    ticket = thread.start(row)
+async def collect(thread: EngineThread, row: Row, *, each_token: bool = True) -> list[int]:
+    ticket = thread.start(row, each_token=each_token)
     try:
         return [count async for count in ticket]
     finally:
@@ -278,6 +278,16 @@ def test_thread_serves_many_at_once(
 
     assert texts_of(explainer, asyncio.run(everything())) == reference
     assert thread.load == (0, 0)
+
+
+def test_a_row_that_is_wanted_whole_is_told_of_at_its_end(thread: EngineThread, prompts: list[list[int]]) -> None:
+    async def together() -> tuple[list[int], list[int]]:
+        whole, growing = (Row(prompt, 0, Sampling(NEW, min_new_tokens=NEW)) for prompt in prompts[:2])
+        return tuple(await asyncio.gather(collect(thread, whole, each_token=False), collect(thread, growing)))
+
+    whole, growing = asyncio.run(together())
+    assert whole == [NEW]
+    assert len(growing) > 1
 
 
 def test_a_ticket_closed_early_frees_its_slot(thread: EngineThread, prompts: list[list[int]]) -> None:

@@ -68,34 +68,40 @@ class Service:
         return found[1]
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    work = tmp_path_factory.mktemp("serve")
-    settings = work / "serve.yaml"
-    settings.write_text(
-        "generator: {slots: 16, max_waiting: 40, stuck_after_s: 5}\n"
-        "generator_scaling: {min_replicas: 2, max_replicas: 2, num_cpus: 0.5}\n"
-        "ingress_scaling: {min_replicas: 2, max_replicas: 2, num_cpus: 0.25}\n"
-        "limits: {request_timeout_s: 60, max_in_flight: 60, max_new_tokens: 512}\n"
-    )
+@contextlib.contextmanager
+def running(work: Path, *options: str) -> Iterator[Service]:
+    """A `gavamoe serve` of the tiny run, with settings.yaml of `work`, until the block ends."""
     port, metrics_port, log = free_port(), free_port(), work / "log"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
         "OMP_NUM_THREADS": "1"
     }
-    arguments = (tiny_artifact(), "--port", port, "--metrics-port", metrics_port, "--settings", settings)
+    settings = work / "settings.yaml"
+    arguments = (tiny_artifact(), "--port", port, "--metrics-port", metrics_port, "--settings", settings, *options)
     with log.open("wb") as out:
         process = subprocess.Popen(command("serve", *arguments), stdout=out, stderr=out, env=environment)
-    running = Service(f"http://127.0.0.1:{port}", process, log)
     try:
         end = time.monotonic() + 180
         while "serving " not in log.read_text():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.5)
-        yield running
+        yield Service(f"http://127.0.0.1:{port}", process, log)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=90)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    work = tmp_path_factory.mktemp("serve")
+    (work / "settings.yaml").write_text(
+        "generator: {slots: 16, max_waiting: 40, stuck_after_s: 5}\n"
+        "generator_scaling: {min_replicas: 2, max_replicas: 2, num_cpus: 0.5}\n"
+        "ingress_scaling: {min_replicas: 2, max_replicas: 2, num_cpus: 0.25}\n"
+        "limits: {request_timeout_s: 60, max_in_flight: 60, max_new_tokens: 512}\n"
+    )
+    with running(work) as found:
+        yield found
 
 
 def pair(number: int) -> dict[str, Any]:
@@ -309,3 +315,29 @@ def test_wrong_arguments_are_refused_before_anything_starts(service: Service, tm
     settings = tmp_path / "serve.yaml"
     settings.write_text("generator: {slot: 3}")
     assert "generator.slot: unknown field" in refused(tiny_artifact(), "--settings", settings)
+
+
+def test_all_in_one_replica_answers_the_same_and_is_replaced(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("generator_scaling: {min_replicas: 2, max_replicas: 2, num_cpus: 0.25}\n")
+
+    async def texts(of: Service) -> list[str]:
+        async with aiohttp.ClientSession() as session:
+            found = []
+            for number in range(20):
+                async with session.post(of.url + "/v1/explain", json=pair(number)) as response:
+                    found.append((await response.json())["text"])
+            return found
+
+    with running(tmp_path, "--single") as single:
+        assert not single.replicas("Generator")
+        assert asyncio.run(texts(single)) == asyncio.run(texts(service))
+        assert asyncio.run(load(single, 100, 8)) == {200: 100}
+        victim = single.replicas("Ingress")[0]
+
+        async def kill(done: Callable[[], int]) -> None:
+            while done() < 20:
+                await asyncio.sleep(0.02)
+            victim.kill()
+
+        assert asyncio.run(load(single, 300, 8, during=kill)) == {200: 300}
+        single.wait_for_replicas("Ingress", without=victim.pid)

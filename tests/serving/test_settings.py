@@ -103,6 +103,20 @@ def test_the_app_is_built_as_asked(tmp_path: Path) -> None:
     assert ingress._deployment_config.backpressure_config.status_code == 429
 
 
+def test_all_in_one_replica_is_one_deployment(tmp_path: Path) -> None:
+    from gavamoe.serving.deployments import WholeService, build
+
+    scaling = {"min_replicas": 2, "max_replicas": 2, "num_cpus": 1}
+    args = ServeArgs.model_validate({"run": str(tmp_path), "composed": False, "generator_scaling": scaling})
+    [whole] = [build(args)._bound_deployment]
+    assert (whole.name, whole.func_or_class.__name__) == ("Ingress", WholeService.__name__)
+    assert whole.init_args == (args,)
+    assert whole.num_replicas == 2
+    assert whole._deployment_config.backpressure_config.status_code == 429
+    assert whole._deployment_config.health_check_period_s == 2
+    assert args.reserved_cpus == 2, "no other deployment reserves anything"
+
+
 def test_builder_arguments_are_typed() -> None:
     for wrong in ({"run": "x", "slots": 3}, {"run": "x", "limits": {"max_batch": 65}}, {}):
         with pytest.raises(ValueError, match=r"slots|max_batch|run"):
