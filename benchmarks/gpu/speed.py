@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks.gpu import Figures, clock, models
 from gavamoe.config.schema import RunConfig
 from gavamoe.generation.decoding_engine import Engine, Row
+from gavamoe.generation.graphed_step import GraphedStep
 from gavamoe.generation.sampling import Sampling
 from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.plan.estimate import own_scheme, scheme_memory
@@ -182,11 +183,13 @@ def _stage1_step(rows: int, batch: int, device: str) -> Any:
 
 
 def writing(device: str, tiny: bool) -> tuple[str, Figures]:
-    """New tokens a second of the decoding engine, prefill apart, by rows, number format and conversion."""
+    """New tokens a second of the decoding engine, prefill apart, by rows, number format and conversion; without
+    CUDA graphs too, which must not change a text."""
     new, prompt = (4, 8) if tiny else (48, 48)
     sizes = ("tiny",) if tiny else ("135m", "1b")
     formats = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     rows: list[dict[str, Any]] = []
+    same = True
     for size in sizes:
         for conversion in ("dense", "shared"):
             for name, dtype in formats.items():
@@ -197,18 +200,41 @@ def writing(device: str, tiny: bool) -> tuple[str, Figures]:
                         timed = _write(model, count, prompt, new, temperature, device)
                         how = "sampled" if temperature else "greedy"
                         rows.append({"case": f"{size} {conversion} {name} {how} {count} rows", **timed})
+                    timed = _write(model, count, prompt, new, 0.0, device, graphs=False)
+                    rows.append({"case": f"{size} {conversion} {name} greedy {count} rows, no graphs", **timed})
+                    by_graphs, by_launches = (
+                        _texts(model, count, prompt, new, graphs=graphs) for graphs in (True, False)
+                    )
+                    same = same and by_graphs == by_launches
                 del model
-    return "PASS", {"texts": rows}
+    return "PASS" if same else "FAIL", {"texts are the same without graphs": same, "texts": rows}
+
+
+def _texts(model: GavamoeForCausalLM, rows: int, prompt: int, new: int, *, graphs: bool) -> list[list[int]]:
+    """Tokens of greedy texts."""
+    engine = _writer(model, rows, prompt + new, graphs=graphs)
+    _submit(engine, model, rows, prompt, new, 0.0)
+    written = list(engine.waiting)
+    while engine.busy:
+        engine.step()
+    return [row.tokens for row in written]
 
 
 def _write(
-    model: GavamoeForCausalLM, rows: int, prompt: int, new: int, temperature: float, device: str
+    model: GavamoeForCausalLM,
+    rows: int,
+    prompt: int,
+    new: int,
+    temperature: float,
+    device: str,
+    *,
+    graphs: bool = True,
 ) -> dict[str, float]:
-    """Two goes, the second one timed: prefill in ms, and the median decoding step."""
+    """Three goes, the last one timed: prefill in ms, and the median decoding step. Graphs are recorded in the first."""
     steps: list[float] = []
     first = 0.0
-    for _ in range(2):
-        engine = _writer(model, rows, prompt + new)
+    engine = _writer(model, rows, prompt + new, graphs=graphs)
+    for _ in range(3):
         _submit(engine, model, rows, prompt, new, temperature)
         steps = []
         while engine.busy:
@@ -227,8 +253,11 @@ def _write(
     }
 
 
-def _writer(model: GavamoeForCausalLM, rows: int, capacity: int) -> Engine:
-    return Engine(model, -1, [0], slots=rows, capacity=capacity, max_waiting=rows, prefill_rows=rows)
+def _writer(model: GavamoeForCausalLM, rows: int, capacity: int, *, graphs: bool = True) -> Engine:
+    engine = Engine(model, -1, [0], slots=rows, capacity=capacity, max_waiting=rows, prefill_rows=rows)
+    if not graphs and isinstance(engine.step_pass, GraphedStep):
+        engine.step_pass = engine.step_pass.plain
+    return engine
 
 
 def _submit(engine: Engine, model: GavamoeForCausalLM, rows: int, prompt: int, new: int, temperature: float) -> None:

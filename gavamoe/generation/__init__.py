@@ -10,6 +10,7 @@
     decoding_engine  continuous batching over rows of any cluster
     engine_thread    the engine's thread behind an asyncio loop
     llama_step       one more token of each row in few operations
+    graphed_step     the same at fixed places: a CUDA graph
     kv_cache         keys and values of all rows being written
     sampling         the next token of each row
     detokenize       a growing text in pieces

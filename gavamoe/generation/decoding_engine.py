@@ -22,8 +22,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from gavamoe.generation.graphed_step import decoding_pass
 from gavamoe.generation.kv_cache import SlotCache
-from gavamoe.generation.llama_step import LlamaStep
 from gavamoe.generation.sampling import Choice, Sampling, choose_tokens
 from gavamoe.model.explainer import GavamoeForCausalLM
 
@@ -109,7 +109,7 @@ class Engine:
         self.prefix = tuple(prefix)
         self._prefixes: dict[int, SlotCache] = {}
         """The prefix as each gate reads it, in a cache of one slot."""
-        self.step_pass = LlamaStep.of(self.model, self.capacity)
+        self.step_pass = decoding_pass(self.model, self.cache)
         """Decodes in fewer operations than the model's own forward pass; None where only that can."""
         self.waiting: deque[Row] = deque()
         self.active: list[Row] = []
