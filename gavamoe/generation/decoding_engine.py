@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from gavamoe.generation.graphed_step import decoding_pass
 from gavamoe.generation.kv_cache import SlotCache
 from gavamoe.generation.sampling import Choice, Sampling, choose_tokens
 from gavamoe.model.explainer import GavamoeForCausalLM
+from gavamoe.model.router import MultiGateRouter
 
 
 class EngineFull(Exception):
@@ -107,8 +108,7 @@ class Engine:
         self.capacity = min(capacity, model.config.text_config.max_position_embeddings)
         self.cache = SlotCache(model.config.text_config, slots, self.capacity, model.dtype, self.device)
         self.prefix = tuple(prefix)
-        self._prefixes: dict[int, SlotCache] = {}
-        """The prefix as each gate reads it, in a cache of one slot."""
+        self._prefixes: SlotCache | None = None
         self.step_pass = decoding_pass(self.model, self.cache)
         """Decodes in fewer operations than the model's own forward pass; None where only that can."""
         self.waiting: deque[Row] = deque()
@@ -220,18 +220,20 @@ class Engine:
         size = len(self.prefix)
         if not size or not all(_begins_with(row, self.prefix) for row in rows):
             return 0
-        for slot, row in enumerate(rows, start=first):
-            gate = cast("int", row.route)
-            if gate not in self._prefixes:
-                self._prefixes[gate] = self._read_prefix(row)
-            self.cache.copy(self._prefixes[gate], slot, size)
+        if self._prefixes is None:
+            self._prefixes = self._read_prefixes()
+        one = self._prefixes.slots == 1
+        gates = torch.tensor([0 if one else row.route for row in rows], device=self.device)
+        self.cache.copy(self._prefixes, gates, first, size)
         return size
 
-    def _read_prefix(self, row: Row) -> SlotCache:
-        text_config = self.model.config.text_config
-        read = SlotCache(text_config, 1, len(self.prefix), self.model.dtype, self.device)
-        ids_1P = torch.tensor([self.prefix], device=self.device)
-        self._read(ids_1P, read, 0, 0, 1, **self._inputs([row]))
+    def _read_prefixes(self) -> SlotCache:
+        """The prefix as each gate reads it, a slot a gate."""
+        routers = (module for module in self.model.modules() if isinstance(module, MultiGateRouter))
+        gates = max((router.weight.shape[0] for router in routers), default=1)
+        read = SlotCache(self.model.config.text_config, gates, len(self.prefix), self.model.dtype, self.device)
+        ids_KP = torch.tensor([self.prefix] * gates, device=self.device)
+        self._read(ids_KP, read, 0, 0, 1, cluster_ids=torch.arange(gates, device=self.device), use_cache=True)
         return read
 
     def _decode(self, rows: list[Row]) -> None:

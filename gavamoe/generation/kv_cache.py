@@ -39,10 +39,11 @@ class SlotCache:
         """
         return DecodeWindow(self, position_B, longest)
 
-    def copy(self, source: "SlotCache", slot: int, length: int) -> None:
-        """Fill the first `length` places of a slot from the first slot of another cache."""
-        self.keys[:, slot, :, :length] = source.keys[:, 0, :, :length]
-        self.values[:, slot, :, :length] = source.values[:, 0, :, :length]
+    def copy(self, source: "SlotCache", slot_B: Tensor, first: int, length: int) -> None:
+        """Fill the first `length` places of B slots, from `first` on, from slots of another cache."""
+        slots = slice(first, first + len(slot_B))
+        self.keys[:, slots, :, :length] = source.keys[:, :, :, :length].index_select(1, slot_B)
+        self.values[:, slots, :, :length] = source.values[:, :, :, :length].index_select(1, slot_B)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""

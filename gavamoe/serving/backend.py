@@ -4,7 +4,8 @@
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextvars import Context
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,9 @@ from gavamoe.serving.routing import Pair, Ranking, RankRequest, RoutedPair, Rout
 from gavamoe.serving.schema import CatalogResponse, ServerInfo
 from gavamoe.serving.settings import ServeArgs
 from gavamoe.serving.writing import Piece, TextRequest, WritingService, Written
+
+_BATCHED = 64
+"""Requests whose pairs are routed by one call, at most."""
 
 
 class Overloaded(Exception):
@@ -52,11 +56,65 @@ class Backend(Protocol):
         """The version that is served; raises if a request could not be answered now."""
 
 
+class RouteBatcher:
+    """Sends the pairs of all requests that came while a call was under way as one call: a call costs as much as many
+    pairs. A request that comes alone is sent at once."""
+
+    def __init__(self, call: Callable[[Sequence[Pair]], Awaitable[list[RoutedPair]]]) -> None:
+        self._call = call
+        self._waiting: list[tuple[Sequence[Pair], asyncio.Future[list[RoutedPair]]]] = []
+        self._sender: asyncio.Task[None] | None = None
+
+    async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
+        """The routes of one request's pairs; raises what their call raises."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((pairs, future))
+        if self._sender is None:
+            # In no request's context: when a client goes, Ray Serve cancels the calls that were made in its request's,
+            # and this one is everybody's.
+            self._sender = asyncio.create_task(self._send(), context=Context())
+        routed: list[RoutedPair] = await future
+        return routed
+
+    async def _send(self) -> None:
+        try:
+            while self._waiting:
+                requests, self._waiting = self._waiting[:_BATCHED], self._waiting[_BATCHED:]
+                if not await self._answer(requests) and len(requests) > 1:
+                    for request in requests:  # one of them is wrong: the others must not suffer
+                        await self._answer([request])
+        finally:
+            self._sender = None
+
+    async def _answer(self, requests: list[tuple[Sequence[Pair], "asyncio.Future[list[RoutedPair]]"]]) -> bool:
+        """Whether the requests were answered; an error is the answer of one that stands alone."""
+        try:
+            routed = await self._call([pair for pairs, _ in requests for pair in pairs])
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            if len(requests) == 1 and not requests[0][1].done():  # the call was cancelled, not this task
+                requests[0][1].set_exception(Unavailable("the call was cancelled"))
+            return False
+        except Exception as error:  # noqa: BLE001 - it belongs to the request that waits, whatever it is
+            if len(requests) == 1 and not requests[0][1].done():
+                requests[0][1].set_exception(error)
+            return False
+        for pairs, future in requests:
+            answered, routed = routed[: len(pairs)], routed[len(pairs) :]
+            if not future.done():  # its client may have gone
+                future.set_result(answered)
+        return True
+
+
 class LocalBackend:
     """Both stages in this process."""
 
     def __init__(self, router: RoutingService, writer: WritingService) -> None:
         self._router, self.writer = router, writer
+        # In a thread: requests that come in the meantime are routed together then.
+        self._batcher = RouteBatcher(lambda pairs: asyncio.to_thread(router.route, pairs))
 
     @classmethod
     def load(cls, args: ServeArgs) -> "LocalBackend":
@@ -66,7 +124,7 @@ class LocalBackend:
         return cls(RoutingService.load(folder), writer)
 
     async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
-        return self._router.route(pairs)
+        return await self._batcher.route(pairs)
 
     async def rank(self, request: RankRequest) -> Ranking:
         return await asyncio.to_thread(self._router.rank, request)

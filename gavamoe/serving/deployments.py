@@ -5,8 +5,7 @@
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextvars import Context
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from gavamoe.errors import InputError, RunError
 from gavamoe.generation.decoding_engine import EngineFull
 from gavamoe.serving import schema
 from gavamoe.serving.api import create_api
-from gavamoe.serving.backend import Interrupted, LocalBackend, Overloaded, Unavailable
+from gavamoe.serving.backend import Interrupted, LocalBackend, Overloaded, RouteBatcher, Unavailable
 from gavamoe.serving.keys import environment_keys
 from gavamoe.serving.routing import Pair, Ranking, RankRequest, RoutedPair, RoutingService
 from gavamoe.serving.settings import GeneratorSettings, Scaling, ServeArgs, Withhold
@@ -29,8 +28,6 @@ from gavamoe.serving.writing import Piece, TextRequest, WriterInfo, WritingServi
 
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 _RETRY_PAUSE_S = 0.05
-_BATCHED = 64
-"""Requests whose pairs are routed by one call, at most."""
 
 
 class ClusterRouter:
@@ -175,58 +172,6 @@ class Metrics:
         self._answers.inc(tags={"route": route, "user_known": str(answer.user_known).lower()})
         if answer.finish_reason == "withheld":
             self._withheld.inc(tags={"route": route})
-
-
-class RouteBatcher:
-    """Sends the pairs of all requests that came while a call was under way as one call: a call costs as much as many
-    pairs. A request that comes alone is sent at once."""
-
-    def __init__(self, call: Callable[[Sequence[Pair]], Awaitable[list[RoutedPair]]]) -> None:
-        self._call = call
-        self._waiting: list[tuple[Sequence[Pair], asyncio.Future[list[RoutedPair]]]] = []
-        self._sender: asyncio.Task[None] | None = None
-
-    async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
-        """The routes of one request's pairs; raises what their call raises."""
-        future = asyncio.get_running_loop().create_future()
-        self._waiting.append((pairs, future))
-        if self._sender is None:
-            # In no request's context: when a client goes, Ray Serve cancels the calls that were made in its request's,
-            # and this one is everybody's.
-            self._sender = asyncio.create_task(self._send(), context=Context())
-        routed: list[RoutedPair] = await future
-        return routed
-
-    async def _send(self) -> None:
-        try:
-            while self._waiting:
-                requests, self._waiting = self._waiting[:_BATCHED], self._waiting[_BATCHED:]
-                if not await self._answer(requests) and len(requests) > 1:
-                    for request in requests:  # one of them is wrong: the others must not suffer
-                        await self._answer([request])
-        finally:
-            self._sender = None
-
-    async def _answer(self, requests: list[tuple[Sequence[Pair], "asyncio.Future[list[RoutedPair]]"]]) -> bool:
-        """Whether the requests were answered; an error is the answer of one that stands alone."""
-        try:
-            routed = await self._call([pair for pairs, _ in requests for pair in pairs])
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            if len(requests) == 1 and not requests[0][1].done():  # the call was cancelled, not this task
-                requests[0][1].set_exception(Unavailable("the call was cancelled"))
-            return False
-        except Exception as error:  # noqa: BLE001 - it belongs to the request that waits, whatever it is
-            if len(requests) == 1 and not requests[0][1].done():
-                requests[0][1].set_exception(error)
-            return False
-        for pairs, future in requests:
-            answered, routed = routed[: len(pairs)], routed[len(pairs) :]
-            if not future.done():  # its client may have gone
-                future.set_result(answered)
-        return True
 
 
 class RayBackend:

@@ -146,7 +146,7 @@ def test_the_way_through_serve(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_requests_that_come_during_a_call_share_the_next_one() -> None:
-    from gavamoe.serving.deployments import RouteBatcher
+    from gavamoe.serving.backend import RouteBatcher
 
     calls: list[list[str]] = []
 
@@ -173,8 +173,7 @@ def test_requests_that_come_during_a_call_share_the_next_one() -> None:
 
 def test_a_call_that_is_cancelled_does_not_end_routing() -> None:
     """Ray Serve cancels the calls of a request whose client is gone: those who were routed with it are answered."""
-    from gavamoe.serving.backend import Unavailable
-    from gavamoe.serving.deployments import RouteBatcher
+    from gavamoe.serving.backend import RouteBatcher, Unavailable
 
     client = ContextVar("client", default="nobody")
     calls: list[tuple[str, int]] = []
