@@ -1,6 +1,6 @@
 """What a run's texts lose by fewer bits: here, and as a GGUF file in llama.cpp, on the same test rows.
 
-    python -m benchmarks.precision RUN [--rows 60] [--only float32,int8,q8_0]
+    python -m benchmarks.fewer_bits RUN [--rows 60] [--only float32,int8,q8_0]
 
 Nats a token of the test rows' own explanations, their rating and features given, and the perplexity. float32, bfloat16,
 int8, int4: gavamoe's own (`generation.dtype`, `--quantize`). f32, f16, q8_0, q4_0: the run's export, one file a gate,
