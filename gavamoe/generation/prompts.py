@@ -17,6 +17,7 @@ forge a slot, end the prompt or start an answer; slots are single ids above the 
 prompt loses quoted reviews first, then title tokens, then features from the last one on; slots and answer marker stay.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ _CONSTANTS_OF_QUOTES = (_QUOTES, _QUOTE)
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), " ")
 _CHARACTERS_PER_TOKEN = 16
 """Text beyond this many characters per allowed token is not even tokenized: a bound on work, not on meaning."""
+_REMEMBERED, _REMEMBERED_CHARACTERS = 2**15, 100
+"""Texts whose tokens are remembered, at most, and how long they may be: some 10 MB."""
 
 
 class PromptSpec(BaseModel):
@@ -108,6 +111,7 @@ class PromptBuilder:
         names = (*_CONSTANTS, *(_CONSTANTS_OF_QUOTES if config.quotes else ()))
         constants = dict(zip(names, encode_texts(tokenizer, names), strict=True))
         self._constants = {text: tuple(ids) for text, ids in constants.items()}
+        self._encoded: dict[str, tuple[int, ...]] = {}
         self.start = (*_start_tokens(tokenizer), *self._constants[_INSTRUCTION])
         """Token ids that every prompt begins with: the instruction."""
         words = encode_texts(tokenizer, [f" {word}" for word in SENTIMENTS])
@@ -170,11 +174,21 @@ class PromptBuilder:
         return self._sentiments[self.scale.sentiment(rating)]
 
     def _encode_unique(self, texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Ids of " text" for each distinct text: titles and features repeat, so each is tokenized once."""
+        """Ids of " text" for each distinct text: titles and features repeat, so each is tokenized once, and short ones
+        are remembered for a service's next request."""
         distinct = list(dict.fromkeys(texts))
-        lines = [plain_line(text, self.config.max_tokens * _CHARACTERS_PER_TOKEN) for text in distinct]
+        known = {text: self._encoded[text] for text in distinct if text in self._encoded}
+        new = [text for text in distinct if text not in known]
+        if not new:
+            return known
+        lines = [plain_line(text, self.config.max_tokens * _CHARACTERS_PER_TOKEN) for text in new]
         encoded = encode_texts(self.tokenizer, [f" {line}" if line else "" for line in lines])
-        return {text: tuple(ids) for text, ids in zip(distinct, encoded, strict=True)}
+        found = {text: tuple(ids) for text, ids in zip(new, encoded, strict=True)}
+        short = {text: ids for text, ids in found.items() if len(text) <= _REMEMBERED_CHARACTERS}
+        if len(self._encoded) + len(short) > _REMEMBERED:
+            self._encoded.clear()
+        self._encoded.update(itertools.islice(short.items(), _REMEMBERED))
+        return known | found
 
     def _assemble(
         self,

@@ -1,6 +1,7 @@
 """Prompts: content, bounds, and that no text can forge a slot, a special token or an answer."""
 
 import time
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from gavamoe.config.schema import PromptConfig
 from gavamoe.data.ratings import RatingScale
 from gavamoe.errors import InputError
+from gavamoe.generation import prompts
 from gavamoe.generation.prompts import PromptBuilder, PromptColumns, left_padded, template_texts
 from gavamoe.model.base_model import BOS, EOS, PAD, encode_texts, special_ids, train_tokenizer
 from gavamoe.model.slots import SlotIds
@@ -236,3 +238,22 @@ def test_a_quoted_review_can_forge_nothing() -> None:
     [prompt] = make_builder(quotes=1, quote_tokens=60, max_tokens=200).prompts(quoted)
     assert readable(prompt).count(MARKER) == 1
     assert not set(prompt[1:]) & special_ids(TOKENIZER)
+
+
+def test_texts_are_tokenized_once_and_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    builder, asked, long = make_builder(), [], "food " * 40
+
+    def counted(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+        asked.extend(text for text in texts if text)
+        return encode_texts(tokenizer, texts)
+
+    monkeypatch.setattr(prompts, "encode_texts", counted)
+    monkeypatch.setattr(prompts, "_REMEMBERED", 3)
+    first = builder.prompts(columns(features=("food", long), title=None))
+    assert builder.prompts(columns(features=("food", long), title=None)) == first
+    assert [text.strip() for text in asked] == ["food", long.strip(), long.strip()], "long ones are not remembered"
+    words = ("slow", "good", "old", "mill", "food", "is")
+    others = [builder.prompts(columns(features=(word,), title=None)) for word in words]
+    assert [builder.prompts(columns(features=(word,), title=None)) for word in words] == others
+    assert others == [make_builder().prompts(columns(features=(word,), title=None)) for word in words]
+    assert len(builder._encoded) <= 3
