@@ -26,7 +26,7 @@ from gavamoe.config.files import load_config, override_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import open_dataset
 from gavamoe.data.synthetic.generator import synthesize
-from gavamoe.plan.work import stage1_traffic
+from gavamoe.plan.stage1_tables import table_memory
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1 import trainer
 from gavamoe.stage1.train import train_stage1
@@ -117,8 +117,9 @@ def _time_calls(owner: Any, name: str, seconds: list[float], sent: Counter[str],
 
 def planned_stage1(rows: int, workers: int, folder: Path) -> float:
     """Bytes that the plan says one of `workers` sends in a step of stage 1."""
-    stage1 = trainer.Trainer(settings("stage1", rows, 1), open_dataset(folder / "data"), LocalContext())
-    return stage1_traffic(stage1.model, rows, workers)
+    catalog = open_dataset(folder / "data").catalog
+    stage1 = settings("stage1", rows, 1).stage1
+    return table_memory(stage1, catalog.known_users, catalog.known_items, rows, workers).sent
 
 
 def rows_of_a_step(stage: str, batch: int, folder: Path) -> int:

@@ -26,6 +26,7 @@ Kind = Literal["stage1", "stage2", "baseline", "evaluation"]
 _STAGE2_NAMES = re.compile(
     r"README\.md|(metrics|prompt|route_control|vae_gmm|config|generation_config)\.json|vae_gmm\.safetensors"
     r"|(routes|cluster_words|pair_features|quotes|single_author_texts)\.parquet|strangers\.safetensors|catalog/(catalog\.json|(users|items)\.parquet)"
+    r"|tables/(user|item)_embedding-\d{5}-of-\d{5}\.safetensors"
     r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     # Tokenizers of the kinds that transformers writes.
     r"|(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|(merges|vocab)\.txt"

@@ -88,6 +88,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _tables_fit(self) -> "RunConfig":
+        if self.stage1.tables == "sharded" and self.stage2.alpha > 0:
+            raise ValueError(
+                "stage1.tables: stage 2 looks sharded tables up in files and can't train them, which stage2.alpha"
+                f" {self.stage2.alpha:g} asks for; set stage2.alpha to 0, or take replicated or hashed tables"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _expert_parallel_fits(self) -> "RunConfig":
         stage2, share = self.stage2, self.stage2.expert_parallel
         if share == 1:

@@ -6,6 +6,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from gavamoe.config.section import Count, NonNegative, Positive, Rate, Section
 
+HashRows = Annotated[int, Field(ge=1, le=10**9)]
+
 
 class Stage1Config(Section):
     """The VAE with a Gaussian-mixture latent (section 3.2) and how it is trained (section 4.2)."""
@@ -14,6 +16,17 @@ class Stage1Config(Section):
     """K: the number of mixture components, and so of clusters and of the gates of stage 2."""
     embedding_size: PositiveInt = 768
     """Width of the user and item embeddings and of the encoder."""
+    tables: Literal["replicated", "sharded", "hashed"] = "replicated"
+    """Where the embeddings are. replicated: every worker holds a row for each user and item; sharded: each worker holds
+    a range of the rows and asks the others for theirs, and what comes after stage 1 looks rows up in memory-mapped
+    files, without training them; hashed: a user's embedding is the sum of `hashes` rows of a table of
+    `user_hash_rows`, which others share, and an item's likewise."""
+    hashes: Annotated[int, Field(ge=1, le=4)] = 2
+    """Number of rows, named by as many hash functions, whose sum is an embedding of hashed tables."""
+    user_hash_rows: HashRows = 1_000_000
+    """Rows of a hashed table of users at most; it has no more than there are users."""
+    item_hash_rows: HashRows = 1_000_000
+    """Rows of a hashed table of items at most; it has no more than there are items."""
     latent_size: PositiveInt = 128
     """Number of dimensions of the latent z."""
     encoder_layers: PositiveInt = 2

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,8 @@ from gavamoe.generation.artifact import CATALOG_FOLDER
 from gavamoe.generation.authorship import AUTHORS_FILE, SingleAuthors
 from gavamoe.generation.evidence.pair_features import FEATURES_FILE
 from gavamoe.generation.evidence.quotes import QUOTES_FILE
+from gavamoe.model.tables.row_files import table_files
+from gavamoe.stage1.artifact import layout_of
 from gavamoe.stage1.routes import ROUTES_FILE
 
 USER_TABLES = ("user_embedding.weight", "user_bias")
@@ -43,6 +45,7 @@ _NO_REPORT = """<!doctype html>
 <p>This report showed reviews of a user whom the run has forgotten. <code>gavamoe report RUN</code> writes it again.</p>
 """
 _MAX_HEADER_BYTES = 100 * 2**20
+_FLOAT_BYTES = 4
 
 
 class Forgotten(NamedTuple):
@@ -61,11 +64,13 @@ def forget_users(run: Run, users: Sequence[str]) -> Forgotten:
     """Take users out of a run's artifacts. All new folders are written before the first old one is replaced.
 
     Raises:
-        InputError: the run has no finished stage 2, checkpoints that hold the users' rows, or a user it doesn't know.
+        InputError: the run has no finished stage 2, hashed tables, whose rows are nobody's own, checkpoints that hold
+            the users' rows, or a user it doesn't know.
     """
     if run.checkpoints("stage1").is_dir() and any((run.path / "checkpoints").glob("*/*")):
         raise InputError(f"{run.path / 'checkpoints'}: checkpoints hold users' rows too; finish the run or remove them")
     catalog = Catalog.load(run.stage2 / CATALOG_FOLDER)
+    _refuse_hashed(run.stage2)
     indices = [_index(catalog, user) for user in users]
     counts = dict.fromkeys(("pairs", "texts", "tables"), 0)
     fingerprints: dict[str, str] = {}
@@ -78,6 +83,7 @@ def forget_users(run: Run, users: Sequence[str]) -> Forgotten:
             manifest = read_manifest(folder, kind)
             aside = replacing.enter_context(write_folder(folder, replace=True))
             shutil.copytree(folder, aside, dirs_exist_ok=True)
+            counts["tables"] += _blank_mapped(aside, indices)
             for path in sorted(aside.rglob("*")):
                 if path.suffix == ".safetensors":
                     counts["tables"] += _blank_rows(path, indices)
@@ -101,6 +107,14 @@ def forget_users(run: Run, users: Sequence[str]) -> Forgotten:
         with write_file(run.report) as aside:
             aside.write_text(_NO_REPORT, encoding="utf-8")
     return Forgotten(len(users), **counts)
+
+
+def _refuse_hashed(stage2: Path) -> None:
+    if layout_of(stage2).kind == "hashed":
+        raise InputError(
+            f"{stage2}: stage1.tables is hashed: users share the rows that their vectors are sums of, so none can be"
+            " taken out without changing others; prepare the data with --drop-users and train again"
+        )
 
 
 def _index(catalog: Catalog, user: str) -> int:
@@ -166,12 +180,33 @@ def _blank_rows(path: Path, indices: Sequence[int]) -> int:
     return len(tables)
 
 
-def _header(file: BinaryIO) -> dict[str, dict[str, list[int]]]:
+def _blank_mapped(folder: Path, indices: Sequence[int]) -> int:
+    """The same for a sharded table, whose rows are in several files; returns how many there were, 0 or 1."""
+    paths = table_files(folder, "user_embedding")
+    unknown, last = b"", 0
+    for path in reversed(paths):
+        with path.open("r+b") as file:
+            header = _header(file)
+            data, first = file.tell(), int(header["__metadata__"]["first_row"])
+            rows, size = header["weight"]["shape"]
+            size *= _FLOAT_BYTES
+            if not unknown:  # the last row of the last file
+                last = first + rows - 1
+                file.seek(data + (rows - 1) * size)
+                unknown = file.read(size)
+            for index in np.unique(indices).tolist():
+                if first <= index < min(first + rows, last):
+                    file.seek(data + (index - first) * size)
+                    file.write(unknown)
+    return min(len(paths), 1)
+
+
+def _header(file: BinaryIO) -> dict[str, dict[str, Any]]:
     """The header of a safetensors file; leaves the file at the first byte of its data."""
     (length,) = struct.unpack("<Q", file.read(8))
     if length > _MAX_HEADER_BYTES:
         raise InputError(f"{file.name}: not a safetensors file")
-    header: dict[str, dict[str, list[int]]] = json.loads(file.read(length))
+    header: dict[str, dict[str, Any]] = json.loads(file.read(length))
     return header
 
 

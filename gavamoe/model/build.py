@@ -25,6 +25,8 @@ from gavamoe.model.conversion import ExplainerSizes, convert_block, explainer_co
 from gavamoe.model.decoders import GavamoeConfig
 from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.model.lora import ROUTED_MODULES, add_lora, freeze_base, slot_modules
+from gavamoe.model.tables.embedding import Table
+from gavamoe.model.tables.layout import TableLayout, mapped_tables
 
 
 def build_explainer(
@@ -62,6 +64,7 @@ def build_explainer(
                 convert_block(block, dense, config.stage2.experts)
         for table, values in ((model.user_embedding, user_table), (model.item_embedding, item_table)):
             if values is not None:
+                assert isinstance(table, Table)
                 with torch.no_grad():
                     table.weight.copy_(values)
         model.calibrate_slots()
@@ -83,7 +86,9 @@ def weightless_explainer(config: RunConfig, base: PreTrainedConfig, users: int, 
     Raises:
         InputError: an architecture or expert sizes that can't be built.
     """
-    sizes = explainer_config(config, base, ExplainerSizes(users, items, config.stage1.embedding_size, config.gates))
+    tables = TableLayout.of(config.stage1, users, items)
+    wanted = ExplainerSizes(users, items, config.stage1.embedding_size, config.gates, tables)
+    sizes = explainer_config(config, base, wanted)
     with torch.device("meta"), init.no_init_weights():
         explainer = GavamoeForCausalLM(sizes)
         adapt(explainer, config)
@@ -139,6 +144,8 @@ def load_explainer(
         if loading[problem]:
             example = min(str(key) for key in loading[problem])
             raise InputError(f"{folder}: {problem.replace('_', ' ')} in the weights, such as {example}")
+    for table in mapped_tables(model):
+        table.attach(folder)
     return model, tokenizer
 
 

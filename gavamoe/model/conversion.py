@@ -12,7 +12,7 @@ the sum of its inputs' sizes: for neurons of the dense kind, I of N x I of them 
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from gavamoe.config.schema import ExpertsConfig, RunConfig
 from gavamoe.errors import InputError
 from gavamoe.model.block import MultiGateMoe
 from gavamoe.model.decoders import DECODERS, GavamoeConfig, dense_width
+from gavamoe.model.tables.layout import TableLayout
 
 SPLIT_ROUTER_STD = 1e-4
 """Standard deviation of the router's weights after `split`: every gate value starts near 1/N, which the scale of the
@@ -49,6 +50,8 @@ class ExplainerSizes:
     """E: width of the user and item embeddings, which is stage 1's `embedding_size`."""
     gates: int
     """K: gates of each router, one per cluster, or 1 without multi-gating."""
+    tables: TableLayout = field(default_factory=TableLayout)
+    """How stage 1 keeps the embedding tables."""
 
 
 def explainer_config(config: RunConfig, base: PreTrainedConfig, sizes: ExplainerSizes) -> GavamoeConfig:
@@ -74,6 +77,11 @@ def explainer_config(config: RunConfig, base: PreTrainedConfig, sizes: Explainer
         n_users=sizes.users,
         n_items=sizes.items,
         slot_size=sizes.slot_size,
+        table_kind=sizes.tables.kind,
+        user_table_rows=sizes.tables.user_rows,
+        item_table_rows=sizes.tables.item_rows,
+        table_hashes=sizes.tables.hashes,
+        table_seed=sizes.tables.seed,
         n_gates=sizes.gates,
         experts_enabled=experts.enabled,
         n_experts=experts.count,

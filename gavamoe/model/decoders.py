@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from gavamoe.model.block import MultiGateMoe
 from gavamoe.model.experts import LoraExperts, MlpExperts, MoeSpec, SwiGluExperts
 from gavamoe.model.router import OWNED_WEIGHTS, MultiGateRouter
+from gavamoe.model.tables.layout import TableLayout
 
 KEEPS_DENSE = ("shared", "upcycle", "lora")
 """Conversions that leave the dense network, or most of it, beside the routed experts."""
@@ -41,6 +42,16 @@ class GavamoeConfig(PreTrainedConfig):
     """Known items; their embedding table has one row more, for all others."""
     slot_size: int = 8
     """E: width of the user and item embeddings."""
+    table_kind: str = "replicated"
+    """How the tables of users and items are kept, as `stage1.tables`."""
+    user_table_rows: int = 0
+    """Rows of a hashed table of users, without the unknown one's; 0: it is not hashed."""
+    item_table_rows: int = 0
+    """Rows of a hashed table of items, without the unknown one's; 0: it is not hashed."""
+    table_hashes: int = 2
+    """Rows of a hashed table whose sum is the vector of a user or item."""
+    table_seed: int = 0
+    """Seed of the functions that hash users and items to rows."""
     n_gates: int = 1
     """K: gates of each router."""
     experts_enabled: bool = True
@@ -88,6 +99,13 @@ class GavamoeConfig(PreTrainedConfig):
         if self.conversion not in KEEPS_DENSE:
             return 0
         return dense_width(self.text_config) - (self.expert_size if self.conversion == "upcycle" else 0)
+
+    @property
+    def table_layout(self) -> TableLayout:
+        """How the tables of users and items are laid out."""
+        return TableLayout(
+            self.table_kind, self.user_table_rows, self.item_table_rows, self.table_hashes, self.table_seed
+        )
 
     @property
     def vocab_size(self) -> int:

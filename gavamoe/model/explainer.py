@@ -28,6 +28,7 @@ from gavamoe.model.decoders import GavamoeConfig, build_decoder
 from gavamoe.model.output_head import OutputHead
 from gavamoe.model.router import check_cluster_ids, load_balance_loss, router_z_loss
 from gavamoe.model.slots import SlotIds
+from gavamoe.model.tables.layout import some_vectors
 
 IGNORED = -100
 """Label of positions that carry no loss, as in PyTorch and transformers."""
@@ -60,8 +61,8 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         text = config.text_config
         self.model = build_decoder(config)
         self.lm_head = OutputHead(text.hidden_size, text.vocab_size)
-        self.user_embedding = nn.Embedding(config.n_users + 1, config.slot_size)
-        self.item_embedding = nn.Embedding(config.n_items + 1, config.slot_size)
+        self.user_embedding = config.table_layout.make("user", config.n_users, config.slot_size)
+        self.item_embedding = config.table_layout.make("item", config.n_items, config.slot_size)
         self.user_projection = nn.Linear(config.slot_size, text.hidden_size, bias=False)
         self.item_projection = nn.Linear(config.slot_size, text.hidden_size, bias=False)
         if config.n_cluster_slots:
@@ -173,11 +174,12 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         transformers counts every weight as initialized.
         """
         target = self.get_input_embeddings().weight.float().square().mean().sqrt()
-        for table, projection in (
-            (self.user_embedding, self.user_projection),
-            (self.item_embedding, self.item_projection),
+        for table, projection, ids in (
+            (self.user_embedding, self.user_projection, self.config.n_users),
+            (self.item_embedding, self.item_projection, self.config.n_items),
         ):
-            present = projection(table.weight.to(projection.weight.dtype)).float().square().mean().sqrt()
+            vectors = some_vectors(table, ids)
+            present = projection(vectors.to(projection.weight)).float().square().mean().sqrt()
             if present > 0:
                 projection.weight.mul_((target / present).to(projection.weight.dtype))
         for module in self.modules():

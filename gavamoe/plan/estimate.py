@@ -5,26 +5,25 @@ Input: a config, the workload (a dataset or its sizes), the hardware. Output: a 
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.model.base_config import base_shape
 from gavamoe.plan.memory import FLOAT, USABLE, Head, Memory, Scheme, Shape, activations, run_shape, schemes, states
-from gavamoe.plan.parameters import Blueprint, draw, draw_stage1
+from gavamoe.plan.parameters import Blueprint, draw
+from gavamoe.plan.stage1_tables import Hardware, Workload, plan_stage1
 from gavamoe.plan.work import (
     FLOAT32_SHARE,
     Traffic,
     head_trained,
     pair_cost,
     row_flops,
-    stage1_traffic,
     step_traffic,
 )
 from gavamoe.stage2.clear_texts import training_rows
@@ -33,42 +32,7 @@ from gavamoe.stage2.tokenized_rows import encode_rows, prompt_builder
 
 SAMPLE = 2000
 """Rows that are tokenized to measure the mean lengths of prompts and answers."""
-PAIR_BYTES = 36
-"""Bytes of host memory for each stage-1 training pair: 12 for its columns, held as read, in the epoch's order, and
-while shuffled."""
 _LIMITS = {"users": 1e12, "items": 1e12, "rows": 1e12, "utilisation": 1.0}
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The sizes of the training data."""
-
-    users: int
-    """Known users."""
-    items: int
-    """Known items."""
-    rows: int
-    """Rows of the training split."""
-    prompt_tokens: float
-    """Mean number of tokens of a prompt."""
-    answer_tokens: float
-    """Mean number of tokens of an explanation."""
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """The devices that a plan is made for."""
-
-    devices: int
-    """W: number of devices, each with one worker."""
-    memory: float
-    """Memory of one device in bytes."""
-    flops: float
-    """Peak arithmetic of one device in bf16, in FLOP/s."""
-    utilisation: float
-    """Share of that peak that matrix products reach."""
-    bandwidth: float
-    """Bytes per second that one device can send."""
 
 
 def make_plan(
@@ -90,7 +54,7 @@ def make_plan(
         "memory": _memory(config, blueprint, hardware),
         "training": _training(config, blueprint, workload, hardware),
         "traffic": _traffic(config, blueprint, hardware),
-        "stage1": _stage1(config, workload, hardware),
+        "stage1": plan_stage1(config, workload, hardware),
     }
 
 
@@ -221,37 +185,3 @@ def _step_traffic(config: RunConfig, blueprint: Blueprint, scheme: Scheme) -> Tr
     return step_traffic(
         blueprint, scheme, stage2.gradient_accumulation, run_shape(config), stage2.gradient_checkpointing
     )
-
-
-def _stage1(config: RunConfig, workload: Workload, hardware: Hardware) -> dict[str, Any]:
-    stage1 = config.stage1
-    model = draw_stage1(stage1, workload.users, workload.items)
-    tables = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    cost = pair_cost(config.stage1)
-    batch = min(stage1.batch_size, workload.rows)
-    device_batch = batch / hardware.devices
-    rows = min(2 * batch * stage1.embedding_size, tables)
-    memory = {
-        "weights": FLOAT * total,
-        "gradients": FLOAT * (total - tables + rows),
-        "optimizer": 2 * FLOAT * total,
-        "best": FLOAT * total,
-        "activations": device_batch * cost.activations,
-    }
-    device = sum(memory.values())
-    epochs = stage1.pretrain_epochs + stage1.epochs
-    steps = -(-workload.rows // stage1.batch_size)
-    flops = workload.rows * cost.flops
-    rate = hardware.devices * hardware.flops * FLOAT32_SHARE * hardware.utilisation
-    sent = stage1_traffic(model, batch, hardware.devices)
-    return {
-        "parameters": {"all": total, "tables": tables},
-        "memory": memory | {"device": device, "host": PAIR_BYTES * workload.rows},
-        "fits": device <= USABLE * hardware.memory,
-        "steps_per_epoch": steps,
-        "epochs": epochs,
-        "flops_per_epoch": flops,
-        "traffic_per_step": sent,
-        "seconds": {"compute": epochs * flops / rate, "communication": epochs * steps * sent / hardware.bandwidth},
-    }

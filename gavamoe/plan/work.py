@@ -10,7 +10,6 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gavamoe.config.schema import Stage1Config
@@ -153,13 +152,3 @@ def _token_traffic(blueprint: Blueprint, shape: Shape, shared: int, checkpointin
     text = config.text_config
     once = shape.count * config.experts_per_token * text.hidden_size * FLOAT * (shared - 1) / shared
     return once * text.num_hidden_layers * (6 if checkpointing else 4)
-
-
-def stage1_traffic(model: nn.Module, batch_size: int, devices: int) -> float:
-    """Bytes that one device sends per stage-1 step: an all-reduce of dense gradients, an all-gather of table rows."""
-    if devices == 1:
-        return 0.0
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    dense = sum(p.numel() for p in model.parameters()) - sum(table.weight.numel() for table in tables)
-    rows = sum(batch_size * (FLOAT * table.embedding_dim + 8) for table in tables)
-    return (devices - 1) / devices * (2 * FLOAT * dense + rows)

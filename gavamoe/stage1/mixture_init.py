@@ -6,13 +6,13 @@ their pretrained embeddings, the mixture takes the moments of each cluster's pai
 a user share one q(c|x) (docs/stage1.md).
 """
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
@@ -46,21 +46,50 @@ def fit_pairs(mu_NL: np.ndarray, config: Stage1Config, seed: int) -> Mixture:
     return Mixture(fitted.weights_, fitted.means_, fitted.covariances_)
 
 
+def principal_points(
+    blocks: Callable[[], Iterable[Tensor]],
+    shape: tuple[int, int],
+    clusters: int,
+    total: Callable[[np.ndarray], np.ndarray] = lambda own: own,
+) -> np.ndarray:
+    """Users' embeddings in their leading principal components: float64 (U, D).
+
+    K clusters lie in at most K - 1 directions; the embeddings are reduced to that many, and two at least.
+
+    Args:
+        blocks: called for each of three passes over the embeddings; yields some users' at a time, (b, E).
+        shape: (U, E), the users of all workers together.
+        total: sums over the workers, where each has some of the users and gets their points.
+    """
+    users, size = shape
+
+    def passed() -> Iterable[np.ndarray]:
+        return (block_UE.double().cpu().numpy() for block_UE in blocks())
+
+    mean_E, squares_EE = np.zeros(size), np.zeros((size, size))
+    for block_UE in passed():
+        mean_E += block_UE.sum(axis=0)
+    mean_E = total(mean_E) / users
+    for block_UE in passed():
+        squares_EE += (block_UE - mean_E).T @ (block_UE - mean_E)
+    _, directions_EE = np.linalg.eigh(total(squares_EE))
+    kept = min(max(clusters - 1, 2), size, users)
+    leading_ED = directions_EE[:, ::-1][:, :kept]
+    # A direction's sign is free: that of its largest entry is made positive, so that processors agree.
+    leading_ED = leading_ED * np.sign(leading_ED[np.abs(leading_ED).argmax(axis=0), np.arange(kept)])
+    return np.concatenate([np.zeros((0, kept)), *((block_UE - mean_E) @ leading_ED for block_UE in passed())])
+
+
 def cluster_users(
-    embedding_UE: np.ndarray,
+    points: np.ndarray,
     config: Stage1Config,
     seed: int,
     words: UserWords | None = None,
     rating_weight: float = 1.0,
 ) -> np.ndarray:
-    """Each user's cluster shares, (U, K), by a mixture fitted to the users' embeddings and, if given, words, beside
-    which the embeddings' log density has a weight of `rating_weight`.
-
-    K clusters lie in at most K - 1 directions; the embeddings are reduced to that many, and two at least.
-    """
-    users, size = embedding_UE.shape
-    kept = min(max(config.clusters - 1, 2), size, users)
-    points = PCA(kept, svd_solver="covariance_eigh").fit_transform(embedding_UE.astype(np.float64))
+    """Each user's cluster shares, (U, K), by a mixture fitted to the users' `principal_points` and, if given, words,
+    beside which the points' log density has a weight of `rating_weight`."""
+    users = len(points)
     sample = np.random.default_rng([seed, 2]).permutation(users)[:SAMPLE]
     by_ratings = _fit(points[np.sort(sample)], config, seed).predict_proba(points)
     if words is None:

@@ -6,7 +6,7 @@ keeps value and moments (no decay of momentum between its uses), and its own cou
 corrects the bias of its moments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -63,23 +63,26 @@ class GradientSum:
 
     Args:
         dense: parameters with ordinary gradients; one without counts as zero.
-        tables: embedding tables looked up once per row of the batch, in batch order.
+        tables: embedding tables looked up in batch order.
+        lookups: rows of each table that one row of the batch reads; none given: one of each.
     """
 
-    def __init__(self, dense: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
+    def __init__(self, dense: Sequence[Tensor], tables: Sequence[Tensor], lookups: Sequence[int] = ()) -> None:
         self._dense, self._tables = dense, tables
+        self._lookups = lookups or [1] * len(tables)
         self._flat = dense[0].new_empty(0) if dense else torch.empty(0)
         """Buffer of all dense gradients, kept between steps: to allocate it anew costs as much as the exchange."""
 
     def __call__(self, counts: Sequence[int]) -> None:
         """Sum up; `counts` are the batch's rows on each worker, and a single worker needs no process group."""
         work = self._start_dense() if len(counts) > 1 else None
-        for table in self._tables:
+        for table, lookups in zip(self._tables, self._lookups, strict=True):
             grad = table.grad
             if grad is None:
                 continue
             if len(counts) > 1:
-                rows, values = _gather_rows(grad._indices()[0], grad._values(), counts)
+                of_workers = [lookups * count for count in counts]
+                rows, values = _gather_rows(grad._indices()[0], grad._values(), of_workers)
                 grad = torch.sparse_coo_tensor(rows.unsqueeze(0), values, grad.shape, check_invariants=False)
             table.grad = grad.coalesce()
         if work is not None:
@@ -96,11 +99,25 @@ class GradientSum:
         return dist.all_reduce(self._flat, async_op=True)
 
 
-def clip_gradients(dense: Sequence[Tensor], tables: Sequence[Tensor], limit: float) -> Tensor:
-    """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
+def clip_gradients(
+    dense: Sequence[Tensor],
+    tables: Sequence[Tensor],
+    limit: float,
+    over_workers: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `limit`; returns the norm before.
+
+    Args:
+        over_workers: sums over the workers, each of which has the tables' gradients of some rows alone.
+    """
     gradients = [p.grad for p in dense if p.grad is not None]
-    gradients += [t.grad.values() for t in tables if t.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in gradients]))
+    of_rows = [t.grad.values() for t in tables if t.grad is not None]
+    norms = [torch.linalg.vector_norm(grad) for grad in (*gradients, *of_rows)]
+    if over_workers is not None:
+        row_norms = over_workers(torch.stack(norms[len(gradients) :]).square()).sqrt()
+        norms[len(gradients) :] = row_norms.unbind()
+    gradients += of_rows
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     if norm > limit:
         torch._foreach_mul_(gradients, float(limit / norm))
     return norm

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse.linalg  # type: ignore[import-untyped]  # comes with scikit-learn, without stubs
-import torch
 
 from gavamoe.stage1.pair_stream import Pairs
 from gavamoe.stage1.rating_biases import RatingBiases, Stream, fit_biases
@@ -23,7 +22,8 @@ encoder's first layer norm sees only directions, and large enough that the user'
 latent (docs/stage1.md)."""
 _NO_SPREAD = 1e-6
 _POWER_ITERATIONS = 7
-_OVERSAMPLES = 10
+OVERSAMPLES = 10
+"""Vectors that the subspace iteration carries beside those that are wanted."""
 
 
 class Spectral(NamedTuple):
@@ -55,17 +55,18 @@ def spectral_coordinates(pairs: Stream, n_users: int, n_items: int, components: 
     return Spectral(np.c_[biases.user, user], np.c_[biases.item, item])
 
 
-def init_embeddings(model: VaeGmm, pairs: Stream, seed: int) -> bool:
-    """Add the coordinates to the leading columns of the model's tables; the unknown rows stay at the mean, zero."""
-    components = min(MAX_COMPONENTS, model.config.embedding_size - 1)
-    spectral = spectral_coordinates(pairs, model.n_users, model.n_items, components, seed)
-    if spectral is None:
-        return False
-    with torch.no_grad():
-        for table, coordinates in ((model.user_embedding, spectral.user), (model.item_embedding, spectral.item)):
-            added = torch.from_numpy(SCALE * coordinates).to(table.weight)
-            table.weight[:-1, : added.shape[1]] += added
-    return True
+def init_embeddings(model: VaeGmm, pairs: Stream, seed: int, rank: int = 0) -> bool:
+    """Add the coordinates to the leading columns of the ids' vectors; the unknown rows stay at the mean, zero.
+
+    Rank 0 computes them; other ranks take part because sharded tables send them to where the rows are.
+    """
+    spectral = None
+    if rank == 0:
+        components = min(MAX_COMPONENTS, model.config.embedding_size - 1)
+        spectral = spectral_coordinates(pairs, model.n_users, model.n_items, components, seed)
+    for table, place in ((model.user_embedding, 0), (model.item_embedding, 1)):
+        table.add(None if spectral is None else SCALE * spectral[place])
+    return spectral is not None
 
 
 def add_clusters(model: VaeGmm, shares_UK: np.ndarray, seed: int) -> None:
@@ -73,10 +74,7 @@ def add_clusters(model: VaeGmm, shares_UK: np.ndarray, seed: int) -> None:
     need many epochs to learn of each user what the user's words said at once. The unknown row stays where it is."""
     square = (model.config.embedding_size,) * 2
     directions_EE, _ = np.linalg.qr(np.random.default_rng([seed, 5]).normal(size=square))
-    added_UE = _standardized(shares_UK) @ directions_EE[: shares_UK.shape[1]]
-    with torch.no_grad():
-        table = model.user_embedding.weight
-        table[:-1] += torch.from_numpy(SCALE * added_UE).to(table)
+    model.user_embedding.add(SCALE * _standardized(shares_UK), directions_EE[: shares_UK.shape[1]])
 
 
 def _biases(pairs: Stream, n_users: int, n_items: int) -> RatingBiases:
@@ -123,7 +121,7 @@ def _singular_vectors(matrix: _Residuals, count: int, seed: int) -> tuple[np.nda
 
     scikit-learn's `randomized_svd` does the same for a matrix in memory.
     """
-    basis = np.random.default_rng([seed, 3]).normal(size=(matrix.shape[1], count + _OVERSAMPLES))
+    basis = np.random.default_rng([seed, 3]).normal(size=(matrix.shape[1], count + OVERSAMPLES))
     for _ in range(_POWER_ITERATIONS):
         basis, _ = np.linalg.qr(matrix @ basis)
         basis, _ = np.linalg.qr(matrix.T @ basis)

@@ -15,6 +15,7 @@ from gavamoe.artifacts.files import write_folder, write_json
 from gavamoe.artifacts.manifest import write_manifest
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import SPLITS, open_dataset
+from gavamoe.model.tables.hashed import HashedTable
 from gavamoe.runtime.context import Context
 from gavamoe.stage1.artifact import save_vae_gmm
 from gavamoe.stage1.pair_stream import BUCKET_PAIRS, PairFile, Pairs
@@ -23,6 +24,7 @@ from gavamoe.stage1.routes import ROUTES_FILE, route_pairs, training_routes, use
 from gavamoe.stage1.strangers.fold_in import Crowd
 from gavamoe.stage1.trainer import Trainer
 from gavamoe.stage1.user_words import ClusterWords, UserWords, effective, information
+from gavamoe.stage1.vae_gmm import VaeGmm
 from gavamoe.stage1.validation import idle_gates, no_better_than_biases, validate
 
 _SCORE_STEPS = 2**20
@@ -42,13 +44,20 @@ def train_stage1(config: RunConfig, dataset: Path, out: Path, context: Context) 
     trainer = Trainer(config, data, context)
     if context.resume_from is not None:
         trainer.restore(context.resume_from)
+    elif collisions := _collisions(trainer.model):
+        numbers = {f"{table}_{name}": value for table, found in collisions.items() for name, value in found.items()}
+        context.log({"phase": "stage1-tables", "step": 0, "epoch": 0, **numbers})
     trainer.run()
-    return _write_artifact(trainer, out, started) if context.rank == 0 else {}
+    if context.rank == 0:
+        return _write_artifact(trainer, out, started)
+    trainer.tables.publish(None)
+    return {}
 
 
 def _write_artifact(trainer: Trainer, out: Path, started: float) -> dict[str, Any]:
     """Route all pairs with the best model and write the folder whole."""
     with write_folder(out) as folder:
+        trainer.tables.publish(folder)
         save_vae_gmm(folder, trainer.model)
         write_routes(folder / ROUTES_FILE, trainer.dataset, trainer.model, trainer.context.device)
         metrics = _final_metrics(trainer, folder)
@@ -79,6 +88,8 @@ def _final_metrics(trainer: Trainer, folder: Path) -> dict[str, Any]:
     metrics["information"] = _information(trainer, home_U, folder)
     for warning in (*idle_gates(metrics, trainer.config.clusters), *no_better_than_biases(metrics)):
         trainer.context.log({"phase": "stage1", "step": trainer.step, "epoch": trainer.epoch, "warning": warning})
+    if collisions := _collisions(trainer.model):
+        metrics["collisions"] = collisions
     metrics["interaction_scale"] = trainer.interaction_scale
     metrics["epochs"] = trainer.epoch
     metrics["best_epoch"] = trainer.best["epoch"]
@@ -90,6 +101,12 @@ def _final_metrics(trainer: Trainer, folder: Path) -> dict[str, Any]:
         metrics["user_ari"] = user_group_ari(train.user_means_UK, groups, trainer.run_config.seed)
     metrics["history"] = trainer.history
     return metrics
+
+
+def _collisions(model: VaeGmm) -> dict[str, dict[str, float]]:
+    """Rows of hashed tables, and the shares of users and items that they don't tell apart; empty for other tables."""
+    tables = {"users": model.user_embedding, "items": model.item_embedding}
+    return {name: table.collisions()._asdict() for name, table in tables.items() if isinstance(table, HashedTable)}
 
 
 def _information(trainer: Trainer, home_U: np.ndarray, folder: Path) -> dict[str, Any] | None:

@@ -20,11 +20,19 @@ from gavamoe.artifacts.tensor_files import load_tensors
 from gavamoe.config.schema import RunConfig, Stage1Config
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError, RunError
+from gavamoe.model.tables.layout import MakeTable
 from gavamoe.runtime.context import Context
-from gavamoe.stage1.mixture_init import SAMPLE, UserClusters, cluster_users, fit_pairs, mixture_of_users
+from gavamoe.stage1.mixture_init import (
+    SAMPLE,
+    UserClusters,
+    cluster_users,
+    fit_pairs,
+    mixture_of_users,
+)
 from gavamoe.stage1.pair_stream import Epoch, Pairs, PairSource, global_batches, worker_slices
 from gavamoe.stage1.rating_biases import fit_biases, shrink_interaction
-from gavamoe.stage1.sparse_adam import GradientSum, RowAdam, clip_gradients
+from gavamoe.stage1.sharding.held_tables import hold, table_maker
+from gavamoe.stage1.sparse_adam import GradientSum, clip_gradients
 from gavamoe.stage1.spectral_init import add_clusters, init_embeddings
 from gavamoe.stage1.user_words import UserWords
 from gavamoe.stage1.vae_gmm import Likelihood, VaeGmm
@@ -36,12 +44,13 @@ FINAL_RATE = 0.05
 """Share of the learning rates with which a linear schedule ends."""
 
 
-def build_model(config: RunConfig, dataset: Dataset) -> VaeGmm:
+def build_model(config: RunConfig, dataset: Dataset, make_table: MakeTable | None = None) -> VaeGmm:
     """The untrained model for a dataset, its weights a function of the seed."""
     likelihood, values = rating_model(config.stage1, dataset)
     torch.manual_seed(config.seed)
     catalog = dataset.catalog
-    return VaeGmm(config.stage1, catalog.known_users, catalog.known_items, likelihood, values)
+    sizes = (catalog.known_users, catalog.known_items)
+    return VaeGmm(config.stage1, *sizes, likelihood, values, config.seed, make_table)
 
 
 def rating_model(config: Stage1Config, dataset: Dataset) -> tuple[Likelihood, tuple[float, ...]]:
@@ -80,16 +89,16 @@ class Trainer:
         )
         self.held_out = self.source.held_out("valid")
         self.words = UserWords.read(dataset, stage1.vocabulary) if stage1.word_evidence else None
-        self.model = build_model(config, dataset)
-        if context.rank == 0 and context.resume_from is None:
-            if self.model.user_bias is not None:
+        self.model = build_model(config, dataset, table_maker(stage1, context)).to(context.device)
+        self.tables = hold(self.model, stage1, dataset.fingerprint)
+        self._make_optimizers()
+        if context.resume_from is None:
+            if context.rank == 0 and self.model.user_bias is not None:
                 biases = fit_biases(self.source.observed, self.model.n_users, self.model.n_items)
                 self.model.set_biases(biases.mean, biases.user, biases.item)
             if stage1.embedding_init == "spectral":
-                init_embeddings(self.model, self.source.observed, config.seed)
-        self.model.to(context.device)
+                init_embeddings(self.model, self.source.observed, config.seed, context.rank)
         self._share_parameters()
-        self._make_optimizers()
         self.user_clusters: UserClusters | None = None
         """q(c|u) in the ELBO phase, unless `user_agreement` is 0."""
         self.epoch = 0
@@ -118,24 +127,22 @@ class Trainer:
                 self._init_mixture()
             self._train_epoch()
             self._after_epoch()
-        self.model.load_state_dict(self.best["model"])
+        self.tables.restore_best(self.best["model"])
         self.interaction_scale = shrink_interaction(self.model, self.held_out, self.context.device)
 
     def _make_optimizers(self) -> None:
         config, model = self.config, self.model
-        self.tables = [model.user_embedding.weight, model.item_embedding.weight]
-        model.user_embedding.sparse = model.item_embedding.sparse = True
         mixture = list(model.prior.parameters())
-        others = {id(parameter) for parameter in self.tables + mixture}
+        others = {id(parameter) for parameter in self.tables.parameters + mixture}
         network = [each for each in model.parameters() if each.requires_grad and id(each) not in others]
         self.dense = network + mixture
-        self.sum_gradients = GradientSum(self.dense, self.tables)
+        self.sum_gradients = GradientSum(self.dense, self.tables.shared, self.tables.lookups)
         groups = [
             {"params": network, "lr": config.learning_rate, "weight_decay": config.weight_decay},
             {"params": mixture, "lr": config.mixture_learning_rate, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.row_optimizer = RowAdam(self.tables, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.row_optimizer = self.tables.optimizer
 
     def _train_epoch(self) -> None:
         config, context = self.config, self.context
@@ -186,7 +193,8 @@ class Trainer:
         loss.backward()
         # Clipping needs the joint norm of the summed gradients: first the exchange, then the norm, then the step.
         self.sum_gradients([piece.stop - piece.start for piece in slices])
-        norm = clip_gradients(self.dense, self.tables, self.config.clip_norm)
+        self.tables.collect_gradients()
+        norm = clip_gradients(self.dense, self.tables.parameters, self.config.clip_norm, self.tables.over_workers)
         if not torch.isfinite(norm):
             raise RunError(f"stage 1, step {self.step}: the gradient is not finite; lower stage1.learning_rate")
         for optimizer in (self.optimizer, self.row_optimizer):
@@ -230,31 +238,30 @@ class Trainer:
 
     @torch.no_grad()
     def _init_mixture(self) -> None:
-        """Fit the mixture to the pretrained model on rank 0, and give it to every rank."""
-        if self.config.mixture_init == "random":
-            return
-        found = from_rank_0(self.context, self._fit_mixture)
-        self._share_parameters()
-        self.user_clusters = None if found["user_shares"] is None else self._user_clusters(**found)
+        """Cluster the users of the pretrained model, and fit the mixture to the latents: on rank 0, for every rank.
 
-    def _user_clusters(self, user_shares: np.ndarray, rating_weight: float) -> UserClusters:
-        return UserClusters(user_shares, self.words, self.config.word_evidence, rating_weight)
-
-    def _fit_mixture(self) -> dict[str, Any]:
-        """Set the prior; returns the users' cluster shares (known users, K), None without `user_agreement`."""
+        What reads embeddings is done by all ranks, since each may hold some of the rows.
+        """
         config, seed = self.config, self.run_config.seed
+        if config.mixture_init == "random":
+            return
         sample = self.source.sample(SAMPLE, np.random.default_rng([seed, 1]))
-        shares, weight = None, self._rating_weight()
+        shares, weight = None, from_rank_0(self.context, self._rating_weight(), lambda own: own)
         if config.user_agreement:
-            table_UE = self.model.user_embedding.weight[:-1].cpu().numpy()
-            shares = cluster_users(table_UE, config, seed, self.words, weight)
+            points = self.tables.user_points(config.clusters, self.context.rank)
+            shares = from_rank_0(self.context, points, lambda own: cluster_users(own, config, seed, self.words, weight))
             if self.words is not None:
                 add_clusters(self.model, shares, seed)
         mu_NL, var_NL = self._latents(sample)
-        mixture = fit_pairs(mu_NL, config, seed) if shares is None else mixture_of_users(mu_NL, sample.user, shares)
-        variances_KL = mixture.variances_KL + var_NL.mean(axis=0)
-        self.model.prior.set(*map(torch.from_numpy, (mixture.weights_K, mixture.means_KL, variances_KL)))
-        return {"user_shares": shares, "rating_weight": weight}
+        if self.context.rank == 0:
+            mixture = fit_pairs(mu_NL, config, seed) if shares is None else mixture_of_users(mu_NL, sample.user, shares)
+            variances_KL = mixture.variances_KL + var_NL.mean(axis=0)
+            self.model.prior.set(*map(torch.from_numpy, (mixture.weights_K, mixture.means_KL, variances_KL)))
+        self._share_parameters()
+        self.user_clusters = None if shares is None else self._user_clusters(shares, weight)
+
+    def _user_clusters(self, user_shares: np.ndarray, rating_weight: float) -> UserClusters:
+        return UserClusters(user_shares, self.words, self.config.word_evidence, rating_weight)
 
     def _rating_weight(self) -> float:
         """How much ratings count as evidence of users' clusters beside words: the nats that users' latents add to what
@@ -283,10 +290,12 @@ class Trainer:
         return mu_NL.numpy(), log_var_NL.exp().numpy()
 
     def _share_parameters(self) -> None:
-        """Give every rank rank 0's parameters."""
+        """Give every rank rank 0's parameters, but for rows that each has its own of."""
         if self.context.world_size > 1:
+            own = {id(each) for each in self.tables.parameters} - {id(each) for each in self.tables.shared}
             for parameter in self.model.parameters():
-                dist.broadcast(parameter.data, src=0)
+                if id(parameter) not in own:
+                    dist.broadcast(parameter.data, src=0)
 
     def _after_epoch(self) -> None:
         """Move users between clusters, validate, keep the best state, log, register a checkpoint."""
@@ -298,7 +307,7 @@ class Trainer:
         numbers = held_out.numbers()
         self.history.append({"epoch": self.epoch, "phase": phase, **numbers})
         if phase == "elbo" and held_out.loss <= self.best["loss"]:  # always, where there is nothing to validate on
-            state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            state = self.tables.keep_best(self.best["model"])
             self.best = {"loss": held_out.loss, "epoch": self.epoch, "model": state}
         self.epoch += 1
         log = {f"valid_{name}": value for name, value in numbers.items() if isinstance(value, float)}
@@ -315,20 +324,21 @@ class Trainer:
                 raise RunError(f"stage 1, epoch {self.epoch}: {warning}")
 
     def _save(self, metrics: Mapping[str, float]) -> None:
-        """Register a checkpoint; rank 0 has the file, for all ranks hold the same state."""
+        """Register a checkpoint; rank 0 has the file, for all ranks hold the same state but for rows of their own."""
         with tempfile.TemporaryDirectory() as folder:
+            rows = self.tables.save(Path(folder), best=self.best["model"] is not None)
             if self.context.rank == 0:
-                torch.save(self._state(), Path(folder) / CHECKPOINT_FILE)
+                torch.save(self._state(rows), Path(folder) / CHECKPOINT_FILE)
             self.context.checkpoint(Path(folder), {"epoch": self.epoch, "step": self.step, **metrics})
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, rows: dict[str, Any] | None) -> dict[str, Any]:
         return {
             "dataset": self.dataset.fingerprint,
             "config": self.config.model_dump(mode="json"),
             "seed": self.run_config.seed,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "row_optimizer": self.row_optimizer.state_dict(),
+            "row_optimizer": rows,
             "epoch": self.epoch,
             "step": self.step,
             "best": self.best,
@@ -347,13 +357,13 @@ class Trainer:
         if not path.is_file():
             raise InputError(f"{path}: no such checkpoint file; start without --resume")
         state = load_tensors(path, self.context.device)
-        present = self._state()
+        present = self._state(None)
         for name in ("dataset", "seed", "config"):
             if state[name] != present[name]:
                 raise InputError(f"{path}: {_difference(name, state[name], present[name])}; start without --resume")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.row_optimizer.load_state_dict(state["row_optimizer"])
+        self.tables.load(folder, state["row_optimizer"], best=state["best"]["model"] is not None)
         self.epoch, self.step = state["epoch"], state["step"]
         self.best, self.history = state["best"], state["history"]
         if state["user_clusters"] is not None:
@@ -362,13 +372,12 @@ class Trainer:
             self.user_clusters.log_q = state["user_clusters"].cpu()
 
 
-def from_rank_0(context: Context, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The value that rank 0 makes, on every rank."""
+def from_rank_0(context: Context, value: Any, make: Callable[[Any], Any]) -> Any:
+    """What rank 0 makes of its value, on every rank."""
     if context.world_size == 1:
-        return make()
-    box = [make() if context.rank == 0 else None]
+        return make(value)
+    box = [make(value) if context.rank == 0 else None]
     dist.broadcast_object_list(box, src=0)
-    assert box[0] is not None
     return box[0]
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gavamoe.config.schema import Stage1Config
+from gavamoe.model.tables.layout import MakeTable, TableLayout
 
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 
@@ -195,12 +196,21 @@ class VaeGmm(nn.Module):
             `rating_values`, (0, 1) for implicit data. gaussian: of the rating, with a learned noise, around the
             decoder's output plus the pair's bias (`config.rating_biases`).
         rating_values: the rating scale in ascending order, or its two ends.
+        hash_seed: seed of the functions that hash ids to rows, for hashed tables alone.
+        make_table: makes the tables for training; None: as the config says.
     """
 
     rating_scale: Tensor
 
     def __init__(
-        self, config: Stage1Config, n_users: int, n_items: int, likelihood: Likelihood, rating_values: Sequence[float]
+        self,
+        config: Stage1Config,
+        n_users: int,
+        n_items: int,
+        likelihood: Likelihood,
+        rating_values: Sequence[float],
+        hash_seed: int = 0,
+        make_table: MakeTable | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -209,8 +219,10 @@ class VaeGmm(nn.Module):
         self.rating_values = tuple(float(value) for value in rating_values)
         if len(self.rating_values) < 2 or list(self.rating_values) != sorted(set(self.rating_values)):
             raise ValueError(f"rating_values: {rating_values}: at least two ascending values are needed")
-        self.user_embedding = _embedding(n_users + 1, config.embedding_size)
-        self.item_embedding = _embedding(n_items + 1, config.embedding_size)
+        self.layout = TableLayout.of(config, n_users, n_items, hash_seed)
+        make = make_table or self.layout.make
+        self.user_embedding = make("user", n_users, config.embedding_size, EMBEDDING_STD)
+        self.item_embedding = make("item", n_items, config.embedding_size, EMBEDDING_STD)
         self.encoder = PairEncoder(config)
         outputs = len(self.rating_values) if likelihood == "categorical" else 1
         self.decoder = nn.Sequential(
@@ -231,7 +243,8 @@ class VaeGmm(nn.Module):
 
     def to_spec(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values."""
-        return {
+        hashed = {"hash_seed": self.layout.seed} if self.layout.kind == "hashed" else {}
+        return hashed | {
             "config": self.config.model_dump(mode="json"),
             "n_users": self.n_users,
             "n_items": self.n_items,
@@ -245,7 +258,7 @@ class VaeGmm(nn.Module):
         return cls(**{**spec, "config": Stage1Config.model_validate({"rating_biases": False} | spec["config"])})
 
     def embed(self, user_B: Tensor, item_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of both tables, (B, E) each; indices at or above the known counts take the unknown row."""
+        """Vectors of both tables, (B, E) each; indices at or above the known counts take the unknown row."""
         user_BE = self.user_embedding(user_B.long().clamp(max=self.n_users))
         return user_BE, self.item_embedding(item_B.long().clamp(max=self.n_items))
 
@@ -383,9 +396,3 @@ def bounded(value: Tensor, bound: float) -> Tensor:
 
 def _frozen(size: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(size), requires_grad=False)
-
-
-def _embedding(rows: int, size: int) -> nn.Embedding:
-    table = nn.Embedding(rows, size)
-    nn.init.normal_(table.weight, std=EMBEDDING_STD)
-    return table

@@ -71,10 +71,11 @@ def validate(model: VaeGmm, pairs: PairFile, beta: float, worker: Worker) -> Val
     training = model.training
     model.eval()
     total = torch.zeros(len(_Sums.names(model)), dtype=torch.float64)
-    for index, start in enumerate(range(0, pairs.size, _BATCH_SIZE)):
-        if index % worker.world_size == worker.rank:
-            batch = pairs.take(slice(start, start + _BATCH_SIZE))
-            total += _Sums.of(model, batch, beta, index, worker.device)
+    # Every worker takes as many batches, the last perhaps empty: lookups in sharded tables are made together.
+    for first in range(0, -(-pairs.size // _BATCH_SIZE), worker.world_size):
+        index = first + worker.rank
+        batch = pairs.take(slice(index * _BATCH_SIZE, (index + 1) * _BATCH_SIZE))
+        total += _Sums.of(model, batch, beta, index, worker.device)
     model.train(training)
     if worker.world_size > 1:
         total = total.to(worker.device)

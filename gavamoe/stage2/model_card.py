@@ -20,6 +20,7 @@ from gavamoe.generation.detokenize import clean_text
 from gavamoe.generation.evidence.pair_features import PairFeatures
 from gavamoe.generation.evidence.quotes import Quotes
 from gavamoe.model.lora import merged_state
+from gavamoe.model.tables.layout import mapped_tables
 from gavamoe.stage1.artifact import save_vae_gmm
 from gavamoe.stage1.rating_biases import shrink_interaction
 from gavamoe.stage1.routes import ROUTES_FILE, training_routes, write_routes
@@ -37,6 +38,8 @@ def write_artifact(
     """Write the folder whole, from the joint model's `state` (on the CPU) rather than from sharded modules."""
     vae_gmm = VaeGmm.from_spec(setup.model.vae_gmm.to_spec())
     vae_gmm.load_state_dict(part_of_state(state, VAE_GMM))
+    for table in mapped_tables(setup.model.vae_gmm):
+        setattr(vae_gmm, table.name, table)
     explainer_state = part_of_state(state, EXPLAINER)
     if config.stage2.lora.rank:
         explainer_state = merged_state(setup.model.explainer, explainer_state)

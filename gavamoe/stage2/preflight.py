@@ -37,6 +37,8 @@ class Sizes:
     total: int
     trained: int
     """Those that get into the optimizer."""
+    looked_up: int = 0
+    """Numbers of sharded tables, which are no parameters, and lie in the artifact's files."""
 
 
 def check_base_model(config: RunConfig, users: int, items: int) -> Sizes:
@@ -52,7 +54,9 @@ def check_base_model(config: RunConfig, users: int, items: int) -> Sizes:
         base = check_base(stage2.base_model)
     check_positions(config, base)
     parameters = list(weightless_explainer(config, base, users, items).parameters())
+    sharded = config.stage1.tables == "sharded"
     return Sizes(
+        looked_up=(users + items + 2) * config.stage1.embedding_size if sharded else 0,
         total=sum(parameter.numel() for parameter in parameters),
         trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
     )
@@ -114,7 +118,7 @@ def check_disk(config: RunConfig, dataset: Dataset, folder: Path, sizes: Sizes) 
     Raises:
         InputError: the disk of the run folder, or that of temporary files, has less room than they take.
     """
-    checkpoint, model = checkpoint_bytes(config, sizes), _FLOAT * sizes.total
+    checkpoint, model = checkpoint_bytes(config, sizes), _FLOAT * (sizes.total + sizes.looked_up)
     temporary = Path(tempfile.gettempdir())
     at_uri = remote.stored_path(folder) is not None  # its checkpoints go to the storage, past the staging folder
     needed = model if at_uri else model + kept_checkpoints(config, dataset) * checkpoint

@@ -136,6 +136,12 @@ def _check_stage1(
             f" stage1.clusters {config.stage1.clusters}; set it to the same value or train stage 1 again"
         )
 
+    if vae_gmm.layout.kind != config.stage1.tables:
+        raise InputError(
+            f"{stage1}: has {vae_gmm.layout.kind} tables, the config has stage1.tables {config.stage1.tables}; set it"
+            " to the same value or train stage 1 again"
+        )
+
 
 def _build_explainer(
     config: RunConfig, data: Dataset, vae_gmm: VaeGmm, empty_weights: bool
@@ -145,7 +151,9 @@ def _build_explainer(
         stage2.base_model, stage2.scratch, tokenizer_texts(data), config.seed, empty_weights=empty_weights
     )
     check_positions(config, base.config)
-    sizes = ExplainerSizes(vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates)
+    sizes = ExplainerSizes(
+        vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates, vae_gmm.layout
+    )
     explainer = build_explainer(config, base, sizes, empty_weights=empty_weights)
     adapt(explainer, config)
     if stage2.gradient_checkpointing:

@@ -9,7 +9,7 @@ from helpers.bare_dataset import bare_dataset
 from helpers.tiny import tiny_stage1
 from sklearn.metrics import adjusted_rand_score
 
-from gavamoe.stage1.mixture_init import UserClusters, cluster_users
+from gavamoe.stage1.mixture_init import UserClusters, cluster_users, principal_points
 from gavamoe.stage1.user_words import PRIOR_WORDS, UserWords, effective, information, words_in
 
 STYLES = ("honestly i think it is !", "notes of malt and hops , dry ;", "via phone - for $ 3")
@@ -32,6 +32,11 @@ def written(users: int, texts: int, mixed: float, seed: int = 0) -> tuple[UserWo
         UserWords._count(rows[half:], vocabulary, users),
         group_U,
     )
+
+
+def points(embedding_UE: np.ndarray, clusters: int = 3) -> np.ndarray:
+    blocks = [torch.from_numpy(part) for part in np.array_split(embedding_UE, 3)]
+    return principal_points(lambda: blocks, embedding_UE.shape, clusters)
 
 
 def test_words_and_marks_are_counted_by_known_user(tmp_path: Path) -> None:
@@ -70,9 +75,9 @@ def test_users_are_clustered_by_words_where_embeddings_say_nothing(seed: int) ->
     words, held_out, group_U = written(300, 4, 0.6, seed)
     noise_UE = np.random.default_rng(seed).normal(size=(300, 8))
     config = tiny_stage1().stage1
-    found = cluster_users(noise_UE, config, seed, words).argmax(axis=1)
+    found = cluster_users(points(noise_UE), config, seed, words).argmax(axis=1)
     assert adjusted_rand_score(group_U, found) > 0.9
-    alone = cluster_users(noise_UE, config, seed).argmax(axis=1)
+    alone = cluster_users(points(noise_UE), config, seed).argmax(axis=1)
     assert adjusted_rand_score(group_U, alone) < 0.1
     told = information(words, held_out, found, 3, seed)
     assert told is not None
@@ -83,7 +88,7 @@ def test_users_are_clustered_by_words_where_embeddings_say_nothing(seed: int) ->
 def test_embeddings_decide_where_words_say_nothing() -> None:
     words, _, group_U = written(300, 4, 1.0)
     embedding_UE = np.eye(3)[group_U] * 8 + np.random.default_rng(0).normal(size=(300, 3))
-    found = cluster_users(embedding_UE, tiny_stage1().stage1, 0, words).argmax(axis=1)
+    found = cluster_users(points(embedding_UE), tiny_stage1().stage1, 0, words).argmax(axis=1)
     assert adjusted_rand_score(group_U, found) > 0.95
 
 
@@ -153,5 +158,5 @@ def test_hardly_a_word_changes_nothing(texts: list[str]) -> None:
     words = UserWords._count(rows, vocabulary, 40)
     embedding_UE = np.random.default_rng(0).normal(size=(40, 4))
     embedding_UE[:20] += 5
-    found = cluster_users(embedding_UE, tiny_stage1(clusters=2).stage1, 0, words).argmax(axis=1)
+    found = cluster_users(points(embedding_UE, 2), tiny_stage1(clusters=2).stage1, 0, words).argmax(axis=1)
     assert adjusted_rand_score(found, np.arange(40) < 20) == 1

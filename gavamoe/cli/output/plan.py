@@ -113,14 +113,40 @@ def _print_stage1(plan: dict[str, Any]) -> None:
         *((name, size(memory[name])) for name in ("weights", "gradients", "optimizer", "best", "activations")),
         ("device", f"{size(memory['device'])} {'+' if stage1['fits'] else '-'}"),
         ("host, for pairs", size(memory["host"])),
+        ("host, for users' clusters", size(memory["users"])),
+        ("host of rank 0, at the start", size(memory["start"])),
         ("epochs, pretraining included", stage1["epochs"]),
         ("FLOPs per epoch", f"{stage1['flops_per_epoch']:.3g}"),
         ("sent by one device per step", size(stage1["traffic_per_step"])),
         *_times(stage1["seconds"], "all epochs"),
     ]
-    print_table("Stage 1: every device holds all of it", ["", "value"], rows)
+    print_table(f"Stage 1, stage1.tables={stage1['tables']}", ["", "value"], rows)
+    print_table(
+        "Stage 1 by stage1.tables",
+        [
+            "tables",
+            "numbers in them",
+            "tables and states on a device",
+            "device",
+            "temporary files",
+            "sent per step",
+        ],
+        [
+            (
+                kind,
+                memory["tables"],
+                size(memory["weights"] + memory["optimizer"] + memory["best"]),
+                f"{size(memory['device'])} {'+' if memory['fits'] else '-'}",
+                size(memory["files"]),
+                size(memory["sent"]),
+            )
+            for kind, memory in stage1["kinds"].items()
+        ],
+    )
     if not stage1["fits"]:
-        console.print("stage 1's tables do not fit on one device: see docs/plan.md, 10^8 users", markup=False)
+        fitting = [kind for kind, memory in stage1["kinds"].items() if memory["fits"]]
+        way_out = f"; stage1.tables={fitting[0]} does" if fitting else ", of any kind; take more devices"
+        console.print(f"stage 1's tables do not fit on one device{way_out}: see docs/plan.md, 10^8 users", markup=False)
 
 
 def size(count: float) -> str:

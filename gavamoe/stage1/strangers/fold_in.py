@@ -15,7 +15,7 @@ The cluster's posterior has the words' evidence beside it (`user_words`), q(c) ~
 is predicted as the mean over clusters, sum_c q(c) r(s_c).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gavamoe.artifacts.files import write_file
 from gavamoe.errors import InputError, one_line
+from gavamoe.model.tables.embedding import EmbeddingTable
 from gavamoe.stage1.routes import BATCH_SIZE, Routes
 from gavamoe.stage1.strangers.history import Entry
 from gavamoe.stage1.user_words import ClusterWords
@@ -59,12 +60,8 @@ class Crowd:
     @torch.no_grad()
     def of(cls, model: VaeGmm, home_U: np.ndarray, rows_U: np.ndarray) -> "Crowd":
         """The moments of a trained model's users by the cluster of each, `home_U`; `rows_U`: their training rows."""
-        table_UE = model.user_embedding.weight[:-1].double().cpu()
         home_U = np.asarray(home_U)
-        moments = [
-            _moments(table_UE[torch.from_numpy(home_U == cluster)], table_UE)
-            for cluster in range(model.config.clusters)
-        ]
+        moments = _moments(model.user_embedding, torch.from_numpy(home_U).long(), model.config.clusters)
         levels = [_levels(model, home_U == cluster, rows_U) for cluster in range(model.config.clusters)]
         weight_K = torch.from_numpy(np.bincount(home_U, minlength=model.config.clusters) + 1.0)
         return cls(
@@ -109,14 +106,33 @@ class Crowd:
         return cls(**{name: tensor.double() for name, tensor in tensors.items()})
 
 
-def _moments(own_NE: Tensor, all_UE: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (E,) and covariance (E, E) of a cluster's embeddings, together with some of all users'."""
-    pooled = all_UE - all_UE.mean(0)
-    pooled_EE = pooled.T @ pooled / max(len(all_UE), 1)
-    if not len(own_NE):
-        return all_UE.mean(0), pooled_EE
-    centered = own_NE - own_NE.mean(0)
-    return own_NE.mean(0), (centered.T @ centered + _POOLED_USERS * pooled_EE) / (len(own_NE) + _POOLED_USERS)
+def _moments(table: EmbeddingTable, home_U: Tensor, clusters: int) -> list[tuple[Tensor, Tensor]]:
+    """Mean (E,) and covariance (E, E) of each cluster's embeddings, together with some of all users'; float64.
+
+    The table is passed over twice, some users at a time; it may be larger than memory.
+    """
+
+    def passed() -> Iterator[tuple[Tensor, Tensor]]:
+        start = 0
+        for block_UE in table.blocks():
+            yield home_U[start : start + len(block_UE)], block_UE.double().cpu()
+            start += len(block_UE)
+
+    count_K = torch.bincount(home_U, minlength=clusters).double()
+    sum_KE = torch.zeros(clusters, table.embedding_dim, dtype=torch.float64)
+    for home, block in passed():
+        sum_KE.index_add_(0, home, block)
+    everyone_E = sum_KE.sum(0) / count_K.sum().clamp_min(1)
+    mean_KE = torch.where(count_K[:, None] > 0, sum_KE / count_K.clamp_min(1)[:, None], everyone_E)
+    inside_KEE = torch.zeros(clusters, *[len(everyone_E)] * 2, dtype=torch.float64)
+    pooled_EE = torch.zeros_like(inside_KEE[0])
+    for home, block in passed():
+        for cluster in home.unique().tolist():
+            centered = block[home == cluster] - mean_KE[cluster]
+            inside_KEE[cluster] += centered.T @ centered
+        pooled_EE += (block - everyone_E).T @ (block - everyone_E) / count_K.sum()
+    spread_KEE = (inside_KEE + _POOLED_USERS * pooled_EE) / (count_K + _POOLED_USERS)[:, None, None]
+    return list(zip(mean_KE, spread_KEE, strict=True))
 
 
 def _levels(model: VaeGmm, own_U: np.ndarray, rows_U: np.ndarray) -> tuple[float, float]:
