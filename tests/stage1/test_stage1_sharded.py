@@ -14,8 +14,12 @@ from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.model.tables.mapped import MappedTable
+from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.artifact import load_stage1
 from gavamoe.stage1.routes import read_routes, route_pairs
+from gavamoe.stage1.sharding.row_ranges import RowRanges
+from gavamoe.stage1.sharding.shard_files import SavedShards
+from gavamoe.stage1.trainer import Trainer
 
 EXACT = 1e-6
 
@@ -98,6 +102,38 @@ def test_a_run_goes_on_with_any_number_of_workers(
     expected, rows = rows_of(work / "sharded" / "stage1"), rows_of(tmp_path / "sharded" / "stage1")
     for of in ("user", "item"):
         torch.testing.assert_close(rows[of], expected[of], atol=1e-9 if workers == 2 else 0.02, rtol=0)
+
+
+def test_every_row_and_state_is_carried_to_another_number_of_workers(
+    both: tuple[Path, dict[str, Any]], tiny_dataset: Path
+) -> None:
+    """To the bit: weights, moments and steps of all rows, and those of the best state."""
+    work, _ = both
+    checkpoint = work / "sharded" / "checkpoints" / "4"
+    files = [load_file(checkpoint / f"tables-{rank}.safetensors") for rank in range(2)]
+    best = [load_file(checkpoint / f"best-tables-{rank}.safetensors") for rank in range(2)]
+    data = open_dataset(tiny_dataset)
+    trainer = Trainer(of_kind("sharded"), data, LocalContext(resume_from=checkpoint))
+    trainer.restore(checkpoint)
+    for name in ("user_embedding", "item_embedding"):
+        table = getattr(trainer.model, name)
+        state = trainer.tables.optimizer.state[table.shard]
+        found = {"weight": table.shard.detach(), **{each: state[each] for each in ("first", "second", "steps")}}
+        for each, values in found.items():
+            assert torch.equal(values, torch.cat([file[f"{name}.{each}"] for file in files])), (name, each)
+        assert state["steps"].max() > 30
+    trainer.tables.restore_best(trainer.best["model"])
+    rows = {"user_embedding": trainer.model.n_users + 1, "item_embedding": trainer.model.n_items + 1}
+    for name in ("user_embedding", "item_embedding"):
+        kept = torch.cat([file[f"{name}.weight"] for file in best])
+        assert torch.equal(getattr(trainer.model, name).shard.detach(), kept)
+        saved = SavedShards(checkpoint, "best-tables", data.fingerprint, rows)
+        parts = [
+            block
+            for rank in range(5)
+            for block in saved.rows(f"{name}.weight", RowRanges(len(kept), 5, rank, "cpu").own).blocks
+        ]
+        assert np.array_equal(np.concatenate(parts), kept.numpy())
 
 
 def test_one_worker_has_all_rows(both: tuple[Path, dict[str, Any]], tiny_dataset: Path, tmp_path: Path) -> None:

@@ -122,15 +122,8 @@ def _print_stage1(plan: dict[str, Any]) -> None:
     ]
     print_table(f"Stage 1, stage1.tables={stage1['tables']}", ["", "value"], rows)
     print_table(
-        "Stage 1 by stage1.tables",
-        [
-            "tables",
-            "numbers in them",
-            "tables and states on a device",
-            "device",
-            "temporary files",
-            "sent per step",
-        ],
+        "Stage 1 by stage1.tables: on a device; temporary files; sent per step",
+        ["tables", "numbers", "states", "device", "files", "sent"],
         [
             (
                 kind,
