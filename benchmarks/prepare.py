@@ -7,7 +7,8 @@ tables with and without a feature column. Each source is prepared in a process o
 reported are rows a second and the peak resident memory. Linux only.
 
 --workers: instead, reviews of --table-rows rows as JSON lines and Parquet by one process, by one Ray worker and by two
-(Ray's start is not counted), which take turns for so many rounds.
+(their start is not counted), which take turns for so many rounds. CPU seconds of all processes are told as well: "at
+best" is what they allow on idle cores, where those that the command spends after the workers' last are not shared.
 """
 
 import argparse
@@ -34,19 +35,42 @@ the a this my it is was and but for with really after two weeks of use I think t
 nice cheap solid broke works as expected would buy again never more than one reason to like
 """.split()
 SECONDS_AND_MEMORY = """
-import json, resource, sys, time
+import json, psutil, sys, time
 from pathlib import Path
 from gavamoe.cli.data import _side_by_side
 from gavamoe.data.prepare import prepare
 source, out, format, text_mode, workers = sys.argv[1:]
+
+def warm(number):
+    import gavamoe.data.judging, gavamoe.data.text.choosing
+    time.sleep(2)
+
+def cpu_seconds():
+    mine = psutil.Process()
+    return sum(sum(each.cpu_times()[:2]) for each in [mine, *mine.children(recursive=True)])
+
+def peak_mib(process):
+    # not ru_maxrss, in which a new process inherits the peak of the one that started it
+    lines = open(f"/proc/{process.pid}/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+ended = []
+
+def marked(function, shared, jobs):
+    yield from run(function, shared, jobs)
+    ended.append(time.process_time())
+
 with _side_by_side(int(workers)) as run:
-    start = time.perf_counter()
-    summary = prepare(Path(source), Path(out), format, text_mode=text_mode or None, run=run)
-    seconds = time.perf_counter() - start
-cpu = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
-# not ru_maxrss, in which a new process inherits the peak of the one that started it
-peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps({"seconds": seconds, "cpu": cpu, "kept": summary.kept, "peak_mib": peak / 1024}))
+    if int(workers):
+        list(run(warm, (), [(number,) for number in range(int(workers))]))
+    before, start = cpu_seconds(), time.perf_counter()
+    summary = prepare(Path(source), Path(out), format, text_mode=text_mode or None, run=marked)
+    seconds, cpu = time.perf_counter() - start, cpu_seconds() - before
+    alone = time.process_time() - ended[-1]
+    ray = [each for each in psutil.Process().children(recursive=True) if each.name().startswith("ray::IDLE")]
+    worker = max(map(peak_mib, ray), default=0)
+found = {"seconds": seconds, "cpu": cpu, "kept": summary.kept, "alone": alone}
+print(json.dumps(found | {"peak_mib": peak_mib(psutil.Process()), "worker_mib": worker}))
 """
 
 
@@ -130,13 +154,24 @@ def compare_workers(folder: Path, count: int, rounds: int) -> None:
         for _ in range(rounds):
             for workers, results in found.items():
                 results.append(prepared(folder / f"reviews.{kind}", "table", "review", workers))
-        rates = {n: count / statistics.median(each["seconds"] for each in results) for n, results in found.items()}
-        shown = ", ".join(f"{rate:,.0f}" for rate in rates.values())
+        middle = {n: _medians(results) for n, results in found.items()}
+        for workers, each in middle.items():
+            print(
+                f"{kind}, {count:,} reviews, {f'{workers} worker(s)' if workers else 'one process':12}:"
+                f" {count / each['seconds']:,.0f} rows/s, CPU {each['cpu']:.1f} s; peak of the command"
+                f" {each['peak_mib']:.0f} MiB, of a worker {each['worker_mib']:.0f} MiB"
+            )
+        times, cpu, alone = ({n: middle[n][name] for n in middle} for name in ("seconds", "cpu", "alone"))
         print(
-            f"{kind}, {count:,} reviews, rows/s by one process, one worker, two workers: {shown};"
-            f" two of one worker {rates[2] / rates[1]:.2f}, of one process {rates[2] / rates[0]:.2f};"
-            f" peak of the command {max(each['peak_mib'] for each in found[2]):.0f} MiB"
+            f"  two workers are {times[1] / times[2]:.2f} times as fast as one,"
+            f" {times[0] / times[2]:.2f} as one process;"
+            f"\n  at best {cpu[0] / (alone[2] + (cpu[2] - alone[2]) / 2):.2f} on two idle cores, of which the command's"
+            f" {alone[2]:.1f} s are after the workers' last"
         )
+
+
+def _medians(results: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(each[name] for each in results) for name in results[0]}
 
 
 def measure(name: str, source: Path, format: str, count: int) -> None:

@@ -1,8 +1,8 @@
 """The judgment of a batch of rows: which are accepted, or why not, with cleaned values and counted words.
 
-A function of the batch and of what was settled before it alone, so that batches can be judged side by side.
+A function of the batch and of what was settled before it alone, so that batches can be read and judged side by side.
 
-Shape letters: R rows of a batch.
+Shape letters: R rows of a batch, A of them accepted.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,13 +12,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gavamoe.data.bounds import MAX_EXPLANATION_CHARS, MAX_FEATURE_CHARS, MAX_ID_CHARS, MAX_REVIEW_CHARS
-from gavamoe.data.readers.batches import parse_numbers, shorten
+from gavamoe.data.bounds import (
+    MAX_EXPLANATION_CHARS,
+    MAX_FEATURE_CHARS,
+    MAX_ID_CHARS,
+    MAX_REVIEW_CHARS,
+    MAX_TITLE_CHARS,
+)
+from gavamoe.data.readers.batches import RawBatch, Rejection, UnreadBatch, parse_numbers, shorten
 from gavamoe.data.readers.formats import TextMode
 from gavamoe.data.text.cleaning import clean, clean_id, clean_review, too_long, unmarked
 from gavamoe.data.text.features import CountedWords, count_words, given_features
-from gavamoe.data.text.spool import FEATURE_LISTS
+from gavamoe.data.text.spool import FEATURE_LISTS, packed
 from gavamoe.data.times import parse_times
+from gavamoe.data.user_ids import UserIds
 
 _LONG_ID = {field: f"{field} id longer than {MAX_ID_CHARS} characters" for field in ("user", "item")}
 _LONG_FEATURE = f"feature longer than {MAX_FEATURE_CHARS} characters"
@@ -67,20 +74,25 @@ class Rules(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """R rows, cleaned."""
+    """What a batch of R rows holds, of which A are accepted."""
 
     code: np.ndarray
     """Position of each row's reason in REASONS; 0: accepted. int8 (R,)."""
-    user: pa.Array
-    item: pa.Array
+    row: np.ndarray
+    """Row numbers of the accepted rows, as all that follows: int64 (A,)."""
+    user: pa.DictionaryArray
+    """Ids, in a dictionary in order of first appearance: (A,)."""
+    item: pa.DictionaryArray
     rating: np.ndarray
-    """float32 (R,), NaN where there is none."""
+    """float32 (A,), NaN where there is none."""
     time: np.ndarray
-    """float64 (R,), NaN where there is none or it is not understood."""
-    text: pa.Array
-    """string (R,)."""
-    features: pa.Array
-    """list<string> (R,): the given features; empty lists where the source gives none."""
+    """float64 (A,), NaN where there is none or it is not understood."""
+    has_text: np.ndarray
+    """Whether there is a text, or none is wanted of any row: bool (A,)."""
+    block: pa.Buffer
+    """Texts, string (A,), and given features, list<string> (A,), empty where the source gives none; packed."""
+    titles: dict[int, str]
+    """Titles by place in the dictionary of items, each the first row's."""
     texts_cut: int
     pointed_ids: int
     """Ids such as 12.0."""
@@ -88,14 +100,76 @@ class Judged(NamedTuple):
     """Rows with a time, understood or not."""
     unknown_times: int
     first_unknown_time: tuple[int, str] | None
-    """Place in the batch and value of the first time that is not understood."""
+    """Row number and value of the first time that is not understood."""
     words: CountedWords | None
     """The words of the accepted rows' texts; None where no features are sought in them."""
 
 
-def judge(rules: Rules, columns: dict[str, pa.Array]) -> Judged:
-    """Judge the rows of a batch; `columns` as in `RawBatch`."""
-    count = len(columns["user"])
+class Intake(NamedTuple):
+    """A batch that was read and judged in one go."""
+
+    rows: int
+    """Rows of the batch, those that could not be read included."""
+    first_row: int
+    """Number of the first row that was read and not left out; 0 where there is none."""
+    last_row: int
+    """The last row number; 0 where there are no rows."""
+    notes: tuple[str, ...]
+    columns: frozenset[str]
+    """Fields that the batch has; empty where it has no rows."""
+    left_out: np.ndarray
+    """What `UserIds.count` takes."""
+    rejected: list[Rejection]
+    """In order."""
+    judged: Judged
+
+
+def judge(
+    ids: UserIds, rules: Rules, row: np.ndarray | None, batch: dict[str, pa.Array] | UnreadBatch
+) -> Judged | Intake:
+    """Judge the rows of a batch.
+
+    Args:
+        ids: which users are left out, and how ids are hashed: of a batch that is still to be read.
+        row: row numbers, int64 (R,).
+        batch: columns as in `RawBatch`, or the batch that is first to be read.
+    """
+    if isinstance(batch, dict):
+        return _judged(rules, np.empty(0, dtype=np.int64) if row is None else row, batch)
+    read = batch.read()
+    left, left_out = ids.apply(read)
+    judged = _judged(rules, left.row, filled(left).columns)
+    return Intake(
+        len(read.row) + len(read.broken),
+        int(left.row[0]) if len(left.row) else 0,
+        read.last_row,
+        read.notes,
+        frozenset(left.columns if len(left.row) else ()),
+        left_out,
+        rejections(left, judged.code, rules),
+        judged,
+    )
+
+
+def filled(batch: RawBatch) -> RawBatch:
+    """The batch with columns of ids also where all of its rows were broken or left out."""
+    return (
+        batch if len(batch.row) else batch._replace(columns=dict.fromkeys(("user", "item"), pa.array([], pa.string())))
+    )
+
+
+def rejections(batch: RawBatch, code: np.ndarray, rules: Rules) -> list[Rejection]:
+    """The rows that could not be read, and those whose code, int8 (R,), says why they are rejected, in order."""
+    before = "pairs: " if rules.of_pairs else ""
+    judged = [
+        Rejection(int(batch.row[at]), before + REASONS[code[at]], batch.show(at))
+        for at in np.flatnonzero(code).tolist()
+    ]
+    return sorted(judged + batch.broken, key=lambda rejection: rejection.row)
+
+
+def _judged(rules: Rules, row: np.ndarray, columns: dict[str, pa.Array]) -> Judged:
+    count = len(row)
     reasons = _Reasons(count)
     pointed = 0
     ids = []
@@ -110,12 +184,36 @@ def judge(rules: Rules, columns: dict[str, pa.Array]) -> Judged:
     text, cut = _texts(rules, columns, count, reasons)
     features = _features(rules, columns, count, reasons)
     time, times, unknown, first = _times(columns, count)
-    counted = None
-    if not rules.featured and rules.text_mode != "none":
-        counted = count_words(text.filter(pa.array(reasons.code == 0)))
+    accepted = reasons.code == 0
+    mask = pa.array(accepted)
+    text = text.filter(mask)
+    user, item = (each.filter(mask).dictionary_encode() for each in ids)
     return Judged(
-        reasons.code, ids[0], ids[1], rating, time, text, features, cut, pointed, times, unknown, first, counted
+        code=reasons.code,
+        row=row[accepted],
+        user=user,
+        item=item,
+        rating=rating[accepted],
+        time=time[accepted],
+        has_text=pc.not_equal(text, "").to_numpy(zero_copy_only=False) | (rules.text_mode == "none"),
+        block=packed(text, features.filter(mask)),
+        titles=_titles(columns, item, mask),
+        texts_cut=cut,
+        pointed_ids=pointed,
+        times=times,
+        unknown_times=unknown,
+        first_unknown_time=None if first is None else (int(row[first[0]]), first[1]),
+        words=None if rules.featured or rules.text_mode == "none" else count_words(text),
     )
+
+
+def _titles(columns: dict[str, pa.Array], item: pa.DictionaryArray, mask: pa.Array) -> dict[int, str]:
+    if "title" not in columns:
+        return {}
+    titles = clean(columns["title"].filter(mask), MAX_TITLE_CHARS)
+    places, first = np.unique(item.indices.to_numpy(), return_index=True)
+    found = zip(places.tolist(), titles.take(pa.array(first)).to_pylist(), strict=True)
+    return {place: title for place, title in found if title}
 
 
 def _ratings(rules: Rules, columns: dict[str, pa.Array], count: int, reasons: "_Reasons") -> np.ndarray:

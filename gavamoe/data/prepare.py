@@ -18,7 +18,7 @@ from gavamoe.artifacts.files import write_folder
 from gavamoe.data.bounds import MAX_TITLE_CHARS
 from gavamoe.data.judging import OrderedMap, run_here
 from gavamoe.data.ratings import RatingScale
-from gavamoe.data.readers.batches import FIELDS, RawBatch
+from gavamoe.data.readers.batches import FIELDS, AnyBatch
 from gavamoe.data.readers.formats import Format, TextMode, check_columns, get_format, read_titles
 from gavamoe.data.readers.several import read_several
 from gavamoe.data.readers.sources import NO_COLUMN, Quoting, SourceOptions, check_encoding
@@ -110,8 +110,11 @@ def prepare(
                 report("read", read)
             if pairs is not None:
                 more = _read_pairs(Path(pairs), options, pairs_columns or {}, validator.rated)
-                for read in validator.add(more, run, pairs=True):
-                    report("read", read)
+                try:
+                    for read in validator.add(more, run, pairs=True):
+                        report("read", read)
+                except InputError as error:
+                    raise InputError(str(error).replace("--column ", "--pairs-column ")) from error
         accepted = validator.accepted()
         _check_rejections(shown, validator, len(accepted.row), max_rejected_share)
         _check_times(shown, format, validator, max_rejected_share)
@@ -187,15 +190,10 @@ def _check_pairs(pairs: Path | None, columns: Mapping[str, str], index_dir: Path
         raise InputError("pairs: index files give the splits of one source; leave out --pairs or --index-dir")
 
 
-def _read_pairs(pairs: Path, options: SourceOptions, columns: Mapping[str, str], rated: bool) -> Iterator[RawBatch]:
+def _read_pairs(pairs: Path, options: SourceOptions, columns: Mapping[str, str], rated: bool) -> Iterator[AnyBatch]:
     """The file of pairs, without what only rows with a text have, and without ratings where these have none."""
     left_out = [field for field in FIELDS if field not in _PAIR_FIELDS or (field == "rating" and not rated)]
-    try:
-        yield from get_format("table").read(
-            pairs, replace(options, columns=dict(columns) | dict.fromkeys(left_out, NO_COLUMN))
-        )
-    except InputError as error:
-        raise InputError(str(error).replace("--column ", "--pairs-column ")) from error
+    return get_format("table").read(pairs, replace(options, columns=dict(columns) | dict.fromkeys(left_out, NO_COLUMN)))
 
 
 def _source_options(
@@ -295,7 +293,7 @@ def _write(
     kept = rows.split != LEFT_OUT
     with DatasetWriter(folder, rows) as writer:
         leaning = _leaning(rows.rating, kept, scale) if settings["sentence"] == "best" else None
-        texts = partial(choose_texts, validator, vocabulary, settings["sentence"], leaning, run)
+        texts = partial(choose_texts, validator, vocabulary, settings["sentence"], leaning, dropping, run)
         with stored(folder / "chosen.arrow", texts) if dropping else nullcontext(texts) as read:
             written = write_texts(read, writer, kept & has_text, rows.user if dropping else None, report)
         validator.remove_spool()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,15 +12,15 @@ import pyarrow.compute as pc
 
 from gavamoe.data.bounds import MAX_EXPLANATION_CHARS
 from gavamoe.data.judging import OrderedMap, run_here
-from gavamoe.data.text.cleaning import sentences
+from gavamoe.data.text.choosing import choose_batch
 from gavamoe.data.text.features import SentenceRule, Vocabulary
 from gavamoe.data.text.repeats import repeated_texts
-from gavamoe.data.text.spool import FEATURE_LISTS, TextSpool
+from gavamoe.data.text.spool import FEATURE_LISTS, TextSpool, rows_of, sequences_of, texts_of
 from gavamoe.data.validation import RowValidator
 from gavamoe.data.writer import DatasetWriter
 
-ReadTexts = Callable[[], Iterator[tuple[pa.Array, pa.Array]]]
-"""Makes an iterator over text and features of all rows, batch by batch."""
+ReadBlocks = Callable[[], Iterator[pa.Buffer]]
+"""Makes an iterator over text and features of all rows, batch by batch, packed."""
 OnRows = Callable[[str, int], None]
 """Called with the phase ("read" or "write") and the number of rows done in it."""
 
@@ -37,20 +37,21 @@ class Written(NamedTuple):
 
 
 def write_texts(
-    read: ReadTexts, writer: DatasetWriter, counted: np.ndarray, user: np.ndarray | None, report: OnRows
+    read: ReadBlocks, writer: DatasetWriter, counted: np.ndarray, user: np.ndarray | None, report: OnRows
 ) -> Written:
     """Write the chosen texts and features of all rows; counts are of the `counted` rows.
 
     Args:
-        read: gives both, batch by batch; more than once where there are users.
+        read: gives both, batch by batch; more than once, and with the texts' sequences of words, where there are users.
         user: the rows' users, whose repeated texts are taken out; None: they stay.
     """
     repeated = np.zeros(len(counted), dtype=bool)
     if user is not None:
-        repeated = repeated_texts(partial(_texts_of, read, counted), user)
+        repeated = repeated_texts(partial(_sequences_of, read, counted), user)
     start = bare = 0
     words = np.zeros(MAX_EXPLANATION_CHARS, dtype=np.int64)
-    for text, features in read():
+    for block in read():
+        text, features = texts_of(block)
         span = slice(start, start + len(text))
         gone, left = pa.array(repeated[span]), counted[span] & ~repeated[span]
         text = pc.if_else(gone, "", text)
@@ -71,47 +72,43 @@ def choose_texts(
     vocabulary: Vocabulary | None,
     rule: SentenceRule | None,
     leaning: np.ndarray | None,
+    comparing: bool = False,
     run: OrderedMap = run_here,
-) -> Iterator[tuple[pa.Array, pa.Array]]:
-    """Text and features of all accepted rows, batch by batch; `run` chooses them, perhaps side by side."""
+) -> Iterator[pa.Buffer]:
+    """Text and features of all accepted rows, batch by batch; `run` chooses them, perhaps side by side.
+
+    Args:
+        comparing: with the texts' sequences of words.
+    """
     if vocabulary is None:
         return validator.spooled()
-
-    def jobs() -> Iterator[tuple[pa.Array, np.ndarray | None]]:
-        start = 0
-        for text, _ in validator.spooled():
-            yield text, None if leaning is None else leaning[start : start + len(text)]
-            start += len(text)
-
-    return run(choose_batch, (vocabulary, rule), jobs())
+    return run(choose_batch, (vocabulary, rule, comparing), _with_leaning(validator.spooled(), leaning))
 
 
-def choose_batch(
-    vocabulary: Vocabulary, rule: SentenceRule | None, text: pa.Array, leaning: np.ndarray | None
-) -> tuple[pa.Array, pa.Array]:
-    """Text and features of a batch of rows; a sentence of each text where there is a rule."""
-    size = len(text)
-    if rule is None:
-        return vocabulary.choose(text, np.arange(size), size)
-    sentence, row = sentences(text)
-    return vocabulary.choose(sentence, row, size, rule, leaning)
+def _with_leaning(blocks: Iterator[pa.Buffer], leaning: np.ndarray | None) -> Iterator[tuple[Any, ...]]:
+    start = 0
+    for block in blocks:
+        rows = rows_of(block)
+        yield block, None if leaning is None else leaning[start : start + rows]
+        start += rows
 
 
 @contextmanager
-def stored(path: Path, read: ReadTexts) -> Iterator[ReadTexts]:
+def stored(path: Path, read: ReadBlocks) -> Iterator[ReadBlocks]:
     """The same texts, from a file as long as this lasts: choosing them takes longer than reading them again."""
     spool = TextSpool(path)
     try:
-        for text, features in read():
-            spool.add(text, features)
+        for block in read():
+            spool.add(block)
         yield spool.read
     finally:
         spool.remove()
 
 
-def _texts_of(read: ReadTexts, counted: np.ndarray) -> Iterator[pa.Array]:
-    """The texts, empty but for the `counted` rows, bool (N,)."""
+def _sequences_of(read: ReadBlocks, counted: np.ndarray) -> Iterator[pa.ListArray]:
+    """The texts' sequences, null but for the `counted` rows, bool (N,)."""
     start = 0
-    for text, _ in read():
-        yield pc.if_else(pa.array(counted[start : start + len(text)]), text, "")
-        start += len(text)
+    for block in read():
+        sequences = sequences_of(block)
+        yield pc.if_else(pa.array(counted[start : start + len(sequences)]), sequences, None)
+        start += len(sequences)

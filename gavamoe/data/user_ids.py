@@ -50,21 +50,30 @@ class UserIds:
         """Ids to leave out that no row has had so far."""
         return int((~self._found).sum())
 
-    def apply(self, batch: RawBatch) -> RawBatch:
-        """The batch without the rows of dropped users, with hashed ids, and without the text of rejected rows."""
+    def apply(self, batch: RawBatch) -> tuple[RawBatch, np.ndarray]:
+        """The batch without the rows of dropped users, with hashed ids, and without the text of rejected rows.
+
+        Returns:
+            the batch and, of each row that was left out, the place of its user among the dropped ones, which
+            `count` takes: int64.
+        """
         if not self.active:
-            return batch
+            return batch, np.empty(0, dtype=np.int64)
         broken = [rejection._replace(raw="") for rejection in batch.broken]
         ids, *_ = clean_id(batch.columns["user"]) if len(batch.row) else (pa.array([], pa.string()),)
         places = pc.index_in(ids, value_set=self._dropped).to_numpy(zero_copy_only=False)
         kept = np.isnan(places.astype(float))
-        self._found[places[~kept].astype(int)] = True
-        self.rows_dropped += int((~kept).sum())
         mask = pa.array(kept)
         columns = {name: column.filter(mask) for name, column in batch.columns.items()}
         if self._key is not None and len(batch.row):
             columns["user"] = self._hashed(ids.filter(mask))
-        return RawBatch(batch.row[kept], columns, lambda index: "", broken, batch.notes)
+        left = RawBatch(batch.row[kept], columns, lambda index: "", broken, batch.notes)
+        return left, places[~kept].astype(np.int64)
+
+    def count(self, places: np.ndarray) -> None:
+        """Count rows that `apply`, perhaps in another process, has left out."""
+        self._found[places] = True
+        self.rows_dropped += len(places)
 
     def _hashed(self, ids: pa.Array) -> pa.Array:
         assert self._key is not None

@@ -5,26 +5,22 @@ Memory: about 40 bytes a row, the distinct ids, and the batches that are being j
 
 import json
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from gavamoe.data.bounds import MAX_TITLE_CHARS
-from gavamoe.data.judging import REASONS, Judged, OrderedMap, Rules, judge, run_here
-from gavamoe.data.readers.batches import RawBatch, Rejection
+from gavamoe.data.judging import Judged, OrderedMap, Rules, filled, judge, rejections, run_here
+from gavamoe.data.readers.batches import AnyBatch, RawBatch, Rejection, UnreadBatch
 from gavamoe.data.readers.formats import TextMode
-from gavamoe.data.text.cleaning import clean
 from gavamoe.data.text.features import Vocabulary, WordCounts
 from gavamoe.data.text.spool import TextSpool
 from gavamoe.data.user_ids import UserIds
 from gavamoe.data.writer import StringEncoder
 from gavamoe.errors import InputError
-
-_NO_STRINGS = pa.array([], pa.string())
 
 
 class AcceptedRows(NamedTuple):
@@ -103,41 +99,60 @@ class RowValidator:
         self._spool.close()
         self._log.close()
 
-    def add(self, batches: Iterable[RawBatch], run: OrderedMap = run_here, *, pairs: bool = False) -> Iterator[int]:
+    def add(self, batches: Iterable[AnyBatch], run: OrderedMap = run_here, *, pairs: bool = False) -> Iterator[int]:
         """Accept or reject the rows of all batches; yields the number of rows read, after each batch.
 
         Args:
-            run: judges batches, perhaps side by side; what comes of it is taken over in their order.
+            run: judges batches, and first reads those that are not read yet, perhaps side by side; what comes of it is
+                taken over in their order.
             pairs: the rows are of a second file, of pairs without text.
 
         Raises:
             InputError: the source has no texts, or has ratings or features in later rows only.
         """
         self._of_pairs = pairs
-        under_way: deque[RawBatch] = deque()
+        under_way: deque[tuple[Rules, RawBatch | None]] = deque()
 
-        def jobs() -> Iterator[tuple[Rules, dict[str, pa.Array]]]:
+        def jobs() -> Iterator[tuple[Rules, np.ndarray | None, dict[str, pa.Array] | UnreadBatch]]:
             for batch in batches:
-                if (left := self._settled(batch)) is not None:
-                    under_way.append(left)
-                    yield self._rules(), left.columns
+                if isinstance(batch, UnreadBatch) and self._settled_unread(batch):
+                    under_way.append((self._rules(), None))
+                    yield self._rules(), None, replace(batch, glance=None)
+                elif (left := self._settled(batch.read() if isinstance(batch, UnreadBatch) else batch)) is not None:
+                    under_way.append((self._rules(), left))
+                    yield self._rules(), left.row, left.columns
 
-        for judged in run(judge, (), jobs()):
-            self._take_over(under_way.popleft(), judged)
+        for found in run(judge, (self.user_ids,), jobs()):
+            rules, batch = under_way.popleft()
+            if batch is not None:
+                self._take_over(found, rejections(batch, found.code, rules))
+            else:
+                self._count(found.rows, found.last_row, found.notes, found.left_out)
+                if not pairs and found.columns:
+                    self._settle_columns(found.columns, found.first_row)
+                self._take_over(found.judged, found.rejected)
             yield self.read
+
+    def _settled_unread(self, batch: UnreadBatch) -> bool:
+        """Whether it is known which columns the source has, which decides how rows are judged, if need be by a glance
+        at these rows."""
+        if self._featured is None and batch.glance is not None and not self._of_pairs and (found := batch.glance()):
+            self._settle_columns(found, 1)
+        return self._featured is not None
 
     def _settled(self, batch: RawBatch) -> RawBatch | None:
         """The rows that are left to be judged, with what is known of the source before them; None: there are none."""
-        self.read += len(batch.row) + len(batch.broken)
-        ends = [rejection.row for rejection in batch.broken] + batch.row[-1:].tolist()
-        self.last_row = max(self.last_row, *ends, 0)
-        self.notes += batch.notes
-        batch = self.user_ids.apply(batch)
-        if not self._of_pairs and len(batch.row):
-            self._settle_columns(batch)
-        if len(batch.row) or batch.broken:
-            return batch if len(batch.row) else batch._replace(columns=dict.fromkeys(("user", "item"), _NO_STRINGS))
-        return None
+        left, left_out = self.user_ids.apply(batch)
+        self._count(len(batch.row) + len(batch.broken), batch.last_row, batch.notes, left_out)
+        if not self._of_pairs and len(left.row):
+            self._settle_columns(left.columns.keys(), int(left.row[0]))
+        return filled(left) if len(left.row) or left.broken else None
+
+    def _count(self, rows: int, last_row: int, notes: tuple[str, ...], left_out: np.ndarray) -> None:
+        self.read += rows
+        self.last_row = max(self.last_row, last_row)
+        self.notes += notes
+        self.user_ids.count(left_out)
 
     def _rules(self) -> Rules:
         return Rules(
@@ -149,34 +164,31 @@ class RowValidator:
             self._of_pairs,
         )
 
-    def _take_over(self, batch: RawBatch, judged: Judged) -> None:
-        """Number the accepted rows' users and items, keep their values, and write down why the others were not."""
+    def _take_over(self, judged: Judged, rejected: list[Rejection]) -> None:
+        """Number the accepted rows' users and items, keep their values, and write down why the others were not.
+
+        What is kept is copied: arrays of another process lie in memory that is to be free again.
+        """
         self.texts_cut += judged.texts_cut
         self.pointed_ids += judged.pointed_ids
         self.times += judged.times
         self.unknown_times += judged.unknown_times
-        if self.first_unknown_time is None and judged.first_unknown_time is not None:
-            at, value = judged.first_unknown_time
-            self.first_unknown_time = int(batch.row[at]), value
-        accepted = judged.code == 0
-        self._reject(batch, np.flatnonzero(~accepted), judged.code[~accepted])
-        mask = pa.array(accepted)
-        items = self.items.encode(judged.item.filter(mask))
-        text = judged.text.filter(mask)
-        self._parts.append(
-            AcceptedRows(
-                batch.row[accepted],
-                self.users.encode(judged.user.filter(mask)),
-                items,
-                judged.rating[accepted],
-                judged.time[accepted],
-                pc.not_equal(text, "").to_numpy(zero_copy_only=False) | (self._text_mode == "none"),
-            )
-        )
-        self._keep_titles(batch, items, mask)
+        self.first_unknown_time = self.first_unknown_time or judged.first_unknown_time
+        for rejection in rejected:
+            self.rejected[rejection.reason] += 1
+            self.first_rejection = self.first_rejection or rejection
+            self._log.write(json.dumps(rejection._asdict(), ensure_ascii=False) + "\n")
+        values = (judged.row, judged.rating, judged.time, judged.has_text)
+        row, rating, time, has_text = (value.copy() for value in values)
+        user, item = self.users.merge(judged.user), self.items.merge(judged.item)
+        self._parts.append(AcceptedRows(row, user, item, rating, time, has_text))
+        if judged.titles:
+            code = self.items.encode(judged.item.dictionary)
+            for place, title in judged.titles.items():
+                self.titles.setdefault(int(code[place]), title)
         if judged.words is not None:
             self._words.add(judged.words)
-        self._spool.add(text, judged.features.filter(mask))
+        self._spool.add(judged.block)
 
     def accepted(self) -> AcceptedRows:
         """All accepted rows, in order."""
@@ -184,7 +196,9 @@ class RowValidator:
             return AcceptedRows(
                 *(np.empty(0, dtype=kind) for kind in (np.int64, np.int32, np.int32, np.float32, np.float64, np.bool_))
             )
-        return AcceptedRows(*(np.concatenate(parts) for parts in zip(*self._parts, strict=True)))
+        if len(self._parts) > 1:
+            self._parts = [AcceptedRows(*(np.concatenate(parts) for parts in zip(*self._parts, strict=True)))]
+        return self._parts[0]
 
     @property
     def rated(self) -> bool:
@@ -195,46 +209,28 @@ class RowValidator:
         """The features found in the texts; None where the source gives them or has no texts."""
         return None if self._featured or self._text_mode == "none" else Vocabulary.from_counts(self._words)
 
-    def spooled(self) -> Iterator[tuple[pa.Array, pa.Array]]:
-        """text string (R,) and given features list<string> (R,) of the accepted rows, in order, batch by batch."""
+    def spooled(self) -> Iterator[pa.Buffer]:
+        """Texts and given features of the accepted rows, in order, batch by batch, packed."""
         return self._spool.read()
 
     def remove_spool(self) -> None:
         """Delete the file of texts."""
         self._spool.remove()
 
-    def _settle_columns(self, batch: RawBatch) -> None:
-        if "text" not in batch.columns and self._text_mode != "none" and self._featured is None:
+    def _settle_columns(self, columns: Set[str], row: int) -> None:
+        """Take note of the columns of a batch that has rows, the first of which has the number `row`."""
+        if "text" not in columns and self._text_mode != "none" and self._featured is None:
             raise InputError(
                 "the source has no text column; name it with --column text=NAME, or take pairs without text with "
                 "text mode none (--text-mode none)"
             )
         for name, settled in (("rating", self._rated), ("features", self._featured)):
-            if settled is False and name in batch.columns:
-                raise InputError(f"row {batch.row[0]}: the first rows have no {name} and later rows do; map or drop it")
-        self._rated = self._rated or "rating" in batch.columns
-        self._featured = self._featured or "features" in batch.columns
+            if settled is False and name in columns:
+                raise InputError(f"row {row}: the first rows have no {name} and later rows do; map or drop it")
+        self._rated = self._rated or "rating" in columns
+        self._featured = self._featured or "features" in columns
         if self._featured and self._text_mode == "review":
             raise InputError(
                 "text mode review chooses a sentence by the features it finds, but the source gives features: "
                 "use text mode explanation or leave the features column out"
             )
-
-    def _reject(self, batch: RawBatch, rows: np.ndarray, codes: np.ndarray) -> None:
-        judged = [
-            Rejection(int(batch.row[row]), ("pairs: " if self._of_pairs else "") + REASONS[code], batch.show(row))
-            for row, code in zip(rows.tolist(), codes.tolist(), strict=True)
-        ]
-        for rejection in sorted(judged + batch.broken, key=lambda rejection: rejection.row):
-            self.rejected[rejection.reason] += 1
-            self.first_rejection = self.first_rejection or rejection
-            self._log.write(json.dumps(rejection._asdict(), ensure_ascii=False) + "\n")
-
-    def _keep_titles(self, batch: RawBatch, items: np.ndarray, mask: pa.Array) -> None:
-        if "title" not in batch.columns:
-            return
-        titles = clean(batch.columns["title"].filter(mask), MAX_TITLE_CHARS)
-        codes, first = np.unique(items, return_index=True)
-        for code, title in zip(codes.tolist(), titles.take(pa.array(first)).to_pylist(), strict=True):
-            if title:
-                self.titles.setdefault(code, title)

@@ -195,10 +195,13 @@ class StringEncoder:
 
     def encode(self, strings: pa.Array) -> np.ndarray:
         """int32 codes of a string array without nulls; one dictionary look-up per distinct string."""
-        encoded = strings.dictionary_encode()
+        return self.merge(strings.dictionary_encode())
+
+    def merge(self, strings: pa.DictionaryArray) -> np.ndarray:
+        """The same of strings that were encoded elsewhere, by a dictionary in order of first appearance."""
         code = self._code
-        of_distinct = [code.setdefault(value, len(code)) for value in encoded.dictionary.to_pylist()]
-        return np.asarray(of_distinct, dtype=np.int32)[encoded.indices.to_numpy()]
+        of_distinct = [code.setdefault(value, len(code)) for value in strings.dictionary.to_pylist()]
+        return np.asarray(of_distinct, dtype=np.int32)[strings.indices.to_numpy()]
 
     @property
     def values(self) -> list[str]:

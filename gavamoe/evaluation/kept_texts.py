@@ -22,8 +22,8 @@ from gavamoe.runtime.progress import OnProgress
 from gavamoe.runtime.ray_pool import BlockPool
 
 BLOCK_ROWS = 512
-_BLOCKS_PER_WORKER = 4
-"""At least so many, where there are rows enough: workers then end at nearly the same time."""
+LEAST_ROWS = 16
+"""Workers' blocks get smaller towards the end, down to this."""
 
 
 class KeptTexts:
@@ -45,10 +45,10 @@ class KeptTexts:
         Raises:
             RunError: blocks failed each time that they were tried; the others are kept.
         """
-        size = self._block_rows(len(requests))
-        folder = self._folder / self._key(requests, generation, seed, size)
-        starts = range(0, len(requests), size)
-        found = {start: texts for start in starts if (texts := _kept(_part(folder, start), requests, start, size))}
+        workers = self._writer.workers if isinstance(self._writer, BlockPool) else 0
+        end_of = block_ends(len(requests), workers)
+        folder = self._folder / self._key(requests, generation, seed, list(end_of))
+        found = {start: texts for start, end in end_of.items() if (texts := _kept(_part(folder, start), end - start))}
         done = sum(map(len, found.values()))
 
         def tell(more: int) -> None:
@@ -56,11 +56,10 @@ class KeptTexts:
                 on_progress(done + more, len(requests))
 
         def jobs() -> Blocks:
-            for start in starts:
+            for start, end in end_of.items():
                 if start not in found:
-                    yield start, list(requests[start : start + size]), seed + start
+                    yield start, list(requests[start:end]), seed + start
 
-        pooled = isinstance(self._writer, BlockPool)
         write = written_by(self._writer) if isinstance(self._writer, BlockPool) else written_here(self._writer, tell)
         given_up: dict[int, str] = {}
         for start, written in write(jobs(), generation):
@@ -69,27 +68,39 @@ class KeptTexts:
                 continue
             found[start] = written
             done += len(written)
-            if pooled or len(starts) > 1:
+            if workers or len(end_of) > 1:
                 _keep(_part(folder, start), written)
-            if pooled:
+            if workers:
                 tell(0)
         if given_up:
-            rows = listed([f"{start + 1} to {min(start + size, len(requests))}" for start in sorted(given_up)], most=5)
+            rows = listed([f"{start + 1} to {end_of[start]}" for start in sorted(given_up)], most=5)
             raise RunError(
                 f"rows {rows} failed each time they were tried ({given_up[min(given_up)]}); all others are kept:"
                 " the same command tries these again"
             )
-        return [text for start in starts for text in found[start]]
+        return [text for start in end_of for text in found[start]]
 
-    def _block_rows(self, rows: int) -> int:
-        if not isinstance(self._writer, BlockPool):
-            return BLOCK_ROWS
-        return max(1, min(BLOCK_ROWS, -(-rows // (_BLOCKS_PER_WORKER * self._writer.workers))))
-
-    def _key(self, requests: Sequence[ExplanationRequest], generation: GenerationConfig, seed: int, size: int) -> str:
+    def _key(
+        self, requests: Sequence[ExplanationRequest], generation: GenerationConfig, seed: int, starts: list[int]
+    ) -> str:
         settings = generation.model_dump(mode="json", exclude={"choose", "batch_size"})
-        decides = [self._model, settings, seed, size, [repr(request) for request in requests]]
+        decides = [self._model, settings, seed, starts, [repr(request) for request in requests]]
         return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def block_ends(rows: int, workers: int) -> dict[int, int]:
+    """Start of each block -> its end, for rows 0..rows-1 that so many workers (0: this process) write.
+
+    Half of what is left is shared out evenly each time: large blocks keep a batch full, of which the last texts grow
+    alone, and the small ones at the end let the workers finish at nearly the same time.
+    """
+    ends, start = dict[int, int](), 0
+    while start < rows:
+        shared = max(LEAST_ROWS, -(-(rows - start) // (2 * workers))) if workers else BLOCK_ROWS
+        end = min(start + shared, start + BLOCK_ROWS, rows)
+        ends[start] = end
+        start = end
+    return ends
 
 
 def _part(folder: Path, start: int) -> Path:
@@ -102,10 +113,10 @@ def _keep(path: Path, texts: list[Explanation]) -> None:
         pq.write_table(pa.Table.from_pylist(to_rows(texts), SCHEMA), aside)
 
 
-def _kept(path: Path, requests: Sequence[ExplanationRequest], start: int, size: int) -> list[Explanation] | None:
-    """The texts of a block that is there and whole."""
+def _kept(path: Path, rows: int) -> list[Explanation] | None:
+    """The texts of a block of so many rows that is there and whole."""
     try:
         table = pq.read_table(path, schema=SCHEMA)
     except (OSError, pa.ArrowException):
         return None
-    return from_table(table) if table.num_rows == len(requests[start : start + size]) else None
+    return from_table(table) if table.num_rows == rows else None

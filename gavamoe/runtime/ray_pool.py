@@ -58,9 +58,10 @@ class BlockPool:
 
         need = needs(placement)
         if (room := room_for(need, placement, workers)) < workers:
+            other = "--device cpu without workers" if placement.gpu else "--set runtime.threads_per_worker=1"
             raise InputError(
                 f"--workers {workers}: the cluster has room for {room} (a worker needs {described(need)}); fewer"
-                " workers, or --set runtime.threads_per_worker=1"
+                f" workers, or {other}"
             )
         self.workers = workers
         kind = ray.remote(_Holder).options(

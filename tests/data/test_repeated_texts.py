@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gavamoe.data.dataset import open_dataset
 from gavamoe.data.prepare import prepare
-from gavamoe.data.text.repeats import REPEATED_SHARE, SEQUENCE, repeated_texts
+from gavamoe.data.text.repeats import REPEATED_SHARE, SEQUENCE, repeated_texts, word_sequences
 from gavamoe.errors import InputError
 
 SAME = "The strings sound warm and bright, and stay in tune."
@@ -20,7 +20,9 @@ SAME = "The strings sound warm and bright, and stay in tune."
 
 def found(texts: list[str], users: list[int], batch: int = 3, rows_at_a_time: int = 10**6) -> list[bool]:
     batches = [pa.array(texts[start : start + batch], pa.string()) for start in range(0, len(texts), batch)]
-    return repeated_texts(lambda: iter(batches), np.array(users, dtype=np.int32), rows_at_a_time).tolist()
+    return repeated_texts(
+        lambda: map(word_sequences, batches), np.array(users, dtype=np.int32), rows_at_a_time
+    ).tolist()
 
 
 @pytest.mark.parametrize(

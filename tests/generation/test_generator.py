@@ -17,7 +17,7 @@ from gavamoe.data.prepare import prepare
 from gavamoe.errors import InputError
 from gavamoe.generation.decoding_engine import Engine, Row
 from gavamoe.generation.evidence.pair_features import PairFeatures
-from gavamoe.generation.generator import Explanation, ExplanationGenerator
+from gavamoe.generation.generator import Explanation, ExplanationGenerator, sampling_of
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.base_model import special_ids
 from gavamoe.runtime.context import LocalContext
@@ -64,6 +64,49 @@ def test_batched_equals_one_by_one_in_order(
     assert len({e.text for e in together}) > 3
     swapped = explainer.explain(requests[::-1], GREEDY.model_copy(update={"batch_size": 7}))
     assert [e.text for e in swapped[::-1]] == [e.text for e in together]
+
+
+def test_rows_of_similar_length_are_read_together_whatever_their_order(
+    explainer: ExplanationGenerator, requests: list[ExplanationRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding and passes are counted, against rows taken as they come; texts are the same, sampled ones too."""
+    explainer.model.double().set_experts_implementation("eager")
+    words = ("acting", "battery", "breakfast", "cinematography", "soundtrack")
+    mixed = [
+        ExplanationRequest(each.user, each.item, each.rating, words[: number * 3 % 6])
+        for number, each in enumerate(requests)
+    ]
+    generation = GREEDY.model_copy(update={"temperature": 1.0, "max_new_tokens": 5, "min_new_tokens": 5})
+    counted = {"padding": 0, "passes": 0}
+    prefill, decode = Engine._prefill, Engine._decode
+
+    def counting(engine: Engine, rows: list[Row]) -> None:
+        counted["padding"] += sum(max(len(row.prompt) for row in rows) - len(row.prompt) for row in rows)
+        counted["passes"] += 1
+        prefill(engine, rows)
+
+    def counting_too(engine: Engine, rows: list[Row]) -> None:
+        counted["passes"] += 1
+        decode(engine, rows)
+
+    monkeypatch.setattr(Engine, "_prefill", counting)
+    monkeypatch.setattr(Engine, "_decode", counting_too)
+    texts = [each.text for each in explainer.explain(mixed, generation, seed=3)]
+    by_length = dict(counted)
+    counted.update(padding=0, passes=0)
+    prepared = explainer.prepare(mixed)
+    rows = [
+        Row(prompt, explainer.route(filled), sampling_of(generation, 3 + place))
+        for place, (prompt, filled) in enumerate(zip(prepared.prompts, prepared.requests, strict=True))
+    ]
+    engine = explainer.engine(slots=4, capacity=200, max_waiting=len(rows), prefill_rows=4)
+    for row in rows:
+        engine.submit(row)
+    while engine.busy:
+        engine.step()
+    assert [explainer.text(row.tokens) for row in rows] == texts
+    assert 0 < 5 * by_length["padding"] < counted["padding"]
+    assert by_length["passes"] == counted["passes"]
 
 
 def streamed(explainer: ExplanationGenerator, requests: list[ExplanationRequest], **settings: Any) -> list[Explanation]:

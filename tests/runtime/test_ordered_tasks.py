@@ -1,17 +1,24 @@
 """Jobs as Ray tasks: in order, few at a time, side by side; and `data prepare --workers`, equal byte for byte."""
 
+import gzip
+import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.cli import Runner
 
-from gavamoe.data.readers import delimited
+from gavamoe.data.judging import run_here
+from gavamoe.data.prepare import prepare
+from gavamoe.data.readers import batches, delimited, tables
 from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.ordered_tasks import OrderedTasks, _apart
@@ -92,3 +99,96 @@ def test_datasets_are_equal_byte_for_byte(gavamoe: Runner, tmp_path: Path, monke
         found.append({path.name: path.read_bytes() for path in sorted((tmp_path / name).iterdir())})
     assert found[0] == found[1]
     assert len(found[0]["rejected.jsonl"].splitlines()) > 5
+
+
+def review_lines(count: int) -> list[str]:
+    """Reviews by thirty people of forty items, with titles now and then, some rows wrong, some texts written twice."""
+    nouns = ("strings", "case", "sound", "neck", "bridge", "pedal")
+    lines = []
+    for number in range(count):
+        noun, other = nouns[number % 6], nouns[number * 5 % 6]
+        text = f"The {noun} of this one is good, and the {other} holds number {number // 9}. I bought it in May."
+        row: dict[str, object] = {"user": f"u{number * 7 % 30}", "item": f"i{number * 11 % 40}", "text": text}
+        row |= {"rating": "much" if number == 140 else 1 + number % 5, "time": "yesterday" if number == 77 else number}
+        lines.append(json.dumps(row | ({"title": f"Item {number}"} if number % 9 == 4 else {})))
+    lines[150], lines[151] = '{"user": broken', ""
+    return lines
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("form", ["lines", "crlf, no end", "gzip", "several", "pairs", "users", "parquet", "array"])
+def test_whoever_reads_the_rows_the_dataset_is_the_same(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 16 rows, read by the workers where a line is a record; the other forms are read by the command."""
+    monkeypatch.setattr(batches, "BATCH_ROWS", 16)
+    monkeypatch.setattr(tables, "BATCH_ROWS", 16)
+    lines, path = review_lines(300), tmp_path / "r.jsonl"
+    sources, options = [path], dict[str, Any](max_rejected_share=0.05, text_mode="review")
+    path.write_text("\n".join(lines) + "\n")
+    wrong = [141, 151]
+    if form == "crlf, no end":
+        path.write_bytes("\r\n".join(lines).encode())
+    elif form == "gzip":
+        sources = [tmp_path / "r.jsonl.gz"]
+        sources[0].write_bytes(gzip.compress(path.read_bytes()))
+    elif form == "several":
+        sources = [tmp_path / "1.jsonl", tmp_path / "2.jsonl"]
+        sources[0].write_text("\n".join(lines[:100]) + "\n\n")
+        sources[1].write_text("\n".join(lines[100:]))
+    elif form == "pairs":
+        (tmp_path / "p.jsonl").write_text("\n".join(f'{{"user": "u{n}", "item": "i{n}"}}' for n in range(90)))
+        options |= {"pairs": tmp_path / "p.jsonl", "max_rejected_share": 0.5}
+    elif form == "users":
+        (tmp_path / "drop").write_text("u3\nu4\nnobody\n")
+        (tmp_path / "key").write_text("0123456789abcdef" * 2)
+        options |= {"drop_users": tmp_path / "drop", "hash_users": tmp_path / "key"}
+    elif form == "array":
+        good = [json.loads(line) for line in lines if line.endswith("}")]
+        path.write_text(json.dumps(good, indent=1))
+        wrong = [141]
+    elif form == "parquet":
+        sources, wrong = [tmp_path / "r.parquet"], [141]
+        rows = [json.loads(line) for line in lines if line.endswith("}")]
+        table = pa.Table.from_pylist([row | {"rating": str(row["rating"]), "time": str(row["time"])} for row in rows])
+        pq.write_table(table, sources[0], row_group_size=37)
+    found = [
+        prepare(sources, tmp_path / name, "table", run=run, **options)
+        for name, run in (("one", run_here), ("two", OrderedTasks(2)))
+    ]
+    assert found[0] == found[1]
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
+    rejected = [json.loads(line) for line in (tmp_path / "two" / "rejected.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rejected][:2] == wrong
+    assert found[1].repeated_texts > 0
+    assert found[1].unknown_times == 1
+    if form == "users":
+        assert found[1].dropped > 0
+        assert all(row["raw"] == "" for row in rejected)
+        assert "1 of the users to leave out have no row" in found[1].notes
+
+
+def test_what_workers_run_needs_no_torch() -> None:
+    """Every worker would spend seconds and 200 MiB on it."""
+    code = "import sys, gavamoe.data.judging, gavamoe.data.text.choosing; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_column_that_only_later_rows_have_is_the_same_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "BATCH_ROWS", 16)
+    rows = [{"user": f"u{n}", "item": f"i{n % 7}", "text": f"The sound is number {n}."} for n in range(200)]
+    rows[133]["rating"] = "4"
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for run in (run_here, OrderedTasks(2)):
+        with pytest.raises(InputError, match="row 129: the first rows have no rating and later rows do"):
+            prepare(tmp_path / "r.jsonl", tmp_path / "out", "table", run=run)
+    (tmp_path / "other.jsonl").write_text("\n".join(f'{{"who": "u{n}", "item": "i{n}"}}' for n in range(40)))
+    del rows[133]["rating"]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for run in (run_here, OrderedTasks(2)):
+        with pytest.raises(InputError, match=r"other\.jsonl: no column 'user' for the user"):
+            prepare([tmp_path / "r.jsonl", tmp_path / "other.jsonl"], tmp_path / "out", "table", run=run)
+    assert not (tmp_path / "out").exists()

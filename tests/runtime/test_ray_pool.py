@@ -85,6 +85,16 @@ def test_more_workers_than_the_cluster_has_room_for_are_refused(tmp_path: Path) 
         list(run([Block(0, (0,))], tmp_path, workers=50))
 
 
+def test_more_workers_than_gpus_are_refused(tmp_path: Path) -> None:
+    placement = RuntimeConfig(threads_per_worker=1, gpu=True)
+    problem = r"--workers 2: the cluster has room for 0 \(a worker needs 1 CPU, 1 GPU, the cluster has .* 0 GPU\).*cpu"
+    with (
+        pytest.raises(InputError, match=problem),
+        BlockPool(Doubler, {"folder": tmp_path}, workers=2, placement=placement),
+    ):
+        pass
+
+
 def test_workers_stay_from_one_call_to_the_next(tmp_path: Path) -> None:
     with BlockPool(Doubler, {"folder": tmp_path}, workers=2, placement=PLACEMENT) as pool:
         first = next(pool.map("double", [Block(n, (n,)) for n in range(4)]))  # the rest is left

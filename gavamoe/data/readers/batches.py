@@ -1,12 +1,13 @@
 """Raw review records as readers hand them on: batches of columns by field, rows that could not be read, bounded reads.
 
-A reader turns a source into `RawBatch`es and rejects only rows that can't be read at all; what a good row is,
-`data.validation` decides.
+A reader turns a source into `RawBatch`es, or into `UnreadBatch`es that another process may read, and rejects only rows
+that can't be read at all; what a good row is, `data.validation` decides.
 """
 
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,41 @@ class RawBatch(NamedTuple):
     notes: tuple[str, ...] = ()
     """What the user should know about how the source was read."""
 
+    def after(self, rows: int) -> "RawBatch":
+        """The batch as it stands behind so many rows."""
+        broken = [rejection._replace(row=rejection.row + rows) for rejection in self.broken]
+        return self._replace(row=self.row + rows, broken=broken)
 
+    @property
+    def last_row(self) -> int:
+        """The last row number; 0 where there are no rows."""
+        return max([0, *(rejection.row for rejection in self.broken), *self.row[-1:].tolist()])
+
+
+@dataclass(frozen=True)
+class UnreadBatch:
+    """A batch of consecutive rows of a source, still to be read; it can be sent to another process, which reads it."""
+
+    make: Callable[[], RawBatch]
+    """Reads the rows: a partial of a module-level function. Raises InputError."""
+    last_row: int
+    """Number of the last row."""
+    before: int = 0
+    """Rows of earlier sources."""
+    glance: Callable[[], Set[str] | None] | None = None
+    """Says without reading all rows which fields they have; None where only reading them tells. Raises as `make`."""
+
+    def read(self) -> RawBatch:
+        """The rows; raises as the reader does."""
+        batch = self.make()
+        return batch.after(self.before) if self.before else batch
+
+    def after(self, rows: int) -> "UnreadBatch":
+        """The batch as it stands behind so many rows."""
+        return replace(self, before=self.before + rows, last_row=self.last_row + rows)
+
+
+AnyBatch = RawBatch | UnreadBatch
 Numbered = tuple[int, int, "dict[str, Any] | Rejection"]
 """Row number, size in bytes, and the record or why there is none."""
 
@@ -83,14 +118,14 @@ def batch_records(
             rows.append(row)
         size += row_bytes
         if len(good) + len(broken) >= BATCH_ROWS or size >= BATCH_BYTES:
-            yield _record_batch(source, good, rows, broken, fields, needed)
+            yield record_batch(source, good, rows, broken, fields, needed)
             needed = needed if not good else frozenset()
             good, rows, broken, size = [], [], [], 0
     if good or broken:
-        yield _record_batch(source, good, rows, broken, fields, needed)
+        yield record_batch(source, good, rows, broken, fields, needed)
 
 
-def _record_batch(
+def record_batch(
     source: Path,
     good: list[dict[str, Any]],
     rows: list[int],
@@ -98,6 +133,7 @@ def _record_batch(
     fields: Mapping[str, Sequence[str]],
     needed: Set[str],
 ) -> RawBatch:
+    """A batch of the `good` records, whose numbers are `rows`; InputError where none of them has a `needed` field."""
     columns = {}
     for field, keys in fields.items():
         present = [key for key in keys if any(key in record for record in good)]

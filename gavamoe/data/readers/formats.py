@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gavamoe.data.readers.batches import FIELDS, RawBatch, batch_records
-from gavamoe.data.readers.json_lines import read_objects
+from gavamoe.data.readers.batches import FIELDS, AnyBatch, batch_records
+from gavamoe.data.readers.json_lines import json_batches
 from gavamoe.data.readers.pickles import read_peter
 from gavamoe.data.readers.sources import NO_COLUMN, SourceOptions, content_name, open_source, plain_suffix
 from gavamoe.data.readers.tables import is_parquet_folder, read_csv, read_parquet
@@ -26,7 +26,7 @@ MAX_TITLE_LINE_BYTES = 4 * 2**20
 class Format(NamedTuple):
     """A format of sources."""
 
-    read: Callable[[Path, SourceOptions], Iterator[RawBatch]]
+    read: Callable[[Path, SourceOptions], Iterator[AnyBatch]]
     """Reader: takes the source and what the user says about it, and yields batches."""
     scale: tuple[float, float] | None
     """Lowest and highest rating; None: those observed."""
@@ -40,7 +40,7 @@ class Format(NamedTuple):
     """Whether every row must have a rating."""
 
 
-def _read_amazon(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+def _read_amazon(source: Path, options: SourceOptions) -> Iterator[AnyBatch]:
     """Amazon reviews of 2014 and 2018 (reviewerID, asin, overall, reviewText) and 2023 (user_id, parent_asin, ...)."""
     fields = {
         "user": ("reviewerID", "user_id"),
@@ -49,10 +49,10 @@ def _read_amazon(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
         "text": ("reviewText", "text"),
         "time": ("unixReviewTime", "timestamp", "sort_timestamp"),
     }
-    return batch_records(source, read_objects(source, options.encoding), fields)
+    return json_batches(source, fields, options.encoding)
 
 
-def _read_yelp(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+def _read_yelp(source: Path, options: SourceOptions) -> Iterator[AnyBatch]:
     """The review file of Yelp's academic dataset, also inside its archive."""
     fields = {
         "user": ("user_id",),
@@ -61,18 +61,17 @@ def _read_yelp(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
         "text": ("text",),
         "time": ("date",),
     }
-    records = read_objects(source, options.encoding, ("yelp_academic_dataset_review.json", "review.json"))
-    return batch_records(source, records, fields)
+    return json_batches(source, fields, options.encoding, ("yelp_academic_dataset_review.json", "review.json"))
 
 
-def _read_peter(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+def _read_peter(source: Path, options: SourceOptions) -> Iterator[AnyBatch]:
     """The reviews.pickle of PETER and PEPLER."""
     del options
     fields = {field: (field,) for field in ("user", "item", "rating", "text", "features")}
     return batch_records(source, read_peter(source), fields)
 
 
-def _read_table(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+def _read_table(source: Path, options: SourceOptions) -> Iterator[AnyBatch]:
     """Delimited text, JSON or Parquet, by the file's name, or that of the file in an archive."""
     if is_parquet_folder(source):
         return read_parquet(source, options)
@@ -90,11 +89,11 @@ def _read_table(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
     )
 
 
-def _read_json_table(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+def _read_json_table(source: Path, options: SourceOptions) -> Iterator[AnyBatch]:
     columns = {field: options.columns.get(field, field) for field in FIELDS}
     fields = {field: (name,) for field, name in columns.items() if name != NO_COLUMN}
     named = frozenset(options.columns) & frozenset(fields)
-    return batch_records(source, read_objects(source, options.encoding), fields, named=named)
+    return json_batches(source, fields, options.encoding, named=named)
 
 
 FORMATS: dict[str, Format] = {

@@ -4,13 +4,30 @@ Read a bounded piece at a time, plain or compressed.
 """
 
 import codecs
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gavamoe.data.readers.batches import MAX_RECORD_BYTES, Numbered, Rejection, shorten
+import pyarrow as pa
+
+from gavamoe.data.readers.batches import (
+    MAX_RECORD_BYTES,
+    REQUIRED,
+    AnyBatch,
+    Numbered,
+    RawBatch,
+    Rejection,
+    UnreadBatch,
+    batch_records,
+    missing_column,
+    record_batch,
+    shorten,
+)
+from gavamoe.data.readers.line_blocks import line_blocks
 from gavamoe.data.readers.sources import open_source, read_head
 from gavamoe.errors import InputError
 
@@ -19,6 +36,70 @@ _HEAD_BYTES = 2**16
 _LINES_TRIED = 5
 _BLANKS = " \t\r\n"
 _decode = json.JSONDecoder().raw_decode
+
+
+def json_batches(
+    path: Path,
+    fields: Mapping[str, Sequence[str]],
+    encoding: str | None = None,
+    wanted: tuple[str, ...] = (),
+    named: frozenset[str] = frozenset(),
+) -> Iterator[AnyBatch]:
+    """Batches of the objects of a JSON file. Where each line is one the batches are still to be parsed.
+
+    Args:
+        fields, named: as `batch_records` takes them.
+        encoding, wanted: as `read_objects` takes them.
+
+    Raises:
+        InputError: the file is missing, empty, damaged, or holds no records.
+    """
+    if _records_start(path, encoding, wanted) is not None:
+        yield from batch_records(path, read_objects(path, encoding, wanted), fields, named)
+        return
+    needed: Set[str] = named | set(REQUIRED)
+    with open_source(path, encoding, wanted) as file:
+        for block in line_blocks(file, MAX_RECORD_BYTES):
+            read = partial(_parsed, path, fields, needed, pa.py_buffer(block.data), block.first)
+            glance = partial(_fields_of, path, fields, needed, block.data) if block.first == 1 else None
+            yield UnreadBatch(read, block.last_full, glance=glance)
+            needed = frozenset()
+
+
+def _parsed(
+    path: Path, fields: Mapping[str, Sequence[str]], needed: Set[str], lines: pa.Buffer, first: int
+) -> RawBatch:
+    """The objects of whole lines, of which the first has the number `first`."""
+    good: list[dict[str, Any]] = []
+    rows: list[int] = []
+    broken: list[Rejection] = []
+    for number, _, value in _objects(_lines(io.BytesIO(lines), first - 1)):
+        if isinstance(value, Rejection):
+            broken.append(value)
+        else:
+            good.append(value)
+            rows.append(number)
+    return record_batch(path, good, rows, broken, fields, needed)
+
+
+def _fields_of(path: Path, fields: Mapping[str, Sequence[str]], needed: Set[str], lines: bytes) -> Set[str] | None:
+    """The fields that objects of the lines have; None where the first of them do not tell."""
+    head = lines[:_HEAD_BYTES].rpartition(b"\n")[0]
+    good = [value for _, _, value in _objects(_lines(io.BytesIO(head))) if isinstance(value, dict)]
+    found: set[str] = set()
+    for field, keys in fields.items():
+        if any(key in record for record in good for key in keys):
+            found.add(field)
+        elif not good or any(_quoted(key, lines) for key in keys):
+            return None
+    for field in needed - found:
+        raise missing_column(path, field, fields[field], list(good[0]))
+    return found
+
+
+def _quoted(key: str, lines: bytes) -> bool:
+    """Whether a key may stand in JSON text, as itself or with escapes."""
+    return any(json.dumps(key, ensure_ascii=ascii).encode() in lines for ascii in (False, True))
 
 
 def read_objects(path: Path, encoding: str | None = None, wanted: tuple[str, ...] = ()) -> Iterator[Numbered]:
@@ -31,7 +112,11 @@ def read_objects(path: Path, encoding: str | None = None, wanted: tuple[str, ...
     Raises:
         InputError: the file is missing, empty, damaged, or holds no records.
     """
-    for number, size, value in read_values(path, encoding, wanted):
+    return _objects(read_values(path, encoding, wanted))
+
+
+def _objects(values: Iterator[tuple[int, int, Any]]) -> Iterator[Numbered]:
+    for number, size, value in values:
         if isinstance(value, dict | Rejection):
             yield number, size, value
         else:
@@ -42,8 +127,7 @@ def read_values(
     path: Path, encoding: str | None = None, wanted: tuple[str, ...] = ()
 ) -> Iterator[tuple[int, int, Any]]:
     """Like `read_objects`, with values of any kind: number, size in bytes, and the value or a `Rejection`."""
-    head = read_head(path, _HEAD_BYTES, encoding, wanted).decode("utf-8", "replace").lstrip()
-    before = _before_records(path, head)
+    before = _records_start(path, encoding, wanted)
     with open_source(path, encoding, wanted) as file:
         if before is None:
             yield from _lines(file)
@@ -51,6 +135,12 @@ def read_values(
             yield from _array(path, _chunks(path, file), before)
         else:
             yield from _values(path, _chunks(path, file), "", "object {} of the file")
+
+
+def _records_start(path: Path, encoding: str | None, wanted: tuple[str, ...]) -> str | None:
+    """See `_before_records`."""
+    head = read_head(path, _HEAD_BYTES, encoding, wanted).decode("utf-8", "replace").lstrip()
+    return _before_records(path, head)
 
 
 def _before_records(path: Path, head: str) -> str | None:
@@ -100,8 +190,8 @@ def _before_array(head: str) -> str | None:
         return None
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, int, Any]]:
-    number = 0
+def _lines(file: BinaryIO, number: int = 0) -> Iterator[tuple[int, int, Any]]:
+    """Like `read_values`, of a file with a value a line, behind so many other lines."""
     while line := file.readline(MAX_RECORD_BYTES + 1):
         number += 1
         size = len(line)

@@ -3,24 +3,18 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from gavamoe.data.readers.batches import RawBatch
+from gavamoe.data.readers.batches import AnyBatch
 from gavamoe.data.readers.sources import SourceOptions
 
-Read = Callable[[Path, SourceOptions], Iterator[RawBatch]]
+Read = Callable[[Path, SourceOptions], Iterator[AnyBatch]]
 
 
-def read_several(read: Read, sources: Sequence[Path], options: SourceOptions) -> Iterator[RawBatch]:
+def read_several(read: Read, sources: Sequence[Path], options: SourceOptions) -> Iterator[AnyBatch]:
     """The batches of all sources, one after the other; see `Format.read`."""
     before = 0
     for source in sources:
         last = 0
         for batch in read(source, options):
-            last = max([last, *(rejection.row for rejection in batch.broken), *batch.row[-1:].tolist()])
-            yield _after(batch, before) if before else batch
+            last = max(last, batch.last_row)
+            yield batch.after(before) if before else batch
         before += last
-
-
-def _after(batch: RawBatch, rows: int) -> RawBatch:
-    """The batch as it stands behind so many rows."""
-    broken = [rejection._replace(row=rejection.row + rows) for rejection in batch.broken]
-    return batch._replace(row=batch.row + rows, broken=broken)

@@ -12,6 +12,7 @@ from hashlib import blake2b
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gavamoe.data.text.words import part_words
 
@@ -24,7 +25,7 @@ ROWS_AT_A_TIME = 1_000_000
 
 
 def repeated_texts(
-    texts: Callable[[], Iterable[pa.Array]], user_N: np.ndarray, rows_at_a_time: int = ROWS_AT_A_TIME
+    sequences: Callable[[], Iterable[pa.ListArray]], user_N: np.ndarray, rows_at_a_time: int = ROWS_AT_A_TIME
 ) -> np.ndarray:
     """Which texts are for the most part what earlier rows of the same user say: bool (N,).
 
@@ -32,7 +33,8 @@ def repeated_texts(
     to case and punctuation. An empty text is no repeat.
 
     Args:
-        texts: makes an iterator over batches, string (R,), of all N texts in order; one is made for each pass.
+        sequences: makes an iterator over batches of what `word_sequences` finds in all N texts in order, list<uint64>
+            (R,), where a null is a text that is not compared; one is made for each pass.
         user_N: codes of their users.
         rows_at_a_time: bounds the memory.
     """
@@ -43,13 +45,14 @@ def repeated_texts(
     pass_N = pass_of_user[user_N]
     for number in np.unique(pass_N).tolist():
         keys, rows, start = [], [], 0
-        for text in texts():
-            taken = np.flatnonzero(pass_N[start : start + len(text)] == number)
-            key_G, text_G = _sequences(text.take(pa.array(taken)))
-            row_G = start + taken[text_G]
+        for batch in sequences():
+            row_G = start + pc.list_parent_indices(batch).to_numpy()
+            key_G = pc.list_flatten(batch).to_numpy()
+            taken_G = pass_N[row_G] == number
+            row_G, key_G = row_G[taken_G], key_G[taken_G]
             keys.append(key_G ^ _mixed(user_N[row_G].astype(np.uint64)))
             rows.append(row_G)
-            start += len(text)
+            start += len(batch)
         key_G, row_G = np.concatenate(keys), np.concatenate(rows)
         known_N = np.bincount(row_G[_seen_before(key_G, row_G)], minlength=len(user_N))
         all_N = np.bincount(row_G, minlength=len(user_N))
@@ -57,8 +60,8 @@ def repeated_texts(
     return repeated_N
 
 
-def _sequences(text: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of the sequences of words in texts (R,), uint64 (G,), and the text of each: int64 (G,)."""
+def word_sequences(text: pa.Array) -> pa.ListArray:
+    """Hashes of the sequences of words in each of the texts (R,): list<uint64> (R,), G in all."""
     words = part_words(text)
     digests = b"".join(blake2b(word.encode(), digest_size=8).digest() for word in words.distinct.to_pylist())
     hash_T = np.frombuffer(digests, dtype=np.uint64)[words.code]
@@ -70,7 +73,9 @@ def _sequences(text: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     for place in range(SEQUENCE):
         inside = np.flatnonzero(left_T > place)
         key_T[inside] = _mixed(key_T[inside] ^ hash_T[inside + place])
-    return key_T[begins_T], words.text[begins_T]
+    offsets = np.zeros(len(text) + 1, dtype=np.int32)
+    np.cumsum(np.bincount(words.text[begins_T], minlength=len(text)), out=offsets[1:])
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(key_T[begins_T]))
 
 
 def _mixed(value: np.ndarray) -> np.ndarray:
@@ -83,10 +88,15 @@ def _mixed(value: np.ndarray) -> np.ndarray:
 
 def _seen_before(key_G: np.ndarray, row_G: np.ndarray) -> np.ndarray:
     """Whether an earlier row has the same key: bool (G,)."""
-    order = np.lexsort((row_G, key_G))
-    key_G, sorted_G = key_G[order], row_G[order]
-    first_G = np.diff(key_G, prepend=key_G[:1] ^ np.uint64(1)) != 0
-    earliest_G = sorted_G[first_G][np.cumsum(first_G) - 1]
-    seen_G = np.empty(len(order), dtype=bool)
-    seen_G[order] = sorted_G > earliest_G
+    seen_G = np.zeros(len(key_G), dtype=bool)
+    order = np.argsort(key_G)
+    if not len(order):
+        return seen_G
+    same = np.diff(key_G[order]) == 0
+    shared = np.append(same, False) | np.insert(same, 0, False)  # most keys stand alone
+    order = order[shared]
+    if len(order):
+        first = np.flatnonzero(np.diff(key_G[order], prepend=~key_G[order[:1]]))
+        earliest = np.minimum.reduceat(row_G[order], first)
+        seen_G[order] = row_G[order] > np.repeat(earliest, np.diff(first, append=len(order)))
     return seen_G
