@@ -30,7 +30,7 @@ from gavamoe.plan.memory import run_shape
 from gavamoe.plan.parameters import RATING_SCALE, draw
 from gavamoe.plan.work import step_traffic
 from gavamoe.stage1.vae_gmm import VaeGmm
-from gavamoe.stage2 import training_engines
+from gavamoe.stage2.engines import settings
 from gavamoe.stage2.joint_model import JointModel
 from gavamoe.stage2.schedule import PEAK
 from gavamoe.stage2.training_engines import make_engine
@@ -91,7 +91,7 @@ def measure(
 def _worker(rank: int, workers: int, config: RunConfig, base: dict[str, Any], folder: str, bucket: int | None) -> None:
     torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
-    training_engines._MAX_BUCKET = bucket or training_engines._MAX_BUCKET
+    settings.MAX_BUCKET = bucket or settings.MAX_BUCKET
     counts: Counter[str] = Counter()
     _count_bytes(counts)
     distributed.init_process_group(
@@ -126,7 +126,10 @@ def _model(config: RunConfig, base: dict[str, Any]) -> JointModel:
     explainer = build_explainer(config, dense, ExplainerSizes(USERS, ITEMS, config.stage1.embedding_size, config.gates))
     if config.stage2.gradient_checkpointing:
         explainer.activation_checkpointing_enable()
-    return JointModel(explainer, vae_gmm, config.stage2.alpha, bf16=config.stage2.precision == "bf16")
+    model = JointModel(explainer, vae_gmm, config.stage2.alpha, bf16=config.stage2.precision == "bf16")
+    if config.stage2.precision == "bf16_weights":
+        model.store_in_bf16()
+    return model
 
 
 def _batch(config: RunConfig, base: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -182,8 +182,8 @@ class _Timed(LocalContext):
         self.epochs: list[float] = []
         self._last = time.process_time()
 
-    def checkpoint(self, folder: Path, metrics: Any) -> None:
-        super().checkpoint(folder, metrics)
+    def checkpoint(self, folder: Path, metrics: Any, unchanged: Sequence[str] = ()) -> None:
+        super().checkpoint(folder, metrics, unchanged)
         self.epochs.append(time.process_time() - self._last)
         self._last = time.process_time()
 

@@ -163,6 +163,10 @@ def deepspeed(device: str, tiny: bool) -> tuple[str, Figures]:
             error = distance(found, true)
             figures[f"{name} {precision}"] = f"{error:.1e}"
             ok = ok and error <= (1e-4 if precision == "fp32" else 2e-2)
+    for stage in (1, 2):  # beside autocast's losses, the last ones above
+        error = distance(_ten_losses("deepspeed", device, precision="bf16_weights", zero_stage=stage), true)
+        figures[f"ZeRO-{stage} bf16_weights"] = f"{error:.1e}"
+        ok = ok and error <= 2e-2
     return passed(ok), {"relative error of the losses": figures}
 
 

@@ -91,7 +91,10 @@ def joint(config: RunConfig, model: GavamoeForCausalLM) -> JointModel:
     """The explainer beside a stage 1 of its tables, as stage 2 trains them."""
     torch.manual_seed(1)
     vae_gmm = VaeGmm(config.stage1, USERS, ITEMS, "categorical", RATINGS).to(model.device)
-    return JointModel(model, vae_gmm, config.stage2.alpha, bf16=config.stage2.precision == "bf16")
+    whole = JointModel(model, vae_gmm, config.stage2.alpha, bf16=config.stage2.precision == "bf16")
+    if config.stage2.precision == "bf16_weights":
+        whole.store_in_bf16()
+    return whole
 
 
 def active_parameters(model: GavamoeForCausalLM) -> int:

@@ -299,7 +299,7 @@ class Training:
         device = self._context.device
         moved = {name: tensor.to(device) for name, tensor in batch.items()}
         moved["done"] = torch.tensor((step - start) / max(1, end - start), device=device)
-        bf16 = self._config.stage2.precision == "bf16"
+        bf16 = self._config.stage2.precision != "fp32"
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             return self._model.losses(moved)
 

@@ -12,7 +12,9 @@ _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB
 
 
 def plan(
-    config: Annotated[str, typer.Argument(help="Config file, or a preset: quickstart, reviews, smollm2, gpt2, paper.")],
+    config: Annotated[
+        str, typer.Argument(help="Config file, or a preset: quickstart, reviews, smollm2, gpt2, paper, paper-fast.")
+    ],
     dataset: Annotated[
         Path | None,
         typer.Option(
@@ -34,6 +36,9 @@ def plan(
         float | None,
         typer.Option(help="GB/s that a device sends; default 200 (NVLink), 25 (a network) above 8 devices."),
     ] = None,
+    memory_bandwidth: Annotated[
+        float, typer.Option(help="TB/s of a device's own memory; 2: A100 of 80 GB, 3: H100, .86: L40.")
+    ] = 2.0,
     prompt_tokens: Annotated[
         float | None, typer.Option(help="Mean tokens of a prompt; default: the dataset's, or the config's maximum.")
     ] = None,
@@ -75,7 +80,9 @@ def plan(
         lengths[0] if prompt_tokens is None else prompt_tokens,
         lengths[1] if answer_tokens is None else answer_tokens,
     )  # fmt: skip
-    hardware = Hardware(number, bytes_of(device_memory), device_tflops * 1e12, utilisation, bandwidth * 1e9)
+    hardware = Hardware(
+        number, bytes_of(device_memory), device_tflops * 1e12, utilisation, bandwidth * 1e9, memory_bandwidth * 1e12
+    )
     print_plan(make_plan(settings, workload, hardware, base_config), as_json=json_output)
 
 

@@ -37,7 +37,9 @@ def quickstart(
 
 
 def train(
-    config: Annotated[str, typer.Argument(help="Config file, or a preset: quickstart, reviews, smollm2, gpt2, paper.")],
+    config: Annotated[
+        str, typer.Argument(help="Config file, or a preset: quickstart, reviews, smollm2, gpt2, paper, paper-fast.")
+    ],
     dataset: DatasetPath,
     run_dir: Annotated[
         Path | None,

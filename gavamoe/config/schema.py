@@ -128,4 +128,9 @@ class RunConfig(Section):
         workers = self.runtime.workers
         if self.runtime.engine == "torch" and workers > 1:
             raise ValueError(f"runtime.engine: torch runs one worker, not {workers}; use deepspeed")
+        if self.runtime.engine == "torch" and self.stage2.precision == "bf16_weights":
+            raise ValueError(
+                "stage2.precision: bf16_weights needs runtime.engine deepspeed, whose ZeRO keeps the float32 copies;"
+                " use it, or precision bf16"
+            )
         return self

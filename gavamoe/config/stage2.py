@@ -199,15 +199,20 @@ class Stage2Config(Section):
     evaluate_every: Count = 200
     """Optimizer steps between validations; 0: only at the end."""
     checkpoint_every: Count = 200
-    """Optimizer steps between checkpoints; 0: only at the end."""
+    """Optimizer steps between checkpoints; 0: only at the end, or by `checkpoint_minutes`."""
+    checkpoint_minutes: NonNegative = 0.0
+    """Minutes after a checkpoint at which another is due, at the next line of the log (every 10 steps), by the first
+    worker's clock; 0: by steps only. Baselines go by steps."""
     keep: Literal["best", "last"] = "best"
     """The state that becomes the artifact: the one of the lowest validation loss after a step or more, or the last;
     with alpha 1, which trains no text, the last. best: rank 0 and each checkpoint hold one more copy of the weights."""
     patience: Count = 0
     """Training stops after this many validations without a new best; 0: never."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Data type of the arithmetic. bf16: autocast over float32 weights; fp32: float32 throughout."""
+    precision: Literal["fp32", "bf16", "bf16_weights"] = "fp32"
+    """Data type of the arithmetic. fp32: float32 throughout; bf16: autocast over float32 weights; bf16_weights:
+    the explainer's weights themselves but for routers and slots, with float32 master copies in ZeRO's shards: needs
+    `zero_stage` 1 or 2."""
     gradient_checkpointing: bool = False
     """Whether activations are recomputed in the backward pass, which takes less memory and more time."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
@@ -227,6 +232,16 @@ class Stage2Config(Section):
             raise ValueError(f"offload_parameters: needs zero_stage 3, not {self.zero_stage}")
         if self.offload_optimizer and self.zero_stage < 1:
             raise ValueError("offload_optimizer: needs zero_stage 1 or more, not 0")
+        return self
+
+    @model_validator(mode="after")
+    def _bf16_weights_need_masters(self) -> "Stage2Config":
+        if self.precision == "bf16_weights" and self.zero_stage not in (1, 2):
+            why = "has no float32 copies of them" if self.zero_stage == 0 else "lays all types of numbers end to end"
+            raise ValueError(
+                f"precision: bf16_weights needs zero_stage 1 or 2; {self.zero_stage} {why}; set zero_stage to 2, or"
+                " precision to bf16"
+            )
         return self
 
     @model_validator(mode="after")

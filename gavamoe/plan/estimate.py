@@ -15,13 +15,14 @@ from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import open_dataset
 from gavamoe.errors import InputError
 from gavamoe.model.base_config import base_shape
-from gavamoe.plan.memory import FLOAT, USABLE, Head, Memory, Scheme, Shape, activations, run_shape, schemes, states
+from gavamoe.plan.memory import USABLE, Head, Memory, Scheme, Shape, activations, run_shape, schemes, states
 from gavamoe.plan.parameters import Blueprint, draw
 from gavamoe.plan.stage1_tables import Hardware, Workload, plan_stage1
 from gavamoe.plan.work import (
     FLOAT32_SHARE,
     Traffic,
     head_trained,
+    memory_traffic,
     pair_cost,
     row_flops,
     step_traffic,
@@ -99,17 +100,24 @@ def own_scheme(config: RunConfig, devices: int) -> Scheme:
     """The scheme that the config itself asks for, on this many devices."""
     stage2 = config.stage2
     return Scheme(
-        stage2.zero_stage, stage2.offload_optimizer, stage2.offload_parameters, devices, config.stage2.expert_parallel
+        stage2.zero_stage,
+        stage2.offload_optimizer,
+        stage2.offload_parameters,
+        devices,
+        stage2.expert_parallel,
+        stage2.precision,
+        overlap=config.runtime.gpu,
     )
 
 
 def scheme_memory(config: RunConfig, blueprint: Blueprint, scheme: Scheme, *, checkpointing: bool) -> Memory:
     """Peak memory of stage 2 on one device, at the longest batch that is possible."""
     sharded = states(blueprint, scheme)
-    bf16 = config.stage2.precision == "bf16"
     alone = scheme.zero_stage < 2 and config.stage2.gradient_accumulation == 1
     head = Head(head_trained(blueprint), apart=not alone)
-    kept = activations(blueprint.config, run_shape(config), bf16=bf16, checkpointing=checkpointing, head=head)
+    kept = activations(
+        blueprint.config, run_shape(config), config.stage2.precision, checkpointing=checkpointing, head=head
+    )
     if config.stage2.alpha:
         kept += pair_cost(config.stage1).activations * _elbo_pairs(config)
     return Memory(**{**asdict(sharded), "activations": kept})
@@ -123,15 +131,14 @@ def _elbo_pairs(config: RunConfig) -> int:
 def _memory(config: RunConfig, blueprint: Blueprint, hardware: Hardware) -> list[dict[str, Any]]:
     configured = own_scheme(config, hardware.devices)
     rows = []
-    choices = schemes(hardware.devices, config.stage2.expert_parallel)
+    choices = schemes(configured)
     for scheme in choices if configured in choices else [*choices, configured]:
-        start = FLOAT * blueprint.whole.total if scheme.zero_stage == 3 else 0
-        row: dict[str, Any] = {"scheme": scheme.title, "own": scheme == configured, "start": start}
+        row: dict[str, Any] = {"scheme": scheme.title, "own": scheme == configured}
         for name, checkpointing in (("plain", False), ("checkpointed", True)):
             memory = scheme_memory(config, blueprint, scheme, checkpointing=checkpointing)
             row[name] = asdict(memory) | {
                 "device": memory.device,
-                "fits": max(memory.device, start) <= USABLE * hardware.memory,
+                "fits": memory.device <= USABLE * hardware.memory,
                 "own": scheme == configured and checkpointing == config.stage2.gradient_checkpointing,
             }
         rows.append(row)
@@ -148,12 +155,17 @@ def _training(config: RunConfig, blueprint: Blueprint, workload: Workload, hardw
     step_flops = rows * flops.total
     elbo_flops = pairs * pair_cost(config.stage1).flops
     rate = hardware.devices * hardware.flops * hardware.utilisation
-    bf16 = stage2.precision == "bf16"
-    seconds = step_flops / (rate if bf16 else rate * FLOAT32_SHARE) + elbo_flops / (rate * FLOAT32_SHARE)
-    traffic = _step_traffic(config, blueprint, own_scheme(config, hardware.devices))
-    sending = traffic.total / hardware.bandwidth
-    total = min(stage2.epochs * steps, stage2.max_steps or math.inf)
-    checkpoint = checkpoint_bytes(config, Sizes(blueprint.whole.total, blueprint.whole.trained))
+    seconds = step_flops / (rate * FLOAT32_SHARE if stage2.precision == "fp32" else rate) + elbo_flops / (
+        rate * FLOAT32_SHARE
+    )
+    scheme = own_scheme(config, hardware.devices)
+    sending = _step_traffic(config, blueprint, scheme).total / hardware.bandwidth
+    moved = memory_traffic(blueprint, scheme, stage2.gradient_accumulation, stage2.gradient_checkpointing)
+    step = {"compute": seconds, "memory": moved / hardware.memory_bandwidth, "communication": sending}
+    planned = stage2.epochs * steps
+    total = min(planned, stage2.max_steps or planned)
+    whole = {name: total * each for name, each in step.items()}
+    sizes = Sizes(blueprint.whole.total, blueprint.whole.trained, blueprint.halved.total)
     return {
         "rows_per_step": rows,
         "steps_per_epoch": steps,
@@ -162,17 +174,24 @@ def _training(config: RunConfig, blueprint: Blueprint, workload: Workload, hardw
         "flops_per_row": asdict(flops),
         "flops_per_step": step_flops + elbo_flops,
         "flops_per_epoch": steps * (step_flops + elbo_flops),
-        "step_seconds": {"compute": seconds, "communication": sending},
-        "epoch_seconds": {"compute": steps * seconds, "communication": steps * sending},
-        "seconds": {"compute": total * seconds, "communication": total * sending},
-        "checkpoints": math.ceil(total / (stage2.checkpoint_every or total)),
-        "checkpoint_bytes": checkpoint,
+        "step_seconds": step,
+        "epoch_seconds": {name: steps * each for name, each in step.items()},
+        "seconds": whole,
+        "checkpoints": _checkpoints(config, total, sum(whole.values())),
+        "checkpoint_bytes": checkpoint_bytes(config, sizes),
     }
+
+
+def _checkpoints(config: RunConfig, steps: int, seconds: float) -> int:
+    """Checkpoints of a run of so many steps and seconds."""
+    stage2 = config.stage2
+    by_the_clock = int(seconds / (60 * stage2.checkpoint_minutes)) if stage2.checkpoint_minutes else 0
+    return math.ceil(steps / (stage2.checkpoint_every or steps)) + by_the_clock
 
 
 def _traffic(config: RunConfig, blueprint: Blueprint, hardware: Hardware) -> list[dict[str, Any]]:
     by_scheme = []
-    for scheme in schemes(hardware.devices, config.stage2.expert_parallel):
+    for scheme in schemes(own_scheme(config, hardware.devices)):
         if scheme.offload_optimizer:
             continue  # what is on the host does not travel between devices
         traffic = _step_traffic(config, blueprint, scheme)

@@ -1,16 +1,18 @@
 """Bytes on one device: states by ZeRO stage, activations, buffers. Formulas, each checked against what runs.
 
-Stage 2 keeps float32 weights under both precisions (bf16 is autocast), so a trained number costs 4 bytes as weight, 4
-as gradient, 8 as AdamW's moments, and with ZeRO 4 more: DeepSpeed's optimizer works on a copy of its share.
+Weights are float32 under fp32 and bf16 (autocast), so a trained number costs 4 bytes as weight, 4 as gradient, 8 as
+AdamW's moments, and with ZeRO 4 more: DeepSpeed's optimizer works on a copy of its share. Under bf16_weights most are
+bfloat16, 2 bytes; the optimizer's copies and the sums of gradients are float32 as ever.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gavamoe.config.schema import RunConfig
 from gavamoe.model.decoders import GavamoeConfig, dense_width
 from gavamoe.model.output_head import chunk_tokens
 from gavamoe.plan.parameters import Blueprint
+from gavamoe.stage2.engines.settings import LIVE_LAYERS
 
 FLOAT, HALF, LONG = 4, 2, 8
 """Bytes of one number in float32, in bfloat16, and in int64."""
@@ -60,6 +62,15 @@ class Scheme:
     """W: number of devices."""
     expert_parallel: int = 1
     """Number of devices that share the experts of a block."""
+    precision: str = "fp32"
+    """`stage2.precision`."""
+    overlap: bool = False
+    """Whether ZeRO 1 and 2 reduce gradients while the next ones are made, which takes a second bucket: on GPUs."""
+
+    @property
+    def halves(self) -> bool:
+        """Whether weights are bfloat16."""
+        return self.precision == "bf16_weights"
 
     @property
     def title(self) -> str:
@@ -70,30 +81,43 @@ class Scheme:
         return f"{name}, optimizer on host" if self.offload_optimizer else name
 
 
-def schemes(devices: int, expert_parallel: int = 1) -> list[Scheme]:
-    """ZeRO 0-3, with and without offload; under expert parallelism ZeRO 1 and 2 only, which alone support it."""
+def schemes(own: Scheme) -> list[Scheme]:
+    """ZeRO 0-3, with and without offload, else as `own`; with shared experts or bfloat16 weights ZeRO 1 and 2 only,
+    which alone support them."""
     plain = [(stage, False, False) for stage in range(4)]
     off = [(1, True, False), (2, True, False), (3, True, False), (3, True, True)]
-    every = [Scheme(*choice, devices=devices, expert_parallel=expert_parallel) for choice in (*plain, *off)]
-    return every if expert_parallel == 1 else [scheme for scheme in every if scheme.zero_stage in (1, 2)]
+    every = [
+        replace(own, zero_stage=stage, offload_optimizer=optimizer, offload_parameters=parameters)
+        for stage, optimizer, parameters in (*plain, *off)
+    ]
+    some_only = own.expert_parallel > 1 or own.halves
+    return [scheme for scheme in every if scheme.zero_stage in (1, 2)] if some_only else every
+
+
+def live_numbers(blueprint: Blueprint) -> int:
+    """Numbers that ZeRO-3 holds whole at a time, at most."""
+    return min(blueprint.whole.total, max(BUCKET, LIVE_LAYERS * blueprint.largest_layer, blueprint.largest_module))
 
 
 def states(blueprint: Blueprint, scheme: Scheme) -> Memory:
     """Weights, gradients, optimizer states and DeepSpeed's buffers on one device."""
     model, experts = blueprint.whole, blueprint.parts.get("experts")
     away = 1 - 1 / scheme.expert_parallel  # share of the experts that other devices hold
-    held = model.total - (experts.total * away if experts else 0)
+    narrower, word = (FLOAT - HALF, HALF) if scheme.halves else (0, FLOAT)
+    held = FLOAT * model.total - narrower * blueprint.halved.total - (word * experts.total * away if experts else 0)
     trained = model.trained - (experts.trained * away if experts else 0)
+    made: float = FLOAT * model.trained - narrower * blueprint.halved.trained  # bytes of gradients
+    made -= word * experts.trained * away if experts else 0
     # Experts are spread over W / expert_parallel devices that hold the same ones, the rest over W: both come to this.
     share = model.trained / scheme.devices
     stage = scheme.zero_stage
-    weights = FLOAT * (held if stage < 3 else model.total / scheme.devices)
-    gradients = FLOAT * (trained if stage < 2 else share)
+    weights = held if stage < 3 else FLOAT * model.total / scheme.devices
+    gradients = made if stage < 2 else FLOAT * share
     optimizer = FLOAT * (2 * trained if stage == 0 else 3 * share)
     bucket = FLOAT * min(model.trained, max(BUCKET, blueprint.largest))
-    buffers = bucket
+    buffers = bucket * (2 if scheme.overlap and stage in (1, 2) else 1)
     if stage == 3:
-        buffers += FLOAT * min(model.total, max(BUCKET, blueprint.largest_module))
+        buffers += FLOAT * live_numbers(blueprint)
     host = 0.0
     if scheme.offload_optimizer:
         # The host takes master weights, moments and the averaged gradients.
@@ -131,102 +155,133 @@ class Head:
     """Whether that gradient is none of those that `states` counts: it stands beside an accumulated or a sharded one."""
 
 
-def activations(config: GavamoeConfig, shape: Shape, *, bf16: bool, checkpointing: bool, head: Head = Head()) -> float:
+@dataclass(frozen=True)
+class Numbers:
+    """What the arithmetic of a precision works on."""
+
+    word: int
+    """Bytes of a number in products: their inputs and outputs."""
+    stream: int
+    """Bytes of a number of the residual stream, between the layers."""
+    casts: bool
+    """Whether autocast copies weights and inputs for each product, in which the copies are kept."""
+
+
+NUMBERS = {
+    "fp32": Numbers(FLOAT, FLOAT, casts=False),
+    "bf16": Numbers(HALF, FLOAT, casts=True),
+    "bf16_weights": Numbers(HALF, HALF, casts=False),
+}
+
+
+def activations(
+    config: GavamoeConfig, shape: Shape, precision: str, *, checkpointing: bool, head: Head = Head()
+) -> float:
     """Bytes kept from the forward for the backward pass, at their peak.
 
     With checkpointing: each layer's input, and the inside of the one layer that is computed again.
     """
-    layer = layer_activations(config, shape, bf16)
+    layer = layer_activations(config, shape, precision)
     layers, hidden = config.text_config.num_hidden_layers, config.text_config.hidden_size
     inside = layers * layer
     if checkpointing:
-        inside = layer + layers * FLOAT * hidden * shape.count
-    return inside + outer_activations(config, shape, bf16, head)
+        inside = layer + layers * NUMBERS[precision].stream * hidden * shape.count
+    return inside + outer_activations(config, shape, precision, head)
 
 
-def layer_activations(config: GavamoeConfig, shape: Shape, bf16: bool) -> float:
+def layer_activations(config: GavamoeConfig, shape: Shape, precision: str) -> float:
     """Bytes that one decoder layer keeps: its attention half and its feed-forward half, each after a norm."""
-    text, word = config.text_config, HALF if bf16 else FLOAT
-    norm = _norm(text, word)
+    text, numbers = config.text_config, NUMBERS[precision]
+    norms = 2 * _norm(text, numbers)
     if config.experts_enabled:
-        feed_forward = _moe(config, shape, word)
+        feed_forward = _moe(config, shape, numbers)
     else:
-        feed_forward = _dense(text, dense_width(text), word) * shape.count
-    routed_cast = 0 if config.experts_enabled else word * text.hidden_size
-    kept = (2 * norm + _attention(text, word) + (routed_cast if bf16 else 0)) * shape.count + feed_forward
+        feed_forward = _dense(text, dense_width(text), numbers) * shape.count
+        norms += numbers.word * text.hidden_size if numbers.casts else 0
+    kept = (norms + _attention(text, numbers)) * shape.count + feed_forward
     # Autocast's half-precision copies of the weights live as long as the graph does.
-    return kept + (HALF * _cast_weights(config) if bf16 else 0)
+    return kept + (HALF * _cast_weights(config) if numbers.casts else 0)
 
 
-def outer_activations(config: GavamoeConfig, shape: Shape, bf16: bool, head: Head = Head()) -> float:
+def outer_activations(config: GavamoeConfig, shape: Shape, precision: str, head: Head = Head()) -> float:
     """Bytes that embedding, last norm, head and loss keep, and what stands beside them while head and loss work."""
-    text, word = config.text_config, HALF if bf16 else FLOAT
-    slots = 2 * word * config.slot_size + 3 * LONG
-    per_token = slots + _norm(text, HALF)  # of the norm's output only the labeled tokens are kept, by the head
-    cast = HALF * 2 * config.slot_size * text.hidden_size if bf16 else 0
-    peak = head_peak(text.vocab_size, text.hidden_size, shape.rows * shape.scored, bf16, head)
+    text, numbers = config.text_config, NUMBERS[precision]
+    slot_word = numbers.word if numbers.casts else FLOAT  # slots are float32 weights
+    slots = 2 * slot_word * config.slot_size + 3 * LONG
+    per_token = slots + _norm(text, numbers, output=False)  # of its output the head keeps the labeled tokens alone
+    cast = HALF * 2 * config.slot_size * text.hidden_size if numbers.casts else 0
+    peak = head_peak(text.vocab_size, text.hidden_size, shape.rows * shape.scored, precision, head)
     return per_token * shape.count + cast + peak
 
 
 def head_peak(
-    vocabulary: int, hidden: int, scored: int, bf16: bool, head: Head = Head(), device: str = "cuda"
+    vocabulary: int, hidden: int, scored: int, precision: str, head: Head = Head(), device: str = "cuda"
 ) -> float:
     """Bytes of the head and the loss of `scored` labeled tokens, at their peak (see `gavamoe.model.output_head`)."""
-    word, weight = HALF if bf16 else FLOAT, vocabulary * hidden
-    cast = HALF * weight if bf16 else 0
+    numbers, weight = NUMBERS[precision], vocabulary * hidden
+    word = numbers.word
+    narrow = word if word == HALF else 0  # bytes of a number's copy in half precision, where there is one
+    cast = HALF * weight if numbers.casts else 0
     # The weight's gradient in float32, and before that the product in bfloat16 that it is made of.
     gradient = FLOAT * weight if head.trained and head.apart else 0
-    product = cast if head.trained else 0
+    product = narrow * weight if head.trained else 0
     most = chunk_tokens(vocabulary, device)
     if scored <= most:
         # On the way back: the log-softmax with the gradients before and behind it; then the logits' with the weight's.
         logits = scored * vocabulary
+        if not numbers.casts and narrow:  # a weight in half precision has its gradient so
+            gradient = 0
         return word * hidden * scored + cast + max(3 * FLOAT * logits, word * logits + gradient + product)
     # Both gradients are made in the forward pass: the weight's whole, and the hidden states' beside these.
     logits = -(-scored // -(-scored // most)) * vocabulary  # of a chunk
-    beside = (2 * FLOAT + (HALF if bf16 else 0)) * hidden * scored + gradient
+    beside = (2 * FLOAT + narrow) * hidden * scored + gradient
     # In a chunk: logits and their log-softmax; then their gradient, in bfloat16 too, and the weight's product.
-    slope = (FLOAT + (HALF if bf16 else 0)) * logits
+    slope = (FLOAT + narrow) * logits
     return beside + cast + max(2 * FLOAT * logits, slope + product)
 
 
-def _norm(text: Any, word: int) -> float:
-    """Bytes a token of one norm: its input, for LLaMA the normalized values too, and its output."""
-    kept = 2 if text.model_type == "llama" else 1
-    return (kept + (1 if word == FLOAT else 0)) * FLOAT * text.hidden_size + 2 * FLOAT
+def _norm(text: Any, numbers: Numbers, *, output: bool = True) -> float:
+    """Bytes a token of one norm: its input, for LLaMA the normalized values too, and its output, which the product
+    behind it keeps, if it reads it as it is."""
+    kept = float(output and not numbers.casts) * numbers.word
+    if text.model_type == "llama":
+        kept += FLOAT + numbers.stream  # computed in float32, then weighed as the stream is
+    else:
+        kept += numbers.stream
+    return kept * text.hidden_size + 2 * FLOAT
 
 
-def _attention(text: Any, word: int) -> float:
+def _attention(text: Any, numbers: Numbers) -> float:
     """Bytes a token: queries, keys, values, mixed values, each head's log-sum; fused attention keeps no scores."""
-    heads = text.num_attention_heads
+    heads, word = text.num_attention_heads, numbers.word
     if text.model_type == "llama":
         size = getattr(text, "head_dim", None) or text.hidden_size // heads
         inner, shared = heads * size, (text.num_key_value_heads or heads) * size
-        casts = 3 if word == HALF else 0  # one of the input for each of the three projections
+        casts = 3 if numbers.casts else 0  # one of the input for each of the three projections
     else:
         inner = shared = text.hidden_size
-        casts = 1 if word == HALF else 0
+        casts = 1 if numbers.casts else 0
     dropout = text.hidden_size if getattr(text, "resid_pdrop", 0) else 0  # a mask of one byte
     return word * (2 * inner + 2 * shared + casts * text.hidden_size) + FLOAT * heads + dropout
 
 
-def _dense(text: Any, width: int, word: int) -> float:
+def _dense(text: Any, width: int, numbers: Numbers) -> float:
     """Bytes a token of a dense feed-forward network of this width."""
     if text.model_type == "llama":
-        casts = text.hidden_size if word == HALF else 0  # its input, a second time
-        return word * (4 * width + casts)
-    return word * GELU_TENSORS * width + (text.hidden_size if text.resid_pdrop else 0)
+        casts = text.hidden_size if numbers.casts else 0  # its input, a second time
+        return numbers.word * (4 * width + casts)
+    return numbers.word * GELU_TENSORS * width + (text.hidden_size if text.resid_pdrop else 0)
 
 
 GELU_TENSORS = 5
 """Tensors that GPT-2's GELU keeps for the backward pass, its output included: transformers writes it out in Python."""
 
 
-def _moe(config: GavamoeConfig, shape: Shape, word: int) -> float:
-    """Bytes of a GaVaMoE block. Experts compute in the weights' float32 under autocast as well."""
-    text = config.text_config
+def _moe(config: GavamoeConfig, shape: Shape, numbers: Numbers) -> float:
+    """Bytes of a GaVaMoE block."""
+    text, word = config.text_config, numbers.word
     chosen, hidden = config.experts_per_token, text.hidden_size
-    routed = _lora_experts(config, word) if config.expert_lora_rank else _expert_networks(config)
+    routed = _lora_experts(config, word) if config.expert_lora_rank else _expert_networks(config, word)
     router = (FLOAT * hidden if word == HALF else 0) + FLOAT * config.n_experts
     if config.renormalise:
         router += FLOAT * chosen
@@ -234,17 +289,17 @@ def _moe(config: GavamoeConfig, shape: Shape, word: int) -> float:
         router += FLOAT * (4 * config.n_gates * config.n_experts + 2 * config.n_experts)
     shared = 0.0
     if config.shared_width:
-        shared = _dense(text, config.shared_width, word) + (word * hidden if word == HALF else 0)
+        shared = _dense(text, config.shared_width, numbers) + (word * hidden if numbers.casts else 0)
     one_gate = config.n_gates == 1 or config.soft_routes
     gates = 0 if one_gate else FLOAT * shape.rows * config.n_experts * hidden
     return (routed + router + shared) * shape.count + gates
 
 
-def _expert_networks(config: GavamoeConfig) -> float:
+def _expert_networks(config: GavamoeConfig, word: int) -> float:
     """Bytes a token of the experts that are feed-forward networks, sorting by expert included."""
     text, size = config.text_config, config.expert_size
     inner = 4 * size if text.model_type == "llama" else GELU_TENSORS * size
-    return config.experts_per_token * (FLOAT * (2 * text.hidden_size + inner + 1) + 6 * LONG)
+    return config.experts_per_token * (word * (2 * text.hidden_size + inner) + FLOAT + 6 * LONG)
 
 
 def _lora_experts(config: GavamoeConfig, word: int) -> float:
@@ -254,7 +309,8 @@ def _lora_experts(config: GavamoeConfig, word: int) -> float:
 
 
 def _cast_weights(config: GavamoeConfig) -> float:
-    """Weights of one layer that autocast copies to bf16: attention, and the dense network where there is one."""
+    """Weights of one layer that autocast copies to bf16: attention, all experts, the dense network where there is
+    one."""
     text = config.text_config
     hidden = text.hidden_size
     if text.model_type == "llama":
@@ -265,6 +321,8 @@ def _cast_weights(config: GavamoeConfig) -> float:
     else:
         attention, matrices = 4 * hidden * hidden, 2
     width = config.shared_width if config.experts_enabled else dense_width(text)
+    if config.experts_enabled and not config.expert_lora_rank:
+        width += config.n_experts * config.expert_size
     return attention + matrices * hidden * width
 
 

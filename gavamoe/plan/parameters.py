@@ -15,7 +15,7 @@ from gavamoe.config.schema import RunConfig, Stage1Config
 from gavamoe.model.build import weightless_explainer
 from gavamoe.model.decoders import GavamoeConfig
 from gavamoe.stage1.vae_gmm import VaeGmm
-from gavamoe.stage2.joint_model import JointModel
+from gavamoe.stage2.joint_model import EXPLAINER, JointModel, largest_layer, stored_in_bf16
 
 RATING_SCALE = (1.0, 2.0, 3.0, 4.0, 5.0)
 """Rating scale that is assumed where no dataset is given; another one changes some hundred weights of the decoder."""
@@ -72,8 +72,12 @@ class Blueprint:
     """Numbers in the largest single parameter."""
     largest_module: int
     """Numbers in the own parameters of the module that has most of them, which ZeRO-3 gathers at once."""
+    largest_layer: int
+    """Numbers in the decoder layer that has most of them."""
     small: int
     """Numbers in parameters that ZeRO-3 leaves whole on every device."""
+    halved: Part
+    """The parameters that `stage2.precision: bf16_weights` stores as bfloat16."""
 
     @property
     def whole(self) -> Part:
@@ -104,6 +108,7 @@ def draw(config: RunConfig, base: PreTrainedConfig, users: int, items: int) -> B
     share: dict[str, float] = {"experts": chosen, "gates": 1 if sizes.soft_routes else 1 / sizes.n_gates}
     share |= {"slot tables": 0, "stage 1": 0}
     parts: dict[str, Part] = {}
+    halved = Part()
     for name, parameter in joint.named_parameters():
         part = next(value for pattern, value in _PARTS.items() if re.search(pattern, name))
         count = parameter.numel()
@@ -111,13 +116,17 @@ def draw(config: RunConfig, base: PreTrainedConfig, users: int, items: int) -> B
         multiplied = 0 if name.endswith("bias") else active
         counts = Part(count, count if parameter.requires_grad else 0, active, multiplied)
         parts[part] = parts.get(part, Part()) + counts
+        if name.startswith(EXPLAINER) and stored_in_bf16(name.removeprefix(EXPLAINER)):
+            halved += counts
     ordered = {name: parts[name] for name in _PARTS.values() if name in parts}
     return Blueprint(
         sizes,
         ordered,
         max(parameter.numel() for parameter in joint.parameters()),
         max(_own_parameters(module) for module in joint.modules()),
+        largest_layer(explainer),
         sum(p.numel() for p in joint.parameters() if p.numel() <= PERSISTENT),
+        halved,
     )
 
 

@@ -5,7 +5,7 @@ laptop worker); `gavamoe.runtime.ray_train` gives it one backed by Ray Train.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,10 +26,17 @@ class Context(Protocol):
     def log(self, metrics: Metrics) -> None:
         """Append one line to the run's log (rank 0 only). `metrics` holds "phase", "step" and, where known, "steps"."""
 
-    def checkpoint(self, folder: Path, metrics: Metrics) -> None:
-        """Register a copy of `folder` as a checkpoint.
+    def settle(self) -> None:
+        """Wait until the last checkpoint, which may be stored in the background, is."""
 
-        Every rank calls it at the same step; the ranks' files are merged into one folder.
+    def checkpoint(self, folder: Path, metrics: Metrics, unchanged: Sequence[str] = ()) -> None:
+        """Register what `folder` holds as a checkpoint, which takes its files away.
+
+        Every rank calls it at the same step; the ranks' files are merged into one folder. It may be stored in the
+        background while the loop goes on.
+
+        Args:
+            unchanged: names of files of this rank's last checkpoint that belong to this one as well, as they are there.
         """
 
 
@@ -48,9 +55,14 @@ class LocalContext:
     def log(self, metrics: Metrics) -> None:
         self.lines.append(dict(metrics))
 
-    def checkpoint(self, folder: Path, metrics: Metrics) -> None:
+    def settle(self) -> None:
+        pass  # it is stored at once
+
+    def checkpoint(self, folder: Path, metrics: Metrics, unchanged: Sequence[str] = ()) -> None:
         del metrics
         if self.storage is not None:
             kept = self.storage / f"checkpoint_{len(self.checkpoints):06d}"
             shutil.copytree(folder, kept)
+            for name in unchanged:
+                shutil.copy2(self.checkpoints[-1] / name, kept / name)
             self.checkpoints.append(kept)

@@ -21,11 +21,12 @@ from gavamoe.artifacts.run import RunFolder
 from gavamoe.config.schema import RunConfig, RuntimeConfig
 from gavamoe.errors import InputError, RunError
 from gavamoe.runtime import connection
+from gavamoe.runtime.checkpoints import storage_problem
 from gavamoe.runtime.context import LocalContext
 from gavamoe.runtime.failures import failure_text, keep_traceback, lost_surroundings
 from gavamoe.runtime.host_memory import KEPT_MEMORY
 from gavamoe.runtime.tracking import Line, RunLog
-from gavamoe.runtime.worker import WorkerJob, WorkerLog, run_worker, storage_problem
+from gavamoe.runtime.worker import WorkerJob, WorkerLog, run_worker
 
 OnLine = Callable[[Line], None]
 

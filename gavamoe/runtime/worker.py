@@ -1,58 +1,30 @@
-"""A Ray Train worker's side of a training: its context, its checkpoints with checksums, its messages to the driver.
+"""A Ray Train worker's side of a training: its context, and its messages to the driver."""
 
-A checkpoint holds the loop's files, `log.jsonl` (the log so far: the driver's is set back to it when workers restart)
-and `checksums-RANK.json` for each rank. Rank 0 checks them before anything is resumed, and goes back to the checkpoint
-before where one is damaged.
-"""
-
-import errno
 import json
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from gavamoe.artifacts import remote
-from gavamoe.artifacts.checksums import FileEntry, find_damage, list_files
-from gavamoe.artifacts.files import read_json, write_json
 from gavamoe.config.schema import RuntimeConfig
-from gavamoe.errors import InputError, RunError, Stopped, validated
+from gavamoe.errors import InputError, RunError, Stopped
+from gavamoe.runtime.checkpoints import LOG_FILE, Uploads, newest_whole_checkpoint, storage_problem
 from gavamoe.runtime.context import Metrics
 from gavamoe.runtime.tracking import Line
 
-LOG_FILE = "log.jsonl"
-_NO_SPACE = {
-    errno.ENOSPC: "no space is left",
-    errno.EDQUOT: "the quota is used up",
-    errno.EFBIG: "a file would be larger than is allowed",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission is denied",
-    errno.EPERM: "permission is denied",
-}
-_TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
-"""Messages with which torch.save reports a full disk: a RuntimeError without an error number."""
 _LESS_MEMORY = (
     "stage2.gradient_checkpointing=true, a smaller stage2.batch_size, a higher stage2.zero_stage or offloading take"
     " less memory (`gavamoe plan` says how much); then train in a new --run-dir"
 )
 _SECONDS_TO_AGREE = 5.0
+_SECONDS_TO_STORE = 600.0
+"""How long a training that ends by an error waits for its last checkpoint to be stored, at most."""
 GAUGES = {"step": "train_step", "loss": "train_loss", "tokens_per_second": "train_tokens_per_second",
            "pairs_per_second": "train_pairs_per_second"}  # fmt: skip
 """Field of a log line -> Ray metric, which Prometheus shows as ray_gavamoe_NAME."""
-
-
-class RankChecksums(BaseModel):
-    """Content of `checksums-RANK.json`."""
-
-    model_config = ConfigDict(extra="forbid")
-    workers: int
-    """Number of ranks that wrote the checkpoint."""
-    files: dict[str, FileEntry]
-    """The files that this rank wrote."""
 
 
 class WorkerLog:
@@ -135,18 +107,6 @@ def run_worker(config: dict[str, Any]) -> Any:
         raise
 
 
-def storage_problem(error: BaseException | None) -> str | None:
-    """The reason why a disk can't be written, in words, if an error comes from that; None for any other error."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            where = f"{error.filename}: " if error.filename else ""
-            return f"{where}can't be written: {_NO_SPACE[error.errno]}"
-        if isinstance(error, RuntimeError) and any(text in str(error) for text in _TORCH_WRITE_ERRORS):
-            return "a checkpoint can't be written: the disk for temporary files (TMPDIR) seems full"
-        error = error.__cause__ or error.__context__
-    return None
-
-
 def _refuse(job: WorkerJob, error: Exception) -> None:
     """Tell the `WorkerLog`. Where all ranks refuse, training ends at once; else the others wait for this one in a
     collective operation, and only a failure stops them: the next attempt then ends at its start."""
@@ -177,19 +137,24 @@ class RayContext:
         self._lines: list[Line] = []
         self._gauges: dict[str, Any] = {}
         self._resources = ExitStack()
+        self._uploads = Uploads(self.rank, self.world_size, self._refuse)
 
     def __enter__(self) -> "RayContext":
-        self.resume_from, damaged = _newest_whole_checkpoint(self.rank, self._resources)
+        self.resume_from, damaged = newest_whole_checkpoint(self.rank, self._resources)
         if self.rank == 0:
             self._start_log()
             for problem in damaged:
                 self._tell({"phase": "resume", "warning": f"{problem}; the checkpoint before it is used"})
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         import ray
 
         self._resources.close()
+        if isinstance(error, Exception):  # an end without an error is waited for by Ray
+            # All ranks have begun to store it, and do so whatever has become of their loops.
+            with suppress(Exception):
+                self._uploads.settle(_SECONDS_TO_STORE)
         if self.rank == 0:
             ray.get(self._worker_log.refusals.remote())  # calls are carried out in order: all lines have arrived
 
@@ -217,17 +182,23 @@ class RayContext:
         if asked:
             raise Stopped(f"asked to by {stop_file}")
 
-    def checkpoint(self, folder: Path, metrics: Metrics) -> None:
+    def settle(self) -> None:
+        self._uploads.settle()
+
+    def checkpoint(self, folder: Path, metrics: Metrics, unchanged: Sequence[str] = ()) -> None:
         import ray
-        from ray import train
 
         if self.rank == 0:
             text = "".join(json.dumps(line) + "\n" for line in self._lines)
             (folder / LOG_FILE).write_text(text, encoding="utf-8")
-        write_checksums(folder, self.rank, self.world_size)
-        train.report(dict(metrics), checkpoint=train.Checkpoint.from_directory(folder))
+        self._uploads.start(folder, metrics, unchanged)
         if self.rank == 0:
             ray.get(self._worker_log.refusals.remote())  # where the actor has died, training ends here, not at its end
+
+    def _refuse(self, error: Exception) -> None:
+        import ray
+
+        ray.get(self._worker_log.refuse.remote(self.rank, error))
 
     def _start_log(self) -> None:
         from ray.util.metrics import Gauge
@@ -240,63 +211,3 @@ class RayContext:
             gauge = Gauge(f"gavamoe_{name}", f"{field} of the latest log line", tag_keys=tuple(self._labels))
             gauge.set_default_tags(self._labels)
             self._gauges[field] = gauge
-
-
-def _newest_whole_checkpoint(rank: int, resources: ExitStack) -> tuple[Path | None, list[str]]:
-    """The folder of the newest registered checkpoint whose files are as they were written (None: nothing to resume),
-    the same one on all ranks, and on rank 0 what is wrong with the newer ones.
-
-    Args:
-        resources: holds the copies of what lies at a URI. Rank 0's, which it has checked, serves its whole machine.
-
-    Raises:
-        InputError: there are checkpoints, and all are damaged.
-    """
-    from ray import train
-    from ray.train.collective import broadcast_from_rank_zero
-
-    reported = train.get_all_reported_checkpoints(consistency_mode=train.CheckpointConsistencyMode.COMMITTED)
-    damaged: list[str] = []
-    chosen = -1
-    if rank == 0:
-        for index in reversed(range(len(reported))):
-            with ExitStack() as fetched:
-                problem = checkpoint_problem(Path(fetched.enter_context(reported[index].checkpoint.as_directory())))
-                if problem is None:
-                    chosen = index
-                    resources.push(fetched.pop_all())
-                    break
-            damaged.append(f"{reported[index].checkpoint.path}: {problem}")
-    chosen = broadcast_from_rank_zero(chosen)
-    if chosen >= 0:
-        return Path(resources.enter_context(reported[chosen].checkpoint.as_directory())), damaged
-    if reported:
-        reason = f" ({damaged[0]})" if damaged else ""
-        raise InputError(f"no whole checkpoint is left{reason}; start again without --resume")
-    return None, damaged
-
-
-def write_checksums(folder: Path, rank: int, workers: int) -> None:
-    """Note size and SHA-256 of this rank's files, which are all that `folder` holds."""
-    checksums = RankChecksums(workers=workers, files=list_files(folder))
-    write_json(folder / _checksums_file(rank), checksums.model_dump(mode="json"))
-
-
-def checkpoint_problem(folder: Path) -> str | None:
-    """The first damage of a checkpoint's files, in words; None if all ranks' files are as they were written."""
-    try:
-        ranks = range(_read_checksums(folder, 0).workers)
-        files = {name: entry for rank in ranks for name, entry in _read_checksums(folder, rank).files.items()}
-    except InputError as error:
-        return f"its checksums can't be read ({error})"
-    damage = find_damage(folder, files)
-    return None if damage is None else damage.text
-
-
-def _read_checksums(folder: Path, rank: int) -> RankChecksums:
-    path = folder / _checksums_file(rank)
-    return validated(RankChecksums, read_json(path), path, "the checksums of a rank's files")
-
-
-def _checksums_file(rank: int) -> str:
-    return f"checksums-{rank}.json"

@@ -11,12 +11,12 @@
     tokenized_rows    a dataset's rows as token ids
     clear_texts       the training rows whose texts say their rating
     token_cache       the same, made once, beside the dataset
-    training_engines  DeepSpeed or plain torch behind one interface
+    training_engines  picks one of `engines`: DeepSpeed or plain torch
     expert_movement   whether the routed experts learn
-    expert_parallel   experts sharded over workers; all-to-all of tokens
+    step_batches      a worker's batches of each step, collated one step ahead
 
 Shape letters: N rows of a split, B rows of a batch, T tokens of a row, A accumulated batches of an optimizer step,
-W workers, P stage-1 pairs. In expert_parallel M tokens of a worker, D hidden size, S experts of a
+W workers, P stage-1 pairs. In engines.expert_parallel M tokens of a worker, D hidden size, S experts of a
 token, P = M x S assignments of tokens to experts, X experts of a block, L = X / W experts of a worker, Q assignments
 that arrive at a worker.
 """

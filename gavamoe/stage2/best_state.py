@@ -1,7 +1,8 @@
 """Where a stage-2 run is, and which of its states becomes the artifact: the best on validation so far, or the last; and
 when to stop.
 
-The best state is kept whole in rank 0's memory and in each checkpoint, so that a resumed run still has it.
+The best state is kept whole in rank 0's memory and in each checkpoint, so that a resumed run still has it. It is
+written where it has changed since the last checkpoint, unless it is the very state that the engine's files hold.
 """
 
 import math
@@ -50,12 +51,14 @@ class BestState:
         self._wanted = config.keep == "best" and config.alpha < 1
         self._patience = config.patience
         self._state: dict[str, Tensor] | None = None
+        self._stored = False
+        """Whether the last checkpoint of this process has the state's file."""
 
     def follow(self, validations: Validations, engine: Engine) -> None:
         """Take a copy of the state if the last validation is the best. Every rank calls it."""
         best = best_step(validations)
         if self._wanted and best is not None and best == validations[-1][0]:
-            self._state = engine.state_dict()
+            self._state, self._stored = engine.state_dict(), False
 
     def exhausted(self, validations: Validations) -> bool:
         """Whether the last `patience` validations were all without a new best."""
@@ -73,15 +76,31 @@ class BestState:
         assert self._state is not None  # taken at that step, or read from the checkpoint
         return self._state
 
-    def save(self, folder: Path) -> None:
-        """Add the best state to a checkpoint; for rank 0."""
-        if self._state is not None:
-            torch.save(self._state, folder / _FILE)
+    def save(self, folder: Path, validations: Validations, step: int) -> list[str]:
+        """Add the best state to a checkpoint of step `step`, if need be; for rank 0.
 
-    def load(self, folder: Path, validations: Validations, rank: int) -> None:
-        """Read what `save` wrote, if there was a best by then; ranks above 0 hold nothing, as they did."""
-        if self._wanted and best_step(validations) is not None:
+        Returns:
+            The files that are to be as they are in the last checkpoint: this one's, if it has not changed.
+        """
+        if self._state is None or self.kept_step(validations, step) == step:
+            self._stored = False  # there is none yet, or the engine's own files hold it
+            return []
+        if self._stored:
+            return [_FILE]
+        torch.save(self._state, folder / _FILE)
+        self._stored = True
+        return []
+
+    def load(self, folder: Path, validations: Validations, step: int, engine: Engine, rank: int) -> None:
+        """Read what `save` wrote, if there was a best by then, after the engine has read its own; ranks above 0 hold
+        nothing, as they did. Every rank calls it."""
+        if not self._wanted or best_step(validations) is None:
+            return
+        if (folder / _FILE).exists():
             self._state = load_tensors(folder / _FILE) if rank == 0 else {}
+        else:
+            assert self.kept_step(validations, step) == step
+            self._state = engine.state_dict()
 
 
 def best_step(validations: Validations) -> int | None:

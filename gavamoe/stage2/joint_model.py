@@ -18,6 +18,11 @@ Losses = dict[str, Tensor]
 EXPLAINER, VAE_GMM = "explainer.", "vae_gmm."
 """Prefixes of both parts' names in the joint state."""
 _TABLES = ("user_embedding.", "item_embedding.")
+_FLOAT32 = (
+    ".router.", ".user_embedding.", ".item_embedding.", ".user_projection.", ".item_projection.", ".cluster_embedding.",
+    ".lora_",
+)  # fmt: skip
+"""Marks of the explainer's parameters that stay float32 where the others are stored as bfloat16."""
 
 
 class JointModel(nn.Module):
@@ -109,11 +114,34 @@ class JointModel(nn.Module):
             losses["router_loss"] = output.aux_loss
         return loss
 
+    def store_in_bf16(self) -> None:
+        """Store the explainer's weights as bfloat16, in place, but for routers, slots and adapters; stage 1 and the
+        tables stay float32 as well. So it is trained without autocast, which would cast each weight at each use.
+
+        Gate values decide a discrete choice; tables and slots are read a few rows at a time; adapters are small. An
+        optimizer needs float32 copies of what is bfloat16: its steps are smaller than a bfloat16's last digit.
+        """
+        for name, parameter in self.explainer.named_parameters():
+            if stored_in_bf16(name):
+                parameter.data = parameter.data.to(torch.bfloat16)
+
     def read_outside_forward(self) -> Iterator[nn.Parameter]:
         """Parameters read as attributes, not in their own module's forward; ZeRO-3 needs them registered as
         external."""
         yield from self.vae_gmm.prior.parameters()
         yield from self.vae_gmm.parameters(recurse=False)
+
+
+def stored_in_bf16(name: str) -> bool:
+    """Whether `JointModel.store_in_bf16` has a parameter of the explainer, by its name there, in bfloat16."""
+    return not any(mark in f".{name}" for mark in _FLOAT32)
+
+
+def largest_layer(explainer: GavamoeForCausalLM) -> int:
+    """Numbers in the decoder layer that has most of them; to be asked before ZeRO-3 shards the parameters."""
+    decoder = explainer.model
+    layers = decoder.layers if hasattr(decoder, "layers") else decoder.h
+    return max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
 
 
 _ROUTED = (".experts.", ".router.")
@@ -126,12 +154,12 @@ halve their steps. Much smaller ones make rounding errors into steps."""
 
 def parameter_groups(model: JointModel, config: Stage2Config) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters: each side's rate; no decay of norms, biases, tables and prior; a
-    smaller eps of routed experts and gates.
+    smaller eps of routed experts and gates. What is stored as bfloat16 is in groups of its own, the last ones.
 
     Each group keeps its peak rate as "peak_lr", which schedules scale, and as "routed" whether it is of those.
     """
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -141,7 +169,7 @@ def parameter_groups(model: JointModel, config: Stage2Config) -> list[dict[str, 
         if routed:
             rate = config.expert_learning_rate or rate
         plain = parameter.ndim < 2 or name.endswith("bias") or id(parameter) in tables or ".prior." in name
-        key = (rate, 0.0 if plain else config.weight_decay, routed)
+        key = (parameter.dtype != torch.float32, rate, 0.0 if plain else config.weight_decay, routed)
         groups.setdefault(key, []).append(parameter)
     return [
         {
@@ -152,7 +180,9 @@ def parameter_groups(model: JointModel, config: Stage2Config) -> list[dict[str, 
             "eps": ROUTED_EPS if routed else ADAM_EPS,
             "routed": routed,
         }
-        for (rate, decay, routed), parameters in groups.items()
+        # One type of number a group, since ZeRO lays a group end to end; float32 first: the first group's type is that
+        # of ZeRO's buffers, in which gradients are summed.
+        for (_, rate, decay, routed), parameters in sorted(groups.items(), key=lambda item: item[0][0])
     ]
 
 

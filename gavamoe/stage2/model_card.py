@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from gavamoe.artifacts.files import write_folder, write_json
+from gavamoe.artifacts.files import read_json, write_folder, write_json
 from gavamoe.artifacts.manifest import write_manifest
 from gavamoe.config.files import dump_config
 from gavamoe.config.schema import RunConfig
@@ -35,7 +36,9 @@ from gavamoe.stage2.tokenized_rows import rows_with_text
 def write_artifact(
     out: Path, config: RunConfig, setup: Setup, state: dict[str, Tensor], metrics: dict[str, Any]
 ) -> None:
-    """Write the folder whole, from the joint model's `state` (on the CPU) rather than from sharded modules."""
+    """Write the folder whole, in float32, from the joint model's `state` (on the CPU) rather than from sharded
+    modules."""
+    state = _in_float32(state)
     vae_gmm = VaeGmm.from_spec(setup.model.vae_gmm.to_spec())
     vae_gmm.load_state_dict(part_of_state(state, VAE_GMM))
     for table in mapped_tables(setup.model.vae_gmm):
@@ -45,6 +48,8 @@ def write_artifact(
         explainer_state = merged_state(setup.model.explainer, explainer_state)
     with write_folder(out) as folder:
         setup.model.explainer.save_pretrained(folder, state_dict=explainer_state)
+        # transformers notes the type that the module's weights were trained in.
+        write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": "float32"})
         setup.tokenizer.save_pretrained(folder)
         setup.data.catalog.save(folder / CATALOG_FOLDER)
         shrink_interaction(vae_gmm, setup.pairs.held_out("valid"), "cpu")
@@ -61,6 +66,12 @@ def write_artifact(
         (folder / "README.md").write_text(model_card(config, setup, metrics), encoding="utf-8")
         inputs = {"dataset": setup.data.fingerprint, "stage1": setup.stage1.fingerprint}
         write_manifest(folder, "stage2", config, inputs, {"parameters": setup.parameters})
+
+
+def _in_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state whose weights may be bfloat16; one tensor under two names stays one tensor."""
+    wide = {id(tensor): tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in state.values()}
+    return {name: wide[id(tensor)] for name, tensor in state.items()}
 
 
 def _write_clusters(folder: Path, config: RunConfig, setup: Setup, vae_gmm: VaeGmm) -> None:

@@ -21,9 +21,10 @@ from gavamoe.errors import InputError
 from gavamoe.model.base_model import check_base, scratch_config
 from gavamoe.model.build import weightless_explainer
 from gavamoe.runtime.context import Context
+from gavamoe.stage2.joint_model import stored_in_bf16
 
-_FLOAT = 4
-"""Bytes of a weight: states are float32 under every precision."""
+_FLOAT, _HALF = 4, 2
+"""Bytes of a number in float32, as optimizer states and finished models are, and in bfloat16."""
 _MOMENTS = 2
 """Numbers that Adam keeps for each trained weight."""
 _KEPT = 2
@@ -39,6 +40,8 @@ class Sizes:
     """Those that get into the optimizer."""
     looked_up: int = 0
     """Numbers of sharded tables, which are no parameters, and lie in the artifact's files."""
+    halved: int = 0
+    """Those that precision bf16_weights stores as bfloat16."""
 
 
 def check_base_model(config: RunConfig, users: int, items: int) -> Sizes:
@@ -53,12 +56,13 @@ def check_base_model(config: RunConfig, users: int, items: int) -> Sizes:
     else:
         base = check_base(stage2.base_model)
     check_positions(config, base)
-    parameters = list(weightless_explainer(config, base, users, items).parameters())
+    parameters = dict(weightless_explainer(config, base, users, items).named_parameters())
     sharded = config.stage1.tables == "sharded"
     return Sizes(
         looked_up=(users + items + 2) * config.stage1.embedding_size if sharded else 0,
-        total=sum(parameter.numel() for parameter in parameters),
-        trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        total=sum(parameter.numel() for parameter in parameters.values()),
+        trained=sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad),
+        halved=sum(parameter.numel() for name, parameter in parameters.items() if stored_in_bf16(name)),
     )
 
 
@@ -86,7 +90,7 @@ def check_positions(config: RunConfig, base: PreTrainedConfig) -> None:
 def precision_warning(config: RunConfig) -> str | None:
     """What to say where bfloat16 makes training slower: a CPU without instructions for it (AVX-512 or AMX, on x86)
     converts every matrix to float32 and back. None elsewhere."""
-    if config.stage2.precision != "bf16" or config.runtime.gpu or os.environ.get("RAY_ADDRESS"):
+    if config.stage2.precision == "fp32" or config.runtime.gpu or os.environ.get("RAY_ADDRESS"):
         return None
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "DEFAULT", "NO AVX"):
         return None
@@ -134,14 +138,19 @@ def check_disk(config: RunConfig, dataset: Dataset, folder: Path, sizes: Sizes) 
 def checkpoint_bytes(config: RunConfig, sizes: Sizes) -> int:
     """Bytes of a checkpoint of stage 2: weights, optimizer states, the best state so far. Stage 1's own don't count."""
     stage2 = config.stage2
-    weights = 2 * sizes.total if stage2.keep == "best" and stage2.alpha < 1 else sizes.total
+    weights = _FLOAT * sizes.total
+    if stage2.precision == "bf16_weights":
+        weights -= (_FLOAT - _HALF) * sizes.halved
+    states = 2 if stage2.keep == "best" and stage2.alpha < 1 else 1
     copied = config.runtime.engine == "deepspeed" and stage2.zero_stage in (1, 2)  # ZeRO shards a second copy
-    return _FLOAT * (weights + (_MOMENTS + copied) * sizes.trained)
+    return states * weights + _FLOAT * (_MOMENTS + copied) * sizes.trained
 
 
 def kept_checkpoints(config: RunConfig, dataset: Dataset) -> int:
     """Checkpoints of stage 2 that lie on the disk at the same time."""
     stage2 = config.stage2
+    if stage2.checkpoint_minutes:
+        return _KEPT
     rows = stage2.batch_size * stage2.gradient_accumulation * config.runtime.workers
     steps = stage2.epochs * (dataset.size("train") // rows)
     steps = min(steps, stage2.max_steps or steps)

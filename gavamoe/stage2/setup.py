@@ -90,6 +90,8 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path, *, empty_weights: bo
     model = JointModel(explainer, vae_gmm, config.stage2.alpha, bf16=config.stage2.precision == "bf16")
     if not empty_weights:
         explainer.calibrate_slots()
+    if config.stage2.precision == "bf16_weights":
+        model.store_in_bf16()
     parameters = sum(parameter.numel() for name, parameter in model.named_parameters() if ".lora_" not in name)
     spec = PromptSpec(
         prompt=config.stage2.prompt,

@@ -12,6 +12,7 @@ In an experiment a rule of `route_overrides` routes instead, from the first step
 The state that becomes the artifact is the best on validation (`stage2.keep`); `stage2.patience` ends a run early.
 """
 
+import contextlib
 import math
 import tempfile
 import time
@@ -29,13 +30,13 @@ from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.context import Context
 from gavamoe.stage1.routes import route_pairs
 from gavamoe.stage1.vae_gmm import VaeGmm
-from gavamoe.stage2.batches import Batch, BatchPlan, GateDropout, IdDropout, PairBatches
 from gavamoe.stage2.best_state import BestState, Progress
 from gavamoe.stage2.expert_movement import PROBE_ROWS, Movement, MovementProbe
 from gavamoe.stage2.joint_model import VAE_GMM, Losses, part_of_state
 from gavamoe.stage2.model_card import write_artifact
 from gavamoe.stage2.schedule import rates_at, shared_steps
 from gavamoe.stage2.setup import Setup, clusters_of, prepare
+from gavamoe.stage2.step_batches import OneAhead, StepBatches
 from gavamoe.stage2.training_engines import Engine, make_engine
 
 LOG_EVERY = 10
@@ -43,6 +44,8 @@ LOG_EVERY = 10
 SHORT_ROW = 256
 """Tokens up to which plain attention is the faster one on a CPU: the fused kernel's backward pass, made for long
 rows, takes a tenth of a step at 96 tokens."""
+_FLOAT32_WEIGHTS = "fp32 or bf16"
+"""The precisions whose checkpoints hold the same kinds of numbers."""
 STATE_FILE, CLUSTERS_FILE = "state.json", "clusters.safetensors"
 
 
@@ -57,8 +60,10 @@ def train_stage2(config: RunConfig, dataset: Path, stage1: Path, out: Path, cont
     if Path(out).exists():
         raise InputError(f"{out}: already exists; choose another folder or remove it first")
     torch.manual_seed(config.seed)
-    # At ZeRO-3 DeepSpeed sends rank 0's weights to the others, shard by shard: one worker in all reads the base model.
-    setup = prepare(config, dataset, stage1, empty_weights=config.stage2.zero_stage == 3 and context.rank > 0)
+    # DeepSpeed sends rank 0's weights to the others: one worker in all reads the base model. Where workers share the
+    # experts out, each needs its own ones.
+    hollow = context.rank > 0 and config.stage2.expert_parallel == 1
+    setup = prepare(config, dataset, stage1, empty_weights=hollow)
     prompt = config.stage2.prompt
     if context.device == "cpu" and prompt.max_tokens + prompt.max_explanation_tokens <= SHORT_ROW:
         setup.model.explainer.set_attn_implementation("eager")
@@ -70,10 +75,10 @@ def train_stage2(config: RunConfig, dataset: Path, stage1: Path, out: Path, cont
         device=context.device,
     )
     try:
-        training = Training(config, setup, engine, context)
-        if context.resume_from is not None:
-            training.resume(context.resume_from)
-        training.run()
+        with contextlib.closing(Training(config, setup, engine, context)) as training:
+            if context.resume_from is not None:
+                training.resume(context.resume_from)
+            training.run()
         metrics = training.metrics() | {"seconds": time.perf_counter() - started}
         state = training.kept_state()
         if context.rank == 0:
@@ -89,25 +94,16 @@ class Training:
     def __init__(self, config: RunConfig, setup: Setup, engine: Engine, context: Context) -> None:
         self._config, self._setup, self._engine, self._context = config, setup, engine, context
         stage2 = config.stage2
-        self._plan = BatchPlan(
-            setup.train.lengths, stage2.batch_size, context.world_size, stage2.gradient_accumulation, config.seed
-        )
-        # Each of the accumulated batches gets an equal share of the step's pairs.
-        self._pairs_per_batch = -(-stage2.elbo_batch_size // stage2.gradient_accumulation)
-        pairs_per_step = self._pairs_per_batch * stage2.gradient_accumulation * context.world_size
-        self._pairs = PairBatches(setup.pairs, pairs_per_step) if stage2.alpha > 0 else None
-        unknown = config.stage1.unknown_id_rate
-        self._id_dropout = IdDropout(max(unknown, stage2.slot_dropout), unknown, setup.model.explainer.slots)
-        self._gate_dropout: GateDropout | None = None
-        if stage2.gate_dropout:
-            prior_K = torch.from_numpy(setup.clusters["train"].mean(axis=0))
-            self._gate_dropout = GateDropout(stage2.gate_dropout, prior_K)
-        planned = stage2.epochs * self._plan.steps_per_epoch
+        self._batches = StepBatches(config, setup, context)
+        self._ahead = OneAhead(self._batches.make)
+        self._epoch_steps = self._batches.plan.steps_per_epoch
+        planned = stage2.epochs * self._epoch_steps
         self.steps = min(planned, stage2.max_steps) if stage2.max_steps else planned
         self._clusters = dict(setup.clusters)
         self._progress = Progress()
         self._best = BestState(stage2)
         self._probe = MovementProbe(setup.model.explainer) if stage2.alpha < 1 else None
+        self._checkpointed = time.monotonic()
         self._unlogged: list[Losses] = []
         self._unlogged_tokens, self._unlogged_since = 0, time.perf_counter()
 
@@ -126,12 +122,16 @@ class Training:
             validate = last or _due(progress.step, stage2.evaluate_every)
             checkpoint = last or _due(progress.step, stage2.checkpoint_every)
             if checkpoint or validate or _due(progress.step, LOG_EVERY):  # no step is lost between two runs' lines
-                self._log()
+                checkpoint |= self._log()
             if validate:
                 self._validate()
                 self._best.follow(progress.validations, self._engine)
             if checkpoint or self._ended():
                 self._checkpoint()
+
+    def close(self) -> None:
+        """End the thread that makes batches."""
+        self._ahead.close()
 
     def kept_state(self) -> dict[str, Tensor]:
         """The joint state that becomes the artifact, on rank 0, empty on others; every rank calls it."""
@@ -160,7 +160,7 @@ class Training:
             "steps": progress.step,
             "planned_steps": self.steps,
             "stopped_early": progress.step < self.steps,
-            "steps_per_epoch": self._plan.steps_per_epoch,
+            "steps_per_epoch": self._epoch_steps,
             "tokens": progress.tokens,
             "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else None,
             "parameters": self._setup.parameters,
@@ -184,21 +184,23 @@ class Training:
         """
         path = folder / STATE_FILE
         state = read_json(path)
+        saved = {"stage2.precision": _FLOAT32_WEIGHTS} | state["identity"]  # earlier checkpoints don't say it
         for name, here in self._identity().items():
-            if state["identity"].get(name) != here:
+            if saved.get(name) != here:
                 raise InputError(
-                    f"{path}: the checkpoint has {name} {state['identity'].get(name)}, this run has {here}, so its"
+                    f"{path}: the checkpoint has {name} {saved.get(name)}, this run has {here}, so its"
                     " steps would hold other rows, or its states would not fit; resume with the same value, or start"
                     " without --resume"
                 )
         self._engine.load(folder)
-        self._clusters = load_file(folder / CLUSTERS_FILE)
+        for split, clusters in load_file(folder / CLUSTERS_FILE).items():
+            self._set_clusters(split, clusters)
         if self._probe:
             self._probe.load(folder)
         pairs = ("validations", "movements")
         values = state["progress"]
         self._progress = Progress(**values | {name: [tuple(pair) for pair in values[name]] for name in pairs})
-        self._best.load(folder, self._progress.validations, self._context.rank)
+        self._best.load(folder, self._progress.validations, self._progress.step, self._engine, self._context.rank)
 
     def _identity(self) -> dict[str, Any]:
         """The settings that a checkpoint and the run that resumes from it must share: its state and data order."""
@@ -208,8 +210,9 @@ class Training:
             "runtime.workers": self._context.world_size,
             "stage2.zero_stage": stage2.zero_stage,
             "stage2.expert_parallel": stage2.expert_parallel,
+            "stage2.precision": stage2.precision if stage2.precision == "bf16_weights" else _FLOAT32_WEIGHTS,
             "steps": self.steps,
-            "steps per epoch": self._plan.steps_per_epoch,
+            "steps per epoch": self._epoch_steps,
             "seed": self._config.seed,
             "stage2.experts": stage2.experts.model_dump(mode="json"),
             "stage2.soft_routes": stage2.soft_routes,
@@ -218,7 +221,7 @@ class Training:
         }
 
     def _start_step(self) -> None:
-        if self._progress.step and self._progress.step % self._plan.steps_per_epoch == 0:
+        if self._progress.step and self._progress.step % self._epoch_steps == 0:
             self._refresh_routes("train")
         # Dropout and latent samples: the same for this step on this worker, whatever ran before.
         words = np.random.SeedSequence([self._config.seed, self._progress.step, self._context.rank])
@@ -226,52 +229,25 @@ class Training:
 
     def _step(self) -> None:
         started, cpu, step = time.perf_counter(), time.process_time(), self._progress.step
-        rows_AWB = self._plan.rows(step)
-        losses = self._engine.train_step(self._batches(step, rows_AWB), rates_at(step, self.steps, self._config.stage2))
-        tokens = int(self._setup.train.lengths[rows_AWB].sum())
+        # An epoch's first batches have to wait for its routes.
+        following = step + 1 < self.steps and (step + 1) % self._epoch_steps != 0
+        taken = self._ahead.take(step, ahead=following)
+        losses = self._engine.train_step(taken.batches, rates_at(step, self.steps, self._config.stage2))
         self._unlogged.append(losses)
-        self._unlogged_tokens += tokens
-        self._progress.tokens += tokens
+        self._unlogged_tokens += taken.tokens
+        self._progress.tokens += taken.tokens
         self._progress.seconds += time.perf_counter() - started
         self._progress.cpu_seconds[-1] += time.process_time() - cpu
         self._progress.step += 1
 
-    def _batches(self, step: int, rows_AWB: np.ndarray) -> list[Batch]:
-        """This worker's accumulated batches of a step."""
-        train, pad = self._setup.train, self._setup.pad
-        accumulated, workers, _ = rows_AWB.shape
-        # Tokens count alike wherever they are: each batch's sum is divided by the mean label count of all batches.
-        labels = int(train.answers.lengths[rows_AWB].sum()) / (accumulated * workers)
-        random = np.random.default_rng([self._config.seed, step, self._context.rank])
-        pairs = self._worker_pairs(step, accumulated)
-        batches = []
-        for index, rows_WB in enumerate(rows_AWB):
-            batch: Batch = {}
-            if self._config.stage2.alpha < 1:
-                batch = train.collate(rows_WB[self._context.rank], self._clusters["train"], pad)
-                batch["input_ids"] = self._id_dropout.apply(batch["input_ids"], random)
-                if self._gate_dropout is not None:
-                    batch["cluster_ids"] = self._gate_dropout.apply(batch["cluster_ids"], random)
-                batch["label_count"] = torch.tensor(labels)
-            if pairs is not None:
-                batch |= {name: values[index] for name, values in pairs.items()}
-            batches.append(batch)
-        return batches
-
-    def _worker_pairs(self, step: int, accumulated: int) -> dict[str, Tensor] | None:
-        """This worker's stage-1 pairs of a step, each (A, P)."""
-        if self._pairs is None:
-            return None
-        count = self._pairs_per_batch * accumulated
-        pairs = self._pairs.step(step).take(slice(self._context.rank * count, (self._context.rank + 1) * count))
-        columns = {"users": pairs.user, "items": pairs.item, "ratings": pairs.rating}
-        return {name: torch.from_numpy(column).view(accumulated, -1) for name, column in columns.items()}
-
-    def _log(self) -> None:
-        """Write the means since the last line, over all workers."""
+    def _log(self) -> bool:
+        """Write the means since the last line, over all workers. Returns whether `checkpoint_minutes` are over: by rank
+        0's clock, whose verdict is summed along, so that all workers get it and none waits for it."""
         names = sorted(self._unlogged[0])
         means = torch.stack([torch.stack([step[name] for step in self._unlogged]).mean() for name in names])
-        values = dict(zip(names, (self._sum(means) / self._context.world_size).tolist(), strict=True))
+        summed = self._sum(torch.cat([means, means.new_full((1,), float(self._minutes_are_over()))])).tolist()
+        minutes_over = summed.pop() > 0
+        values = {name: value / self._context.world_size for name, value in zip(names, summed, strict=True)}
         progress, elapsed = self._progress, time.perf_counter() - self._unlogged_since
         if not math.isfinite(values["loss"]):
             raise RunError(f"stage 2: the loss is {values['loss']} at step {progress.step}; lower the learning rates")
@@ -282,13 +258,19 @@ class Training:
                 "phase": "train",
                 "step": progress.step,
                 "steps": self.steps,
-                "epoch": (progress.step - 1) // self._plan.steps_per_epoch,
+                "epoch": (progress.step - 1) // self._epoch_steps,
                 **values,
                 "learning_rate": max(rates.shared, rates.routed) * self._config.stage2.learning_rate,
                 "tokens_per_second": self._unlogged_tokens / elapsed,
             }
         )
         self._unlogged, self._unlogged_tokens, self._unlogged_since = [], 0, time.perf_counter()
+        return minutes_over
+
+    def _minutes_are_over(self) -> bool:
+        """On rank 0, whether the last checkpoint was begun that long ago; False on others."""
+        minutes = self._config.stage2.checkpoint_minutes
+        return self._context.rank == 0 and minutes > 0 and time.monotonic() - self._checkpointed >= 60 * minutes
 
     def _validate(self) -> None:
         """Mean negative log-likelihood per token of the validation rows' explanations, over all workers."""
@@ -355,8 +337,13 @@ class Training:
         clusters = np.zeros_like(self._clusters[split])
         routes = route_pairs(model, users[rows], items[rows], device=self._context.device)
         clusters[rows] = clusters_of(routes, self._config.stage2)
-        self._clusters[split] = self._sum(torch.from_numpy(clusters)).numpy()
+        self._set_clusters(split, self._sum(torch.from_numpy(clusters)).numpy())
         self._unlogged_since = time.perf_counter()
+
+    def _set_clusters(self, split: str, clusters: np.ndarray) -> None:
+        self._clusters[split] = clusters
+        if split == "train":
+            self._batches.clusters_N = clusters
 
     def _sum(self, values: Tensor) -> Tensor:
         """Sum over the workers."""
@@ -367,16 +354,18 @@ class Training:
         return moved.cpu()
 
     def _checkpoint(self) -> None:
+        self._context.settle()  # never two of them among the temporary files
+        self._checkpointed, unchanged = time.monotonic(), list[str]()
         with tempfile.TemporaryDirectory(prefix="gavamoe-checkpoint-") as name:
             folder = Path(name)
             self._engine.save(folder)
             if self._context.rank == 0:
                 write_json(folder / STATE_FILE, {"identity": self._identity(), "progress": vars(self._progress)})
                 save_file(self._clusters, folder / CLUSTERS_FILE)
-                self._best.save(folder)
+                unchanged = self._best.save(folder, self._progress.validations, self._progress.step)
                 if self._probe:
                     self._probe.save(folder)
-            self._context.checkpoint(folder, {"step": self._progress.step, "steps": self.steps})
+            self._context.checkpoint(folder, {"step": self._progress.step, "steps": self.steps}, unchanged)
         self._unlogged_since = time.perf_counter()
 
 

@@ -26,6 +26,7 @@ _NOT_SEARCHED = {
     "stage2.validation_rows": "it decides how trials are measured, so their values would not compare",
     "stage2.evaluate_every": "it decides how often trials are measured, not what is learned",
     "stage2.checkpoint_every": "it decides how often trials are saved, not what is learned",
+    "stage2.checkpoint_minutes": "it decides how often trials are saved, not what is learned",
     "stage2.prompt.max_explanation_tokens": "it decides which tokens count, so values would not compare",
 }
 

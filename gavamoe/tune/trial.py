@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,10 +260,15 @@ class _TrialContext:
         self._log.flush()
         self._on_line(metrics)
 
-    def checkpoint(self, folder: Path, metrics: Metrics) -> None:
+    def settle(self) -> None:
+        pass  # it is stored at once
+
+    def checkpoint(self, folder: Path, metrics: Metrics, unchanged: Sequence[str] = ()) -> None:
         del metrics
         with write_folder(self._kept, replace=True) as aside:
             shutil.copytree(folder, aside, dirs_exist_ok=True)
+            for name in unchanged:
+                shutil.copy2(self._kept / name, aside / name)
 
 
 def _percent(line: Mapping[str, Any], unit: str, config: RunConfig) -> int:

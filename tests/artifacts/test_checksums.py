@@ -10,7 +10,7 @@ from gavamoe.artifacts.checksums import Damage, FileEntry, find_damage, fingerpr
 from gavamoe.artifacts.manifest import read_manifest, write_manifest
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError
-from gavamoe.runtime.worker import checkpoint_problem
+from gavamoe.runtime.checkpoints import checkpoint_problem
 
 HELLO = hashlib.sha256(b"hello").hexdigest()
 

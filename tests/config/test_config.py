@@ -23,7 +23,7 @@ def test_presets_load_and_round_trip(preset: str, tmp_path: Path) -> None:
 
 
 def test_shipped_presets() -> None:
-    assert set(PRESETS) == {"quickstart", "reviews", "smollm2", "paper", "gpt2"}
+    assert set(PRESETS) == {"quickstart", "reviews", "smollm2", "paper", "paper-fast", "gpt2"}
 
 
 def test_paper_preset_is_section_4_2() -> None:
@@ -95,7 +95,7 @@ def test_hostile_yaml_is_one_line(text: str, tmp_path: Path) -> None:
 
 
 def test_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(InputError, match="nosuch: no such config file, nor one of the presets gpt2, paper"):
+    with pytest.raises(InputError, match="nosuch: no such config file, nor one of the presets gpt2, paper, paper-fast"):
         load_config("nosuch")
 
 

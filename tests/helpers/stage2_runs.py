@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,13 @@ def _worker(
         def log(self, metrics: Metrics) -> None:
             lines.append(dict(metrics))
 
-        def checkpoint(self, folder: Path, metrics: Metrics) -> None:
+        def checkpoint(self, folder: Path, metrics: Metrics, unchanged: Sequence[str] = ()) -> None:
             """Both ranks' files in one folder, as Ray Train merges them."""
-            shutil.copytree(folder, work / "checkpoints" / f"{metrics['step']}", dirs_exist_ok=True)
+            kept = work / "checkpoints" / f"{metrics['step']}"
+            shutil.copytree(folder, kept, dirs_exist_ok=True)
+            for name in unchanged:
+                shutil.copy2(self.checkpoints[-1] / name, kept / name)
+            self.checkpoints.append(kept)
 
     context = Context(rank=rank, world_size=2, resume_from=resume)
     metrics = train_stage2(config, data, stage1, work / "stage2", context)

@@ -339,6 +339,17 @@ def test_commands_are_found_in_login_shells(tmp_path: Path) -> None:
     assert subprocess.run(shell, capture_output=True, text=True, check=True).stdout.strip() == str(scripts / "ray")
 
 
+def test_the_image_names_no_base_that_it_does_not_build_on() -> None:
+    """Ubuntu's images own uid 1000, and CUDA's bring another CUDA than torch's wheels, which need none of it."""
+    text = (ROOT / "Dockerfile").read_text()
+    assert re.findall(r"^ARG BASE=(.*)$", text, flags=re.MULTILINE) == ["python:3.11-slim-bookworm"]
+    assert not re.findall(r"ubuntu|nvidia/cuda|cudnn", text, flags=re.IGNORECASE)
+    assert "--uid 1000" in text
+    driver = re.search(r"a driver of (\d+) or newer", text)
+    assert driver, "the driver that torch's wheels need"
+    assert int(driver[1]) >= 580
+
+
 def test_one_training_stays_on_one_machine(cluster: dict[str, Any]) -> None:
     """Nothing here sets up a fast network between machines."""
     assert cluster["max_workers"] == 1

@@ -4,8 +4,9 @@ import json
 import os
 import signal
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def counting_loop(*, context: Context, steps: int, die_at: int | None = None, al
         torch.distributed.all_reduce(ranks)
         context.log({"phase": "count", "step": step + 1, "steps": steps, "ranks": float(ranks)})
         if step == die_at and context.rank == 1 and (always or start == 0):
-            time.sleep(1)  # the controller registers a checkpoint at its next poll; death is to come after that
+            context.settle()  # the last checkpoint counts: death is to come after that
             os.kill(os.getpid(), signal.SIGKILL)
         if step % 3 == 2:
             with tempfile.TemporaryDirectory() as folder:
@@ -67,6 +68,32 @@ def loop_without_its_log(*, context: RayContext, steps: int) -> int:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "step").write_text(str(step + 1))
             context.checkpoint(Path(folder), {"step": step + 1})
+    return start
+
+
+def loop_killed_while_storing(*, context: RayContext, steps: int) -> int:
+    """Checkpoints each step, with a file that only the first one writes; the first process dies when the third one's
+    files are stored, but do not count yet."""
+    start = 0
+    if context.resume_from is not None:
+        start = int((context.resume_from / "step").read_text())
+        assert (context.resume_from / "best").read_text() == "the best"
+    store = context._uploads._store
+
+    def killed(storage: Any, checkpoint: Any, name: str, unchanged: Sequence[str]) -> Any:
+        stored = store(storage, checkpoint, name, unchanged)
+        if start == 0 and (Path(stored.path) / "step").read_text() == "3":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return stored
+
+    context._uploads._store = killed  # type: ignore[method-assign]
+    for step in range(start, steps):
+        context.log({"phase": "count", "step": step + 1, "steps": steps})
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "step").write_text(str(step + 1))
+            if step == start:
+                (Path(folder) / "best").write_text("the best")
+            context.checkpoint(Path(folder), {"step": step + 1}, () if step == start else ("best",))
     return start
 
 
@@ -114,6 +141,31 @@ def test_an_error_of_the_loops_own_does_not_advise_to_resume(tmp_path: Path) -> 
         f" removed; traceback: {kept}"
     )
     assert "in failing_loop" in kept.read_text()
+
+
+def test_a_death_while_a_checkpoint_is_stored_leaves_the_one_before(tmp_path: Path) -> None:
+    one = RuntimeConfig(workers=1, max_failures=1)
+    started = run_training(loop_killed_while_storing, {"steps": 5}, placement=one, folder=tmp_path, name="count")
+    assert started == 2
+    assert log_steps(tmp_path, "count") == [1, 2, 3, 4, 5]
+
+
+def test_workers_wait_for_each_other_as_long_as_they_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit of collective operations reaches the process group."""
+    seen: list[Any] = []
+
+    class Trainer:
+        def __init__(self, *_: Any, torch_config: Any, **__: Any) -> None:
+            seen.append(torch_config)
+
+        def fit(self) -> Any:
+            return SimpleNamespace(return_value=None)
+
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Trainer)
+    for minutes in (30, 0.5):
+        placement = RuntimeConfig(workers=2, collective_minutes=minutes)
+        run_training(counting_loop, {"steps": 1}, placement=placement, folder=tmp_path, name="count")
+    assert [(config.backend, config.timeout_s) for config in seen] == [("gloo", 1800), ("gloo", 30)]
 
 
 @pytest.mark.slow

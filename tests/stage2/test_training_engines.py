@@ -172,14 +172,14 @@ def test_two_workers_whose_losses_come_in_chunks_equal_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("conversion", ["shared", "split"])
+@pytest.mark.parametrize(("conversion", "stage"), [("shared", 3), ("split", 3), ("shared", 2)])
 def test_two_workers_of_which_one_reads_the_base_model_equal_one(
-    conversion: str, tiny_dataset: Path, stage1: Path, tmp_path: Path
+    conversion: str, stage: int, tiny_dataset: Path, stage1: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base")
     same = (*EVERY_STEP, f"stage2.base_model={base}", f"stage2.experts.conversion={conversion}")
     single = Trained(tiny(*same), tiny_dataset, stage1, tmp_path / "single")
-    in_two_workers(tiny(*same, *HALF_BATCHES, "stage2.zero_stage=3"), tiny_dataset, stage1, tmp_path / "two")
+    in_two_workers(tiny(*same, *HALF_BATCHES, f"stage2.zero_stage={stage}"), tiny_dataset, stage1, tmp_path / "two")
     two = load_explainer(tmp_path / "two/stage2")[0].state_dict()
     close(two, load_explainer(single.out)[0].state_dict(), 1e-3)
 

@@ -12,8 +12,10 @@ from helpers.tiny import DEFAULT_RATES, tiny
 
 from gavamoe.artifacts.files import sha256, write_json
 from gavamoe.config.files import parse_config
+from gavamoe.config.schema import RuntimeConfig
 from gavamoe.data.dataset import Dataset, fingerprint, open_dataset
 from gavamoe.errors import InputError, RunError
+from gavamoe.tune import trial
 from gavamoe.tune.folder import withhold_test
 from gavamoe.tune.space import parse_space
 from gavamoe.tune.trial import RESULT_FILE, Job, discard_work, run_trial
@@ -164,3 +166,28 @@ def test_several_workers_or_offloading_need_ray_train(tiny_dataset: Path, tmp_pa
         metric = "stage2.validation_loss" if stages == 2 else "rmse"
         space = parse_space(SPACE | {"stages": stages, "metric": metric}, "s.yaml")
         assert not Job(space, config, job.dataset, job.fingerprint, tmp_path, 1).in_process
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_texts_of_trials_with_workers_are_written_where_there_is_a_device_for_them(
+    gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a trial's own process has reserved no GPU: a task of the workers' placement writes, not the process."""
+    config = parse_config({"runtime": {"workers": 2, "gpu": gpu}}, "")
+    space = parse_space(SPACE | {"stages": 2, "metric": "stage2.validation_loss"}, "s.yaml")
+    job = Job(space, config, tmp_path / "data", "", tmp_path, 1)
+    assert not job.in_process
+    asked: list[tuple[Any, dict[str, Any], RuntimeConfig]] = []
+
+    def tasks(loop: Any, jobs: list[dict[str, Any]], placement: RuntimeConfig) -> list[dict[str, float]]:
+        asked.extend((loop, each, placement) for each in jobs)
+        return [{"bleu_4": 1.0}]
+
+    monkeypatch.setattr(trial, "run_tasks", tasks)
+    monkeypatch.setattr(trial, "write_and_score", lambda **_: pytest.fail("it is written in the trial's own process"))
+    writing = trial.write_and_score
+    assert trial._Seed(job, config, tmp_path, None, None)._texts(tmp_path / "stage2") == {"bleu_4": 1.0}
+    [(loop, arguments, placement)] = asked
+    assert loop is writing
+    assert arguments["stage2"] == tmp_path / "stage2"
+    assert placement.gpu is gpu

@@ -7,6 +7,11 @@ from gavamoe.plan.memory import USABLE
 
 _DISK = 1e9
 """Bytes a second to a disk, or to a storage, for the time that checkpoints take."""
+_USES = {
+    "compute": "computing",
+    "memory": "reading and writing weights, gradients, moments",
+    "communication": "communicating",
+}
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
 
 
@@ -45,8 +50,8 @@ def _print_memory(plan: dict[str, Any]) -> None:
     ways = "with" if checkpointing else "without"
     print_table(
         f"Stage 2, memory per device in {name}: {hardware['devices']} x {size(hardware['memory'])}, longest batch,"
-        f" {ways} gradient checkpointing\n(o) optimizer, (w) weights on host; + fits into {USABLE:.0%}, - does not"
-        f" (ZeRO-3 starts from the whole model: {size(max(row['start'] for row in plan['memory']))}), * this config",
+        f" {ways} gradient checkpointing\n(o) optimizer, (w) weights on host; + fits into {USABLE:.0%}, - does not,"
+        " * this config",
         ["scheme", "weight", "grad.", "optim.", "buffer", "activ.", "device", "host"],
         rows,
     )
@@ -74,23 +79,22 @@ def _print_training(plan: dict[str, Any]) -> None:
         *_times(work["epoch_seconds"], "epoch"),
         *_times(work["seconds"], "whole run"),
         ("checkpoints", f"{work['checkpoints']} of {size(work['checkpoint_bytes'])}"),
-        (f"whole run: waiting for them at {_DISK / 1e9:g} GB/s", duration(writing / _DISK)),
+        (f"whole run: waiting for them, written at {_DISK / 1e9:g} GB/s", duration(writing / _DISK)),
     ]
     title = (
         f"Stage 2, work: {hardware['flops'] / 1e12:g} TFLOP/s in bf16 at {hardware['utilisation']:.0%},"
-        f" {hardware['bandwidth'] / 1e9:g} GB/s between devices"
+        f" {hardware['memory_bandwidth'] / 1e12:g} TB/s in a device's memory, {hardware['bandwidth'] / 1e9:g} GB/s"
+        " between devices"
     )
     print_table(title, ["", "value"], rows)
 
 
 def _times(seconds: dict[str, float], name: str) -> list[tuple[str, str]]:
-    """Both in full, and the bounds between which a run lies: communication hidden, or not at all."""
-    computing, sending = seconds["compute"], seconds["communication"]
-    bounds = f"{duration(max(computing, sending))} to {duration(computing + sending)}"
+    """Each in full, and the bounds between which a run lies: all at once, or one after the other."""
+    bounds = f"{duration(max(seconds.values()))} to {duration(sum(seconds.values()))}"
     return [
-        (f"{name}: computing", duration(computing)),
-        (f"{name}: communicating", duration(sending)),
-        (f"{name}: both, overlapped to one after the other", bounds),
+        *((f"{name}: {_USES[use]}", duration(each)) for use, each in seconds.items()),
+        (f"{name}: all, overlapped to one after the other", bounds),
     ]
 
 
