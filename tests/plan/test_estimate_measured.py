@@ -36,6 +36,14 @@ def test_bytes_sent_by_two_workers(zero_stage: int, accumulation: int) -> None:
     assert ours["sent"] == pytest.approx(found["sent"], rel=0.02)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "bf16_weights"])
+def test_bytes_sent_in_bfloat16(precision: str) -> None:
+    config = run_config(zero_stage=2, precision=precision, gradient_accumulation=2, batch_size=2)
+    found, ours = measure(config, 2, SMALL), planned(config, 2, SMALL)
+    assert found["unexpected"] == 0
+    assert ours["sent"] == pytest.approx(found["sent"], rel=0.02)
+
+
 def test_bytes_that_stage_1_sends(tiny_dataset: Path, tmp_path: Path) -> None:
     (tmp_path / "data").symlink_to(tiny_dataset)
     sent = scaling.measure("stage1", 128, 2, tmp_path, steps=1)["sent"]
