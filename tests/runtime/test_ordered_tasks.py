@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -60,6 +61,19 @@ def test_few_jobs_are_taken_ahead() -> None:
 def test_a_job_that_fails_ends_all(fault: str, kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=text):
         list(OrderedTasks(2)(slow_square, (2,), [(1,), (3, fault), (5,)]))
+
+
+def dying_once(folder: Path, number: int) -> int:
+    mark = folder / str(number)
+    if number == 2 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_job_whose_process_is_killed_is_done_again_in_its_place(tmp_path: Path) -> None:
+    assert list(OrderedTasks(2)(dying_once, (tmp_path,), ((number,) for number in range(6)))) == list(range(6))
+    assert (tmp_path / "2").exists()
 
 
 def test_slices_are_sent_without_what_they_are_slices_of() -> None:
