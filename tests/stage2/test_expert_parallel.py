@@ -62,7 +62,7 @@ def gradients(built: MultiGateMoe) -> dict[str, Tensor]:
 
 
 def _block_worker(rank: int, work: Path) -> None:
-    from gavamoe.stage2.expert_parallel import share_out_experts
+    from gavamoe.stage2.engines.expert_parallel import share_out_experts
 
     join(rank, work)
     found: dict[str, Any] = {}
