@@ -85,6 +85,18 @@ def test_a_layer_s_weights_are_rounded_by_output_or_group(bias: bool) -> None:
         assert 0 < error < most
 
 
+@pytest.mark.parametrize("rows", [2, 33])
+@pytest.mark.parametrize(("made", "most"), [(Int8Linear, 0.02), (Int4Linear, 0.15)])
+def test_a_loud_row_takes_nothing_from_the_rows_beside_it(made: Any, most: float, rows: int) -> None:
+    """As a language model's first token is loud: one scale for all that is read would round the others away."""
+    layer = nn.Linear(64, 48)
+    hidden = torch.randn(rows, 64)
+    hidden[0] *= 3000
+    wanted = layer(hidden).detach()[1:]
+    error = (made(layer.weight, layer.bias)(hidden)[1:] - wanted).square().mean().sqrt() / wanted.std()
+    assert 0 < error < most
+
+
 def test_shapes_that_four_bits_can_not_hold_get_eight() -> None:
     model = quantize(explainer(dense_model(), conversion="shared", intermediate_size=24).float(), "int4")
     experts = model.model.layers[0].mlp.experts
