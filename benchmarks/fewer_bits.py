@@ -44,6 +44,7 @@ class Loss(NamedTuple):
     tokens: int
     unlisted: int = 0
     megabytes: float = 0.0
+    """0: not known, since packed weights don't tell."""
 
 
 def ours(run: Path, rows: EvaluatedRows, **options: Any) -> Loss:
@@ -52,7 +53,7 @@ def ours(run: Path, rows: EvaluatedRows, **options: Any) -> Loss:
     explainer = ExplanationGenerator.load(opened.stage2, "cpu", **options)
     losses = measure_row_losses(explainer, open_dataset(opened.dataset), rows, seed=0)
     assert losses is not None
-    size = sum(parameter.nbytes for parameter in [*explainer.model.parameters(), *explainer.model.buffers()])
+    size = 0 if "bits" in options else sum(parameter.nbytes for parameter in explainer.model.parameters())
     return Loss(float(losses.loss_N["shown"].sum()), int(losses.tokens_N.sum()), megabytes=size / 1e6)
 
 
@@ -113,7 +114,8 @@ def main() -> None:
         found = ours(asked.run, rows, **OURS[name]) if name in OURS else theirs(asked.run, rows, name, asked.threads)
         mean = found.nats / found.tokens
         unlisted = f"{found.unlisted / found.tokens:9.2%}" if name in GGUF_TYPES else f"{'':9}"
-        print(f"{name:10} {mean:12.4f} {math.exp(mean):10.2f} {unlisted} {found.megabytes:10.0f}", flush=True)
+        size = f"{found.megabytes:10.0f}" if found.megabytes else ""
+        print(f"{name:10} {mean:12.4f} {math.exp(mean):10.2f} {unlisted} {size}", flush=True)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def seconds_of_steps(config: RunConfig, dataset: Path, stage1: Path, steps: int)
             training._step()
         return time.perf_counter() - started, training._progress.tokens - tokens, setup.parameters
     finally:
+        training.close()
         engine.close()
 
 

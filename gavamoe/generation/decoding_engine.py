@@ -73,7 +73,7 @@ class Row:
 
 
 class Engine:
-    """A scheduler over one cache. Not thread-safe: `worker.EngineThread` drives it."""
+    """A scheduler over one cache. Not thread-safe: `engine_thread.EngineThread` drives it."""
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from gavamoe.artifacts.files import read_json
 from gavamoe.errors import InputError
 from gavamoe.model.build import load_explainer
+from gavamoe.stage2.engines.zero import _tensors_only
 from gavamoe.stage2.joint_model import parameter_groups
 from gavamoe.stage2.schedule import PEAK
 from gavamoe.stage2.setup import prepare
@@ -108,7 +109,9 @@ def test_the_artifact_is_float32_as_all_are(tiny_dataset: Path, stage1: Path, tm
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     experts = saved["model.layers.0.mlp.experts.down_proj"]
     assert torch.equal(experts, experts.bfloat16().float()), "the weights that were validated, not their masters"
-    state = torch.load(run.context.checkpoints[-1] / "engine/mp_rank_00_model_states.pt", weights_only=False)
+    kept = run.context.checkpoints[-1] / "engine/mp_rank_00_model_states.pt"
+    with _tensors_only(kept):
+        state = torch.load(kept)
     assert torch.equal(state["module"]["explainer.model.layers.0.mlp.experts.down_proj"].float(), experts)
 
 
