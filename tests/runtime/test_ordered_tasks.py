@@ -1,5 +1,6 @@
 """Jobs as Ray tasks: in order, few at a time, side by side; and `data prepare --workers`, equal byte for byte."""
 
+import copy
 import gzip
 import json
 import os
@@ -20,6 +21,7 @@ from helpers.cli import Runner
 from gavamoe.data.judging import run_here
 from gavamoe.data.prepare import prepare
 from gavamoe.data.readers import batches, delimited, tables
+from gavamoe.data.readers.sources import SourceOptions
 from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.ordered_tasks import OrderedTasks, _apart
@@ -86,6 +88,19 @@ def test_slices_are_sent_without_what_they_are_slices_of() -> None:
     assert _apart(7) == 7
 
 
+def test_rows_of_a_table_are_sent_without_the_rest_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "BATCH_ROWS", 20)
+    texts = [f"text number {number}" for number in range(5_000)]
+    pq.write_table(pa.table({"user": texts, "item": texts, "text": texts}), tmp_path / "r.parquet")
+    found = list(tables.read_parquet(tmp_path / "r.parquet", SourceOptions()))
+    sent = [pickle.dumps(batch) for batch in found]
+    assert len(sent) == 250
+    assert max(map(len, sent)) < 6_000
+    rows = [copy.deepcopy(batch).read() for batch in found]
+    assert [text for batch in rows for text in batch.columns["text"].to_pylist()] == texts
+    assert rows[-1].row[-1] == found[-1].last_row == 5_000
+
+
 def reviews(folder: Path) -> Path:
     """A few hundred reviews of several sentences, some rows wrong."""
     from gavamoe.data.dataset import open_dataset
@@ -137,7 +152,7 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 def test_whoever_reads_the_rows_the_dataset_is_the_same(
     form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Blocks of 16 rows, read by the workers where a line is a record; the other forms are read by the command."""
+    """Blocks of 16 rows, parsed by the workers where a line is a record or a table's; else read by the command."""
     monkeypatch.setattr(batches, "BATCH_ROWS", 16)
     monkeypatch.setattr(tables, "BATCH_ROWS", 16)
     lines, path = review_lines(300), tmp_path / "r.jsonl"

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from gavamoe.data.readers.batches import (
+    FIELDS,
     MAX_RECORD_BYTES,
     REQUIRED,
     AnyBatch,
@@ -92,7 +93,7 @@ def _fields_of(path: Path, fields: Mapping[str, Sequence[str]], needed: Set[str]
             found.add(field)
         elif not good or any(_quoted(key, lines) for key in keys):
             return None
-    for field in needed - found:
+    for field in sorted(needed - found, key=FIELDS.index):
         raise missing_column(path, field, fields[field], list(good[0]))
     return found
 

@@ -1,7 +1,9 @@
-"""Tables: delimited files and Parquet files or folders, column by column."""
+"""Tables: delimited files and Parquet files or folders, column by column; cut here, converted where they are read."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from gavamoe.data.readers.batches import (
     REQUIRED,
     RawBatch,
     Rejection,
+    UnreadBatch,
     missing_column,
     shorten,
 )
@@ -49,7 +52,7 @@ def pick_columns(source: Path, columns: Mapping[str, str], available: Sequence[s
     return picked
 
 
-def read_csv(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+def read_csv(source: Path, options: SourceOptions) -> Iterator[UnreadBatch]:
     """Read a delimited file with a header (comma, tab, semicolon or bar; quoted values may hold line ends).
 
     Raises:
@@ -63,11 +66,11 @@ def read_csv(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
     for block in file.blocks(list(position.values())):
         names = {str(place): file.header[place] for place in position.values()}
         batch = block.table.rename_columns([names[name] for name in block.table.schema.names])
-        yield _table_batch(source, batch, block.rows, picked, block.broken)._replace(notes=notes)
+        yield _unread(source, batch, block.rows, picked, block.broken, notes)
         notes = ()
 
 
-def read_parquet(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
+def read_parquet(source: Path, options: SourceOptions) -> Iterator[UnreadBatch]:
     """Read a Parquet file, or a folder of parts as Spark and Dask write them, in order of their names.
 
     Raises:
@@ -88,7 +91,7 @@ def read_parquet(source: Path, options: SourceOptions) -> Iterator[RawBatch]:
             for batch in fragment.to_batches(schema=parts.schema, columns=names, batch_size=size, batch_readahead=1):
                 rows = np.arange(start, start + len(batch), dtype=np.int64)
                 start += len(batch)
-                yield _table_batch(source, batch, rows, picked, [])
+                yield _unread(source, batch, rows, picked)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{source}: not a readable Parquet file ({shorten(str(error))})") from error
 
@@ -104,9 +107,50 @@ def _batch_rows(metadata: pq.FileMetaData) -> int:
     return max(1, min(BATCH_ROWS, BATCH_BYTES * metadata.num_rows // max(size, 1)))
 
 
+@dataclass(frozen=True)
+class _Sendable:
+    """Rows that go to another process without the rest of the table that they are a slice of."""
+
+    batch: pa.RecordBatch
+
+    def __reduce__(self) -> tuple[Callable[[pa.Buffer], "_Sendable"], tuple[pa.Buffer]]:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self.batch.schema) as stream:
+            stream.write_batch(self.batch)
+        return _arrived, (sink.getvalue(),)
+
+
+def _arrived(sent: pa.Buffer) -> _Sendable:
+    with pa.ipc.open_stream(sent) as stream:
+        return _Sendable(stream.read_next_batch())
+
+
+def _unread(
+    source: Path,
+    batch: pa.RecordBatch,
+    rows: np.ndarray,
+    picked: Mapping[str, str],
+    broken: Sequence[Rejection] = (),
+    notes: tuple[str, ...] = (),
+) -> UnreadBatch:
+    last = max([0, *(rejection.row for rejection in broken), *rows[-1:].tolist()])
+    read = partial(_table_batch, source, _Sendable(batch), rows, picked, list(broken), notes)
+    return UnreadBatch(read, last, glance=partial(_fields, picked) if len(batch) else None)
+
+
+def _fields(picked: Mapping[str, str]) -> Set[str]:
+    return picked.keys()
+
+
 def _table_batch(
-    source: Path, batch: pa.RecordBatch, rows: np.ndarray, picked: Mapping[str, str], broken: list[Rejection]
+    source: Path,
+    sent: _Sendable,
+    rows: np.ndarray,
+    picked: Mapping[str, str],
+    broken: list[Rejection],
+    notes: tuple[str, ...],
 ) -> RawBatch:
+    batch = sent.batch
     decoded = {name: _decoded(batch[name]) for name in dict.fromkeys(picked.values())}
     bad = np.zeros(len(batch), dtype=bool)
     for _, invalid in decoded.values():
@@ -122,7 +166,7 @@ def _table_batch(
         rows = rows[~bad]
     shown = pa.RecordBatch.from_arrays([array for array, _ in decoded.values()], list(decoded))
     columns = {field: _as_field(source, name, decoded[name][0], field) for field, name in picked.items()}
-    return RawBatch(rows, columns, lambda index: shorten(shown.slice(index, 1).to_pylist()[0]), broken)
+    return RawBatch(rows, columns, lambda index: shorten(shown.slice(index, 1).to_pylist()[0]), broken, notes)
 
 
 def _decoded(array: pa.Array) -> tuple[pa.Array, np.ndarray]:
