@@ -3,11 +3,14 @@
 Artifacts, checkpoints, folders on object storage and the token cache keep such lists, each in a JSON file of its own.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import stat
-from collections.abc import Container, Mapping
+import time
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -19,6 +22,10 @@ from gavamoe.errors import InputError
 
 _RECORDS = ("artifact.json", "meta.json")
 """Files with which artifacts and datasets list their own files."""
+_NOTED_SECONDS = 24 * 3600
+"""How long a note of `hashed_once` counts: a disk may go bad."""
+_SETTLED_SECONDS = 2
+"""A file that was changed so shortly ago may change again without its times telling."""
 
 
 class FileEntry(BaseModel):
@@ -142,3 +149,35 @@ def find_damage(
         if hashes and sha256(folder / name) != entry.sha256:
             return Damage("content", name, f"the content of {name} has changed")
     return None
+
+
+@contextmanager
+def hashed_once(folder: Path, files: Iterable[str], notes: Path) -> Iterator[bool]:
+    """One hashing for all processes of this machine that open the same files: while one hashes them, the others wait.
+
+    Args:
+        notes: a folder of this user's alone, made if need be, where it is noted what was hashed.
+
+    Yields:
+        Whether these files were hashed less than a day ago and are the same since, by inode, size and times. Where
+        not, the block is to hash them; that is noted unless it raises.
+    """
+    status = [os.stat(folder / name) for name in sorted(files)]
+    told = [(each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in status]
+    note = notes / hashlib.sha256(json.dumps([str(folder.resolve()), told]).encode()).hexdigest()
+    try:
+        notes.mkdir(parents=True, exist_ok=True, mode=0o700)
+        held = open(notes / f"{note.name[:2]}.lock", "w")  # noqa: SIM115 - closed below
+    except OSError:  # no place for notes: each hashes for itself
+        yield False
+        return
+    with held as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        now = time.time()
+        for old in notes.iterdir():
+            if old.suffix != ".lock" and now - old.stat().st_mtime > _NOTED_SECONDS:
+                old.unlink(missing_ok=True)
+        known = note.exists()
+        yield known
+        if not known and all(now - each.st_ctime > _SETTLED_SECONDS for each in status):
+            note.touch()

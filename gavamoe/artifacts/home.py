@@ -1,4 +1,4 @@
-"""The user's home folder, where it is needed: a container's user may have none."""
+"""The user's home folder, where it is needed: a container's user may have none; and the cache in it."""
 
 import os
 import tempfile
@@ -33,3 +33,14 @@ def writable_home() -> Path:
             return home
     except OSError as error:
         raise InputError(f"{home}: the home folder can't be written ({error.strerror}): {WAY_OUT}") from error
+
+
+def cache_folder() -> Path:
+    """GAVAMOE_CACHE, or the user's cache folder: staging folders and notes. Removing it loses nothing committed.
+
+    Raises:
+        InputError: neither is set, and the user has no home folder.
+    """
+    if own := os.environ.get("GAVAMOE_CACHE"):
+        return Path(own).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache", "gavamoe").absolute()

@@ -14,8 +14,16 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gavamoe.artifacts.checksums import FileEntry, find_damage, fingerprint, list_files, refuse_links
+from gavamoe.artifacts.checksums import (
+    FileEntry,
+    find_damage,
+    fingerprint,
+    hashed_once,
+    list_files,
+    refuse_links,
+)
 from gavamoe.artifacts.files import read_json, recover_folder, versions, write_json
+from gavamoe.artifacts.home import cache_folder
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError, one_line, printable, validated
 
@@ -73,12 +81,16 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(folder: Path, kind: Kind, *, verify: bool = True) -> Manifest:
+def read_manifest(folder: Path, kind: Kind, *, verify: bool | Literal["once"] = True) -> Manifest:
     """Read and check a folder's manifest.
+
+    Args:
+        verify: False compares the files' sizes only, not their hashes; "once" does without hashes where another process
+            of this machine has compared them less than a day ago (`checksums.hashed_once`).
 
     Raises:
         InputError: no artifact, another kind, a newer format, files missing, added or changed, or one that an artifact
-            of the kind never holds. `verify` False compares sizes only, not hashes.
+            of the kind never holds.
     """
     path = Path(folder) / MANIFEST
     recover_folder(Path(folder))
@@ -92,7 +104,12 @@ def read_manifest(folder: Path, kind: Kind, *, verify: bool = True) -> Manifest:
             f"{path}: format version {manifest.format_version} is newer than {FORMAT_VERSION}, the newest known here;"
             " update gavamoe"
         )
-    _check_files(Path(folder), manifest, verify)
+    if verify == "once":
+        _check_files(Path(folder), manifest, False)
+        with hashed_once(Path(folder), manifest.files, cache_folder() / "hashed") as known:
+            _check_files(Path(folder), manifest, not known)
+    else:
+        _check_files(Path(folder), manifest, verify)
     return manifest
 
 

@@ -26,7 +26,7 @@ from gavamoe.artifacts.checksums import (
     refuse_links,
 )
 from gavamoe.artifacts.files import sha256, write_folder, write_json
-from gavamoe.artifacts.home import home_folder
+from gavamoe.artifacts.home import cache_folder
 from gavamoe.artifacts.object_store import (
     CONTENTS,
     INDEX,
@@ -323,17 +323,6 @@ def exists(uri: str) -> bool:
     """Whether a file is stored at `uri`, or anything below it."""
     store = ObjectStore(uri)
     return store.is_file() or bool(store.children())
-
-
-def cache_folder() -> Path:
-    """Where staging folders lie: GAVAMOE_CACHE, or the user's cache folder. Removing it loses nothing committed.
-
-    Raises:
-        InputError: neither is set, and the user has no home folder.
-    """
-    if own := os.environ.get("GAVAMOE_CACHE"):
-        return Path(own).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache", "gavamoe").absolute()
 
 
 def _fetch(store: ObjectStore, target: Path) -> None:

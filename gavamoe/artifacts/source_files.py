@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
 
+from gavamoe.artifacts.home import cache_folder
 from gavamoe.artifacts.object_store import ObjectStore, canonical, is_uri
-from gavamoe.artifacts.remote import cache_folder
 from gavamoe.errors import InputError
 
 

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -97,15 +98,20 @@ class ExplanationGenerator:
 
     @classmethod
     def load(
-        cls, folder: Path, device: str = "cpu", dtype: str = "auto", bits: Quantization = "none"
+        cls,
+        folder: Path,
+        device: str = "cpu",
+        dtype: str = "auto",
+        bits: Quantization = "none",
+        verify: bool | Literal["once"] = True,
     ) -> "ExplanationGenerator":
         """Read a stage-2 artifact onto a torch device, its weights in `dtype` (see `placement.writing_dtype`), its
-        large matrices in `bits` (see `model.quantized`).
+        large matrices in `bits` (see `model.quantized`); `verify` as in `read_manifest`.
 
         Raises:
             InputError: it is missing, of another kind, damaged or not whole; or it can't be quantized there.
         """
-        read_manifest(folder, "stage2")
+        read_manifest(folder, "stage2", verify=verify)
         filler = RequestFiller.load(folder, device)
         model, tokenizer = load_explainer(folder, writing_dtype(dtype, device))
         generator = cls(model, tokenizer, filler)

@@ -107,7 +107,8 @@ class WritingService:
                 withheld and it doesn't know their authors.
         """
         torch.set_num_threads(settings.threads)
-        explainer = ExplanationGenerator.load(folder, settings.device, settings.dtype, settings.quantize)
+        # Eight replicas of a machine that start together need not hash 17 GB each.
+        explainer = ExplanationGenerator.load(folder, settings.device, settings.dtype, settings.quantize, verify="once")
         return cls(explainer, folder, settings, max_new_tokens, withhold)
 
     @property

@@ -2,11 +2,15 @@
 
 import hashlib
 import json
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from gavamoe.artifacts.checksums import Damage, FileEntry, find_damage, fingerprint, list_files
+from gavamoe.artifacts import checksums
+from gavamoe.artifacts.checksums import Damage, FileEntry, find_damage, fingerprint, hashed_once, list_files
 from gavamoe.artifacts.manifest import read_manifest, write_manifest
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError
@@ -78,6 +82,68 @@ def test_hidden_files_belong_to_no_list(folder: Path) -> None:
     assert find_damage(folder, earlier) is None
     (folder / "a.tmp").write_text("x")
     assert find_damage(folder, files, unlisted=()) == Damage("unexpected", "a.tmp", "a.tmp is not listed")
+
+
+def known(folder: Path, notes: Path) -> bool:
+    with hashed_once(folder, ["a", "deep/b"], notes) as found:
+        return found
+
+
+def test_what_was_hashed_lately_is_known_until_it_is_touched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes = folder / "notes"
+    assert not known(folder, notes)
+    assert not known(folder, notes), "files so young may change again unnoticed"
+    monkeypatch.setattr(checksums, "_SETTLED_SECONDS", -1)
+    assert not known(folder, notes)
+    assert known(folder, notes)
+    (folder / "a").write_text("jello")
+    assert not known(folder, notes)
+    assert known(folder, notes)
+    with pytest.raises(InputError, match="damaged"), hashed_once(folder, ["a"], notes):
+        raise InputError("damaged")
+    with hashed_once(folder, ["a"], notes) as found:
+        assert not found
+    for note in notes.iterdir():
+        os.utime(note, (time.time() - 25 * 3600,) * 2)
+    assert not known(folder, notes)
+    assert notes.stat().st_mode & 0o777 == 0o700
+    (folder / "file").touch()
+    assert not known(folder, folder / "file" / "notes"), "no place for notes"
+
+
+def test_others_wait_for_the_one_who_hashes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksums, "_SETTLED_SECONDS", -1)
+    found: list[bool] = []
+
+    def one() -> None:
+        with hashed_once(folder, ["a"], folder / "notes") as seen:
+            found.append(seen)
+            time.sleep(0.05)
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [False, True, True, True]
+
+
+def test_an_artifact_is_hashed_once_where_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GAVAMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(checksums, "_SETTLED_SECONDS", -1)
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    (folder / "weights").write_text("hello")
+    write_manifest(folder, "stage1", RunConfig(), {})
+    assert read_manifest(folder, "stage1", verify="once") == read_manifest(folder, "stage1")
+    hashes: list[Path] = []
+    monkeypatch.setattr(checksums, "sha256", lambda path: hashes.append(path) or "other")
+    read_manifest(folder, "stage1", verify="once")
+    assert not hashes
+    (folder / "weights").write_text("jello")
+    with pytest.raises(InputError, match="damaged"):
+        read_manifest(folder, "stage1", verify="once")
+    assert hashes
 
 
 def test_an_artifact_with_hidden_files_is_whole(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import yaml
 from helpers.cli import Runner
 
 from gavamoe.runtime.jobs import STEPS
+from gavamoe.serving.settings import ServeArgs
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -136,6 +137,24 @@ def test_kuberay_serving_manifest() -> None:
     assert service["apiVersion"] == "ray.io/v1"
     assert service["spec"].keys() <= FIELDS["RayServiceSpec"]
     check_cluster(service["spec"]["rayClusterConfig"])
+
+
+def test_kuberay_serving_on_gpus() -> None:
+    """By the manifest's comment: generators as serve/gpu.yaml has them, each with room in a pod of the group."""
+    spec = documents("serve/kuberay.yaml")["RayService"]["spec"]
+    [application] = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    [on_gpus] = yaml.safe_load((ROOT / "serve/gpu.yaml").read_text())["applications"]
+    taken = {name: on_gpus["args"][name] for name in ("generator", "generator_scaling")}
+    settings = ServeArgs.model_validate(application["args"] | taken)
+    assert settings.generator.device == "cuda"
+    workers, gpus = spec["rayClusterConfig"]["workerGroupSpecs"]
+    [pod], [plain] = (group["template"]["spec"]["containers"] for group in (gpus, workers))
+    assert pod["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert settings.generator_scaling.num_gpus == 1
+    assert settings.generator_scaling.num_cpus <= int(pod["resources"]["limits"]["cpu"])
+    assert settings.generator_scaling.max_replicas <= gpus["maxReplicas"]
+    assert {**pod, "resources": None} == {**plain, "resources": None}
+    assert gpus["template"]["spec"]["securityContext"] == workers["template"]["spec"]["securityContext"]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import pytest
 from helpers.cli import Runner
 from helpers.ports import free_port
 
-from gavamoe.artifacts import remote
+from gavamoe.artifacts import home, remote
 from gavamoe.artifacts.home import home_folder, writable_home
 from gavamoe.errors import InputError, RunError
 from gavamoe.runtime import connection
@@ -295,7 +295,7 @@ def test_without_a_home_the_way_out_is_told(
     assert gavamoe("data", "describe", tiny_dataset).code == 0
     assert remote.with_uris("a message") == "a message"
     monkeypatch.setenv("GAVAMOE_CACHE", str(tmp_path))
-    assert remote.cache_folder() == tmp_path
+    assert home.cache_folder() == tmp_path
 
 
 def test_a_home_that_can_not_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
