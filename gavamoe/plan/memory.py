@@ -106,13 +106,12 @@ def states(blueprint: Blueprint, scheme: Scheme) -> Memory:
     narrower, word = (FLOAT - HALF, HALF) if scheme.halves else (0, FLOAT)
     held = FLOAT * model.total - narrower * blueprint.halved.total - (word * experts.total * away if experts else 0)
     trained = model.trained - (experts.trained * away if experts else 0)
-    made: float = FLOAT * model.trained - narrower * blueprint.halved.trained  # bytes of gradients
-    made -= word * experts.trained * away if experts else 0
     # Experts are spread over W / expert_parallel devices that hold the same ones, the rest over W: both come to this.
     share = model.trained / scheme.devices
     stage = scheme.zero_stage
     weights = held if stage < 3 else FLOAT * model.total / scheme.devices
-    gradients = made if stage < 2 else FLOAT * share
+    # Of bfloat16 weights too: ZeRO-1 sums each whole gradient in float32, ZeRO-2 the device's share.
+    gradients = FLOAT * (trained if stage < 2 else share)
     optimizer = FLOAT * (2 * trained if stage == 0 else 3 * share)
     bucket = FLOAT * min(model.trained, max(BUCKET, blueprint.largest))
     buffers = bucket * (2 if scheme.overlap and stage in (1, 2) else 1)
