@@ -5,11 +5,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from gavamoe.generation.decoding_engine import EngineFull
+from gavamoe.generation.engine_thread import use_torch_threads
 from gavamoe.serving.routing import Pair, Ranking, RankRequest, RoutedPair, RoutingService
 from gavamoe.serving.schema import CatalogResponse, ServerInfo
 from gavamoe.serving.settings import ServeArgs
@@ -29,6 +32,9 @@ class Unavailable(Exception):
 
 class Interrupted(Exception):
     """A text broke off after some of it had been sent."""
+
+
+Result = TypeVar("Result")
 
 
 class Backend(Protocol):
@@ -111,23 +117,30 @@ class RouteBatcher:
 class LocalBackend:
     """Both stages in this process."""
 
-    def __init__(self, router: RoutingService, writer: WritingService) -> None:
-        self._router, self.writer = router, writer
-        # In a thread: requests that come in the meantime are routed together then.
-        self._batcher = RouteBatcher(lambda pairs: asyncio.to_thread(router.route, pairs))
+    def __init__(self, router: RoutingService, writer: WritingService, thread: ThreadPoolExecutor) -> None:
+        """`thread`: what routes and ranks, one; requests that come in the meantime are routed together then."""
+        self._router, self.writer, self._thread = router, writer, thread
+        self._batcher = RouteBatcher(partial(self._beside, router.route))
 
     @classmethod
     def load(cls, args: ServeArgs) -> "LocalBackend":
         """Read the artifact; see `WritingService.load` for errors."""
         folder: Path = args.artifact
+        # With torch's own threads to the engine alone, see `EngineThread`, which must be the last to set them.
+        thread = ThreadPoolExecutor(1, "routing", initializer=use_torch_threads, initargs=(1,))
+        router = thread.submit(RoutingService.load, folder).result()
         writer = WritingService.load(folder, args.generator, args.limits.max_new_tokens, args.withhold)
-        return cls(RoutingService.load(folder), writer)
+        return cls(router, writer, thread)
 
     async def route(self, pairs: Sequence[Pair]) -> list[RoutedPair]:
         return await self._batcher.route(pairs)
 
     async def rank(self, request: RankRequest) -> Ranking:
-        return await asyncio.to_thread(self._router.rank, request)
+        return await self._beside(self._router.rank, request)
+
+    async def _beside(self, call: Callable[..., Result], *arguments: Any) -> Result:
+        """A call in the thread for routing."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
 
     async def search(self, kind: str, query: str, limit: int) -> CatalogResponse:
         return self._router.browser.search(kind, query, limit)

@@ -5,11 +5,10 @@ cluster, rating and text of an answer always come from one version.
 """
 
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from gavamoe.config.schema import GenerationConfig
 from gavamoe.errors import InputError
@@ -17,7 +16,7 @@ from gavamoe.generation.artifact import generation_settings
 from gavamoe.generation.authorship import SingleAuthors
 from gavamoe.generation.decoding_engine import Row, Timings
 from gavamoe.generation.detokenize import TextStream
-from gavamoe.generation.engine_thread import EngineThread
+from gavamoe.generation.engine_thread import EngineThread, use_torch_threads
 from gavamoe.generation.generator import ExplanationGenerator, sampling_of
 from gavamoe.serving.routing import RoutedPair, RoutingService
 from gavamoe.serving.settings import GeneratorSettings, Withhold
@@ -93,7 +92,7 @@ class WritingService:
             max_waiting=settings.max_waiting,
             prefill_rows=settings.prefill_rows,
         )
-        self.engine = EngineThread(engine)
+        self.engine = EngineThread(engine, settings.threads)
         self._end = explainer.builder.end
 
     @classmethod
@@ -106,9 +105,16 @@ class WritingService:
             InputError: it is missing, damaged or not whole, its config asks for beam search, or texts are to be
                 withheld and it doesn't know their authors.
         """
-        torch.set_num_threads(settings.threads)
-        # Eight replicas of a machine that start together need not hash 17 GB each.
-        explainer = ExplanationGenerator.load(folder, settings.device, settings.dtype, settings.quantize, verify="once")
+
+        def read() -> ExplanationGenerator:
+            use_torch_threads(settings.threads)
+            # Eight replicas of a machine that start together need not hash 17 GB each.
+            return ExplanationGenerator.load(folder, settings.device, settings.dtype, settings.quantize, verify="once")
+
+        # Only the engine's thread may have helpers, for the reason that EngineThread has: who reads is one that ends.
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            explainer = reader.submit(read).result()
+        use_torch_threads(1)
         return cls(explainer, folder, settings, max_new_tokens, withhold)
 
     @property

@@ -85,6 +85,17 @@ def test_a_layer_s_weights_are_rounded_by_output_or_group(bias: bool) -> None:
         assert 0 < error < most
 
 
+def test_in_4_bits_a_weight_of_0_stays_0() -> None:
+    """Whatever the group's other weights are: else thousands of small weights are all wrong by the same amount."""
+    weight_OD = torch.zeros(16, 64)
+    weight_OD[:, 0], weight_OD[:, 1] = torch.linspace(-0.9, -0.1, 16), torch.linspace(0.1, 0.7, 16)
+    weight_OD[:8, 32] = 0.4  # and groups on one side of 0
+    inputs_1D = torch.ones(1, 64)
+    inputs_1D[:, [0, 1, 32]] = 0
+    output_1O = Int4Linear(weight_OD)(inputs_1D)
+    assert output_1O.abs().max() < 61 * 0.002, "rounding of the scales to bfloat16 alone"
+
+
 @pytest.mark.parametrize("rows", [2, 33])
 @pytest.mark.parametrize(("made", "most"), [(Int8Linear, 0.02), (Int4Linear, 0.15)])
 def test_a_loud_row_takes_nothing_from_the_rows_beside_it(made: Any, most: float, rows: int) -> None:

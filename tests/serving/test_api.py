@@ -3,11 +3,13 @@
 import asyncio
 import dataclasses
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.serve_run import PAIR, client, events_of, tiny_artifact
 from starlette.testclient import TestClient
 
@@ -16,9 +18,9 @@ from gavamoe.errors import InputError
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.serving.api import Service
-from gavamoe.serving.backend import Interrupted, LocalBackend, Overloaded, Unavailable
+from gavamoe.serving.backend import Interrupted, LocalBackend, Overloaded, RouteBatcher, Unavailable
 from gavamoe.serving.routing import Pair, RoutedPair
-from gavamoe.serving.settings import Limits
+from gavamoe.serving.settings import Limits, ServeArgs
 from gavamoe.serving.writing import Piece, TextRequest, Written
 
 
@@ -281,3 +283,27 @@ def test_the_reference_names_every_path_and_field(http: TestClient) -> None:
     for model in api["components"]["schemas"].values():
         for field in model.get("properties", {}):
             assert f"<code>{field}</code>" in page
+
+
+def test_only_the_engines_thread_computes_with_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of OpenMP beyond the machine's cores would make all of them sleep between two products."""
+    loaded = LocalBackend.load(ServeArgs.model_validate({"run": str(tiny_artifact()), "generator": {"threads": 2}}))
+    seen: dict[str, set[int]] = {}
+
+    def watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*arguments: Any) -> Any:
+            seen.setdefault(name, set()).add(torch.get_num_threads())
+            return call(*arguments)
+
+        return made
+
+    try:
+        engine = loaded.writer.engine._engine
+        monkeypatch.setattr(engine, "step", watched("write", engine.step))
+        loaded._batcher = RouteBatcher(partial(loaded._beside, watched("route", loaded._router.route)))
+        assert client(loaded).post("/v1/explain", json=PAIR).status_code == 200
+        assert seen == {"write": {2}, "route": {1}}
+        assert torch.get_num_threads() == 1, "of the thread that loaded it"
+    finally:
+        loaded.writer.engine.close()
+        torch.set_num_threads(1)
