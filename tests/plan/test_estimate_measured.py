@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = {
         (3, False, "fp32"),
         (1, True, "bf16"),
         (1, False, "bf16_weights"),
-    ],  # fmt: skip
+    ],
 )
 def test_memory_within_15_percent(zero_stage: int, checkpointing: bool, precision: str) -> None:
     config = run_config(zero_stage=zero_stage, gradient_checkpointing=checkpointing, precision=precision)
