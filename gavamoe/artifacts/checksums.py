@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -175,8 +175,9 @@ def hashed_once(folder: Path, files: Iterable[str], notes: Path) -> Iterator[boo
         fcntl.flock(lock, fcntl.LOCK_EX)
         now = time.time()
         for old in notes.iterdir():
-            if old.suffix != ".lock" and now - old.stat().st_mtime > _NOTED_SECONDS:
-                old.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another artifact's lock is another's
+                if old.suffix != ".lock" and now - old.stat().st_mtime > _NOTED_SECONDS:
+                    old.unlink()
         known = note.exists()
         yield known
         if not known and all(now - each.st_ctime > _SETTLED_SECONDS for each in status):
