@@ -10,7 +10,7 @@ import os
 import stat
 import time
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -165,20 +165,20 @@ def hashed_once(folder: Path, files: Iterable[str], notes: Path) -> Iterator[boo
     status = [os.stat(folder / name) for name in sorted(files)]
     told = [(each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in status]
     note = notes / hashlib.sha256(json.dumps([str(folder.resolve()), told]).encode()).hexdigest()
-    try:
-        notes.mkdir(parents=True, exist_ok=True, mode=0o700)
-        held = open(notes / f"{note.name[:2]}.lock", "w")  # noqa: SIM115 - closed below
-    except OSError:  # no place for notes: each hashes for itself
-        yield False
-        return
-    with held as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        now = time.time()
-        for old in notes.iterdir():
-            with suppress(FileNotFoundError):  # another artifact's lock is another's
-                if old.suffix != ".lock" and now - old.stat().st_mtime > _NOTED_SECONDS:
-                    old.unlink()
-        known = note.exists()
+    with ExitStack() as held:
+        try:
+            notes.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = held.enter_context(open(notes / f"{note.name[:2]}.lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            now = time.time()
+            for old in notes.iterdir():
+                with suppress(FileNotFoundError):  # gone by another's hand, whose lock is another
+                    if old.suffix != ".lock" and now - old.stat().st_mtime > _NOTED_SECONDS:
+                        old.unlink()
+            known, kept = note.exists(), all(now - each.st_ctime > _SETTLED_SECONDS for each in status)
+        except OSError:  # no place for notes, or no locks: each hashes for itself
+            known, kept = False, False
         yield known
-        if not known and all(now - each.st_ctime > _SETTLED_SECONDS for each in status):
-            note.touch()
+        if kept and not known:
+            with suppress(OSError):  # a full disk is no fault of what was hashed
+                note.touch()

@@ -105,12 +105,22 @@ def read_manifest(folder: Path, kind: Kind, *, verify: bool | Literal["once"] = 
             " update gavamoe"
         )
     if verify == "once":
-        _check_files(Path(folder), manifest, False)
-        with hashed_once(Path(folder), manifest.files, cache_folder() / "hashed") as known:
-            _check_files(Path(folder), manifest, not known)
+        _check_once(Path(folder), manifest)
     else:
         _check_files(Path(folder), manifest, verify)
     return manifest
+
+
+def _check_once(folder: Path, manifest: Manifest) -> None:
+    _check_files(folder, manifest, False)
+    try:
+        notes = cache_folder() / "hashed"
+    except InputError:  # a container's user may have no home, and needs none for this
+        _check_files(folder, manifest, True)
+        return
+    with hashed_once(folder, manifest.files, notes) as known:
+        if not known:
+            _check_files(folder, manifest, True)
 
 
 def _check_files(folder: Path, manifest: Manifest, verify: bool) -> None:

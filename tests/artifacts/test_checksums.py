@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gavamoe.artifacts import checksums
+from gavamoe.artifacts import checksums, manifest
 from gavamoe.artifacts.checksums import Damage, FileEntry, find_damage, fingerprint, hashed_once, list_files
 from gavamoe.artifacts.manifest import read_manifest, write_manifest
 from gavamoe.config.schema import RunConfig
@@ -109,6 +109,13 @@ def test_what_was_hashed_lately_is_known_until_it_is_touched(folder: Path, monke
     assert notes.stat().st_mode & 0o777 == 0o700
     (folder / "file").touch()
     assert not known(folder, folder / "file" / "notes"), "no place for notes"
+    assert known(folder, notes)
+
+    def no_locks(*_: object) -> None:
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(checksums.fcntl, "flock", no_locks)
+    assert not known(folder, notes)
 
 
 def test_others_wait_for_the_one_who_hashes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +151,15 @@ def test_an_artifact_is_hashed_once_where_that_is_asked_for(tmp_path: Path, monk
     with pytest.raises(InputError, match="damaged"):
         read_manifest(folder, "stage1", verify="once")
     assert hashes
+    hashes.clear()
+
+    def homeless() -> Path:
+        raise InputError("user 1000 has no home folder")
+
+    monkeypatch.setattr(manifest, "cache_folder", homeless)
+    with pytest.raises(InputError, match="damaged"):
+        read_manifest(folder, "stage1", verify="once")
+    assert hashes, "without a place for notes as without asking for once"
 
 
 def test_an_artifact_with_hidden_files_is_whole(tmp_path: Path) -> None:
