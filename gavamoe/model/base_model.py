@@ -6,6 +6,7 @@ Supported architectures: the LLaMA family (`model_type` llama) and GPT-2. Code f
 """
 
 import importlib.util
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
@@ -153,6 +154,8 @@ def scratch_config(scratch: ScratchModelConfig, vocabulary: int) -> PreTrainedCo
         "num_hidden_layers": scratch.layers,
         "num_attention_heads": scratch.heads,
         "tie_word_embeddings": True,
+        # Both families' usual .02 is for widths of some 600 and more: narrower models start too flat to learn fast.
+        "initializer_range": 0.5 / math.sqrt(scratch.hidden_size),
     }
     if scratch.family == "gpt2":
         # No dropout, as in the LLaMA: the two then differ in architecture alone.
