@@ -113,7 +113,7 @@ class ExplanationGenerator:
         """
         read_manifest(folder, "stage2", verify=verify)
         filler = RequestFiller.load(folder, device)
-        model, tokenizer = load_explainer(folder, writing_dtype(dtype, device))
+        model, tokenizer = load_explainer(folder, writing_dtype(dtype, device), device)
         generator = cls(model, tokenizer, filler)
         quantize(generator.model, bits)
         return generator

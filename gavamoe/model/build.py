@@ -110,12 +110,13 @@ def adapt(explainer: GavamoeForCausalLM, config: RunConfig) -> None:
 
 
 def load_explainer(
-    folder: Path, dtype: torch.dtype | None = None
+    folder: Path, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
     """Read a folder that `save_pretrained` of the model and of its tokenizer have written; nothing may be missing.
 
     Args:
         dtype: of the weights, but for routers and tables, which stay float32 in bfloat16; None: as they were saved.
+        device: where the weights go, tensor by tensor: the host never holds them all for another device.
 
     Raises:
         InputError: no such folder, damaged files, or weights that are missing, unknown or of another shape.
@@ -132,6 +133,7 @@ def load_explainer(
         model, loading = GavamoeForCausalLM.from_pretrained(
             folder,
             dtype=dtype or "auto",
+            device_map=None if device == "cpu" else {"": device},
             output_loading_info=True,
             local_files_only=True,
             ignore_mismatched_sizes=True,

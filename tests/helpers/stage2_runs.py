@@ -73,12 +73,12 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float, *, but: 
 
 
 def check_equal_runs(run: Trained, expected: Trained) -> None:
-    """Losses and weights to 1e-3: float32, whose sums the engines take in different orders, and tokens near the border
-    of two experts, of which another sum chooses the other."""
+    """Losses and nearly all weights to 1e-3: float32, whose sums the engines take in different orders, and tokens near
+    the border of two experts, of which another sum chooses the other."""
     for phase in ("train", "valid"):
         for line, wanted in zip(run.lines(phase), expected.lines(phase), strict=True):
             assert line == pytest.approx(wanted, rel=1e-3)
-    close(run.weights(), expected.weights(), 1e-3)
+    close(run.weights(), expected.weights(), 1e-3, but=3e-3)
 
 
 def _worker(

@@ -112,6 +112,15 @@ def test_config_file_names_every_size(tmp_path: Path) -> None:
     assert saved["text_config"]["model_type"] == "llama"
 
 
+def test_weights_go_straight_to_their_device(torch_run: Trained) -> None:
+    """On a device that is not the host's, no weight is ever the host's; "meta" is one that every machine has."""
+    there, _ = load_explainer(torch_run.out, device="meta")
+    assert {tensor.device.type for tensor in there.state_dict().values()} == {"meta"}
+    here, _ = load_explainer(torch_run.out)
+    mapped, _ = load_explainer(torch_run.out, device="cpu:0")
+    assert all(torch.equal(tensor, mapped.state_dict()[name]) for name, tensor in here.state_dict().items())
+
+
 def test_code_of_a_tokenizer_is_not_run(torch_run: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stranger's run may bring a tokenizer with code of its own; transformers once asked whether to run it."""
     folder = shutil.copytree(torch_run.out, tmp_path / "stage2")
