@@ -25,6 +25,7 @@ from gavamoe.data.dataset import Dataset
 from gavamoe.data.ratings import RatingScale
 from gavamoe.errors import InputError
 from gavamoe.generation.prompts import plain_line
+from gavamoe.generation.sampling import Choice, Sampling, choose_tokens
 from gavamoe.model.base_model import encode_texts
 from gavamoe.model.explainer import IGNORED
 
@@ -109,7 +110,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of writing."""
+    """Bounds of writing, which is greedy: those of the explainer, so that texts differ by their systems alone."""
 
     longest: int
     """Tokens written at most."""
@@ -117,11 +118,12 @@ class Limits:
     """The token that ends a text."""
     banned: Sequence[int]
     """Tokens that are never written."""
-
-    def greedy(self, scores_BV: Tensor) -> Tensor:
-        """The likeliest tokens that may be written, (B,); changes `scores_BV`."""
-        scores_BV[:, self.banned] = -torch.inf
-        return scores_BV.argmax(dim=-1)
+    no_repeat_ngram: int = 0
+    """No n-gram of this length twice in a text; 0: any."""
+    repetition_penalty: float = 1.0
+    """Makes tokens that the text already has less likely; 1: off."""
+    shortest: int = 0
+    """Tokens before the text may end."""
 
 
 @dataclass(frozen=True)
@@ -137,23 +139,36 @@ class Written:
 class Texts:
     """Texts of B rows that grow token by token, each up to its end."""
 
-    def __init__(self, rows: int, end: int) -> None:
-        self.tokens: list[list[int]] = [[] for _ in range(rows)]
+    def __init__(self, rows: int, limits: Limits) -> None:
+        sampling = Sampling(
+            max_new_tokens=limits.longest,
+            no_repeat_ngram=limits.no_repeat_ngram,
+            repetition_penalty=limits.repetition_penalty,
+            min_new_tokens=limits.shortest,
+        )
+        self._choices = [Choice(sampling, [], limits.end) for _ in range(rows)]
+        self._end, self._banned = limits.end, torch.tensor(limits.banned, dtype=torch.long)
+
+    @property
+    def tokens(self) -> list[list[int]]:
         """Token ids of each row, the end included where it was written."""
-        self._end, self._open = end, set(range(rows))
+        return [up_to_end(choice.tokens, self._end) for choice in self._choices]
 
     @property
     def done(self) -> bool:
         """Whether all have ended."""
-        return not self._open
+        return all(self._end in choice.tokens for choice in self._choices)
 
-    def add(self, next_B: Tensor) -> None:
-        """The next token of each row; those that have ended take none."""
-        for row, token in enumerate(next_B.tolist()):
-            if row in self._open:
-                self.tokens[row].append(token)
-                if token == self._end:
-                    self._open.remove(row)
+    def add(self, scores_BV: Tensor) -> Tensor:
+        """Choose the likeliest next token of each row that may be written, int64 (B,); what stands behind a row's end
+        is not kept."""
+        chosen = choose_tokens(scores_BV, self._choices, self._banned.to(scores_BV.device))
+        return torch.tensor(chosen, device=scores_BV.device)
+
+
+def up_to_end(tokens: list[int], end: int) -> list[int]:
+    """A text's tokens up to and with its end, where it has one."""
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
 class Baseline(nn.Module, ABC):

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 
-from gavamoe.baselines.frame import Baseline, Batch, Columns, Limits, Reader, Spec
+from gavamoe.baselines.frame import Baseline, Batch, Columns, Limits, Reader, Spec, up_to_end
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.model.base_model import load_base
@@ -80,12 +80,15 @@ class LanguageBaseline(Baseline):
             max_new_tokens=limits.longest,
             do_sample=False,
             suppress_tokens=list(limits.banned) or None,
+            # These read token ids, of which a prefix of vectors has none: the text alone, as in `Texts`.
+            no_repeat_ngram_size=limits.no_repeat_ngram,
+            repetition_penalty=limits.repetition_penalty,
+            min_new_tokens=limits.shortest or None,
             eos_token_id=limits.end,
             pad_token_id=limits.end,
         )
         written_BT = self.lm.generate(inputs_embeds=padded_BPD, attention_mask=mask_BP, generation_config=settings)
-        end = limits.end  # behind it is padding to the longest text
-        return [text[: text.index(end) + 1] if end in text else text for text in written_BT.tolist()]
+        return [up_to_end(text, limits.end) for text in written_BT.tolist()]  # behind it is padding to the longest
 
 
 def language_model(config: RunConfig, data: Dataset) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -205,11 +205,10 @@ class Nete(Baseline):
         feature_BE = self.feature(tokens_BP, lengths_B)
         state_BH = self.first_state(users_B, items_B, batch["ratings"])
         last_B = torch.tensor([prefix[-1] for prefix in prefixes], device=device)
-        texts = Texts(len(prefixes), limits.end)
+        texts = Texts(len(prefixes), limits)
         for _ in range(limits.longest):
             state_BH = self.step(state_BH, self.words(last_B), feature_BE)
-            last_B = limits.greedy(self.output(state_BH))
-            texts.add(last_B)
+            last_B = texts.add(self.output(state_BH))
             if texts.done:
                 break
         ratings = None if self.spec.middle is None else self.predict_rating(users_B, items_B).tolist()

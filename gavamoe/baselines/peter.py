@@ -153,10 +153,9 @@ class Peter(Baseline):
         states_BSD, past = self(batch["users"], batch["items"], prefix_BT)
         ratings = self.predict_rating(states_BSD).tolist()
         room = min(limits.longest, self.spec.places - IDS - prefix_BT.shape[1] + 1)
-        texts = Texts(len(prefixes), limits.end)
+        texts = Texts(len(prefixes), limits)
         for left in reversed(range(room)):
-            next_B = limits.greedy(self.output(states_BSD[:, -1]))
-            texts.add(next_B)
+            next_B = texts.add(self.output(states_BSD[:, -1]))
             if texts.done or not left:
                 break
             states_BSD, past = self(batch["users"], batch["items"], next_B[:, None], past)

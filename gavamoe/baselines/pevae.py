@@ -283,10 +283,9 @@ class Pevae(Baseline):
         pair_BD = self.pair(batch["users"], batch["items"], torch.tensor(padded, device=device), lengths_B)
         summary_BD = self.summary(pair_BD, self.levels(pair_BD, None))
         states_BSD, past = self.decoder(self.soft_prompts(summary_BD))
-        texts = Texts(len(prefixes), limits.end)
+        texts = Texts(len(prefixes), limits)
         for left in reversed(range(min(limits.longest, self.spec.longest))):
-            next_B = limits.greedy(self.output(states_BSD[:, -1]))
-            texts.add(next_B)
+            next_B = texts.add(self.output(states_BSD[:, -1]))
             if texts.done or not left:
                 break
             states_BSD, past = self.decoder(self.words(next_B)[:, None], past)

@@ -87,7 +87,7 @@ class BaselineWriter:
         seed: int = 0,
         on_progress: OnProgress | None = None,
     ) -> list[Explanation]:
-        """One text per request, in their order; only the batch size and the length of `generation` are used.
+        """One text per request, in their order, greedy: temperature, beams and seed are not used.
 
         Raises:
             InputError: a rating off the scale or of data without ratings, or a history, which baselines can't use.
@@ -104,7 +104,14 @@ class BaselineWriter:
         )
         prefixes = self.model.prefixes(columns, self.reader)
         end = self.reader.end
-        limits = Limits(generation.max_new_tokens, end, sorted(special_ids(self.reader.tokenizer) - {end}))
+        limits = Limits(
+            longest=generation.max_new_tokens,
+            end=end,
+            banned=sorted(special_ids(self.reader.tokenizer) - {end}),
+            no_repeat_ngram=generation.no_repeat_ngram,
+            repetition_penalty=generation.repetition_penalty,
+            shortest=generation.min_new_tokens,
+        )
         explanations: dict[int, Explanation] = {}
         for batch in self._batches(prefixes, generation.batch_size):
             written = self._write(columns, prefixes, batch, limits)

@@ -21,7 +21,7 @@ class Stage1Config(Section):
     a range of the rows and asks the others for theirs, and what comes after stage 1 looks rows up in memory-mapped
     files, without training them; hashed: a user's embedding is the sum of `hashes` rows of a table of
     `user_hash_rows`, which others share, and an item's likewise."""
-    hashes: Annotated[int, Field(ge=1, le=4)] = 2
+    hashes: Annotated[int, Field(ge=1, le=4)] = 3
     """Number of rows, named by as many hash functions, whose sum is an embedding of hashed tables."""
     user_hash_rows: HashRows = 1_000_000
     """Rows of a hashed table of users at most; it has no more than there are users."""

@@ -12,7 +12,7 @@ from gavamoe.baselines.registry import BASELINES
 from gavamoe.baselines.scores import evaluate_any
 from gavamoe.baselines.training import train_baseline
 from gavamoe.baselines.writing import BaselineWriter
-from gavamoe.config.schema import RunConfig
+from gavamoe.config.schema import GenerationConfig, RunConfig
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.generation.request import ExplanationRequest
@@ -96,6 +96,23 @@ def test_it_answers_as_an_explainer(system: str, planted: Dataset, trained: dict
         assert predicted.rating in (planted.rating_values or ())
     with pytest.raises(InputError, match="rating 77"):
         writer.explain([ExplanationRequest(user=0, item=0, rating=77.0)], generation)
+
+
+@pytest.mark.parametrize("system", ALL)
+def test_decoding_is_the_explainers(system: str, planted: Dataset, trained: dict[str, Path]) -> None:
+    """A prompt's words may be said all the same, a text's own not again."""
+    plain = small(system, "generation.max_new_tokens=12").generation
+    once = plain.model_copy(update={"no_repeat_ngram": 1})
+    long = plain.model_copy(update={"min_new_tokens": 12})
+    writer = BaselineWriter.load(trained[system])
+    requests = [ExplanationRequest(user=0, item=1, rating=4.0, features=("battles",)), ExplanationRequest(1, 2)]
+
+    def pieces(generation: GenerationConfig) -> list[list[int]]:
+        return [writer.reader.tokenizer(said.text)["input_ids"] for said in writer.explain(requests, generation)]
+
+    assert any(len(set(each)) < len(each) for each in pieces(long))
+    assert all(len(set(each)) == len(each) for each in pieces(once))
+    assert [said.new_tokens for said in writer.explain(requests, long)] == [12, 12]
 
 
 def test_another_folder_or_system_is_refused_in_one_line(trained: dict[str, Path], tmp_path: Path) -> None:
