@@ -11,7 +11,8 @@ published code's: the fusion's formula, narrowing levels, two soft prompts, stop
 divergences. Ours: all sizes and blocks, Gaussian noise (the code's is uniform), subword tokens, the divergence counted
 per token as the text's loss is, its warm-up and free nats, the rating's weight, no rating among the inputs (the code
 reads the true one), gradients that stop at what a level reads of others, rows for users and items never seen, predicted
-ratings that start at their mean, and the "+" form (rating and features among the inputs of the pair's encoder).
+ratings that start at their mean, and the "+" form (rating and features among the inputs of the pair's
+encoder, but for the predicted rating).
 
 Shapes: B rows, T tokens, A tokens of an explanation, P tokens asked for, D width, W width of a level, V vocabulary.
 """
@@ -213,6 +214,14 @@ class Pevae(Baseline):
         prompts: Tensor = self.prompts(summary_BD)
         return prompts.view(len(prompts), PROMPTS, -1)
 
+    def unasked(self, batch: Batch, summary_BD: Tensor) -> Tensor:
+        """What ratings are made of, (B, D): the summary, and in the "+" form, which is told the rating's sentiment, the
+        pair alone: what is told is not predicted."""
+        if self.asked_words is None:
+            return summary_BD
+        nothing_B1 = torch.zeros(len(summary_BD), 1, dtype=torch.long, device=summary_BD.device)
+        return self.pair(batch["users"], batch["items"], nothing_B1, nothing_B1[:, 0])
+
     def predict_rating(self, summary_BD: Tensor) -> Tensor:
         """Ratings (B,), neither rounded nor clipped."""
         rating_B: Tensor = self.rating(summary_BD).squeeze(-1)
@@ -253,7 +262,8 @@ class Pevae(Baseline):
         spoken_BAD = states_BSD[:, PROMPTS - 1 :]
         explanation = F.cross_entropy(self.output(spoken_BAD[real_BA]).float(), answers_BA[real_BA])
         rated_B = ~torch.isnan(batch["ratings"])
-        error_N = (self.predict_rating(summary_BD).float() - batch["ratings"])[rated_B]
+        predicted_B = self.predict_rating(self.unasked(batch, summary_BD))
+        error_N = (predicted_B.float() - batch["ratings"])[rated_B]
         rating = error_N.square().mean() if len(error_N) else explanation.new_zeros(())
         total = explanation + size.rating_weight * rating
         losses = {"explanation": explanation, "rating": rating}
@@ -289,7 +299,8 @@ class Pevae(Baseline):
             if texts.done or not left:
                 break
             states_BSD, past = self.decoder(self.words(next_B)[:, None], past)
-        return Written(texts.tokens, self.predict_rating(summary_BD).tolist() if self.spec.rated else None)
+        ratings = self.predict_rating(self.unasked(batch, summary_BD)).tolist() if self.spec.rated else None
+        return Written(texts.tokens, ratings)
 
 
 def _beyond(levels: Sequence[Tensor], free: float) -> Tensor:

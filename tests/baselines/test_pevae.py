@@ -229,8 +229,9 @@ def test_losses_by_hand() -> None:
                 before = model.words(torch.tensor([answer[:place]], dtype=torch.long))
                 states, _ = model.decoder(torch.cat([model.soft_prompts(summary), before], dim=1))
                 losses.append(-torch.log_softmax(model.output(states[0, -1]), dim=-1)[word])
-            if row == 0:
-                torch.testing.assert_close(found["rating"], (model.predict_rating(summary)[0] - 2.0) ** 2)
+            if row == 0:  # of the pair alone, without what is asked for
+                alone = model.pair(users, items, torch.zeros(1, 0, dtype=torch.long), torch.tensor([0]))
+                torch.testing.assert_close(found["rating"], (model.predict_rating(alone)[0] - 2.0) ** 2)
     torch.testing.assert_close(found["explanation"], torch.stack(losses).mean())
     torch.testing.assert_close(found["loss"], found["explanation"] + 0.1 * found["rating"])
 
@@ -253,6 +254,13 @@ def test_padding_and_batches_change_nothing(features: bool) -> None:
         one = model.write(rows[row], prefixes[row : row + 1], limits)
         assert one.tokens[0] == together.tokens[row]
         assert one.ratings == pytest.approx(together.ratings[row : row + 1] if together.ratings else None, rel=1e-5)
+
+
+def test_ratings_that_are_told_are_not_predicted_from_what_is_told() -> None:
+    model, batch, limits = pevae(features=True), a_batch(), Limits(3, END, [0])
+    told, silent = (model.write(batch, prefixes, limits) for prefixes in ([[7, 6, START]] * 2, [[START]] * 2))
+    assert told.ratings == pytest.approx(silent.ratings, rel=1e-6)
+    assert len(set(told.ratings or ())) == 2
 
 
 def test_writing_with_a_cache_is_what_the_losses_compute() -> None:
