@@ -98,7 +98,7 @@ def language_model(config: RunConfig, data: Dataset) -> tuple[PreTrainedModel, d
         InputError: as `model.base_model.load_base`.
     """
     stage2 = config.stage2
-    model, _ = load_base(stage2.base_model, stage2.scratch, tokenizer_texts(data), config.seed)
+    model, _ = load_base(stage2.base_model, stage2.scratch, tokenizer_texts(data, stage2.prompt), config.seed)
     return model, model.config.to_dict()
 
 

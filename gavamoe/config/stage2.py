@@ -109,6 +109,9 @@ class LoraConfig(Section):
 class PromptConfig(Section):
     """The prompt, which the language model reads before it writes; it never holds any part of the answer."""
 
+    instruction: bool = True
+    """Whether the prompt says what to do and names its parts in words, as a pretrained model understands. False: marks
+    divide the parts; a model trained from nothing learns better by so short a prompt."""
     rating: bool = True
     """Whether the prompt names the sentiment of the rating, as a word."""
     features: bool = True

@@ -4,13 +4,17 @@ Purpose: turn (user, item, rating, features, title) into token ids, and explanat
 Inputs: a Hugging Face fast tokenizer, the model's slot ids, `PromptConfig`.
 Outputs: lists of token ids.
 
-One template serves every model, scratch or pretrained; parts in brackets appear where they are known:
+Two templates; parts in brackets appear where they are known. The one in words, which a pretrained model understands:
 
     Explain the recommendation.
     User: [slot] [cluster] Item: [slot] [Title: ...] [Rating: positive|neutral|negative] [Features: a, b]
     [Similar reviews:
     - ...]
     Explanation:
+
+And the one in marks (`instruction: false`), for a model trained from nothing, to which labels are only distance:
+
+    [slot] [cluster] [slot] [: title] [, positive|neutral|negative] [; a, b] [| review | ...]
 
 Each piece is tokenized on its own and special tokens are never parsed in it, so no text of a user can
 forge a slot, end the prompt or start an answer; slots are single ids above the vocabulary. Too long a
@@ -21,7 +25,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -33,16 +37,36 @@ from gavamoe.errors import InputError
 from gavamoe.model.base_model import encode_texts
 from gavamoe.model.slots import SlotIds
 
-_INSTRUCTION = "Explain the recommendation.\nUser:"
-_ITEM = "\nItem:"
-_TITLE = "\nTitle:"
-_RATING = "\nRating:"
-_FEATURES = "\nFeatures:"
-_COMMA = ","
-_QUOTES, _QUOTE = "\nSimilar reviews:", "\n-"
-_ANSWER = "\nExplanation:\n"
-_CONSTANTS = (_INSTRUCTION, _ITEM, _TITLE, _RATING, _FEATURES, _COMMA, _ANSWER)
-_CONSTANTS_OF_QUOTES = (_QUOTES, _QUOTE)
+T = TypeVar("T", str, tuple[int, ...])
+"""Text, or token ids."""
+
+
+class Labels(NamedTuple, Generic[T]):
+    """A template: what stands before each part of a prompt, as text or as token ids."""
+
+    instruction: T
+    item: T
+    title: T
+    rating: T
+    features: T
+    comma: T
+    quotes: T
+    quote: T
+    answer: T
+
+
+_WORDS = Labels(
+    instruction="Explain the recommendation.\nUser:",
+    item="\nItem:",
+    title="\nTitle:",
+    rating="\nRating:",
+    features="\nFeatures:",
+    comma=",",
+    quotes="\nSimilar reviews:",
+    quote="\n-",
+    answer="\nExplanation:\n",
+)
+_MARKS = Labels("", "", ":", ",", ";", ",", "", "|", "\n")
 
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), " ")
 _CHARACTERS_PER_TOKEN = 16
@@ -79,9 +103,18 @@ class PromptColumns:
         return len(self.users)
 
 
-def template_texts() -> list[str]:
+def labels(config: PromptConfig) -> Labels[str]:
+    """The constant texts of the prompts that a config asks for."""
+    return _WORDS if config.instruction else _MARKS
+
+
+def template_texts(config: PromptConfig) -> list[str]:
     """The constant texts of prompts: what a tokenizer trained for this task must know well."""
-    lines = [_INSTRUCTION + _ITEM + _TITLE + f"{_RATING} {word}" + _FEATURES + _COMMA + _ANSWER for word in SENTIMENTS]
+    own = labels(config)
+    lines = [
+        f"{own.instruction}{own.item}{own.title}{own.rating} {word}{own.features}{own.comma}{own.answer}"
+        for word in SENTIMENTS
+    ]
     return ["".join(lines)]
 
 
@@ -108,16 +141,13 @@ class PromptBuilder:
         self.tokenizer, self.config, self.scale = tokenizer, config, scale
         self.slots = slots
         self.end = _end_token(tokenizer)
-        names = (*_CONSTANTS, *(_CONSTANTS_OF_QUOTES if config.quotes else ()))
-        constants = dict(zip(names, encode_texts(tokenizer, names), strict=True))
-        self._constants = {text: tuple(ids) for text, ids in constants.items()}
+        self._labels = labels(config)
+        self._constants: Labels[tuple[int, ...]] = Labels._make(map(tuple, encode_texts(tokenizer, self._labels)))
         self._encoded: dict[str, tuple[int, ...]] = {}
-        self.start = (*_start_tokens(tokenizer), *self._constants[_INSTRUCTION])
+        self.start = (*_start_tokens(tokenizer), *self._constants.instruction)
         """Token ids that every prompt begins with: the instruction."""
         words = encode_texts(tokenizer, [f" {word}" for word in SENTIMENTS])
-        self._sentiments = {
-            word: (*self._constants[_RATING], *ids) for word, ids in zip(SENTIMENTS, words, strict=True)
-        }
+        self._sentiments = {word: (*self._constants.rating, *ids) for word, ids in zip(SENTIMENTS, words, strict=True)}
         self._cluster = (slots.cluster,) if config.cluster else ()
         self._check_room()
 
@@ -128,15 +158,16 @@ class PromptBuilder:
 
     def pieces(self) -> dict[str, Any]:
         """The prompt's constant texts and bounds, for whoever builds prompts without this class."""
+        own = self._labels
         return {
-            "start": list(self.start[: len(self.start) - len(self._constants[_INSTRUCTION])]),
-            "instruction": _INSTRUCTION,
-            "item": _ITEM,
-            "title": _TITLE,
-            "sentiment": _RATING,
-            "features": _FEATURES,
-            "comma": _COMMA,
-            "answer": _ANSWER,
+            "start": list(self.start[: len(self.start) - len(self._constants.instruction)]),
+            "instruction": own.instruction,
+            "item": own.item,
+            "title": own.title,
+            "sentiment": own.rating,
+            "features": own.features,
+            "comma": own.comma,
+            "answer": own.answer,
             "titles": self.config.title,
             "ratings": self.shows_ratings,
             "max_features": self.config.max_features if self.config.features else 0,
@@ -199,12 +230,12 @@ class PromptBuilder:
         features: list[tuple[int, ...]],
         quotes: list[tuple[int, ...]],
     ) -> list[int]:
-        item = (user_slot, *self._cluster, *self._constants[_ITEM], item_slot)
-        answer = self._constants[_ANSWER]
+        item = (user_slot, *self._cluster, *self._constants.item, item_slot)
+        answer = self._constants.answer
         room = self.config.max_tokens - len(self.start) - len(item) - len(sentiment) - len(answer)
         listed = self._list_features(features, room)
         room -= len(listed)
-        label = self._constants[_TITLE]
+        label = self._constants.title
         titled = (*label, *title)[: max(room, 0)] if title and room > len(label) else ()
         quoted = self._list_quotes(quotes, room - len(titled))
         return [*self.start, *item, *titled, *sentiment, *listed, *quoted, *answer]
@@ -213,7 +244,7 @@ class PromptBuilder:
         """Label and quoted reviews that fit into `room` tokens; those that don't fit whole are left out."""
         if not quotes:
             return ()
-        label, dash = self._constants[_QUOTES], self._constants[_QUOTE]
+        label, dash = self._constants.quotes, self._constants.quote
         listed: tuple[int, ...] = label
         for ids in quotes:
             own = (*dash, *ids[: self.config.quote_tokens])
@@ -224,7 +255,7 @@ class PromptBuilder:
 
     def _list_features(self, features: list[tuple[int, ...]], room: int) -> tuple[int, ...]:
         """Label and features that fit into `room` tokens; only the first feature may be cut inside."""
-        label, comma = self._constants[_FEATURES], self._constants[_COMMA]
+        label, comma = self._constants.features, self._constants.comma
         if not features or room <= len(label):
             return ()
         listed = (*label, *features[0])[:room]
@@ -236,7 +267,7 @@ class PromptBuilder:
 
     def _check_room(self) -> None:
         longest = max(map(len, self._sentiments.values())) if self.shows_ratings else 0
-        fixed = (self.start, self._constants[_ITEM], self._constants[_ANSWER])
+        fixed = (self.start, self._constants.item, self._constants.answer)
         needed = sum(map(len, fixed)) + 2 + len(self._cluster) + longest  # 2: the slots of user and item
         if needed > self.config.max_tokens:
             raise InputError(

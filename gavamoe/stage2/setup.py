@@ -150,7 +150,11 @@ def _build_explainer(
 ) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
     stage2 = config.stage2
     base, tokenizer = load_base(
-        stage2.base_model, stage2.scratch, tokenizer_texts(data), config.seed, empty_weights=empty_weights
+        stage2.base_model,
+        stage2.scratch,
+        tokenizer_texts(data, stage2.prompt),
+        config.seed,
+        empty_weights=empty_weights,
     )
     check_positions(config, base.config)
     sizes = ExplainerSizes(

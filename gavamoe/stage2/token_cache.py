@@ -139,7 +139,7 @@ def cache_folder(data: Dataset, builder: PromptBuilder) -> Path:
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
         "prompt": builder.config.model_dump(mode="json"),
-        "template": template_texts(),
+        "template": template_texts(builder.config),
         "scale": builder.scale.model_dump(mode="json") if builder.scale else None,
         "slots": [token(index) for token in (slots.user_token, slots.item_token) for index in (0, _BEYOND)],
         "dataset": data.fingerprint,

@@ -30,7 +30,7 @@ def prompt_builder(config: RunConfig, data: Dataset) -> PromptBuilder:
         InputError: the base model's tokenizer or config can't be found.
     """
     stage2 = config.stage2
-    tokenizer = load_tokenizer(stage2.base_model, stage2.scratch, tokenizer_texts(data))
+    tokenizer = load_tokenizer(stage2.base_model, stage2.scratch, tokenizer_texts(data, stage2.prompt))
     vocabulary = len(tokenizer) if stage2.base_model == "scratch" else base_shape(stage2).vocab_size
     slots = SlotIds(vocabulary=vocabulary, n_users=data.catalog.known_users, n_items=data.catalog.known_items)
     return PromptBuilder(tokenizer, slots, stage2.prompt, rating_scale(data))
@@ -79,9 +79,9 @@ def _quoted(quotes: Quotes, rows: dict[str, list[Any]], prompt: PromptConfig) ->
     ]
 
 
-def tokenizer_texts(data: Dataset) -> Iterator[str]:
+def tokenizer_texts(data: Dataset, prompt: PromptConfig) -> Iterator[str]:
     """Training texts of the scratch model's tokenizer: explanations, features, titles, the prompts' constant texts."""
-    templates = template_texts()
+    templates = template_texts(prompt)
     for number, (text, words) in enumerate(_texts_and_features(data)):
         yield text
         yield " " + ", ".join(words)

@@ -24,7 +24,7 @@ MARKER = "\nExplanation:\n"
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
     return train_tokenizer(
-        [*template_texts(), "the food is good", "the service was slow", "The Old Mill"] * 20, VOCABULARY
+        [*template_texts(PromptConfig()), "the food is good", "the service was slow", "The Old Mill"] * 20, VOCABULARY
     )
 
 

@@ -5,6 +5,8 @@
     [Rating: positive|neutral|negative] [Features: a, b]
     Explanation:
 
+Without `stage2.prompt.instruction`, the labels are those of the explainer's prompts in marks, a mark a part.
+
 In XRec's code the answer stands before the end of the instruction in training, and is asked for behind it afterwards;
 here it follows the same marker in both. Rating and features, of the "+" form alone, are ours. Pieces are tokenized one
 by one, special tokens are never parsed in them, and slots are ids above the vocabulary, so no text can forge one. Too
@@ -17,18 +19,18 @@ from dataclasses import dataclass
 from gavamoe.baselines.frame import Columns, Reader
 from gavamoe.baselines.parts.profiles import Profiles
 from gavamoe.errors import InputError
-from gavamoe.generation.prompts import plain_line
+from gavamoe.generation.prompts import labels, plain_line
 from gavamoe.model.base_model import encode_texts
 
-_START, _ITEM, _ANSWER = "Explain the recommendation.\nUser:", "\nItem:", "\nExplanation:\n"
-_TITLE, _RATING, _FEATURES = "\nTitle:", "\nRating:", "\nFeatures:"
-_USER_PROFILE, _ITEM_PROFILE = "\nUser profile: often mentions", "\nItem profile: known for"
-_LABELS = (_TITLE, _USER_PROFILE, _ITEM_PROFILE, _RATING, _FEATURES)
+_PARTS = ("title", "user profile", "item profile", "rating", "features")
+_WORDS = ("\nTitle:", "\nUser profile: often mentions", "\nItem profile: known for", "\nRating:", "\nFeatures:")
+_MARKS = (":", "<", ">", ",", ";")
+"""What stands before each part."""
 _CHARACTERS_PER_TOKEN = 16
 """Text beyond this many characters a token is not even tokenized."""
 
 Parts = list[tuple[str, str]]
-"""Labels of `_LABELS` with the texts behind them, which may be empty."""
+"""Names of `_PARTS` with their texts, which may be empty."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,10 @@ class XrecPrompts:
         known = [self._known(columns, profiles, row, reader) for row in range(len(columns))]
         asked = [self._asked(columns, row, reader) for row in range(len(columns))]
         texts = _encoded((text for parts in (*known, *asked) for _, text in parts), reader)
-        start, item, answer, *labels = encode_texts(reader.tokenizer, [_START, _ITEM, _ANSWER, *_LABELS])
-        ids = dict(zip(_LABELS, labels, strict=True))
+        own = labels(reader.prompt)
+        before = _WORDS if reader.prompt.instruction else _MARKS
+        start, item, answer, *marks = encode_texts(reader.tokenizer, [own.instruction, own.item, own.answer, *before])
+        ids = dict(zip(_PARTS, marks, strict=True))
         head = [reader.start, *start, self.slots[0], *item, self.slots[1]]
         room = reader.prompt.max_tokens - len(head) - len(answer)
         if room < 0:
@@ -61,20 +65,20 @@ class XrecPrompts:
                 " of XRec's prompt without title, profiles, rating and features"
             )
         prompts = []
-        for before, behind in zip(known, asked, strict=True):
+        for first, behind in zip(known, asked, strict=True):
             last = _fitting(behind, ids, texts, room)
-            prompts.append([*head, *_fitting(before, ids, texts, room - len(last)), *last, *answer])
+            prompts.append([*head, *_fitting(first, ids, texts, room - len(last)), *last, *answer])
         return prompts
 
     def _known(self, columns: Columns, profiles: Profiles | None, row: int, reader: Reader) -> Parts:
         """Title and profiles; those of a training row without its own features."""
         title = (columns.titles[row] or "") if reader.prompt.title else ""
         if profiles is None or not self.profile_features:
-            return [(_TITLE, title)]
+            return [("title", title)]
         own = columns.features[row] if columns.rows is not None else ()
         user = profiles.users.most_frequent(int(columns.users[row]), self.profile_features, own)
         item = profiles.items.most_frequent(int(columns.items[row]), self.profile_features, own)
-        return [(_TITLE, title), (_USER_PROFILE, ", ".join(user)), (_ITEM_PROFILE, ", ".join(item))]
+        return [("title", title), ("user profile", ", ".join(user)), ("item profile", ", ".join(item))]
 
     def _asked(self, columns: Columns, row: int, reader: Reader) -> Parts:
         """The sentiment of a given rating, and the features, in the form that reads them."""
@@ -82,7 +86,7 @@ class XrecPrompts:
             return []
         rating = float(columns.ratings[row])
         sentiment = "" if reader.scale is None or rating != rating else reader.scale.sentiment(rating)
-        return [(_RATING, sentiment), (_FEATURES, ", ".join(columns.features[row][: reader.prompt.max_features]))]
+        return [("rating", sentiment), ("features", ", ".join(columns.features[row][: reader.prompt.max_features]))]
 
 
 def _encoded(texts: Iterable[str], reader: Reader) -> dict[str, list[int]]:
