@@ -2,9 +2,10 @@
 
     python examples/load_in_transformers.py runs/own_reviews/stage2 --user 3 --item 5
 
-The prompt ends where the explanation begins. A user and an item are one token each, and `cluster_ids` says which gate
-chooses the experts; ExplanationGenerator does both for you. Prints one text for every gate, so that you see what the
-gates change; the pair's own gate is the one that stage 1 would choose.
+The prompt ends where the explanation begins; its constant parts are those that the model was trained on. A user and an
+item are one token each, and `cluster_ids` says which gate chooses the experts; ExplanationGenerator does all of it for
+you. Prints one text for every gate, so that you see what the gates change; the pair's own gate is the one that stage 1
+would choose.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gavamoe  # noqa: F401 - makes the model known to the Auto classes
+from gavamoe.generation.prompts import PromptSpec, labels
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,11 +32,12 @@ def main(arguments: list[str] | None = None) -> None:
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    said = labels(PromptSpec.model_validate_json((options.folder / "prompt.json").read_text()).prompt)
     prompt = [
-        *ids("Explain the recommendation.\nUser:"), model.user_token(options.user),
-        *ids("\nItem:"), model.item_token(options.item),
-        *ids(f"\nRating: {options.rating}"),
-        *ids("\nExplanation:\n"),
+        *ids(said.instruction), model.user_token(options.user),
+        *ids(said.item), model.item_token(options.item),
+        *ids(f"{said.rating} {options.rating}"),
+        *ids(said.answer),
     ]  # fmt: skip
     gates = model.config.n_gates
     texts = model.generate(

@@ -375,6 +375,16 @@ def test_the_form_with_features_names_them_and_the_sentiment(planted: Dataset) -
     assert "Features" not in plain
 
 
+def test_prompts_in_marks(planted: Dataset) -> None:
+    config = config_of("stage2.prompt.instruction=false")
+    model, reader = xrec(planted, features=True), reader_of(planted, config)
+    ratings = np.array([5, np.nan], np.float32)
+    rated, bare = said(model, columns_of([("battles", "story"), ()], ratings=ratings), reader)
+    assert rated.endswith(", positive; battles, story\n")
+    assert "Explain" not in rated
+    assert ";" not in bare
+
+
 def test_a_prompt_that_is_too_long_loses_profiles_first(planted: Dataset) -> None:
     model, config = xrec(planted, features=True), config_of()
     model.profiles = Profiles(counts(0), counts(1))

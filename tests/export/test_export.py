@@ -1,6 +1,8 @@
 """What `gavamoe export` leaves on disk, used as its readers use it: in a process that has no gavamoe."""
 
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,13 @@ import pytest
 import torch
 from helpers.exported_runs import exported, run
 
+from gavamoe.config.schema import PromptConfig
 from gavamoe.data.dataset import SPLITS, open_dataset
 from gavamoe.errors import InputError, RunError
 from gavamoe.export import exported_run as module
 from gavamoe.export.exported_run import export_run
 from gavamoe.generation.generator import ExplanationGenerator
+from gavamoe.generation.prompts import PromptBuilder, PromptColumns
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.base_model import special_ids
 
@@ -108,6 +112,34 @@ def test_plain_transformers_write_the_same_texts_in_a_process_without_gavamoe() 
     assert [answer["text"] for answer in theirs] == [text for _, _, text in expected]
     assert len({answer["gate"] for answer in theirs}) > 1
     assert len({answer["text"] for answer in theirs}) > 5
+
+
+def test_the_client_builds_prompts_in_marks(tmp_path: Path) -> None:
+    out = shutil.copytree(exported("hf", "float32"), tmp_path / "out")
+    generator, asked_for = ExplanationGenerator.load(run().stage2), asked(10)[2]
+    marks = PromptBuilder(
+        generator.tokenizer, generator.model.slots, PromptConfig(instruction=False), generator.spec.scale
+    )
+    written = json.loads((out / "prompt.json").read_text())
+    (out / "prompt.json").write_text(json.dumps(written | marks.pieces()))
+    loaded = importlib.util.spec_from_file_location("client", out / "client.py")
+    assert loaded is not None
+    client = importlib.util.module_from_spec(loaded)
+    assert loaded.loader is not None
+    loaded.loader.exec_module(client)
+    catalog = generator.catalog
+    item = catalog.item_or_unknown(asked_for["item"])
+    [expected] = marks.prompts(
+        PromptColumns(
+            [catalog.user_or_unknown(asked_for["user"])],
+            [item],
+            [4.0],
+            [("acting", "plot")],
+            [catalog.item_title(item)],
+        )
+    )
+    found = client.prompt(generator.tokenizer, asked_for["user"], asked_for["item"], 4.0, ["acting", "plot"])
+    assert found == expected
 
 
 def test_the_client_writes_a_text_by_itself() -> None:

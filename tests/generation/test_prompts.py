@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -64,6 +65,15 @@ def test_prompt_says_what_is_known() -> None:
     )
     [bare] = make_builder().prompts(columns(rating=None, features=(), title=None))
     assert readable(bare) == "Explain the recommendation.\nUser:[u3]\nItem:[i4]" + MARKER
+
+
+def test_marks_in_place_of_words() -> None:
+    builder = make_builder(instruction=False)
+    assert readable(builder.prompts(columns())[0]) == "[u3][i4]: The Old Mill, positive; food, service\n"
+    assert readable(builder.prompts(columns(features=()))[0]) == "[u3][i4]: The Old Mill, positive\n"
+    assert readable(builder.prompts(columns(rating=None, title=None))[0]) == "[u3][i4]; food, service\n"
+    assert readable(builder.prompts(columns(rating=None, features=(), title=None))[0]) == "[u3][i4]\n"
+    assert builder.start == ()
 
 
 @pytest.mark.parametrize(
@@ -211,6 +221,12 @@ def test_left_padding_leaves_the_last_column_to_the_prompts() -> None:
     ids, mask = left_padded([[5], [6, 7, 8]], pad=2)
     assert ids.tolist() == [[2, 2, 5], [6, 7, 8]]
     assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_quoted_reviews_between_marks() -> None:
+    row = replace(columns(), quotes=[("good food", "slow service")])
+    [prompt] = make_builder(quotes=2, instruction=False).prompts(row)
+    assert readable(prompt) == "[u3][i4]: The Old Mill, positive; food, service| good food| slow service\n"
 
 
 def test_quoted_reviews_stand_before_the_answer_and_are_the_first_to_go() -> None:
