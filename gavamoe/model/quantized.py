@@ -27,6 +27,8 @@ from gavamoe.model.explainer import GavamoeForCausalLM
 Quantization = Literal["none", "int8", "int4"]
 GROUP = 32
 """Weights of an output that share a scale, for int4."""
+_HEARD_WORDS = (8, 32)
+"""Random texts, and words of each, from which is heard how loud the head's inputs are."""
 _TINY = torch.finfo(torch.float32).tiny
 _OUTPUTS_OF_INT4 = 16
 """What the outputs of an int4 layer must be a multiple of."""
@@ -47,15 +49,28 @@ def quantize(model: GavamoeForCausalLM, kind: Quantization) -> GavamoeForCausalL
         )
     if torch.backends.quantized.engine == "none":
         raise InputError(f"generation.quantize {kind}: this build of torch has no quantized kernels; leave it out")
-    head = model.lm_head
+    head = QuantizedHead(model.lm_head.weight.detach(), _loudness_of_states(model))
     for parent, name, layer in list(_layers(model.model)):
         setattr(parent, name, _linear(_weight(layer), layer.bias, kind))
     for block in model.model.modules():
         experts = getattr(block, "experts", None)
         if isinstance(experts, SwiGluExperts | MlpExperts):
             block.experts = QuantizedExperts(experts, kind)
-    model.lm_head = QuantizedHead(head.weight)  # type: ignore[assignment]  # the same calls, other weights
+    model.lm_head = head  # type: ignore[assignment]  # the same calls, other weights
     return model
+
+
+def _loudness_of_states(model: GavamoeForCausalLM) -> Tensor:
+    """Root mean square (D,) of each number that the head reads, over texts of random words: which are loud is the
+    model's way, whatever the text."""
+    drawn = torch.Generator().manual_seed(0)
+    words = torch.randint(0, model.config.vocab_size, _HEARD_WORDS, generator=drawn)
+    read: list[Tensor] = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    with torch.no_grad():
+        model(words, cluster_ids=torch.zeros(len(words), dtype=torch.long), use_cache=False)
+    hook.remove()
+    return read[0].square().mean(dim=(0, 1)).sqrt()
 
 
 def _layers(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -135,15 +150,25 @@ class Int4Linear(nn.Module):
 
 
 class QuantizedHead(nn.Module):
-    """The output head, in 8 bits under int4 too: fewer cost most where words are told apart. Called as `OutputHead`."""
+    """The output head, in 8 bits under int4 too: fewer cost most where words are told apart. Called as `OutputHead`.
 
-    def __init__(self, weight_VD: Tensor) -> None:
+    A few of the numbers that it reads are ten to twenty times as loud as the others and would leave these few of their
+    8 bits. So each is divided by a factor, and the weights that meet it are multiplied by that: the geometric mean that
+    shares the range between both (SmoothQuant, Xiao et al., ICML 2023, with root mean squares in place of maxima).
+    """
+
+    def __init__(self, weight_VD: Tensor, loudness_D: Tensor) -> None:
+        """`loudness_D`: root mean square of each number that the head reads."""
         super().__init__()
-        self._linear = Int8Linear(weight_VD)
+        weight_VD = weight_VD.float()
+        size_D = weight_VD.square().mean(0).sqrt().clamp(min=_TINY)
+        factor_D = (loudness_D / size_D).sqrt().clamp(min=_TINY)
+        self._linear = Int8Linear(weight_VD * factor_D)
+        self._quieter_D = 1 / factor_D
 
     def forward(self, hidden: Tensor, targets_L: Tensor | None = None) -> Tensor:
         """Logits, or with targets the summed negative log-likelihood."""
-        logits: Tensor = self._linear(hidden)
+        logits: Tensor = self._linear(hidden * self._quieter_D)
         return logits if targets_L is None else functional.cross_entropy(logits, targets_L, reduction="sum")
 
 

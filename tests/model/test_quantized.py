@@ -14,7 +14,7 @@ from gavamoe.errors import InputError
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.explainer import GavamoeForCausalLM
-from gavamoe.model.quantized import Int4Linear, Int8Linear, QuantizedExperts, quantize
+from gavamoe.model.quantized import Int4Linear, Int8Linear, QuantizedExperts, QuantizedHead, quantize
 
 BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
     "shared": ("llama", {"conversion": "shared", "intermediate_size": 32}),
@@ -106,6 +106,26 @@ def test_a_loud_row_takes_nothing_from_the_rows_beside_it(made: Any, most: float
     wanted = layer(hidden).detach()[1:]
     error = (made(layer.weight, layer.bias)(hidden)[1:] - wanted).square().mean().sqrt() / wanted.std()
     assert 0 < error < most
+
+
+def test_a_few_loud_inputs_of_the_head_leave_the_others_their_bits() -> None:
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(96, 64) * 0.1, torch.randn(40, 64)
+    hidden[:, :3] *= 30
+    wanted = hidden @ weight.T
+    plain = (Int8Linear(weight)(hidden) - wanted).square().mean()
+    shared = (QuantizedHead(weight, hidden.square().mean(0).sqrt())(hidden) - wanted).square().mean()
+    assert shared < plain / 4
+
+
+def test_the_head_hears_how_loud_its_inputs_are() -> None:
+    model = telling("upcycle")
+    with torch.no_grad():
+        model.model.norm.weight[5] = 20.0
+    state = torch.get_rng_state()
+    factor = 1 / quantize(model, "int8").lm_head._quieter_D  # type: ignore[union-attr]
+    assert factor.argmax() == 5
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_shapes_that_four_bits_can_not_hold_get_eight() -> None:
