@@ -6,6 +6,7 @@ study, figure5.png the latent maps that `gavamoe route` left in the run folders.
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ SPARSITY = {
 }
 FIGURE4 = ("bleu_4", "bertscore_f", "rouge_l", "rmse")
 """Scores in Figure 4: the paper's two, and two more; those that were not measured are left out."""
+_LEGEND_COLUMNS, _MARKERS = 7, "osD^vPX"
 _DATASET = ("name", "users", "items", "rows", "rows_per_user", "rows_per_item", "density_percent", "zero_shot_users")
 
 
@@ -72,22 +74,33 @@ def _case_lines(cases: Sequence[dict[str, Any]]) -> Iterable[Sequence[Any]]:
 
 
 def _plot_sparsity(runs: Sequence[RunData], out: Path) -> None:
-    """Figure 4: a panel a score, a line a run, over ds1, ds2, ds3 and zero-shot users."""
+    """Figure 4: a panel a score, a line a run, over ds1, ds2, ds3 and zero-shot users, where there are any."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     names = [name for name in FIGURE4 if any(run.score(name) is not None for run in runs)]
     if not names:
         return
-    figure = Figure(figsize=(3.4 * len(names), 3.4), layout="constrained")
+    groups = [group for group in SPARSITY if any(run.metrics["sparsity"][group]["counts"]["rows"] for run in runs)]
+    lines = math.ceil(len(runs) / _LEGEND_COLUMNS)
+    figure = Figure(figsize=(3.4 * len(names), 3.4 + 0.25 * lines), layout="constrained")
     panels = figure.subplots(1, len(names), squeeze=False)[0]
+    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
     for axes, name in zip(panels, names, strict=True):
-        for run in runs:
-            values = [run.metrics["sparsity"][group]["metrics"][name] for group in SPARSITY]
-            axes.plot(range(len(SPARSITY)), [float("nan") if v is None else v for v in values], "o-", label=run.name)
-        axes.set_xticks(range(len(SPARSITY)), ["ds1", "ds2", "ds3", "zero-shot"])
-        axes.set(title=f"{METRICS[name].label} {METRICS[name].arrow}", ylim=(0, None))
+        for number, run in enumerate(runs):
+            values = [run.metrics["sparsity"][group]["metrics"][name] for group in groups]
+            axes.plot(
+                range(len(groups)),
+                [float("nan") if value is None else value for value in values],
+                marker=_MARKERS[number % len(_MARKERS)],
+                color=colors[number % len(colors)],
+                label=run.name,
+            )
+        axes.set_xticks(range(len(groups)), [group.replace("_", "-") for group in groups])
+        axes.set(title=f"{METRICS[name].label} {METRICS[name].arrow}", xlim=(-0.3, len(groups) - 0.7))
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(fontsize="x-small")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize="small", frameon=False)
     save_png(figure, out)
 
 
