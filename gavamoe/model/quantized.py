@@ -4,7 +4,7 @@ Writing reads every weight for each token, so fewer bytes are less time. Quantiz
 decoder's linear layers, its routed experts and the output head; routers, norms and tables stay float32.
 
     int8    torch's dynamic kernel (FBGEMM, oneDNN): one scale an output; what a layer reads is rounded to 8 bits as
-            well, by a scale a row
+            well, by a scale a row, after its loud numbers have shared their range with the weights that meet them
     int4    torch's packed kernel: a scale and a zero point for each 32 weights of an output; arithmetic in bfloat16. An
             eighth of the bytes, but for the head's 8 bits, for machines short of memory
 
@@ -28,7 +28,9 @@ Quantization = Literal["none", "int8", "int4"]
 GROUP = 32
 """Weights of an output that share a scale, for int4."""
 _HEARD_WORDS = (8, 32)
-"""Random texts, and words of each, from which is heard how loud the head's inputs are."""
+"""Random texts, and words of each, from which is heard how loud the inputs of layers are."""
+_SILENT = 1e-6
+"""What is quieter is taken for as loud as this."""
 _TINY = torch.finfo(torch.float32).tiny
 _OUTPUTS_OF_INT4 = 16
 """What the outputs of an int4 layer must be a multiple of."""
@@ -49,28 +51,36 @@ def quantize(model: GavamoeForCausalLM, kind: Quantization) -> GavamoeForCausalL
         )
     if torch.backends.quantized.engine == "none":
         raise InputError(f"generation.quantize {kind}: this build of torch has no quantized kernels; leave it out")
-    head = QuantizedHead(model.lm_head.weight.detach(), _loudness_of_states(model))
+    loudness = _loudness(model)
     for parent, name, layer in list(_layers(model.model)):
-        setattr(parent, name, _linear(_weight(layer), layer.bias, kind))
+        setattr(parent, name, _linear(_weight(layer), layer.bias, kind, loudness.get(layer)))
     for block in model.model.modules():
         experts = getattr(block, "experts", None)
         if isinstance(experts, SwiGluExperts | MlpExperts):
-            block.experts = QuantizedExperts(experts, kind)
+            block.experts = QuantizedExperts(experts, kind, loudness.get(experts))
+    head = QuantizedHead(model.lm_head.weight, loudness[model.lm_head])
     model.lm_head = head  # type: ignore[assignment]  # the same calls, other weights
     return model
 
 
-def _loudness_of_states(model: GavamoeForCausalLM) -> Tensor:
-    """Root mean square (D,) of each number that the head reads, over texts of random words: which are loud is the
+def _loudness(model: GavamoeForCausalLM) -> dict[nn.Module, Tensor]:
+    """Root mean square (D,) of each number that a layer reads, over texts of random words: which are loud is the
     model's way, whatever the text."""
+    found: dict[nn.Module, Tensor] = {}
+
+    def listen(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found[layer] = inputs[0].detach().flatten(0, -2).square().mean(0).sqrt()
+
+    heard = [layer for _, _, layer in _layers(model.model)]
+    heard += [module for module in model.model.modules() if isinstance(module, SwiGluExperts | MlpExperts)]
+    hooks = [layer.register_forward_pre_hook(listen) for layer in [*heard, model.lm_head]]
     drawn = torch.Generator().manual_seed(0)
     words = torch.randint(0, model.config.vocab_size, _HEARD_WORDS, generator=drawn)
-    read: list[Tensor] = []
-    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
     with torch.no_grad():
         model(words, cluster_ids=torch.zeros(len(words), dtype=torch.long), use_cache=False)
-    hook.remove()
-    return read[0].square().mean(dim=(0, 1)).sqrt()
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def _layers(decoder: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
@@ -87,20 +97,34 @@ def _weight(layer: nn.Module) -> Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def _linear(weight_OD: Tensor, bias_O: Tensor | None, kind: Quantization) -> nn.Module:
+def _linear(
+    weight_OD: Tensor, bias_O: Tensor | None, kind: Quantization, loudness_D: Tensor | None = None
+) -> nn.Module:
     outputs, inputs = weight_OD.shape
     if kind == "int4" and inputs % GROUP == 0 and outputs % _OUTPUTS_OF_INT4 == 0:
         return Int4Linear(weight_OD, bias_O)
-    return Int8Linear(weight_OD, bias_O)
+    return Int8Linear(weight_OD, bias_O, loudness_D)
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights, (..., D) to (..., O)."""
+    """A linear layer with 8-bit weights, (..., D) to (..., O).
 
-    def __init__(self, weight_OD: Tensor, bias_O: Tensor | None = None) -> None:
+    A few of the numbers that a layer reads may be ten to twenty times as loud as the others and would leave these few
+    of their 8 bits. So each is divided by a factor, and the weights that meet it are multiplied by that: the geometric
+    mean that shares the range between both (SmoothQuant, Xiao et al., ICML 2023, with root mean squares in place of
+    maxima).
+    """
+
+    def __init__(self, weight_OD: Tensor, bias_O: Tensor | None = None, loudness_D: Tensor | None = None) -> None:
+        """`loudness_D`: root mean square of each number that the layer reads; None: taken for alike."""
         super().__init__()
         self.out_features, self.in_features = weight_OD.shape
         weight_OD = weight_OD.detach().float().contiguous()
+        self._quieter_D: Tensor | None = None
+        if loudness_D is not None:
+            size_D = weight_OD.square().mean(0).sqrt()
+            factor_D = (loudness_D.clamp(min=_SILENT) / size_D.clamp(min=_SILENT)).sqrt()
+            weight_OD, self._quieter_D = weight_OD * factor_D, 1 / factor_D
         scale_O = (weight_OD.abs().amax(1) / 127).clamp(min=_TINY).double()
         zero_O = torch.zeros(len(scale_O), dtype=torch.long)
         with warnings.catch_warnings():
@@ -116,6 +140,8 @@ class Int8Linear(nn.Module):
         """(..., D) float32 to (..., O)."""
         # The kernel has one scale for all rows of a pass, and a language model's first token is a thousand times as
         # loud as the others: each row is brought to the same size before, and its output back behind.
+        if self._quieter_D is not None:
+            hidden = hidden * self._quieter_D
         size = hidden.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
         output: Tensor = torch.ops.quantized.linear_dynamic(hidden / size, self._packed, self._reduced).mul_(size)
         return output if self._bias is None else output + self._bias
@@ -150,32 +176,24 @@ class Int4Linear(nn.Module):
 
 
 class QuantizedHead(nn.Module):
-    """The output head, in 8 bits under int4 too: fewer cost most where words are told apart. Called as `OutputHead`.
-
-    A few of the numbers that it reads are ten to twenty times as loud as the others and would leave these few of their
-    8 bits. So each is divided by a factor, and the weights that meet it are multiplied by that: the geometric mean that
-    shares the range between both (SmoothQuant, Xiao et al., ICML 2023, with root mean squares in place of maxima).
-    """
+    """The output head, in 8 bits under int4 too: fewer cost most where words are told apart. Called as `OutputHead`."""
 
     def __init__(self, weight_VD: Tensor, loudness_D: Tensor) -> None:
-        """`loudness_D`: root mean square of each number that the head reads."""
         super().__init__()
-        weight_VD = weight_VD.float()
-        size_D = weight_VD.square().mean(0).sqrt().clamp(min=_TINY)
-        factor_D = (loudness_D / size_D).sqrt().clamp(min=_TINY)
-        self._linear = Int8Linear(weight_VD * factor_D)
-        self._quieter_D = 1 / factor_D
+        self._linear = Int8Linear(weight_VD, None, loudness_D)
 
     def forward(self, hidden: Tensor, targets_L: Tensor | None = None) -> Tensor:
         """Logits, or with targets the summed negative log-likelihood."""
-        logits: Tensor = self._linear(hidden * self._quieter_D)
+        logits: Tensor = self._linear(hidden)
         return logits if targets_L is None else functional.cross_entropy(logits, targets_L, reduction="sum")
 
 
 class QuantizedExperts(nn.Module):
     """Eq. 11 with quantized experts: the tokens of each expert together."""
 
-    def __init__(self, experts: SwiGluExperts | MlpExperts, kind: Quantization) -> None:
+    def __init__(
+        self, experts: SwiGluExperts | MlpExperts, kind: Quantization, loudness_D: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.num_experts = experts.num_experts
         self.act_fn = experts.act_fn
@@ -183,10 +201,10 @@ class QuantizedExperts(nn.Module):
         reads, writes = [], []
         for expert in range(experts.num_experts):
             if isinstance(experts, SwiGluExperts):
-                reads.append(_linear(experts.gate_up_proj[expert], None, kind))
+                reads.append(_linear(experts.gate_up_proj[expert], None, kind, loudness_D))
                 writes.append(_linear(experts.down_proj[expert], None, kind))
             else:
-                reads.append(_linear(experts.up_proj[expert].T, experts.up_proj_bias[expert], kind))
+                reads.append(_linear(experts.up_proj[expert].T, experts.up_proj_bias[expert], kind, loudness_D))
                 writes.append(_linear(experts.down_proj[expert].T, experts.down_proj_bias[expert], kind))
         self.reads, self.writes = nn.ModuleList(reads), nn.ModuleList(writes)
 

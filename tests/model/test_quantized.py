@@ -14,7 +14,7 @@ from gavamoe.errors import InputError
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.explainer import GavamoeForCausalLM
-from gavamoe.model.quantized import Int4Linear, Int8Linear, QuantizedExperts, QuantizedHead, quantize
+from gavamoe.model.quantized import Int4Linear, Int8Linear, QuantizedExperts, quantize
 
 BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
     "shared": ("llama", {"conversion": "shared", "intermediate_size": 32}),
@@ -108,24 +108,33 @@ def test_a_loud_row_takes_nothing_from_the_rows_beside_it(made: Any, most: float
     assert 0 < error < most
 
 
-def test_a_few_loud_inputs_of_the_head_leave_the_others_their_bits() -> None:
+def test_a_few_loud_inputs_leave_the_others_their_bits() -> None:
     torch.manual_seed(0)
     weight, hidden = torch.randn(96, 64) * 0.1, torch.randn(40, 64)
     hidden[:, :3] *= 30
+    hidden[:, 5] = weight[:, 6] = 0  # nothing is divided by the loudness of silence
     wanted = hidden @ weight.T
     plain = (Int8Linear(weight)(hidden) - wanted).square().mean()
-    shared = (QuantizedHead(weight, hidden.square().mean(0).sqrt())(hidden) - wanted).square().mean()
+    shared = (Int8Linear(weight, None, hidden.square().mean(0).sqrt())(hidden) - wanted).square().mean()
     assert shared < plain / 4
 
 
-def test_the_head_hears_how_loud_its_inputs_are() -> None:
+def test_how_loud_the_inputs_of_layers_are_is_heard_in_the_model() -> None:
     model = telling("upcycle")
     with torch.no_grad():
         model.model.norm.weight[5] = 20.0
+        model.model.layers[0].post_attention_layernorm.weight[7] = 20.0
     state = torch.get_rng_state()
-    factor = 1 / quantize(model, "int8").lm_head._quieter_D  # type: ignore[union-attr]
-    assert factor.argmax() == 5
+    quantized = quantize(model, "int8")
     assert torch.equal(torch.get_rng_state(), state)
+    block = quantized.model.layers[0].mlp
+    for layer, loudest in (
+        (quantized.lm_head._linear, 5),  # type: ignore[union-attr]
+        (block.shared_expert.up_proj, 7),
+        (block.experts.reads[2], 7),
+    ):
+        assert layer._quieter_D.argmin() == loudest
+        assert layer._quieter_D.isfinite().all()
 
 
 def test_shapes_that_four_bits_can_not_hold_get_eight() -> None:
