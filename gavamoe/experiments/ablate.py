@@ -25,7 +25,7 @@ from gavamoe.errors import InputError
 from gavamoe.evaluation.comparison import ChosenRate, Comparison, Outcome, at_equal_time, compare_losses, read_outcome
 from gavamoe.evaluation.comparison_files import write_comparison
 from gavamoe.evaluation.evaluate import evaluate, write_evaluation
-from gavamoe.experiments.rates import RATES_FILE, choose_rate, scaled_rates
+from gavamoe.experiments.rates import choose_rate, chosen_rate, scaled_rates
 from gavamoe.experiments.variants import SYSTEMS, System, find_systems
 from gavamoe.pipeline import check_base_models, train_run
 from gavamoe.report.latent_map import plot_latents
@@ -87,11 +87,19 @@ def run_ablation(
     config = override_config(config, ["evaluation.row_losses=true"])  # what a comparison of systems rests on
     opened, out = open_dataset(dataset), Path(out)
     plan = _plan(config, opened, out, seeds, only)
+    open_rates = set()
     for system in {job.system.name: job.system for job in plan.jobs if rates and job.system.model}.values():
-        if (out / system.name / RATES_FILE).is_file():
+        if chosen_rate(out / system.name, rates):
             _at_best_rate(system, plan, rates, opened, out, progress)
-    left = [job for job in plan.jobs if not _evaluated(job, opened)]
-    trained = [job for job in left if (kind := job.system.model) and not (job.folder / kind / MANIFEST).is_file()]
+        else:
+            open_rates.add(system.name)
+    left = [job for job in plan.jobs if job.system.name in open_rates or not _evaluated(job, opened)]
+    trained = [
+        job
+        for job in left
+        if (kind := job.system.model)
+        and (job.system.name in open_rates or not (job.folder / kind / MANIFEST).is_file())
+    ]
     check_base_models([job.config for job in trained], opened)
     with ray_session(config.runtime) if trained else nullcontext():
         for number, job in enumerate(todo := tuple(left), start=1):
@@ -100,7 +108,8 @@ def run_ablation(
             shown = _Named(progress, f"[{number}/{len(todo)}] {job.system.name}, seed {job.config.seed}")
             if rates and job.system.model and job.system.name not in plan.rates:
                 _at_best_rate(job.system, plan, rates, opened, out, shown)
-            _run(job, opened, out / STAGE1_CACHE, shown)
+            if job.system.name not in open_rates or not _evaluated(job, opened):
+                _run(job, opened, out / STAGE1_CACHE, shown)
             left.remove(job)
             _write(config, opened, plan, left, out)  # an interrupted comparison can be looked at
     _draw_maps([job for job in plan.jobs if job not in left], opened, progress)

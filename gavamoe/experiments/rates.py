@@ -1,7 +1,8 @@
 """Learning rates of a comparison: for every system the best of equally many, on validation, under the first seed.
 
 A system's rates are those of its own config, all times one factor. Each is a whole training; the best one becomes the
-system's run of the first seed, the others are removed, and `rates.json` keeps what was found.
+system's run of the first seed, the others are removed, and `rates.json` keeps what was found. More factors may be named
+later, where the best was the first or the last: only these are trained then.
 """
 
 import math
@@ -35,8 +36,25 @@ def scaled_rates(config: RunConfig, factor: float) -> list[str]:
     return [f"{place}.{name}={getattr(section, name) * factor!r}" for name in names]
 
 
+def chosen_rate(folder: Path, factors: Sequence[float]) -> ChosenRate | None:
+    """What was chosen for a system among these factors; None where some were not tried yet.
+
+    Raises:
+        InputError: others were tried as well.
+    """
+    found = _found(folder)
+    if found is None:
+        return None
+    if not set(found.losses) <= set(factors):
+        known, file = _listed(found.losses), folder / RATES_FILE
+        raise InputError(f"{file}: chosen among {known}, not {_listed(factors)}; name those too, or use another folder")
+    return found if len(found.losses) == len(set(factors)) else None
+
+
 def choose_rate(system: System, config: RunConfig, folder: Path, factors: Sequence[float], train: Train) -> ChosenRate:
     """Train a system with each factor that was not tried yet, and choose the one of the lowest validation loss.
+
+    Where that is another one than before, the system's runs at the former rate are removed.
 
     Args:
         config: the system's own, under the first seed.
@@ -45,18 +63,14 @@ def choose_rate(system: System, config: RunConfig, folder: Path, factors: Sequen
     Raises:
         InputError: the data have no validation rows, or `folder` has a choice among other factors.
     """
-    done = folder / RATES_FILE
+    found = chosen_rate(folder, factors)
     kept = folder / f"seed-{config.seed}"
-    if done.is_file():
-        found = validated(ChosenRate, read_json(done), done, "a choice of learning rates")
-        if sorted(found.losses) != sorted(factors):
-            known = _listed(found.losses)
-            raise InputError(f"{done}: chosen among {known}, not {_listed(factors)}; use another folder")
-    elif kept.exists():
-        raise InputError(f"{kept}: was trained before learning rates were compared; use another folder")
-    else:
-        losses = {}
-        for factor in factors:
+    if found is None:
+        earlier = _found(folder)
+        losses = {} if earlier is None else dict(earlier.losses)
+        if earlier is None and kept.exists():
+            raise InputError(f"{kept}: was trained before learning rates were compared; use another folder")
+        for factor in sorted(set(factors) - set(losses)):
             run = folder / f"rate-{factor:g}"
             train(system, override_config(config, scaled_rates(config, factor)), run)
             loss = read_json(run / str(system.model) / METRICS_FILE)["validation_loss"]
@@ -64,13 +78,20 @@ def choose_rate(system: System, config: RunConfig, folder: Path, factors: Sequen
                 raise InputError("learning rates are chosen by validation loss, and the data have no validation rows")
             losses[factor] = float(loss)
         found = ChosenRate(factor=min(losses, key=lambda factor: losses[factor]), losses=losses)
-        write_json(done, found.model_dump(mode="json"))
+        write_json(folder / RATES_FILE, found.model_dump(mode="json"))
     best = folder / f"rate-{found.factor:g}"
-    if best.exists() and not kept.exists():
+    if best.exists():  # it was not moved yet, so what is there was trained at another rate
+        for run in folder.glob("seed-*"):
+            shutil.rmtree(run)
         best.rename(kept)
     for factor in factors:
         shutil.rmtree(folder / f"rate-{factor:g}", ignore_errors=True)
     return found
+
+
+def _found(folder: Path) -> ChosenRate | None:
+    file = folder / RATES_FILE
+    return validated(ChosenRate, read_json(file), file, "a choice of learning rates") if file.is_file() else None
 
 
 def parse_factors(text: str) -> list[float]:

@@ -15,7 +15,7 @@ from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
 from gavamoe.evaluation.comparison_files import markdown
 from gavamoe.experiments.ablate import run_ablation
-from gavamoe.experiments.rates import choose_rate, parse_factors, scaled_rates
+from gavamoe.experiments.rates import choose_rate, chosen_rate, parse_factors, scaled_rates
 from gavamoe.experiments.variants import System, find_systems
 from gavamoe.runtime.context import LocalContext
 
@@ -59,9 +59,31 @@ def test_the_choice_is_kept_and_the_others_are_removed(tmp_path: Path) -> None:
     assert len(trained) == 3
     with pytest.raises(InputError, match=r"chosen among 0\.5, 1, 2, not 1, 4"):
         choose_rate(system, config, tmp_path, [1, 4], train)
+    assert len(trained) == 3
     (tmp_path / "rates.json").unlink()
     with pytest.raises(InputError, match="trained before learning rates were compared"):
         choose_rate(system, config, tmp_path, [0.5, 1, 2], train)
+
+
+def test_more_factors_are_tried_where_the_best_was_the_last(tmp_path: Path) -> None:
+    [system] = find_systems(["peter"])
+    config, trained, best = tiny("system=peter"), [], 0.004
+
+    def train(system: System, config: RunConfig, run: Path) -> None:
+        trained.append(config.baselines.peter.learning_rate)
+        (run / "baseline").mkdir(parents=True)
+        (run / "baseline" / "metrics.json").write_text(f'{{"validation_loss": {abs(trained[-1] - best)}}}')
+
+    assert choose_rate(system, config, tmp_path, [1, 2], train).factor == 2
+    (tmp_path / "seed-1").mkdir()
+    assert chosen_rate(tmp_path, [1, 2, 4]) is None
+    found = choose_rate(system, config, tmp_path, [1, 2, 4], train)
+    assert (found.factor, sorted(found.losses), trained) == (4, [1, 2, 4], [0.001, 0.002, 0.004])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rates.json", "seed-0"]  # seed 1 was of factor 2
+    (tmp_path / "seed-1").mkdir()
+    assert choose_rate(system, config, tmp_path, [1, 2, 4, 8], train).factor == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rates.json", "seed-0", "seed-1"]
+    assert read_json(tmp_path / "seed-0" / "baseline" / "metrics.json")["validation_loss"] == 0
 
 
 def in_this_process(config: RunConfig, dataset: Path, folder: Path, **rest: object) -> None:
@@ -91,3 +113,7 @@ def test_a_comparison_trains_all_seeds_at_the_chosen_rate(
     made = artifact.read_text()
     assert run_ablation(config, planted.path, tmp_path, **asked) == found
     assert artifact.read_text() == made
+    wider = run_ablation(config, planted.path, tmp_path, **(asked | {"rates": [0.001, 0.01, 1]}))
+    assert artifact.read_text() == made
+    assert wider.outcomes == found.outcomes
+    assert sorted(wider.rates["peter"].losses) == [0.001, 0.01, 1]
