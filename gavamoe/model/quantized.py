@@ -57,7 +57,7 @@ def quantize(model: GavamoeForCausalLM, kind: Quantization) -> GavamoeForCausalL
     for block in model.model.modules():
         experts = getattr(block, "experts", None)
         if isinstance(experts, SwiGluExperts | MlpExperts):
-            block.experts = QuantizedExperts(experts, kind, loudness.get(experts))
+            block.experts = QuantizedExperts(experts, kind)
     head = QuantizedHead(model.lm_head.weight, loudness[model.lm_head])
     model.lm_head = head  # type: ignore[assignment]  # the same calls, other weights
     return model
@@ -71,8 +71,8 @@ def _loudness(model: GavamoeForCausalLM) -> dict[nn.Module, Tensor]:
     def listen(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         found[layer] = inputs[0].detach().flatten(0, -2).square().mean(0).sqrt()
 
+    # Not of routed experts, which lose little by it and would pay for it in every pass, each for the few rows it has.
     heard = [layer for _, _, layer in _layers(model.model)]
-    heard += [module for module in model.model.modules() if isinstance(module, SwiGluExperts | MlpExperts)]
     hooks = [layer.register_forward_pre_hook(listen) for layer in [*heard, model.lm_head]]
     drawn = torch.Generator().manual_seed(0)
     words = torch.randint(0, model.config.vocab_size, _HEARD_WORDS, generator=drawn)
@@ -191,9 +191,7 @@ class QuantizedHead(nn.Module):
 class QuantizedExperts(nn.Module):
     """Eq. 11 with quantized experts: the tokens of each expert together."""
 
-    def __init__(
-        self, experts: SwiGluExperts | MlpExperts, kind: Quantization, loudness_D: Tensor | None = None
-    ) -> None:
+    def __init__(self, experts: SwiGluExperts | MlpExperts, kind: Quantization) -> None:
         super().__init__()
         self.num_experts = experts.num_experts
         self.act_fn = experts.act_fn
@@ -201,10 +199,10 @@ class QuantizedExperts(nn.Module):
         reads, writes = [], []
         for expert in range(experts.num_experts):
             if isinstance(experts, SwiGluExperts):
-                reads.append(_linear(experts.gate_up_proj[expert], None, kind, loudness_D))
+                reads.append(_linear(experts.gate_up_proj[expert], None, kind))
                 writes.append(_linear(experts.down_proj[expert], None, kind))
             else:
-                reads.append(_linear(experts.up_proj[expert].T, experts.up_proj_bias[expert], kind, loudness_D))
+                reads.append(_linear(experts.up_proj[expert].T, experts.up_proj_bias[expert], kind))
                 writes.append(_linear(experts.down_proj[expert].T, experts.down_proj_bias[expert], kind))
         self.reads, self.writes = nn.ModuleList(reads), nn.ModuleList(writes)
 
