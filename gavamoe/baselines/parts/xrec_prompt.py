@@ -23,9 +23,9 @@ from gavamoe.generation.prompts import labels, plain_line
 from gavamoe.model.base_model import encode_texts
 
 _PARTS = ("title", "user profile", "item profile", "rating", "features")
-_WORDS = ("\nTitle:", "\nUser profile: often mentions", "\nItem profile: known for", "\nRating:", "\nFeatures:")
-_MARKS = (":", "<", ">", ",", ";")
-"""What stands before each part."""
+_PROFILES = ("\nUser profile: often mentions", "\nItem profile: known for")
+_PROFILE_MARKS = ("<", ">")
+"""What stands before the profiles; before the other parts the explainer's own labels do."""
 _CHARACTERS_PER_TOKEN = 16
 """Text beyond this many characters a token is not even tokenized."""
 
@@ -54,7 +54,8 @@ class XrecPrompts:
         asked = [self._asked(columns, row, reader) for row in range(len(columns))]
         texts = _encoded((text for parts in (*known, *asked) for _, text in parts), reader)
         own = labels(reader.prompt)
-        before = _WORDS if reader.prompt.instruction else _MARKS
+        profile_labels = _PROFILES if reader.prompt.instruction else _PROFILE_MARKS
+        before = (own.title, *profile_labels, own.rating, own.features)
         start, item, answer, *marks = encode_texts(reader.tokenizer, [own.instruction, own.item, own.answer, *before])
         ids = dict(zip(_PARTS, marks, strict=True))
         head = [reader.start, *start, self.slots[0], *item, self.slots[1]]
