@@ -226,7 +226,8 @@ def _write_texts(
     requests = requests_of(rows, protocol)
     started = time.perf_counter()
     explanations = explainer.explain(requests, config.generation, seed=config.seed, on_progress=on_progress)
-    return _WrittenTexts(requests, explanations, time.perf_counter() - started)
+    seconds = explainer.seconds if isinstance(explainer, KeptTexts) else time.perf_counter() - started
+    return _WrittenTexts(requests, explanations, seconds)
 
 
 def _section(

@@ -6,6 +6,7 @@ evaluation that was cut off (a lost machine, a full disk) reads what is there an
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from gavamoe.runtime.ray_pool import BlockPool
 BLOCK_ROWS = 512
 LEAST_ROWS = 16
 """Workers' blocks get smaller towards the end, down to this."""
+_SECONDS = b"seconds"
+"""Key of a block's file metadata: seconds from the end of the block before it to its own."""
 
 
 class KeptTexts:
@@ -32,6 +35,8 @@ class KeptTexts:
     def __init__(self, writer: Writer | BlockPool, folder: Path, model: str) -> None:
         """`folder`: where texts are kept; `model`: fingerprint of the artifact that writes."""
         self._writer, self._folder, self._model = writer, folder, model
+        self.seconds = 0.0
+        """How long the texts of the last call took to write: those that were read, when they were written."""
 
     def explain(
         self,
@@ -48,8 +53,10 @@ class KeptTexts:
         workers = self._writer.workers if isinstance(self._writer, BlockPool) else 0
         end_of = block_ends(len(requests), workers)
         folder = self._folder / self._key(requests, generation, seed, list(end_of))
-        found = {start: texts for start, end in end_of.items() if (texts := _kept(_part(folder, start), end - start))}
+        kept = {start: part for start, end in end_of.items() if (part := _kept(_part(folder, start), end - start))}
+        found = {start: texts for start, (texts, _) in kept.items()}
         done = sum(map(len, found.values()))
+        self.seconds = sum(seconds for _, seconds in kept.values())
 
         def tell(more: int) -> None:
             if on_progress is not None:
@@ -62,14 +69,18 @@ class KeptTexts:
 
         write = written_by(self._writer) if isinstance(self._writer, BlockPool) else written_here(self._writer, tell)
         given_up: dict[int, str] = {}
+        began = time.perf_counter()
         for start, written in write(jobs(), generation):
             if isinstance(written, str):
                 given_up[start] = written
                 continue
             found[start] = written
             done += len(written)
+            ended = time.perf_counter()
+            self.seconds += ended - began
             if workers or len(end_of) > 1:
-                _keep(_part(folder, start), written)
+                _keep(_part(folder, start), written, ended - began)
+            began = ended
             if workers:
                 tell(0)
         if given_up:
@@ -107,16 +118,19 @@ def _part(folder: Path, start: int) -> Path:
     return folder / f"{start:09d}.parquet"
 
 
-def _keep(path: Path, texts: list[Explanation]) -> None:
+def _keep(path: Path, texts: list[Explanation], seconds: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with write_file(path) as aside:
-        pq.write_table(pa.Table.from_pylist(to_rows(texts), SCHEMA), aside)
+        schema = SCHEMA.with_metadata({_SECONDS: str(seconds).encode()})
+        pq.write_table(pa.Table.from_pylist(to_rows(texts), schema), aside)
 
 
-def _kept(path: Path, rows: int) -> list[Explanation] | None:
-    """The texts of a block of so many rows that is there and whole."""
+def _kept(path: Path, rows: int) -> tuple[list[Explanation], float] | None:
+    """The texts of a block of so many rows that is there and whole, and how long they took."""
     try:
-        table = pq.read_table(path, schema=SCHEMA)
-    except (OSError, pa.ArrowException):
+        table = pq.read_table(path)
+        seconds = float((table.schema.metadata or {})[_SECONDS])
+        texts = from_table(table.cast(SCHEMA))
+    except (OSError, pa.ArrowException, KeyError, ValueError):
         return None
-    return from_table(table) if table.num_rows == rows else None
+    return (texts, seconds) if table.num_rows == rows else None

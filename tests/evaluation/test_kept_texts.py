@@ -83,6 +83,15 @@ def test_what_was_written_is_not_written_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_texts_that_are_read_took_as_long_as_writing_them_did(tmp_path: Path) -> None:
+    first, again = (KeptTexts(Counting(), tmp_path, "m") for _ in range(2))
+    first.explain(REQUESTS, GENERATION, 7)
+    again.explain(REQUESTS, GENERATION, 7)
+    assert again.seconds == pytest.approx(first.seconds)
+    assert again.seconds > 0
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("other", ["model", "seed", "requests", "settings"])
 def test_texts_of_anything_else_are_not_taken(other: str, tmp_path: Path) -> None:
     writer = Counting()
