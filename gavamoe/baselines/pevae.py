@@ -11,14 +11,15 @@ published code's: the fusion's formula, narrowing levels, two soft prompts, stop
 divergences. Ours: all sizes and blocks, Gaussian noise (the code's is uniform), subword tokens, the divergence counted
 per token as the text's loss is, its warm-up and free nats, the rating's weight, no rating among the inputs (the code
 reads the true one), gradients that stop at what a level reads of others, rows for users and items never seen, predicted
-ratings that start at their mean, and the "+" form (rating and features among the inputs of the pair's
-encoder, but for the predicted rating).
+ratings that start at their mean, and the "+" form (sentiment of the rating and features, which the decoder
+reads before the soft prompts).
 
 Shapes: B rows, T tokens, A tokens of an explanation, P tokens asked for, D width, W width of a level, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Self
 
@@ -69,7 +70,7 @@ class PevaeSpec(Spec):
     end: int
     """The token that ends a text."""
     asked: int
-    """Tokens of rating and features read at most; 0 in the form without."""
+    """Places in the decoder for the tokens of rating and features; 0 in the form without."""
     longest: int
     """Tokens of an explanation at most, the end included."""
     mean_rating: float
@@ -105,8 +106,7 @@ class Pevae(Baseline):
         widths = size.level_widths
         self.users = table(spec.n_users + 1, width)
         self.items = table(spec.n_items + 1, width)
-        self.asked_words = table(spec.vocabulary, width) if spec.asked else None
-        self.pair_encoder = Encoder(IDS + spec.asked, *shape)
+        self.pair_encoder = Encoder(IDS, *shape)
         self.pair_levels = Narrowing(widths)
         self.read_words = table(spec.vocabulary, width)
         self.word_encoder = Encoder(spec.longest, *shape)
@@ -118,7 +118,7 @@ class Pevae(Baseline):
         self.discriminator = Discriminator(width, sum(widths)) if size.discriminator else None
         self.prompts = nn.Sequential(Block(width, width), Block(width, PROMPTS * width))
         self.words = table(spec.vocabulary, width)
-        self.decoder = Decoder(PROMPTS + spec.longest - 1, *shape)
+        self.decoder = Decoder(spec.asked + PROMPTS + spec.longest - 1, *shape)
         self.output = nn.Linear(width, spec.vocabulary)
         outer = nn.Linear(width, 1)
         self.rating = nn.Sequential(nn.Linear(width, width), nn.GELU(), outer)
@@ -158,20 +158,10 @@ class Pevae(Baseline):
     def phases(self, config: RunConfig) -> list[Phase]:
         return [Phase("all", rate=config.baselines.pevae.learning_rate)]
 
-    def pair(self, users_B: Tensor, items_B: Tensor, asked_BP: Tensor, lengths_B: Tensor) -> Tensor:
-        """The summary E_Y of a pair (B, D), and of what is asked for in the "+" form.
-
-        Args:
-            asked_BP: whatever begins with the tokens asked for; lengths_B: how many these are.
-        """
+    def pair(self, users_B: Tensor, items_B: Tensor) -> Tensor:
+        """The summary E_Y of a pair (B, D)."""
         vectors_BSD = torch.stack([self.users(users_B), self.items(items_B)], dim=1)
-        real_BS = torch.ones(vectors_BSD.shape[:2], dtype=torch.bool, device=users_B.device)
-        if self.asked_words is not None:
-            asked_BP = asked_BP[:, : self.spec.asked]
-            vectors_BSD = torch.cat([vectors_BSD, self.asked_words(asked_BP)], dim=1)
-            places_P = torch.arange(asked_BP.shape[1], device=users_B.device)
-            real_BS = torch.cat([real_BS, places_P < lengths_B[:, None]], dim=1)
-        summary_BD: Tensor = self.pair_encoder(vectors_BSD, real_BS)
+        summary_BD: Tensor = self.pair_encoder(vectors_BSD, torch.ones_like(vectors_BSD[..., 0], dtype=torch.bool))
         return summary_BD
 
     def levels(self, pair_BD: Tensor, words_BD: Tensor | None) -> list[Level]:
@@ -209,18 +199,25 @@ class Pevae(Baseline):
             joined = block(joined) + level.value
         return pair_BD + joined
 
-    def soft_prompts(self, summary_BD: Tensor) -> Tensor:
-        """The decoder's first vectors, (B, 2, D)."""
-        prompts: Tensor = self.prompts(summary_BD)
-        return prompts.view(len(prompts), PROMPTS, -1)
+    def opening(self, summary_BD: Tensor, asked_BP: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoder reads before the first word: what is asked for, moved to the right, and two soft prompts.
 
-    def unasked(self, batch: Batch, summary_BD: Tensor) -> Tensor:
-        """What ratings are made of, (B, D): the summary, and in the "+" form, which is told the rating's sentiment, the
-        pair alone: what is told is not predicted."""
-        if self.asked_words is None:
-            return summary_BD
-        nothing_B1 = torch.zeros(len(summary_BD), 1, dtype=torch.long, device=summary_BD.device)
-        return self.pair(batch["users"], batch["items"], nothing_B1, nothing_B1[:, 0])
+        Args:
+            asked_BP: whatever begins with the tokens asked for; lengths_B: how many these are.
+
+        Returns:
+            vectors (B, longest of the lengths + 2, D), and how many of each row's first ones are padding, (B,).
+        """
+        prompts_B2D = self.prompts(summary_BD).view(len(summary_BD), PROMPTS, -1)
+        lengths_B = lengths_B.clamp(max=self.spec.asked)
+        padding_B = lengths_B.max() - lengths_B
+        places_L = torch.arange(int(lengths_B.max()), device=lengths_B.device)
+        asked_BL = asked_BP.gather(1, (places_L - padding_B[:, None]).clamp(min=0))
+        return torch.cat([self.words(asked_BL), prompts_B2D], dim=1), padding_B
+
+    def first_place(self, opening_BPD: Tensor) -> int:
+        """The place of an opening's first vector: the soft prompts always stand at the same one."""
+        return self.spec.asked + PROMPTS - opening_BPD.shape[1]
 
     def predict_rating(self, summary_BD: Tensor) -> Tensor:
         """Ratings (B,), neither rounded nor clipped."""
@@ -252,18 +249,18 @@ class Pevae(Baseline):
         variables in training only."""
         size = self.spec.size
         answers_BA, real_BA = answers_of(batch, self.spec.end)
-        pair_BD = self.pair(batch["users"], batch["items"], batch["tokens"], batch["prefix"] - 1)
+        pair_BD = self.pair(batch["users"], batch["items"])
         words_BD = self.word_encoder(self.read_words(answers_BA), real_BA) if self.training else None
         levels = self.levels(pair_BD, words_BD)
         summary_BD = self.summary(pair_BD, levels)
-        read_BSD = torch.cat([self.soft_prompts(summary_BD), self.words(answers_BA[:, :-1])], dim=1)
-        states_BSD, _ = self.decoder(read_BSD)
+        opening_BPD, padding_B = self.opening(summary_BD, batch["tokens"], batch["prefix"] - 1)
+        read_BSD = torch.cat([opening_BPD, self.words(answers_BA[:, :-1])], dim=1)
+        states_BSD, _ = self.decoder(read_BSD, padding_B=padding_B, first=self.first_place(opening_BPD))
         # The position before a word predicts it; the first word stands behind the last of the prompts.
-        spoken_BAD = states_BSD[:, PROMPTS - 1 :]
+        spoken_BAD = states_BSD[:, opening_BPD.shape[1] - 1 :]
         explanation = F.cross_entropy(self.output(spoken_BAD[real_BA]).float(), answers_BA[real_BA])
         rated_B = ~torch.isnan(batch["ratings"])
-        predicted_B = self.predict_rating(self.unasked(batch, summary_BD))
-        error_N = (predicted_B.float() - batch["ratings"])[rated_B]
+        error_N = (self.predict_rating(summary_BD).float() - batch["ratings"])[rated_B]
         rating = error_N.square().mean() if len(error_N) else explanation.new_zeros(())
         total = explanation + size.rating_weight * rating
         losses = {"explanation": explanation, "rating": rating}
@@ -290,16 +287,18 @@ class Pevae(Baseline):
         longest = max(map(len, prefixes))
         padded = [[*prefix, *[limits.end] * (longest - len(prefix))] for prefix in prefixes]
         lengths_B = torch.tensor([len(prefix) - 1 for prefix in prefixes], device=device)
-        pair_BD = self.pair(batch["users"], batch["items"], torch.tensor(padded, device=device), lengths_B)
+        pair_BD = self.pair(batch["users"], batch["items"])
         summary_BD = self.summary(pair_BD, self.levels(pair_BD, None))
-        states_BSD, past = self.decoder(self.soft_prompts(summary_BD))
+        opening_BPD, padding_B = self.opening(summary_BD, torch.tensor(padded, device=device), lengths_B)
+        read = partial(self.decoder, padding_B=padding_B, first=self.first_place(opening_BPD))
+        states_BSD, past = read(opening_BPD)
         texts = Texts(len(prefixes), limits)
         for left in reversed(range(min(limits.longest, self.spec.longest))):
             next_B = texts.add(self.output(states_BSD[:, -1]))
             if texts.done or not left:
                 break
-            states_BSD, past = self.decoder(self.words(next_B)[:, None], past)
-        ratings = self.predict_rating(self.unasked(batch, summary_BD)).tolist() if self.spec.rated else None
+            states_BSD, past = read(self.words(next_B)[:, None], past)
+        ratings = self.predict_rating(summary_BD).tolist() if self.spec.rated else None
         return Written(texts.tokens, ratings)
 
 

@@ -20,7 +20,7 @@ from gavamoe.stage2.tokenized_rows import prompt_builder, rating_scale
 
 SIZE = PevaeConfig(width=16, levels=3, heads=2, layers=1, dropout=0.0)
 END, START = 1, 2
-PRIOR = ("users.", "items.", "asked_words.", "pair_encoder.", "pair_levels.", "priors.")
+PRIOR = ("users.", "items.", "pair_encoder.", "pair_levels.", "priors.")
 POSTERIOR = ("read_words.", "word_encoder.", "word_levels.", "posteriors.")
 
 
@@ -132,7 +132,7 @@ def test_levels_are_each_half_as_wide_as_the_one_before() -> None:
 def test_each_divergence_moves_its_own_network_only() -> None:
     for weights, own in (((0.5, 0.0), PRIOR), ((0.0, 0.1), POSTERIOR)):
         model = pevae(features=True, prior_weight=weights[0], posterior_weight=weights[1], free_nats=0).train()
-        pair = model.pair(*(a_batch()[name] for name in ("users", "items", "tokens")), a_batch()["prefix"] - 1)
+        pair = model.pair(a_batch()["users"], a_batch()["items"])
         words = model.word_encoder(model.read_words(torch.tensor([[8, 9], [8, END]])), torch.ones(2, 2).bool())
         moved = moved_by(model, model.divergence(model.levels(pair, words))[0])
         assert all(name.startswith(own) for name in moved)
@@ -223,15 +223,17 @@ def test_losses_by_hand() -> None:
         losses = []
         for row, (named, answer) in enumerate((([7, 6], [8, 9, END]), ([], [8, END]))):
             users, items = batch["users"][row : row + 1], batch["items"][row : row + 1]
-            pair = model.pair(users, items, torch.tensor([named], dtype=torch.long), torch.tensor([len(named)]))
+            pair = model.pair(users, items)
             summary = model.summary(pair, model.levels(pair, None))
+            prompts = model.prompts(summary).view(1, 2, -1)
             for place, word in enumerate(answer):
-                before = model.words(torch.tensor([answer[:place]], dtype=torch.long))
-                states, _ = model.decoder(torch.cat([model.soft_prompts(summary), before], dim=1))
+                asked, before = (model.words(torch.tensor([ids], dtype=torch.long)) for ids in (named, answer[:place]))
+                read = torch.cat([asked, prompts, before], dim=1)
+                # The prompts' places are the same whatever is asked for: behind the four for that.
+                states, _ = model.decoder(read, padding_B=torch.tensor([0]), first=4 - len(named))
                 losses.append(-torch.log_softmax(model.output(states[0, -1]), dim=-1)[word])
-            if row == 0:  # of the pair alone, without what is asked for
-                alone = model.pair(users, items, torch.zeros(1, 0, dtype=torch.long), torch.tensor([0]))
-                torch.testing.assert_close(found["rating"], (model.predict_rating(alone)[0] - 2.0) ** 2)
+            if row == 0:
+                torch.testing.assert_close(found["rating"], (model.predict_rating(summary)[0] - 2.0) ** 2)
     torch.testing.assert_close(found["explanation"], torch.stack(losses).mean())
     torch.testing.assert_close(found["loss"], found["explanation"] + 0.1 * found["rating"])
 
@@ -328,12 +330,12 @@ def test_the_form_with_features_reads_sentiment_and_features(planted: Dataset) -
     good, unrated = (reader.tokenizer.decode(ids) for ids in plus.prefixes(columns, reader))
     assert good.startswith("positive, battles")
     assert unrated.startswith("battles, story")
-    batch = a_batch() | {"tokens": torch.tensor([[7, 6, START, 8, 9, END], [7, 5, START, 8, 9, END]])}
-    same = [batch["users"][:1].expand(2), batch["items"][:1].expand(2), batch["tokens"], torch.tensor([2, 2])]
-    first, second = plus.eval().pair(*same)
-    assert not torch.allclose(first, second, atol=1e-5)
-    first, second = plain.eval().pair(*same)
-    torch.testing.assert_close(first, second)
+    batch, others = a_batch(), a_batch()
+    others["tokens"][0, 1] = 5
+    with torch.inference_mode():
+        for model, reads in ((plus.eval(), True), (plain.eval(), False)):
+            one, other = (float(model.losses(each)["explanation"]) for each in (batch, others))
+            assert (one != pytest.approx(other, abs=1e-6)) == reads
 
 
 def test_settings_and_data_that_do_not_fit_are_refused(planted: Dataset) -> None:

@@ -73,9 +73,15 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
-    def run(self, x_BSD: Tensor, mask: Tensor, past: list[Past] | None = None) -> tuple[Tensor, list[Past]]:
-        """States (B, S, D), and keys and values by layer, from which a next call continues."""
-        start = 0 if past is None else past[0][0].shape[2]
+    def run(
+        self, x_BSD: Tensor, mask: Tensor, past: list[Past] | None = None, first: int = 0
+    ) -> tuple[Tensor, list[Past]]:
+        """States (B, S, D), and keys and values by layer, from which a next call continues.
+
+        Args:
+            first: the place of the first vector of all.
+        """
+        start = first if past is None else first + past[0][0].shape[2]
         x_BSD = self.dropout(x_BSD + self.places.weight[start : start + x_BSD.shape[1]])
         kept = []
         for number, layer in enumerate(self.layers):
@@ -102,12 +108,21 @@ class Encoder(Transformer):
 class Decoder(Transformer):
     """A causal Transformer."""
 
-    def forward(self, x_BSD: Tensor, past: list[Past] | None = None) -> tuple[Tensor, list[Past]]:
-        """States (B, S, D) of the next positions, and the keys and values from which another call continues."""
+    def forward(
+        self, x_BSD: Tensor, past: list[Past] | None = None, *, padding_B: Tensor, first: int = 0
+    ) -> tuple[Tensor, list[Past]]:
+        """States (B, S, D) of the next positions, and the keys and values from which another call continues.
+
+        Args:
+            padding_B: how many positions at each row's start nothing is read from; these read themselves.
+            first: the place of the first vector of all.
+        """
         start = 0 if past is None else past[0][0].shape[2]
-        end = start + x_BSD.shape[1]
-        mask_SS = torch.ones(end, end, dtype=torch.bool, device=x_BSD.device).tril()[start:]
-        return self.run(x_BSD, mask_SS, past)
+        places_E = torch.arange(start + x_BSD.shape[1], device=x_BSD.device)
+        before_SE = places_E <= places_E[start:, None]
+        itself_SE = places_E == places_E[start:, None]
+        seen_BSE = before_SE & (places_E >= padding_B[:, None, None]) | itself_SE
+        return self.run(x_BSD, seen_BSE[:, None], past, first)
 
 
 class Block(nn.Sequential):
