@@ -43,6 +43,8 @@ RETRIED = (429, 502, 503, 504)
 ENDS_WITH = {signal.SIGTERM: 143, signal.SIGINT: 130}
 """Exit codes of the command by the signal that ended it."""
 _OF_A_REQUEST = ("request_id", "timings_ms")
+_ROUNDING = 1e-5
+"""By which numbers may differ: those who are routed together share one product, and float32 sums depend on its size."""
 
 
 def requests() -> list[tuple[str, dict[str, Any]]]:
@@ -54,13 +56,12 @@ def requests() -> list[tuple[str, dict[str, Any]]]:
 
 
 def comparable(answer: Any) -> Any:
-    """An answer without what belongs to the one request. Numbers have five digits: those who are routed together share
-    one product, and float32 sums depend on its size."""
+    """An answer without what belongs to the one request."""
     if isinstance(answer, dict):
         return {name: comparable(value) for name, value in answer.items() if name not in _OF_A_REQUEST}
     if isinstance(answer, list):
         return [comparable(value) for value in answer]
-    return round(answer, 5) if isinstance(answer, float) else answer
+    return answer
 
 
 class Clients:
@@ -104,7 +105,7 @@ class Clients:
             if answer is None:
                 continue
             self.slowest = max(self.slowest, time.monotonic() - began)
-            if difference := first_difference(self.expected[number], answer):
+            if difference := first_difference(self.expected[number], answer, rounding=_ROUNDING):
                 self.problems.append(f"{asked[number]}: {difference}")
 
     def _ask(self, path: str, body: dict[str, Any], end: float | None) -> Any:

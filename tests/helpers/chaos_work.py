@@ -246,14 +246,16 @@ def timeless(value: Any) -> Any:
     return [timeless(each) for each in value] if isinstance(value, list) else value
 
 
-def first_difference(before: Any, after: Any, path: str = "") -> str | None:
-    """Where two outcomes differ, with both values; None where they don't."""
+def first_difference(before: Any, after: Any, path: str = "", rounding: float = 0.0) -> str | None:
+    """Where two outcomes differ, with both values; None where they don't. Numbers may differ by `rounding`."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in sorted({*before, *after}):
-            if found := first_difference(before.get(name), after.get(name), f"{path}/{name}"):
+            if found := first_difference(before.get(name), after.get(name), f"{path}/{name}", rounding):
                 return found
         return None
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         pairs = enumerate(zip(before, after, strict=True))
-        return next((f for n, (a, b) in pairs if (f := first_difference(a, b, f"{path}[{n}]"))), None)
+        return next((f for n, (a, b) in pairs if (f := first_difference(a, b, f"{path}[{n}]", rounding))), None)
+    if isinstance(before, float) and isinstance(after, float) and abs(before - after) <= rounding:
+        return None
     return None if before == after else f"{path}: {str(before)[:200]} is now {str(after)[:200]}"
