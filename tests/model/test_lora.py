@@ -154,4 +154,6 @@ def test_two_workers_equal_one(stage: int, base: Path, tiny_dataset: Path, stage
     for line, wanted in zip(numbers(ranks[0]["lines"], "train"), alone.lines("train"), strict=True):
         assert line == pytest.approx(wanted, rel=1e-3)
     two, one = (load_explainer(folder)[0].state_dict() for folder in (tmp_path / "two/stage2", alone.out))
-    close(two, one, 1e-3, but=1e-2)  # a token near the border of two experts moves few values of the router's
+    close(
+        two, one, 1e-2, but=1e-2
+    )  # a start moved by 1e-7 of itself does as much: tokens near the border of two experts
