@@ -180,8 +180,10 @@ def test_two_workers_of_which_one_reads_the_base_model_equal_one(
     same = (*EVERY_STEP, f"stage2.base_model={base}", f"stage2.experts.conversion={conversion}")
     single = Trained(tiny(*same), tiny_dataset, stage1, tmp_path / "single")
     in_two_workers(tiny(*same, *HALF_BATCHES, f"stage2.zero_stage={stage}"), tiny_dataset, stage1, tmp_path / "two")
-    two = load_explainer(tmp_path / "two/stage2")[0].state_dict()
-    close(two, load_explainer(single.out)[0].state_dict(), 1e-3)
+    two, one = (load_explainer(folder)[0].state_dict() for folder in (tmp_path / "two/stage2", single.out))
+    # Where the routed experts start at zero, a start moved by 1e-7 of itself moves tokens near the border of two.
+    tolerance, but = (1e-2, 1e-2) if conversion == "shared" else (1e-3, 0.0)
+    close(two, one, tolerance, but=but)
 
 
 @pytest.mark.slow
