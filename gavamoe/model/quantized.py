@@ -4,7 +4,8 @@ Writing reads every weight for each token, so fewer bytes are less time. Quantiz
 decoder's linear layers, its routed experts and the output head; routers, norms and tables stay float32.
 
     int8    torch's dynamic kernel (FBGEMM, oneDNN): one scale an output; what a layer reads is rounded to 8 bits as
-            well, by a scale a row, after its loud numbers have shared their range with the weights that meet them
+            well, by a scale a row, after its loud numbers have shared their range with the weights that meet them.
+            Routed experts, small and with few rows each: torch's packed kernel, arithmetic in bfloat16
     int4    torch's packed kernel: a scale and a zero point for each 32 weights of an output; arithmetic in bfloat16. An
             eighth of the bytes, but for the head's 8 bits, for machines short of memory
 
@@ -29,6 +30,8 @@ GROUP = 32
 """Weights of an output that share a scale, for int4."""
 _HEARD_WORDS = (8, 32)
 """Random texts, and words of each, from which is heard how loud the inputs of layers are."""
+_FEW_ROWS = 24
+"""Rows up to which an expert's packed kernel is faster than its weights in float32, made anew."""
 _SILENT = 1e-6
 """What is quieter is taken for as loud as this."""
 _TINY = torch.finfo(torch.float32).tiny
@@ -100,10 +103,16 @@ def _weight(layer: nn.Module) -> Tensor:
 def _linear(
     weight_OD: Tensor, bias_O: Tensor | None, kind: Quantization, loudness_D: Tensor | None = None
 ) -> nn.Module:
+    return Int4Linear(weight_OD, bias_O) if _fits_int4(weight_OD, kind) else Int8Linear(weight_OD, bias_O, loudness_D)
+
+
+def _linear_of_expert(weight_OD: Tensor, bias_O: Tensor | None, kind: Quantization) -> nn.Module:
+    return Int4Linear(weight_OD, bias_O) if _fits_int4(weight_OD, kind) else Int8ExpertLinear(weight_OD, bias_O)
+
+
+def _fits_int4(weight_OD: Tensor, kind: Quantization) -> bool:
     outputs, inputs = weight_OD.shape
-    if kind == "int4" and inputs % GROUP == 0 and outputs % _OUTPUTS_OF_INT4 == 0:
-        return Int4Linear(weight_OD, bias_O)
-    return Int8Linear(weight_OD, bias_O, loudness_D)
+    return kind == "int4" and inputs % GROUP == 0 and outputs % _OUTPUTS_OF_INT4 == 0
 
 
 class Int8Linear(nn.Module):
@@ -145,6 +154,30 @@ class Int8Linear(nn.Module):
         size = hidden.abs().amax(-1, keepdim=True).clamp_(min=_TINY)
         output: Tensor = torch.ops.quantized.linear_dynamic(hidden / size, self._packed, self._reduced).mul_(size)
         return output if self._bias is None else output + self._bias
+
+
+class Int8ExpertLinear(nn.Module):
+    """A routed expert's linear layer with 8-bit weights, (M, D) to (M, O).
+
+    What it reads is not rounded to 8 bits: finding each row's scale took six times as long as so small a product.
+    """
+
+    def __init__(self, weight_OD: Tensor, bias_O: Tensor | None = None) -> None:
+        super().__init__()
+        weight_OD = weight_OD.detach().float()
+        scale_O = (weight_OD.abs().amax(1) / 127).clamp(min=_TINY).to(torch.bfloat16)
+        self._codes_OD = (weight_OD / scale_O.float()[:, None]).round().clamp(-127, 127).to(torch.int8).contiguous()
+        self._scale_O = scale_O
+        self._bias = None if bias_O is None else bias_O.detach().float()
+
+    def forward(self, hidden_MD: Tensor) -> Tensor:
+        """(M, D) float32 to (M, O)."""
+        if len(hidden_MD) <= _FEW_ROWS:
+            rows_MD = hidden_MD.to(torch.bfloat16)
+            output_MO = torch.ops.aten._weight_int8pack_mm(rows_MD, self._codes_OD, self._scale_O).float()
+        else:
+            output_MO = functional.linear(hidden_MD, self._codes_OD.float() * self._scale_O.float()[:, None])
+        return output_MO if self._bias is None else output_MO + self._bias
 
 
 class Int4Linear(nn.Module):
@@ -199,11 +232,11 @@ class QuantizedExperts(nn.Module):
         reads, writes = [], []
         for expert in range(experts.num_experts):
             if isinstance(experts, SwiGluExperts):
-                reads.append(_linear(experts.gate_up_proj[expert], None, kind))
-                writes.append(_linear(experts.down_proj[expert], None, kind))
+                reads.append(_linear_of_expert(experts.gate_up_proj[expert], None, kind))
+                writes.append(_linear_of_expert(experts.down_proj[expert], None, kind))
             else:
-                reads.append(_linear(experts.up_proj[expert].T, experts.up_proj_bias[expert], kind))
-                writes.append(_linear(experts.down_proj[expert].T, experts.down_proj_bias[expert], kind))
+                reads.append(_linear_of_expert(experts.up_proj[expert].T, experts.up_proj_bias[expert], kind))
+                writes.append(_linear_of_expert(experts.down_proj[expert].T, experts.down_proj_bias[expert], kind))
         self.reads, self.writes = nn.ModuleList(reads), nn.ModuleList(writes)
 
     def forward(self, hidden_MD: Tensor, experts_MS: Tensor, weights_MS: Tensor) -> Tensor:

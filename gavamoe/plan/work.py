@@ -131,9 +131,13 @@ def step_traffic(blueprint: Blueprint, scheme: Scheme, accumulation: int, shape:
     if stage == 3:
         whole_again = FLOAT * blueprint.small
         gathered = total - whole_again
-        # Weights that fit among those kept live are gathered once for the forward and the backward pass.
-        times = 1 if blueprint.whole.total <= max(BUCKET, LIVE_LAYERS * blueprint.largest_layer) else 2
-        return Traffic(accumulation * ring * trained, ring * (accumulation * times * gathered + whole_again), 0.0)
+        # Weights that fit among those kept live are gathered once for the forward and the backward pass, and so
+        # is the head, with which the backward pass begins.
+        live = max(BUCKET, LIVE_LAYERS * blueprint.largest_layer)
+        head = blueprint.parts["output head"].total if "output head" in blueprint.parts else 0
+        once = blueprint.whole.total <= live
+        again = 0.0 if once else max(0.0, gathered - FLOAT * head)
+        return Traffic(accumulation * ring * trained, ring * (accumulation * (gathered + again) + whole_again), 0.0)
     shared = scheme.expert_parallel
     replicas = devices // shared
     expert_ring = (replicas - 1) / replicas

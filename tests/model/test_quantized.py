@@ -14,7 +14,7 @@ from gavamoe.errors import InputError
 from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.explainer import GavamoeForCausalLM
-from gavamoe.model.quantized import Int4Linear, Int8Linear, QuantizedExperts, quantize
+from gavamoe.model.quantized import Int4Linear, Int8ExpertLinear, Int8Linear, QuantizedExperts, quantize
 
 BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
     "shared": ("llama", {"conversion": "shared", "intermediate_size": 32}),
@@ -139,8 +139,18 @@ def test_how_loud_the_inputs_of_layers_are_is_heard_in_the_model() -> None:
 def test_shapes_that_four_bits_can_not_hold_get_eight() -> None:
     model = quantize(explainer(dense_model(), conversion="shared", intermediate_size=24).float(), "int4")
     experts = model.model.layers[0].mlp.experts
-    assert isinstance(experts.writes[0], Int8Linear)  # 24 inputs are no whole groups
+    assert isinstance(experts.writes[0], Int8ExpertLinear)  # 24 inputs are no whole groups
     assert isinstance(experts.reads[0], Int4Linear)
+
+
+def test_an_experts_layer_says_the_same_of_few_rows_and_of_many() -> None:
+    torch.manual_seed(0)
+    weight_OD, bias_O, hidden_MD = torch.randn(32, 48), torch.randn(32), torch.randn(60, 48)
+    layer, wanted_MO = Int8ExpertLinear(weight_OD, bias_O), hidden_MD @ weight_OD.T + bias_O
+    few_MO = torch.cat([layer(part) for part in hidden_MD.split(7)])
+    for output_MO in (layer(hidden_MD), few_MO):
+        assert float((output_MO - wanted_MO).norm() / wanted_MO.norm()) < 0.01
+    assert layer(hidden_MD[:0]).shape == (0, 32)
 
 
 def test_other_formats_are_refused() -> None:

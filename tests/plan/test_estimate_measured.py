@@ -57,9 +57,10 @@ def test_bytes_that_stage_1_sends(tiny_dataset: Path, tmp_path: Path) -> None:
     assert scaling.planned_stage1(128, 2, tmp_path) == pytest.approx(sent, rel=0.02)
 
 
-def test_a_model_above_the_live_limit_is_gathered_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = 200_000
+@pytest.mark.parametrize("layers", [5, 8])
+def test_a_model_above_the_live_limit_is_gathered_twice(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit, model = 200_000, SMALL | {"num_hidden_layers": layers}
     config = run_config(zero_stage=3, gradient_accumulation=2, batch_size=2)
     monkeypatch.setattr(work, "BUCKET", limit)
-    found, ours = measure(config, 2, SMALL, bucket=limit), planned(config, 2, SMALL)
-    assert ours["sent"] == pytest.approx(found["sent"], rel=0.1)
+    found, ours = measure(config, 2, model, bucket=limit), planned(config, 2, model)
+    assert ours["sent"] == pytest.approx(found["sent"], rel=0.02)
