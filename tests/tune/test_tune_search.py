@@ -226,7 +226,7 @@ def test_an_ended_driver_loses_nothing(signal_number: int, tiny_dataset: Path, t
 def test_trials_of_several_workers_are_stopped_too_and_leave_room(tiny_dataset: Path, tmp_path: Path) -> None:
     """In its own process, for such a search starts Ray with the dashboard."""
     (tmp_path / "config.yaml").write_text(tiny_yaml(*SEARCHED, "stage1.epochs=30", "runtime.workers=2"))
-    rates = {"stage1.learning_rate": {"type": "choice", "values": [0.005, 1.0e-9, 0.01]}}
+    rates = {"stage1.learning_rate": {"type": "choice", "values": [0.0005, 1.0e-9, 0.005]}}
     space = write_space(tmp_path, parameters=rates, pruning={"grace": 30, "reduction": 2})
     options = ["--dataset", tiny_dataset, "--run-dir", tmp_path / "search", "--no-final", "--json"]
     tune = command("tune", space, tmp_path / "config.yaml", *options)
