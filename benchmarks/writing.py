@@ -6,19 +6,21 @@
 Each block is an untrained explainer on the base model (speed does not depend on what experts have learned); without
 --base, random weights of SmolLM2-135M's shape. llama.cpp (`xllamacpp`, a development dependency) reads what
 `gavamoe export` makes of it. After prompts of 48 tokens each writes 48 more, greedily, never the end; all rows' new
-tokens a second are counted, reading the prompts included, for one text and for 16 at a time. Formats take turns within
-a round; medians count. With --own-pass each format decodes by the model's own forward pass as well, in place of
-`generation.llama_step`. At the end: how much the loss of a plain text rises by format.
+tokens a second are counted, reading the prompts included, for one text and for 16 at a time. Each format lives in a
+process of its own, which sleeps while others have their turn within a round (in one process, idle servers and thread
+pools made everything two to three times slower); medians count. With --own-pass each format decodes by the model's own
+forward pass as well, in place of `generation.llama_step`. At the end: how much the loss of a plain text rises.
 """
 
 import argparse
-import gc
 import math
+import multiprocessing
 import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,8 @@ from gavamoe.model.quantized import quantize
 PROMPT, NEW, ROWS = 48, 48, (1, 16)
 OURS = ("float32", "bfloat16", "int8", "int4")
 THEIRS = {"llama.cpp f32": "f32", "llama.cpp q8_0": "q8_0", "llama.cpp q4_0": "q4_0"}
+OWN_PASS = ", own"
+"""Ending of the names of those of ours that decode by the model's own forward pass."""
 TEXT = (
     "The strings stay in tune for weeks and the neck feels smooth under the hand. I bought it for my daughter, who"
     " plays in a school band, and after half a year nothing on it has come loose. For the price I would buy it again,"
@@ -111,26 +115,52 @@ def theirs(path: Path, threads: int) -> Write:
     return write
 
 
-def formats(base: str | None, block: str, folder: Path, threads: int, *, own_pass: bool) -> dict[str, Write]:
-    """Every format's writer; each of ours has a model of its own."""
+def write_gguf_files(base: str | None, block: str, folder: Path) -> None:
+    """What llama.cpp reads: gate 0 of the block, by number format."""
     model, tokenizer = explainer(base, block)
-    rows = slot_rows(model, [prompts(1)[0]], torch.tensor([0]))
-    plain = plain_model(model, 0, rows)
-    found: dict[str, Write] = {}
-    for name, kind in THEIRS.items():
-        path = folder / f"{block}-{kind}.gguf"
+    plain = plain_model(model, 0, slot_rows(model, [prompts(1)[0]], torch.tensor([0])))
+    for kind in THEIRS.values():
         dtype: Any = kind
-        write_gguf(path, plain, tokenizer, dtype, name=block)
-        found[name] = theirs(path, threads)
-    del plain
-    for name in OURS:
-        own, _ = explainer(base, block)
-        kind: Any = name
-        made = own.bfloat16() if name == "bfloat16" else own if name == "float32" else quantize(own, kind)
-        found[name] = ours(made.eval())
-        if own_pass:
-            found[f"{name}, own"] = ours(made, own_pass=True)
-    return found
+        write_gguf(folder / f"{kind}.gguf", plain, tokenizer, dtype, name=block)
+
+
+def in_format(base: str | None, block: str, name: Any) -> GavamoeForCausalLM:
+    """The block with the weights of one of OURS."""
+    model, _ = explainer(base, block)
+    return (model.bfloat16() if name == "bfloat16" else model if name == "float32" else quantize(model, name)).eval()
+
+
+class Writer:
+    """One format in a process of its own."""
+
+    def __init__(self, name: str, base: str | None, block: str, folder: Path, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._here, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, name, base, block, folder, threads), daemon=True)
+        self._process.start()
+        there.close()
+
+    def write(self, rows: int) -> float:
+        """Tokens a second of so many texts at a time."""
+        self._here.send(rows)
+        rate: float = self._here.recv()
+        return rate
+
+    def end(self) -> None:
+        """End the process."""
+        self._here.send(0)
+        self._process.join()
+
+
+def _serve(pipe: Connection, name: str, base: str | None, block: str, folder: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    plain = name.removesuffix(OWN_PASS)
+    if name in THEIRS:
+        write = theirs(folder / f"{THEIRS[name]}.gguf", threads)
+    else:
+        write = ours(in_format(base, block, plain), own_pass=name != plain)
+    while rows := pipe.recv():
+        pipe.send(write(rows))
 
 
 @torch.no_grad()
@@ -163,27 +193,27 @@ def main() -> None:
     for block in asked.blocks.split(","):
         if asked.profile:
             for name in ("float32", "int8"):
-                model, _ = explainer(asked.base, block)
-                kind: Any = "none" if name == "float32" else name
                 print(f"{block}, {name}, one text of {NEW} tokens after {PROMPT}")
-                profile(quantize(model, kind).eval())
+                profile(in_format(asked.base, block, name))
             continue
         with tempfile.TemporaryDirectory() as folder:
-            writers = formats(asked.base, block, Path(folder), asked.threads, own_pass=asked.own_pass)
+            write_gguf_files(asked.base, block, Path(folder))
+            own = [name + OWN_PASS for name in OURS] if asked.own_pass else []
+            names = [*THEIRS, *OURS, *own]
+            writers = {name: Writer(name, asked.base, block, Path(folder), asked.threads) for name in names}
             rates: dict[tuple[str, int], list[float]] = {(name, rows): [] for name in writers for rows in ROWS}
-            names = list(writers)
-            for write in writers.values():
-                write(1)  # warms up
+            for writer in writers.values():
+                writer.write(1)  # warms up
             for _ in range(asked.rounds):
-                for name, write in writers.items():
+                for name, writer in writers.items():
                     for rows in ROWS:
-                        rates[name, rows].append(write(rows))
-            del writers
-            gc.collect()
+                        rates[name, rows].append(writer.write(rows))
+            for writer in writers.values():
+                writer.end()
         medians = {key: statistics.median(values) for key, values in rates.items()}
         print(f"\n{block}: tokens a second ({asked.rounds} rounds), and of llama.cpp's with as many bits")
         for name in names:
-            plain = name.removesuffix(", own")
+            plain = name.removesuffix(OWN_PASS)
             beside = {"float32": "llama.cpp f32", "int8": "llama.cpp q8_0", "int4": "llama.cpp q4_0"}.get(plain)
             shown = [
                 f"{rows:2} texts {medians[name, rows]:7.1f}"
@@ -196,9 +226,8 @@ def main() -> None:
             before = loss(full.eval(), tokenizer)
             print(f"  loss of a plain text: float32 {before:.4f} nats a token (perplexity {math.exp(before):.1f})")
             for name in ("int8", "int4"):
-                own, _ = explainer(asked.base, block)
-                kind = name
-                print(f"    {name}: {loss(quantize(own, kind).eval(), tokenizer) - before:+.4f}")
+                rise = loss(in_format(asked.base, block, name), tokenizer) - before
+                print(f"    {name}: {rise:+.4f}")
 
 
 if __name__ == "__main__":
