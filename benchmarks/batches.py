@@ -2,7 +2,7 @@
 
     python benchmarks/batches.py [--dataset FOLDER] [--rows 150000] [--steps 60] [--json]
 
-Set-up: training rows per second until they are token ids in memory, tokenised in this process, by two Ray tasks into
+Set-up: training rows per second until they are token ids in memory, tokenized in this process, by two Ray tasks into
 the cache (with their start), and read from the cache. Buckets: share of padding in an epoch's batches of 32 rows,
 and rows per second of the quickstart model's forward and backward passes over the same steps of both orders,
 taking turns. One thread.
@@ -56,7 +56,7 @@ def setup(config: RunConfig, dataset: Path) -> tuple[dict[str, float], PromptBui
         filling, _ = timed(lambda: fill_cache(config, dataset, lambda loop, jobs: run_tasks(loop, jobs, placement)))
     reading, cached = timed(lambda: read_cache(data, builder, rows))
     if cached is None or not np.array_equal(cached.prompts.values, encoded.prompts.values):
-        raise RuntimeError("the cache has other rows than tokenising gives, or the dataset is too small for one")
+        raise RuntimeError("the cache has other rows than tokenizing gives, or the dataset is too small for one")
     size = sum(file.stat().st_size for file in (dataset / FOLDER).rglob("*") if file.is_file())
     seconds = {"in this process": plain, "into the cache, two Ray tasks": filling, "from the cache": reading}
     found = {name: len(rows) / value for name, value in seconds.items()}

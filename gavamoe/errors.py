@@ -58,7 +58,7 @@ def shortened(value: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """The known name that a misspelt one is closest to, whatever the case; None if none is close."""
+    """The known name that a misspelled one is closest to, whatever the case; None if none is close."""
     by_lower = {each.lower(): each for each in known}
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=cutoff)
     return by_lower[close[0]] if close else None

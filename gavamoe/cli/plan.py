@@ -31,7 +31,7 @@ def plan(
     device_tflops: Annotated[
         float, typer.Option(help="Peak of one device in bf16, TFLOP/s; 312: A100, 989: H100, 149: L40.")
     ] = 312.0,
-    utilisation: Annotated[float, typer.Option(help="Share of that peak that the model reaches.")] = 0.4,
+    utilization: Annotated[float, typer.Option(help="Share of that peak that the model reaches.")] = 0.4,
     device_bandwidth: Annotated[
         float | None,
         typer.Option(help="GB/s that a device sends; default 200 (NVLink), 25 (a network) above 8 devices."),
@@ -81,7 +81,7 @@ def plan(
         lengths[1] if answer_tokens is None else answer_tokens,
     )  # fmt: skip
     hardware = Hardware(
-        number, bytes_of(device_memory), device_tflops * 1e12, utilisation, bandwidth * 1e9, memory_bandwidth * 1e12
+        number, bytes_of(device_memory), device_tflops * 1e12, utilization, bandwidth * 1e9, memory_bandwidth * 1e12
     )
     print_plan(make_plan(settings, workload, hardware, base_config), as_json=json_output)
 

@@ -5,7 +5,7 @@
     block         both in the place of a feed-forward layer
     decoders      LLaMA and GPT-2 with such blocks
     conversion    dense weights -> experts
-    output_head   hidden states -> logits, or the loss of labelled tokens
+    output_head   hidden states -> logits, or the loss of labeled tokens
     explainer     the Hugging Face model class
     build         an explainer from a dense model, or from a saved folder
     slots         token ids of users and items

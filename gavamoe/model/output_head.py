@@ -3,9 +3,9 @@
 Plain cross-entropy of L tokens over V words holds L x V floats three times at its peak. Where they would be many, the
 loss is taken in chunks of tokens: a chunk's logits give its part of the loss and, while they stand, of both gradients;
 then the next chunk's take their place. These are the plain way's three products, in another order (so does Liger
-Kernel). Input: hidden states of labelled tokens. Output: logits, or the sum of the tokens' losses.
+Kernel). Input: hidden states of labeled tokens. Output: logits, or the sum of the tokens' losses.
 
-Shape letters: L labelled tokens, C tokens of a chunk, D hidden size, V vocabulary.
+Shape letters: L labeled tokens, C tokens of a chunk, D hidden size, V vocabulary.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def chunk_tokens(vocabulary: int, device: str) -> int:
 
 
 class OutputHead(nn.Linear):
-    """Hidden states to logits over the vocabulary, or to the loss of labelled tokens.
+    """Hidden states to logits over the vocabulary, or to the loss of labeled tokens.
 
     Both are the module's forward pass, since ZeRO-3 has its weight whole in there alone.
     """

@@ -33,7 +33,7 @@ from gavamoe.stage2.tokenized_rows import encode_rows, prompt_builder
 
 SAMPLE = 2000
 """Rows that are tokenized to measure the mean lengths of prompts and answers."""
-_LIMITS = {"users": 1e12, "items": 1e12, "rows": 1e12, "utilisation": 1.0}
+_LIMITS = {"users": 1e12, "items": 1e12, "rows": 1e12, "utilization": 1.0}
 
 
 def make_plan(
@@ -154,7 +154,7 @@ def _training(config: RunConfig, blueprint: Blueprint, workload: Workload, hardw
     pairs = _elbo_pairs(config) * stage2.gradient_accumulation * hardware.devices if stage2.alpha else 0
     step_flops = rows * flops.total
     elbo_flops = pairs * pair_cost(config.stage1).flops
-    rate = hardware.devices * hardware.flops * hardware.utilisation
+    rate = hardware.devices * hardware.flops * hardware.utilization
     seconds = step_flops / (rate * FLOAT32_SHARE if stage2.precision == "fp32" else rate) + elbo_flops / (
         rate * FLOAT32_SHARE
     )

@@ -48,7 +48,7 @@ class Hardware:
     """Memory of one device in bytes."""
     flops: float
     """Peak arithmetic of one device in bf16, in FLOP/s."""
-    utilisation: float
+    utilization: float
     """Share of that peak that matrix products reach."""
     bandwidth: float
     """Bytes per second that one device can send."""
@@ -143,7 +143,7 @@ def plan_stage1(config: RunConfig, workload: Workload, hardware: Hardware) -> di
     epochs = stage1.pretrain_epochs + stage1.epochs
     steps = -(-workload.rows // stage1.batch_size)
     flops = workload.rows * pair_cost(stage1).flops
-    rate = hardware.devices * hardware.flops * FLOAT32_SHARE * hardware.utilisation
+    rate = hardware.devices * hardware.flops * FLOAT32_SHARE * hardware.utilization
     names = ("weights", "gradients", "optimizer", "best", "activations", "device")
     return {
         "parameters": {"all": parameters, "tables": own.tables},

@@ -171,7 +171,7 @@ def test_clean_removes_control_characters_and_folds_blanks() -> None:
     assert clean(dirty, 100).to_pylist() == ["a b c d good", None, ""]
 
 
-def test_special_tokens_in_a_text_are_left_to_the_tokeniser() -> None:
+def test_special_tokens_in_a_text_are_left_to_the_tokenizer() -> None:
     text = "<|endoftext|> <s> [INST] {user} </s>"
     assert clean(pa.array([text]), 100).to_pylist() == [text]
 

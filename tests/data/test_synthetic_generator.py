@@ -114,8 +114,8 @@ def test_features_are_the_items_own_and_follow_the_group(default: Dataset) -> No
         by_group[truth.group[user]].update(features)
     genre_of = {feature: name for name, listed in grammar.GENRES.items() for feature in listed}
     assert all(len({genre_of[feature] for feature in features}) == 1 for features in by_item.values())
-    favourites = [max(range(3), key=lambda g: by_group[g][feature]) for feature in grammar.GENRES["mystery"]]
-    assert sorted(favourites) == [0, 0, 1, 1, 2, 2], "each group has its favourites"
+    favorites = [max(range(3), key=lambda g: by_group[g][feature]) for feature in grammar.GENRES["mystery"]]
+    assert sorted(favorites) == [0, 0, 1, 1, 2, 2], "each group has its favorites"
 
 
 def test_every_group_writes_in_its_own_words(default: Dataset) -> None:

@@ -106,7 +106,7 @@ def test_the_cluster_of_a_row_matters(
 def test_rows_that_join_and_leave_at_any_time_change_no_text(
     explainer: ExplanationGenerator, prompts: list[list[int]], clusters: list[int], reference: list[str]
 ) -> None:
-    """Arrivals at random steps, other lengths and cancelled neighbours."""
+    """Arrivals at random steps, other lengths and cancelled neighbors."""
     draw = random.Random(1)
     engine = make_engine(explainer, slots=5, prefill_rows=2)
     rows = [Row(prompt, cluster, Sampling(NEW)) for prompt, cluster in zip(prompts, clusters, strict=True)]

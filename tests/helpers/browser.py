@@ -50,7 +50,7 @@ class Page:
                 await asyncio.sleep(0.1)
 
     async def look(self, width: int, *, dark: bool = False) -> None:
-        """Set the width of the window, and the preferred colours."""
+        """Set the width of the window, and the preferred colors."""
         await self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
         )

@@ -96,7 +96,7 @@ def test_tables_shared_with_stage_one_get_the_explainers_gradient(tmp_path: Path
 # Losses and gradients
 
 
-def test_loss_is_the_mean_over_labelled_next_tokens() -> None:
+def test_loss_is_the_mean_over_labeled_next_tokens() -> None:
     model = explainer()
     ids, mask, clusters = slot_batch(model)
     labels = torch.full_like(ids, -100)

@@ -235,9 +235,9 @@ def test_cluster_ids_are_required_and_checked() -> None:
     check_cluster_ids(torch.tensor([0, 2]), gates=3)
 
 
-def one_sided_logits(favourites: list[list[int]]) -> Tensor:
+def one_sided_logits(favorites: list[list[int]]) -> Tensor:
     """Logits (B, T, N) in which each token strongly prefers one expert."""
-    return 50.0 * nn.functional.one_hot(torch.tensor(favourites), N).float()
+    return 50.0 * nn.functional.one_hot(torch.tensor(favorites), N).float()
 
 
 def test_load_balance_is_one_when_even_and_n_when_collapsed() -> None:

@@ -1,4 +1,4 @@
-"""The loss of labelled tokens: in chunks of a large vocabulary it equals the plain one, and is never held whole."""
+"""The loss of labeled tokens: in chunks of a large vocabulary it equals the plain one, and is never held whole."""
 
 from collections.abc import Callable
 from typing import Any
@@ -136,7 +136,7 @@ def test_at_least_one_token_at_a_time() -> None:
 # In the explainer
 
 
-def labelled_batch(model: GavamoeForCausalLM) -> dict[str, Tensor]:
+def labeled_batch(model: GavamoeForCausalLM) -> dict[str, Tensor]:
     ids, mask, clusters = slot_batch(model)
     labels = ids.masked_fill(ids >= VOCABULARY, -100)
     labels[0, :4], labels[1, 5:] = -100, -100
@@ -173,7 +173,7 @@ def test_loss_without_logits_equals_that_with_logits(
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-    batch = labelled_batch(model)
+    batch = labeled_batch(model)
     expected = trained(model, batch)
     assert all(tensor is not None and tensor.abs().max() > 0 for tensor in expected.values())
     for count in (10**9, 3 * VOCABULARY):
@@ -184,7 +184,7 @@ def test_loss_without_logits_equals_that_with_logits(
 @pytest.mark.parametrize("count", [10**9, 2 * VOCABULARY])
 def test_positions_kept_and_number_of_items_mean_the_same(count: int, chunked: Callable[[int], None]) -> None:
     model = explainer()
-    batch = labelled_batch(model)
+    batch = labeled_batch(model)
     chunked(count)
     for options in ({"num_items_in_batch": 17}, {"logits_to_keep": 6}, {"logits_to_keep": torch.tensor([1, 4, 6])}):
         expected = trained(model, batch, **options)
@@ -195,7 +195,7 @@ def test_positions_kept_and_number_of_items_mean_the_same(count: int, chunked: C
 def test_a_frozen_base_model(count: int, chunked: Callable[[int], None]) -> None:
     model = explainer()
     add_lora(model, LoraConfig(rank=2), 0)
-    batch = labelled_batch(model)
+    batch = labeled_batch(model)
     expected = trained(model, batch)
     assert expected["model.embed_tokens.weight"] is None
     chunked(count)
@@ -204,7 +204,7 @@ def test_a_frozen_base_model(count: int, chunked: Callable[[int], None]) -> None
 
 def test_without_any_label_gradients_are_zero_not_absent() -> None:
     model = explainer(dense_model(tied=False))
-    batch = labelled_batch(model)
+    batch = labeled_batch(model)
     batch["labels"] = torch.full_like(batch["labels"], -100)
     found = trained(model, batch, return_logits=False)
     assert found.pop("loss") == 0.0
@@ -213,7 +213,7 @@ def test_without_any_label_gradients_are_zero_not_absent() -> None:
 
 def test_neither_labels_nor_logits_costs_no_head() -> None:
     model = explainer()
-    batch = labelled_batch(model)
+    batch = labeled_batch(model)
     del batch["labels"]
     output = model(**batch, return_logits=False)
     assert output.loss is None

@@ -42,11 +42,11 @@ def block(gated: bool, kernel: str) -> MultiGateMoe:
     return built
 
 
-def inputs(rank: int, favourite: int | None) -> tuple[Tensor, Tensor]:
+def inputs(rank: int, favorite: int | None) -> tuple[Tensor, Tensor]:
     """Hidden states and clusters of a worker's rows; other numbers of tokens on each."""
     generator = torch.Generator().manual_seed(rank)
     hidden = torch.randn(2 + rank, 3, 16, generator=generator)
-    return hidden.requires_grad_(), torch.arange(2 + rank) % 3 if favourite is None else torch.full((2 + rank,), 2)
+    return hidden.requires_grad_(), torch.arange(2 + rank) % 3 if favorite is None else torch.full((2 + rank,), 2)
 
 
 def one_sided(built: MultiGateMoe) -> None:
@@ -66,17 +66,17 @@ def _block_worker(rank: int, work: Path) -> None:
 
     join(rank, work)
     found: dict[str, Any] = {}
-    for gated, kernel, favourite in CASES:
+    for gated, kernel, favorite in CASES:
         built = block(gated, kernel)
         share_out_experts(nn.ModuleList([built]), 2, rank)
         built.experts.group = torch.distributed.group.WORLD
-        hidden, clusters = inputs(rank, favourite)
-        if favourite is not None:
+        hidden, clusters = inputs(rank, favorite)
+        if favorite is not None:
             hidden = hidden.detach().abs().requires_grad_()
             one_sided(built)
         output = built(hidden, clusters)
         output.pow(2).sum().backward()
-        found[f"{gated} {kernel} {favourite}"] = [output.detach(), hidden.grad, gradients(built)]
+        found[f"{gated} {kernel} {favorite}"] = [output.detach(), hidden.grad, gradients(built)]
     torch.save(found, work / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -88,16 +88,16 @@ def test_tokens_get_to_their_experts_and_gradients_back(tmp_path: Path) -> None:
     """Also where one worker's experts see no token at all."""
     multiprocessing.spawn(_block_worker, (tmp_path,), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    for gated, kernel, favourite in CASES:
+    for gated, kernel, favorite in CASES:
         built = block(gated, kernel)
-        rows = [inputs(rank, favourite) for rank in (0, 1)]
-        if favourite is not None:
+        rows = [inputs(rank, favorite) for rank in (0, 1)]
+        if favorite is not None:
             rows = [(hidden.detach().abs().requires_grad_(), clusters) for hidden, clusters in rows]
             one_sided(built)
         outputs = [built(hidden, clusters) for hidden, clusters in rows]
         sum(output.pow(2).sum() for output in outputs).backward()
         whole = gradients(built)
-        case = [rank[f"{gated} {kernel} {favourite}"] for rank in ranks]
+        case = [rank[f"{gated} {kernel} {favorite}"] for rank in ranks]
         for (output, states_grad, _), expected, (hidden, _) in zip(case, outputs, rows, strict=True):
             torch.testing.assert_close(output, expected.detach(), rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(states_grad, hidden.grad, rtol=1e-4, atol=1e-4)

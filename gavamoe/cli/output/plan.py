@@ -82,7 +82,7 @@ def _print_training(plan: dict[str, Any]) -> None:
         (f"whole run: waiting for them, written at {_DISK / 1e9:g} GB/s", duration(writing / _DISK)),
     ]
     title = (
-        f"Stage 2, work: {hardware['flops'] / 1e12:g} TFLOP/s in bf16 at {hardware['utilisation']:.0%},"
+        f"Stage 2, work: {hardware['flops'] / 1e12:g} TFLOP/s in bf16 at {hardware['utilization']:.0%},"
         f" {hardware['memory_bandwidth'] / 1e12:g} TB/s in a device's memory, {hardware['bandwidth'] / 1e9:g} GB/s"
         " between devices"
     )

@@ -1,7 +1,7 @@
 """What is done to texts: cleaned, parted, judged, searched for features.
 
 cleaning         cleaning of texts, ids, titles; sentences
-words            texts parted into words, vectorised
+words            texts parted into words, vectorized
 lexicon          word lists
 features         the words in which a text speaks about an item
 choosing         a text and its features for each row of a block

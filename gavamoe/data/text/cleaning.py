@@ -1,7 +1,7 @@
-"""Cleaning of texts, ids and titles, vectorised: control characters, whitespace, bounds, sentences.
+"""Cleaning of texts, ids and titles, vectorized: control characters, whitespace, bounds, sentences.
 
 All functions take and return Arrow string arrays. Nothing here escapes or parses markup: special tokens of a
-language model inside a text are dealt with where texts are tokenised.
+language model inside a text are dealt with where texts are tokenized.
 
 Shape letters: R rows, S sentences.
 """
