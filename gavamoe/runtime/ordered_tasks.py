@@ -1,7 +1,7 @@
 """A function over a stream of jobs as Ray tasks side by side, with the results in the jobs' order.
 
-Few jobs are under way at a time, so that neither they nor their results pile up in memory. A task whose process died
-starts again.
+No more run at a time than there are workers, whatever room the cluster has. The next job is made while they run, and
+few results wait for an earlier one, so that neither pile up in memory. A task whose process died starts again.
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ from gavamoe.errors import InputError, RunError
 from gavamoe.runtime.failures import failure_text
 
 _AHEAD = 2
-"""Jobs that each worker has at a time: the next one is there when one ends."""
+"""Jobs of each worker whose results have not been given out, at most."""
 
 
 class OrderedTasks:
@@ -41,11 +41,23 @@ class OrderedTasks:
         lent = ray.put((function, shared))
         under_way: deque[Any] = deque()
         for job in jobs:
-            under_way.append(task.remote(lent, tuple(map(_apart, job))))
-            if len(under_way) == _AHEAD * self._workers:
-                yield _result(under_way.popleft())
+            sent = ray.put(tuple(map(_apart, job)))  # while workers are busy, so that one who ends waits for nothing
+            while len(running := _running(under_way)) == self._workers or len(under_way) == _AHEAD * self._workers:
+                if under_way[0] in running and len(under_way) < _AHEAD * self._workers:
+                    ray.wait(running, num_returns=1)
+                else:
+                    yield _result(under_way.popleft())
+            under_way.append(task.remote(lent, sent))
         while under_way:
             yield _result(under_way.popleft())
+
+
+def _running(under_way: Iterable[Any]) -> list[Any]:
+    """Those tasks that have not ended."""
+    import ray
+
+    tasks = list(under_way)
+    return ray.wait(tasks, num_returns=len(tasks), timeout=0)[1] if tasks else []
 
 
 def _apart(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import itertools
 import json
 import os
 import pickle
@@ -57,6 +58,18 @@ def test_few_jobs_are_taken_ahead() -> None:
     for _ in range(3):
         next(results)
     assert len(taken) <= 3 + 4
+
+
+def busy_from_to(seconds: float) -> tuple[float, float]:
+    start = time.time()
+    time.sleep(seconds)
+    return start, time.time()
+
+
+def test_no_more_jobs_run_at_a_time_than_there_are_workers() -> None:
+    """The cluster has room for two."""
+    spans = list(OrderedTasks(1)(busy_from_to, (), [(0.1,)] * 6))
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 @pytest.mark.parametrize(("fault", "kind", "text"), [("refuses", InputError, "row 7"), ("fails", RunError, "no such")])
