@@ -7,9 +7,9 @@ Each block is an untrained explainer on the base model (speed does not depend on
 --base, random weights of SmolLM2-135M's shape. llama.cpp (`xllamacpp`, a development dependency) reads what
 `gavamoe export` makes of it. After prompts of 48 tokens each writes 48 more, greedily, never the end; all rows' new
 tokens a second are counted, reading the prompts included, for one text and for 16 at a time. Each format lives in a
-process of its own, which sleeps while others have their turn within a round (in one process, idle servers and thread
-pools made everything two to three times slower); medians count. With --own-pass each format decodes by the model's own
-forward pass as well, in place of `generation.llama_step`. At the end: how much the loss of a plain text rises.
+process of its own, which sleeps while others have their turn within a round; medians count. With --own-pass each format
+decodes by the model's own forward pass as well, in place of `generation.llama_step`. At the end: how much the loss of a
+plain text rises.
 """
 
 import argparse

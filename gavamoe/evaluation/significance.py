@@ -130,9 +130,10 @@ def _swapped(rows: RowStatistics, other: RowStatistics, resamples: int, seed: in
     for coins in _blocks(len(rows), resamples, seed, _coins):
         for moved in np.einsum("rn,nm->rm", coins, gap):
             one, two = from_sums(rows, ours + moved), from_sums(other, theirs - moved)
-            drawn.append({name: (value, two.get(name)) for name, value in one.items()})
-    names = set.intersection(*({name for name, pair in scores.items() if None not in pair} for scores in drawn))
-    return {name: np.array([abs(scores[name][0] - scores[name][1]) for scores in drawn]) for name in names}  # type: ignore[operator]
+            pairs = ((name, value, two.get(name)) for name, value in one.items())
+            drawn.append({name: abs(a - b) for name, a, b in pairs if a is not None and b is not None})
+    names = set.intersection(*map(set, drawn))
+    return {name: np.array([gaps[name] for gaps in drawn]) for name in names}
 
 
 def _resampled(rows: RowStatistics, blocks: Iterator[np.ndarray]) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from gavamoe.model.build import load_explainer
 from gavamoe.runtime.context import LocalContext, Metrics
 from gavamoe.stage1.artifact import load_vae_gmm
 from gavamoe.stage2.batches import Batch
+from gavamoe.stage2.engines.zero import _tensors_only
 from gavamoe.stage2.setup import Setup
 from gavamoe.stage2.train import train_stage2
 from helpers.tiny import TWO_WORKERS, tiny
@@ -59,7 +60,8 @@ class Trained:
 
 def put_code_into(file: Path, marker: Path) -> None:
     """Add an object to a checkpoint's file of tensors that makes the folder `marker` where it is unpickled."""
-    state = torch.load(file, weights_only=False)  # the test's own
+    with _tensors_only(file):
+        state = torch.load(file)
     torch.save(state | {"extra": Trap(marker)}, file)
 
 
