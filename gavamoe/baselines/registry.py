@@ -4,15 +4,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gavamoe.config.baselines import baseline_section
+from gavamoe.config.baselines import baseline_section, reads_features
 from gavamoe.config.schema import RunConfig
 from gavamoe.errors import InputError
 
 if TYPE_CHECKING:
     from gavamoe.baselines.frame import Baseline
-
-_ALWAYS = ("nete",)
-"""Baselines that have no form without features."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class Entry:
     @property
     def features(self) -> bool:
         """Whether it reads the features that a text is to speak of."""
-        return self.name.endswith("-plus") or self.name in _ALWAYS
+        return reads_features(self.name)
 
     def load(self) -> "type[Baseline]":
         """Its class."""

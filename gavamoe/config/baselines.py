@@ -18,6 +18,11 @@ def baseline_section(system: str) -> str:
     return system.removesuffix("-plus").replace("-", "_")
 
 
+def reads_features(system: str) -> bool:
+    """Whether a system reads the features a text is to speak of: GaVaMoE, a + form, and NETE, which has no other."""
+    return system.endswith("-plus") or system in ("gavamoe", "nete")
+
+
 class PeterConfig(Section):
     """The baseline PETER (Li, Zhang and Chen, ACL 2021), with its own paper's values but for the optimizer. Steps,
     batch size, schedule and clipping are stage 2's."""

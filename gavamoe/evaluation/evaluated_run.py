@@ -13,6 +13,7 @@ from gavamoe.artifacts.files import read_json
 from gavamoe.artifacts.logs import read_log
 from gavamoe.artifacts.manifest import Manifest, read_manifest
 from gavamoe.artifacts.run import METRICS_FILE, RunFolder
+from gavamoe.config.baselines import reads_features
 from gavamoe.config.files import load_config
 from gavamoe.config.schema import RunConfig
 from gavamoe.data.catalog import Catalog
@@ -47,6 +48,15 @@ class RunData:
     """Words and features that set each cluster of the training pairs apart; empty for systems without stage 1."""
     latent_map: str | None
     """clusters.png, as `gavamoe route` leaves it in the run folder, in base 64."""
+    told: bool
+    """Whether the system reads the rating or the features of a request."""
+    other_seeds: tuple[dict[str, Any], ...] = ()
+    """Metrics of the same system's further seeds, in a comparison."""
+
+    @property
+    def seeds(self) -> list[dict[str, Any]]:
+        """Metrics of all seeds."""
+        return [self.metrics, *self.other_seeds]
 
     def score(self, name: str) -> float | None:
         value = self.metrics["metrics"].get(name)
@@ -76,10 +86,11 @@ def read_run(run: Path) -> RunData:
         for stage in ("stage1", "stage2", "baseline")
         if (run / stage / METRICS_FILE).is_file()
     }
+    config = load_config(folder.config_file)
     return RunData(
         name=run.resolve().name,
         long_name="/".join(run.resolve().parts[-2:]),
-        config=load_config(folder.config_file),
+        config=config,
         manifest=manifest,
         metrics=metrics,
         generations=pq.read_table(folder.evaluation / GENERATIONS_FILE),
@@ -87,6 +98,7 @@ def read_run(run: Path) -> RunData:
         cluster_features=_cluster_features(folder),
         latent_map=_read_picture(folder.latent_map),
         logs={stage: read_log(folder.log(stage)) for stage in ("stage1", "stage2", "baseline")},
+        told=reads_features(config.system),
     )
 
 

@@ -19,9 +19,10 @@ from gavamoe.errors import InputError
 from gavamoe.evaluation.evaluated_run import RunData
 from gavamoe.evaluation.human.results import HumanResult, read_result
 from gavamoe.evaluation.metrics.registry import METRICS
-from gavamoe.report.charts import COLORS, Series, line_chart
+from gavamoe.report.charts import Series, line_chart
 from gavamoe.report.faithfulness import faithfulness_section, protocol_section
-from gavamoe.report.figures import SPARSITY, write_figures
+from gavamoe.report.figures import write_figures
+from gavamoe.report.sparsity import SPARSITY, sparsity_blocks, sparsity_charts
 from gavamoe.report.systems import case_study, comparison_section, open_runs
 
 SAMPLES = 20
@@ -99,7 +100,7 @@ def render(
         ratings=[_rating_table(run) for run in runs],
         planted=[_planted(run) for run in runs],
         sparsity=[_groups(run, "sparsity") for run in runs],
-        sparsity_chart=_sparsity_chart(runs),
+        sparsity_charts=sparsity_charts(sparsity_blocks(runs)),
         clusters=[_clusters(run) for run in runs],
         curves=[_curves(run) for run in runs],
         warnings=[_warnings(run) for run in runs],
@@ -232,23 +233,6 @@ def _groups(run: RunData, section: str) -> list[dict[str, Any]]:
         for name, group in run.metrics[section].items()
         if group["counts"]["rows"]
     ]
-
-
-def _sparsity_chart(runs: Sequence[RunData]) -> Markup:
-    """Figure 4: scores over the sparsity thirds and zero-shot users, of as many runs as there are colors."""
-    charts = []
-    for name in ("bleu_4", "rouge_l", "bertscore_f", "rmse"):
-        series = [
-            Series(
-                run.name,
-                list(range(len(SPARSITY))),
-                [run.metrics["sparsity"][third]["metrics"][name] for third in SPARSITY],
-            )
-            for run in runs[:COLORS]
-        ]
-        metric = METRICS[name]
-        charts.append(line_chart(f"{metric.label} {metric.arrow}", series, ticks=["ds1", "ds2", "ds3", "zero-shot"]))
-    return Markup("").join(charts)
 
 
 def _clusters(run: RunData) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from markupsafe import Markup
 
+from gavamoe.artifacts.run import METRICS_FILE, RunFolder
 from gavamoe.evaluation.comparison import (
     COMPARISON_FILE,
     REFERENCE,
@@ -28,6 +29,7 @@ from gavamoe.evaluation.evaluated_run import RunData, distinct_names, read_run
 from gavamoe.evaluation.losses.differences import LossComparison
 from gavamoe.evaluation.losses.display import GROUP_HEADS, controls_of, loss_tables
 from gavamoe.evaluation.losses.row_losses import CONDITIONS
+from gavamoe.evaluation.metrics_file import read_metrics
 from gavamoe.report.charts import Interval, interval_chart
 
 CHARTS = ("bleu_4", "bertscore_f", "rouge_l", "validation_loss", "rmse", "style_of_group", "wrong_gate_gap")
@@ -37,7 +39,8 @@ _CATALOGS = tuple(Path(artifact) / "catalog" / "users.parquet" for artifact in (
 def open_runs(paths: Sequence[Path]) -> tuple[list[RunData], list[Path], list[Comparison]]:
     """Runs to show side by side with their folders, and the comparisons among `paths`.
 
-    A comparison stands for the first seed of each of its systems, under the system's label.
+    A comparison stands for the first seed of each of its systems, under the system's label; Figure 4 has the mean of
+    all seeds.
     """
     runs, folders, comparisons = [], [], []
     for path in paths:
@@ -48,8 +51,10 @@ def open_runs(paths: Sequence[Path]) -> tuple[list[RunData], list[Path], list[Co
         comparison = read_comparison(path)
         comparisons.append(comparison)
         for outcomes in systems_of(comparison).values():
-            folder = path / outcomes[0].folder
-            runs.append(replace(read_run(folder), name=outcomes[0].label))
+            first, *others = outcomes
+            folder = path / first.folder
+            seeds = tuple(read_metrics(RunFolder(path / one.folder).evaluation / METRICS_FILE) for one in others)
+            runs.append(replace(read_run(folder), name=first.label, told=first.told, other_seeds=seeds))
             folders.append(folder)
     return distinct_names(runs), folders, comparisons
 
