@@ -54,8 +54,8 @@ hashes: $(READY)  ## write constraints.hashes.txt for constraints.txt, as the pa
 quickstart: $(READY)  ## reviews -> trained explainable recommender -> scores -> report, in minutes
 	$(BIN)/gavamoe quickstart
 
-test: $(READY)  ## the fast tests
-	$(BIN)/pytest
+test: $(READY)  ## the fast tests, side by side on two cores
+	$(BIN)/pytest --numprocesses 2 --dist loadgroup
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/pytest -m slow

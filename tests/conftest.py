@@ -31,6 +31,16 @@ settings.register_profile("same", derandomize=True, database=None)
 settings.load_profile("same")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side (`pytest -n 2 --dist loadgroup`) a file's tests stay together, and all that use Ray in one process:
+    files share what they trained, and a second Ray would want the same two cores."""
+    for item in items:
+        own = getattr(item, "fixturenames", ())
+        with_ray = item.get_closest_marker("ray") or not {"ray_two_workers", "extensions_dir"}.isdisjoint(own)
+        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A synthetic dataset of 60 users, 40 items, 1,500 ratings, 3 planted groups."""

@@ -1,4 +1,4 @@
-"""A rank's checkpoints: stored by Ray Train in the background, with checksums, and found whole again.
+"""The checkpoints of a step: stored by each rank through Ray Train in the background with checksums, found whole again.
 
 A checkpoint holds the loop's files, `log.jsonl` (the log so far: the driver's is set back to it when workers restart)
 and `checksums-RANK.json` for each rank. Rank 0 checks them before anything is resumed, and goes back to the checkpoint
@@ -17,12 +17,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from gavamoe.artifacts import object_store, remote
 from gavamoe.artifacts.checksums import FileEntry, find_damage, list_files
 from gavamoe.artifacts.files import read_json, write_json
+from gavamoe.artifacts.run import RunFolder
 from gavamoe.errors import InputError, RunError, validated
 from gavamoe.runtime.context import Metrics
 
 LOG_FILE = "log.jsonl"
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of the checkpoints that count."""
 _STREAMED = 2**26
 """Bytes that are copied at once from a storage to itself."""
 _NO_SPACE = {
@@ -35,6 +39,32 @@ _NO_SPACE = {
 }
 _TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
 """Messages with which torch.save reports a full disk: a RuntimeError without an error number."""
+
+
+class StepCheckpoints:
+    """The checkpoints that Ray Train keeps of a step: below the run folder, or below its URI."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        stored = remote.stored_path(folder)
+        self.base = folder if stored is None else stored.uri
+        self._local = RunFolder(folder).checkpoints(name)
+        self._uri = None if stored is None else f"{stored.uri}/checkpoints/{name}"
+        self.filesystem, self.path = None, str(self._local.parent)
+        if stored is not None:
+            self.filesystem, self.path = object_store.filesystem(f"{stored.uri}/checkpoints")
+
+    def exist(self) -> bool:
+        """Whether there are any that count."""
+        return (self._local / _SNAPSHOT).exists() if self._uri is None else remote.exists(f"{self._uri}/{_SNAPSHOT}")
+
+    def remove(self) -> None:
+        """Remove them, their list first: checkpoints that are in no list don't count, should the removal break off."""
+        if self._uri is None:
+            (self._local / _SNAPSHOT).unlink(missing_ok=True)
+            shutil.rmtree(self._local, ignore_errors=True)
+        else:
+            remote.remove(f"{self._uri}/{_SNAPSHOT}")
+            remote.remove(self._uri)
 
 
 class RankChecksums(BaseModel):

@@ -8,7 +8,6 @@ checkpoints to `FOLDER/checkpoints/NAME` until the step is done. Where FOLDER is
 
 import logging
 import os
-import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gavamoe.artifacts import object_store, remote
+from gavamoe.artifacts import remote
 from gavamoe.artifacts.run import RunFolder
 from gavamoe.config.schema import RunConfig, RuntimeConfig
 from gavamoe.errors import InputError, RunError
 from gavamoe.runtime import connection
-from gavamoe.runtime.checkpoints import storage_problem
+from gavamoe.runtime.checkpoints import StepCheckpoints, storage_problem
 from gavamoe.runtime.context import LocalContext
 from gavamoe.runtime.failures import failure_text, keep_traceback, lost_surroundings
 from gavamoe.runtime.host_memory import KEPT_MEMORY
@@ -33,8 +32,6 @@ OnLine = Callable[[Line], None]
 _CONTROLLER_RESTARTS = 3
 """A worker group that cannot start is retried without limit by Ray's default, which looks like a hang."""
 _POLL_SECONDS = 0.2
-_SNAPSHOT = "checkpoint_manager_snapshot.json"
-"""Ray Train's list of the checkpoints that count."""
 
 
 @contextmanager
@@ -129,7 +126,7 @@ def run_training(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     folder = Path(folder).absolute()
-    checkpoints = _Checkpoints(folder, name)
+    checkpoints = StepCheckpoints(folder, name)
     if not resume:
         checkpoints.remove()
     # Read by Ray Train's controller, which counts a failed start as one of its restarts.
@@ -238,36 +235,10 @@ def _interruptible(call: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-class _Checkpoints:
-    """The checkpoints that Ray Train keeps of a step: below the run folder, or below its URI."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        stored = remote.stored_path(folder)
-        self.base = folder if stored is None else stored.uri
-        self._local = RunFolder(folder).checkpoints(name)
-        self._uri = None if stored is None else f"{stored.uri}/checkpoints/{name}"
-        self.filesystem, self.path = None, str(self._local.parent)
-        if stored is not None:
-            self.filesystem, self.path = object_store.filesystem(f"{stored.uri}/checkpoints")
-
-    def exist(self) -> bool:
-        """Whether there are any that count."""
-        return (self._local / _SNAPSHOT).exists() if self._uri is None else remote.exists(f"{self._uri}/{_SNAPSHOT}")
-
-    def remove(self) -> None:
-        """Remove them, their list first: checkpoints that are in no list don't count, should the removal break off."""
-        if self._uri is None:
-            (self._local / _SNAPSHOT).unlink(missing_ok=True)
-            shutil.rmtree(self._local, ignore_errors=True)
-        else:
-            remote.remove(f"{self._uri}/{_SNAPSHOT}")
-            remote.remove(self._uri)
-
-
 def was_cut_off(folder: Path, name: str) -> bool:
     """Whether the last `run_training` of that name was interrupted after a checkpoint. Its workers outlive a killed
     driver for a second or two and may have written their results, which the log then lacks."""
-    return _Checkpoints(Path(folder).absolute(), name).exist()
+    return StepCheckpoints(Path(folder).absolute(), name).exist()
 
 
 def _on_this_node() -> Any:

@@ -21,8 +21,9 @@ from gavamoe.pipeline import check_base_models, evaluate_and_report, train_run
 from gavamoe.runtime.progress import Progress
 from gavamoe.tune.checks import check_space, config_values, refusal, trial_config
 from gavamoe.tune.folder import TEST_FILE, claimed_folder, withhold_test
-from gavamoe.tune.ray_tune import SearchObserver, run_trials
+from gavamoe.tune.ray_tune import run_trials
 from gavamoe.tune.report import write_results
+from gavamoe.tune.session import SearchObserver
 from gavamoe.tune.space import Choice, Space, Values, load_space
 from gavamoe.tune.study import Record, Study, full_disk_told
 from gavamoe.tune.trial import Job

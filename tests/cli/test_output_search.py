@@ -8,8 +8,8 @@ import pytest
 
 from gavamoe.cli.output import search
 from gavamoe.cli.output.search import SearchTerminal, print_search, status_line, trial_line
-from gavamoe.tune.ray_tune import SearchState
 from gavamoe.tune.search import SearchResult
+from gavamoe.tune.session import SearchState
 from gavamoe.tune.space import parse_space
 from gavamoe.tune.study import Record
 

@@ -114,7 +114,7 @@ def test_what_workers_wrote_after_their_drivers_death_is_made_again_with_its_log
     def die(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("gavamoe.runtime.ray_train._Checkpoints.remove", die)
+    monkeypatch.setattr("gavamoe.runtime.checkpoints.StepCheckpoints.remove", die)
     with pytest.raises(KeyboardInterrupt):  # `resume`, since without it what was there is removed first
         train_run(tiny(*FAULTS), undisturbed.dataset, run, stage="1", resume=True)
     monkeypatch.undo()

@@ -19,8 +19,8 @@ from helpers.tiny import DEFAULT_RATES, tiny, tiny_yaml
 
 from gavamoe.config.files import load_config
 from gavamoe.errors import InputError, RunError
-from gavamoe.tune.ray_tune import SearchState
 from gavamoe.tune.search import SearchResult, run_search
+from gavamoe.tune.session import SearchState
 from gavamoe.tune.study import storage_url
 
 pytestmark = pytest.mark.ray

@@ -13,9 +13,9 @@ from rich.text import Text
 
 from gavamoe.cli.terminal import TerminalProgress, console, print_json, print_table
 from gavamoe.evaluation.metrics.registry import METRICS
-from gavamoe.tune.ray_tune import SearchState
 from gavamoe.tune.report import FRONT, TABLE_FILE, mean_text, short_name, table_rows, value_text
 from gavamoe.tune.search import SearchResult
+from gavamoe.tune.session import SearchState
 from gavamoe.tune.space import Space
 from gavamoe.tune.study import Record, storage_url
 
