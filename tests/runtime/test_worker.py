@@ -15,12 +15,10 @@ import pytest
 import torch
 from pyarrow.fs import LocalFileSystem
 
-from gavamoe.artifacts.checksums import list_files
 from gavamoe.artifacts.files import write_folder
 from gavamoe.config.schema import RuntimeConfig
 from gavamoe.errors import InputError, RunError, Stopped
-from gavamoe.runtime.checkpoints import checkpoint_problem, storage_problem, write_checksums
-from gavamoe.runtime.failures import failure_text, lost_surroundings
+from gavamoe.runtime.checkpoints import checkpoint_problem
 from gavamoe.runtime.worker import RayContext, WorkerJob, WorkerLog, run_worker
 
 
@@ -119,69 +117,6 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Training:
         set=lambda value: None, set_default_tags=lambda tags: None
     ))  # fmt: skip
     return found
-
-
-def test_the_lack_of_memory_is_named_without_rays_advice() -> None:
-    from ray.exceptions import OutOfMemoryError
-
-    killed = OutOfMemoryError(
-        "1 worker(s) were killed due to the node running low on memory.\nRefer to a page, please."
-    )
-    assert failure_text(killed) == "a worker was killed, because its machine was running low on memory"
-    assert failure_text(ValueError("first\nlast\n")) == "last"
-
-
-def of_loop(error: Exception) -> Exception:
-    """A loop's error as Ray Train hands it to the driver."""
-    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
-
-    return UserExceptionWithTraceback(error, f"Traceback\n  here\n{error}")
-
-
-def of_ranks(*errors: Exception) -> Exception:
-    from ray.train import WorkerGroupError
-
-    return WorkerGroupError("several", dict(enumerate(errors)))
-
-
-PEER = RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:9")
-
-
-def test_only_lost_surroundings_are_worth_going_on_from() -> None:
-    import torch
-    from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
-    from ray.train import ControllerError
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
-
-    gone = WorkerHealthCheckFailedError("gone", failure=WorkerCrashedError())
-    lost = [
-        of_ranks(gone),
-        of_ranks(of_loop(PEER), gone),
-        of_ranks(gone, of_loop(ValueError("after its peer had gone"))),
-        of_ranks(of_loop(PEER), of_loop(PEER)),
-        of_ranks(of_loop(torch.distributed.DistNetworkError("timed out"))),
-        of_ranks(of_loop(MemoryError())),
-        of_ranks(of_loop(OSError("AWS Error NETWORK_CONNECTION during PutObject"))),
-        ControllerError(WorkerGroupStartupTimeoutError(2)),
-        OutOfMemoryError("killed"),
-        NodeDiedError("gone"),
-    ]
-    assert [lost_surroundings(each) for each in lost] == [True] * len(lost)
-    own = [
-        of_ranks(of_loop(ValueError("as planned"))),
-        of_ranks(of_loop(PEER), of_loop(IndexError("Target 288 is out of bounds."))),
-        of_ranks(of_loop(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))),
-        of_ranks(of_loop(TypeError("no"))),
-        of_ranks(of_loop(FileNotFoundError(2, "No such file"))),
-        of_ranks(of_loop(torch.OutOfMemoryError("CUDA out of memory"))),
-    ]
-    assert [lost_surroundings(each) for each in own] == [False] * len(own)
-
-
-def test_the_rank_that_failed_by_itself_is_quoted_not_the_one_that_missed_it() -> None:
-    assert failure_text(of_ranks(of_loop(PEER), of_loop(IndexError("Target 288 is out of bounds.")))) == (
-        "Target 288 is out of bounds."
-    )
 
 
 def job(log_actor: Any, loop: Any, stop_file: Path | None = None, **arguments: Any) -> WorkerJob:
@@ -390,34 +325,3 @@ def test_the_worker_log_tells_a_restart_from_new_lines() -> None:
     assert log_actor.refusals() == []
     log_actor.refuse(1, InputError("no"))
     assert str(log_actor.refusals()[0]) == "no"
-
-
-def test_damage_of_any_ranks_file_is_found(tmp_path: Path) -> None:
-    parts = [tmp_path / "0", tmp_path / "1"]
-    for rank, part in enumerate(parts):
-        (part / "engine").mkdir(parents=True)
-        (part / "engine" / f"rank{rank}").write_bytes(b"x" * 100)
-        write_checksums(part, rank, 2, list_files(part))
-    whole = tmp_path / "whole"
-    (whole / "engine").mkdir(parents=True)
-    for part in parts:
-        for path in part.rglob("*"):
-            if path.is_file():
-                (whole / path.relative_to(part)).write_bytes(path.read_bytes())
-    assert checkpoint_problem(whole) is None
-    (whole / "engine" / "rank1").write_bytes(b"x" * 99 + b"y")
-    assert checkpoint_problem(whole) == "the content of engine/rank1 has changed"
-    (whole / "engine" / "rank1").write_bytes(b"x" * 99)
-    assert checkpoint_problem(whole) == "engine/rank1 has 99 of 100 bytes"
-    (whole / "checksums-1.json").unlink()
-    assert "its checksums can't be read" in str(checkpoint_problem(whole))
-
-
-def test_full_disks_are_told_from_other_errors() -> None:
-    full = OSError(errno.ENOSPC, "No space left on device", "/data/x")
-    outer = RuntimeError("upload")
-    outer.__cause__ = full
-    assert storage_problem(outer) == "/data/x: can't be written: no space is left"
-    assert storage_problem(RuntimeError("[enforce fail] file write failed")) is not None
-    assert storage_problem(OSError(errno.ECONNRESET, "reset")) is None
-    assert storage_problem(ValueError("x")) is None
