@@ -34,7 +34,7 @@ class RunData:
 
     name: str
     long_name: str
-    """With the parent folder's."""
+    """With the parent folder's, or the dataset's."""
     config: RunConfig
     manifest: Manifest
     metrics: dict[str, Any]

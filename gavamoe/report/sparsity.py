@@ -23,7 +23,8 @@ SPARSITY = {
 }
 SCORES = ("bleu_4", "bertscore_f", "rouge_l", "rmse")
 """The paper's two scores, and two more; those that were not measured are left out."""
-_LEGEND_COLUMNS, _MARKERS = 7, "osD^vPX"
+_PANEL_INCHES = 3.4
+_MARKERS = "osD^vPX"
 
 
 @dataclass(frozen=True)
@@ -47,19 +48,31 @@ class Block:
 
 
 def sparsity_blocks(runs: Sequence[RunData]) -> list[Block]:
-    """The runs' lines, apart by what they were told of a row: its rating and features, or its user and item alone.
+    """The runs' lines, apart by dataset and by what was told of a row: rating and features, or user and item alone.
 
-    Where all runs were evaluated under both protocols, all stand in the second block, with what they wrote under it.
+    Where all runs of a dataset were evaluated under both protocols, all stand in the second block too, with what they
+    wrote under it.
     """
+    datasets: dict[str, list[RunData]] = {}
+    for run in runs:
+        datasets.setdefault(run.metrics["dataset"]["fingerprint"], []).append(run)
+    found = []
+    for own in datasets.values():
+        name = f"{own[0].metrics['dataset']['name']}: " if len(datasets) > 1 else ""
+        found += [Block(name + title, lines) for title, lines in _of_one_dataset(own)]
+    return found
+
+
+def _of_one_dataset(runs: Sequence[RunData]) -> list[tuple[str, list[Line]]]:
     told = [run for run in runs if run.told]
     if all(run.metrics["predicted"] for run in runs):
         pair = [_line(run, [metrics["predicted"] for metrics in run.seeds]) for run in runs]
     else:
         pair = [_line(run, run.seeds) for run in runs if not run.told]
     if any(run.metrics["protocol"] == "predicted" for run in runs) or not told:
-        return [Block(PAIR, [_line(run, run.seeds) for run in runs])]
-    given = Block(GIVEN, [_line(run, run.seeds) for run in told])
-    return [given, Block(PAIR, pair)] if pair else [given]
+        return [(PAIR, [_line(run, run.seeds) for run in runs])]
+    given = (GIVEN, [_line(run, run.seeds) for run in told])
+    return [given, (PAIR, pair)] if pair else [given]
 
 
 def _line(run: RunData, seeds: Sequence[dict[str, Any]]) -> Line:
@@ -108,8 +121,10 @@ def plot_sparsity(blocks: Sequence[Block], out: Path) -> None:
     names = [name for name in SCORES if any(_measured(block, name) for block in blocks)]
     if not names:
         return
-    heights = [3.2 + 0.25 * math.ceil(len(block.lines) / _LEGEND_COLUMNS) for block in blocks]
-    figure = Figure(figsize=(3.4 * len(names), sum(heights)), layout="constrained")
+    width = _PANEL_INCHES * len(names)
+    columns = _legend_columns([line.label for block in blocks for line in block.lines], width)
+    heights = [3.2 + 0.25 * math.ceil(len(block.lines) / columns) for block in blocks]
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     parts = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=heights)[:, 0]
     colors = _colors([line.label for block in blocks for line in block.lines])
     for part, block in zip(parts, blocks, strict=True):
@@ -120,8 +135,13 @@ def plot_sparsity(blocks: Sequence[Block], out: Path) -> None:
         if len(blocks) > 1:
             part.suptitle(block.title)
         handles, labels = panels[0].get_legend_handles_labels()
-        part.legend(handles, labels, loc="outside lower center", ncols=_LEGEND_COLUMNS, fontsize="small", frameon=False)
+        part.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small", frameon=False)
     save_png(figure, out)
+
+
+def _legend_columns(labels: Sequence[str], inches: float) -> int:
+    """As many columns as the longest label leaves room for."""
+    return max(1, min(7, int(inches / (0.6 + 0.08 * max(map(len, labels))))))
 
 
 def _measured(block: Block, name: str) -> bool:

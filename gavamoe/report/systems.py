@@ -54,7 +54,10 @@ def open_runs(paths: Sequence[Path]) -> tuple[list[RunData], list[Path], list[Co
             first, *others = outcomes
             folder = path / first.folder
             seeds = tuple(read_metrics(RunFolder(path / one.folder).evaluation / METRICS_FILE) for one in others)
-            runs.append(replace(read_run(folder), name=first.label, told=first.told, other_seeds=seeds))
+            longer = f"{first.label}, {comparison.dataset}"
+            runs.append(
+                replace(read_run(folder), name=first.label, long_name=longer, told=first.told, other_seeds=seeds)
+            )
             folders.append(folder)
     return distinct_names(runs), folders, comparisons
 

@@ -62,6 +62,13 @@ def test_under_both_protocols_all_stand_in_the_second_block(run: RunData) -> Non
     assert values([told, pair]) == {GIVEN: {"told": 2.0}, PAIR: {"told": 0.5, "pair": 1.0}}
 
 
+def test_runs_of_other_datasets_stand_apart(run: RunData) -> None:
+    here, there = with_scores(run, "here", 2.0), with_scores(run, "there", 1.0)
+    there.metrics["dataset"] = run.metrics["dataset"] | {"name": "films", "fingerprint": "f"}
+    name = run.metrics["dataset"]["name"]
+    assert values([here, there]) == {f"{name}: {GIVEN}": {"here": 2.0}, f"films: {GIVEN}": {"there": 1.0}}
+
+
 def test_seeds_are_averaged_where_they_have_a_score(run: RunData) -> None:
     first, second, third = (with_scores(run, "told", value) for value in (1.0, 2.0, 6.0))
     third.metrics["sparsity"]["ds1"]["metrics"]["bleu_4"] = None
