@@ -55,7 +55,7 @@ quickstart: $(READY)  ## reviews -> trained explainable recommender -> scores ->
 	$(BIN)/gavamoe quickstart
 
 test: $(READY)  ## the fast tests, side by side on two cores
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest --numprocesses 2
 
 test-slow: $(READY)  ## the tests that take minutes
 	$(BIN)/pytest -m slow

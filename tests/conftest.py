@@ -2,10 +2,12 @@
 
 import csv
 import os
+import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -31,14 +33,23 @@ settings.register_profile("same", derandomize=True, database=None)
 settings.load_profile("same")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side (`pytest -n 2 --dist loadgroup`) a file's tests stay together, and all that use Ray in one process:
-    files share what they trained, and a second Ray would want the same two cores."""
-    for item in items:
-        own = getattr(item, "fixturenames", ())
-        with_ray = item.get_closest_marker("ray") or not {"ray_two_workers", "extensions_dir"}.isdisjoint(own)
-        item.add_marker(pytest.mark.xdist_group("ray" if with_ray else item.path.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Side by side (`pytest -n 2`) a file's tests stay in one process, where they share what they trained, and so do all
+    files that use Ray: a second one would want the same two cores. (xdist's own groups don't reach pytest 9.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "ray" if _uses_ray(config.rootpath / file) else file
+
+    return ByFile(config, log)
+
+
+@cache
+def _uses_ray(file: Path) -> bool:
+    return re.search(r"mark\.ray\b|ray_two_workers|extensions_dir", file.read_text(encoding="utf-8")) is not None
 
 
 @pytest.fixture(scope="session")

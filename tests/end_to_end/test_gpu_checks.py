@@ -16,7 +16,7 @@ from gavamoe.stage2.joint_model import JointModel
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("check", [whole.versions, speed.ceilings, equality.model, equality.experts], ids=str)
+@pytest.mark.parametrize("check", [whole.versions, speed.ceilings, equality.model, equality.experts])
 def test_a_check_that_can_fail_passes_here(check: Check) -> None:
     result, figures = check("cpu", True)
     assert result == "PASS", figures
