@@ -35,8 +35,10 @@ settings.load_profile("same")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Side by side (`pytest -n 2`) a file's tests stay in one process, where they share what they trained, and so do all
-    files that use Ray: a second one would want the same two cores. (xdist's own groups don't reach pytest 9.)"""
+    """Side by side (`pytest -n 2`) a file's tests stay in one process, where they share what they trained.
+
+    So do all files that use Ray: a second one would want the same two cores. (xdist's own groups don't reach pytest 9.)
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
