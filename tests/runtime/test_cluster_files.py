@@ -335,7 +335,10 @@ def test_the_other_image_holds_what_both_commands_need(tmp_path: Path) -> None:
     assert last(full, "CMD") == '["make", "quickstart"]'
     assert last(full, "USER") == "gavamoe", "not root"
     assert "." in copied(full)
-    assert dry_run(tmp_path, "quickstart", "test") == [".venv/bin/gavamoe quickstart", ".venv/bin/pytest"]
+    assert dry_run(tmp_path, "quickstart", "test") == [
+        ".venv/bin/gavamoe quickstart",
+        ".venv/bin/pytest --numprocesses 2",
+    ]
     code = "import gavamoe, gavamoe.config.files as f; f.load_config('quickstart'); print(gavamoe.__file__)"
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True,
