@@ -33,7 +33,7 @@ from transformers import initialization as init
 
 from gavamoe.config.schema import ScratchModelConfig
 from gavamoe.errors import InputError, one_line
-from gavamoe.model.base_weights import check_loaded, check_weights, damaged_file
+from gavamoe.model.base_weights import check_gguf_header, check_loaded, check_weights, damaged_file
 
 SUPPORTED = ("llama", "gpt2")
 """Architectures by `model_type`; `decoders` has a GaVaMoE form of each."""
@@ -206,6 +206,8 @@ def read_base_config(base_model: str, way_out: str = "") -> PreTrainedConfig:
     """
     source, options = locate_base(base_model)
     with _loading(base_model, "its config cannot be read" if way_out else _FAILED, way_out):
+        if "gguf_file" in options:
+            check_gguf_header(Path(source) / options["gguf_file"])
         config = AutoConfig.from_pretrained(source, **options, **_NO_CODE)
     if config.model_type not in SUPPORTED:
         raise InputError(
@@ -289,6 +291,7 @@ def _gguf_problem(base_model: str) -> tuple[str, str] | None:
     source, options = locate_base(base_model)
     path = Path(source) / options["gguf_file"]
     try:
+        check_gguf_header(path)
         GGUFReader(path)
     except (ValueError, IndexError, KeyError, OverflowError, OSError, UnicodeDecodeError) as error:
         size = f"{path.stat().st_size:,} bytes"

@@ -4,6 +4,8 @@ transformers draws what is missing anew, passes over what it does not know, and 
 `check_weights` finds that out without the memory that the model takes; `check_loaded` judges a loaded model.
 """
 
+import mmap
+import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,12 @@ _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 """Names of weights in a model folder, in the order in which transformers looks for them."""
 _ADAPTER = "base_model.model."
 """How the names of weights begin that were saved from inside a PEFT wrapper."""
+_GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+"""Bytes of GGUF's scalar types by number; 8 is a string, 9 an array."""
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+_MOST_GGUF_VALUES = 4_000_000
+"""Values in a GGUF file's arrays at most; its reader makes an object of each. The largest vocabularies have
+1.3 million, with their types, scores and merges."""
 
 
 def check_weights(base_model: str, source: str, options: Mapping[str, Any], config: PreTrainedConfig) -> None:
@@ -94,6 +102,81 @@ def check_finite(base_model: str, tensors: Iterable[tuple[str, Tensor]]) -> None
             f"base_model {base_model}: {_count(bad)} not finite (NaN or infinity), such as {_first(bad)}; training can"
             " only spread that: take a checkpoint from before the model diverged"
         )
+
+
+def check_gguf_header(path: Path) -> None:
+    """Check that what a GGUF file says of itself lies within it, before a library believes it.
+
+    The reader of the package gguf goes on past the end of the file for as many values as an array claims to have, which
+    takes all memory.
+
+    Raises:
+        ValueError: no GGUF file of version 2 or 3, a value beyond the end, an unknown type, or more than any model has.
+        OSError: the file can't be read.
+    """
+    size = path.stat().st_size
+    if size < 24:
+        raise ValueError("it has no header")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        order = "<" if struct.unpack_from("<I", data, 4)[0] & 0xFFFF else ">"
+        version, tensors, fields = struct.unpack_from(f"{order}IQQ", data, 4)
+        if version not in (2, 3):
+            raise ValueError(f"its version is {version}; 2 and 3 can be read")
+        header = _GGUFHeader(data, size, order)
+        for _ in range(fields):
+            header.string()
+            header.value(header.number("I"))
+        for _ in range(tensors):
+            header.string()
+            header.skip(8 * header.number("I") + 4 + 8)  # sizes, type, offset
+
+
+class _GGUFHeader:
+    """A walk through a GGUF file's fields that never leaves the file."""
+
+    def __init__(self, data: mmap.mmap, size: int, order: str) -> None:
+        self._data, self._size, self._at, self._values = data, size, 24, 0
+        self._formats = {kind: struct.Struct(order + kind) for kind in "IQ"}
+
+    def skip(self, count: int) -> None:
+        if count > self._size - self._at:
+            raise ValueError(f"what begins at byte {self._at:,} goes on beyond its end")
+        self._at += count
+
+    def number(self, kind: str) -> int:
+        """An unsigned integer of 4 (I) or 8 (Q) bytes."""
+        at = self._at
+        self.skip(self._formats[kind].size)
+        value: int = self._formats[kind].unpack_from(self._data, at)[0]
+        return value
+
+    def string(self) -> None:
+        self.skip(self.number("Q"))
+
+    def value(self, kind: int) -> None:
+        if kind in _GGUF_SIZES:
+            self.skip(_GGUF_SIZES[kind])
+        elif kind == _GGUF_STRING:
+            self.string()
+        elif kind == _GGUF_ARRAY:
+            self._array()
+        else:
+            raise ValueError(f"unknown type {kind} before byte {self._at:,}")
+
+    def _array(self) -> None:
+        kind, count = self.number("I"), self.number("Q")
+        self._values += count
+        if self._values > _MOST_GGUF_VALUES:
+            raise ValueError(f"arrays of {self._values:,} values; {_MOST_GGUF_VALUES:,} at most")
+        if kind in _GGUF_SIZES:
+            self.skip(_GGUF_SIZES[kind] * count)
+        elif kind == _GGUF_STRING:
+            for _ in range(count):
+                self.string()
+        else:  # arrays of arrays are in the format, but in no model's file
+            raise ValueError(f"an array of type {kind} before byte {self._at:,}")
 
 
 def damaged_file(folder: Path) -> str | None:

@@ -1,6 +1,7 @@
 """Base models whose weights, numbers or tokenizer don't fit: one line each, before training and while loading."""
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -222,6 +223,48 @@ def test_a_gguf_file_is_checked(look: Callable[[Path], object], tmp_path: Path) 
     spoiled = save_gguf(tmp_path / "nan.gguf", spoiled="output_norm")
     name = "model.norm.weight" if look is load else "output_norm.weight"
     assert refusal(look, spoiled).startswith(f"1 weight is not finite (NaN or infinity), such as {name};")
+
+
+TYPES = b"tokenizer.ggml.token_type"
+
+
+@pytest.mark.parametrize(
+    ("skipped", "value", "problem"),
+    [
+        (8, struct.pack("<Q", 2**60), "arrays of 1,152,921,504,606,84"),
+        (8, struct.pack("<Q", 1_000_000), "what begins at byte "),
+        (4, struct.pack("<I", 9), "an array of type 9 before byte "),
+        (0, struct.pack("<I", 77), "unknown type 77 before byte "),
+    ],
+)
+def test_a_gguf_file_that_claims_more_than_it_has_takes_no_memory(
+    skipped: int, value: bytes, problem: str, tmp_path: Path
+) -> None:
+    """After a field's name stand its type, for an array that of its values, and how many there are. The reader of the
+    package gguf would make an object for every value that is claimed."""
+    path = save_gguf(tmp_path / "model.gguf")
+    data = bytearray(path.read_bytes())
+    at = data.index(TYPES) + len(TYPES) + skipped
+    data[at : at + len(value)] = value
+    path.write_bytes(data)
+    with pytest.raises(InputError) as refused:
+        check_base(str(path))
+    assert f"(not a whole GGUF file of {len(data):,} bytes: {problem}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("start", "problem"),
+    [
+        (b"", "it has no header"),
+        (b"GGML" + bytes(40), "it does not begin"),
+        (b"GGUF\1" + bytes(40), "its version is 1;"),
+    ],
+)
+def test_what_is_no_gguf_file_is_refused(start: bytes, problem: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(start)
+    with pytest.raises(InputError, match=problem):
+        check_base(str(path))
 
 
 def test_a_cut_gguf_file_has_no_shape_either(tmp_path: Path) -> None:
