@@ -1,9 +1,9 @@
 """What a comparison of systems found: means over seeds, differences to the full system, who may be ranked together."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -18,6 +18,7 @@ from gavamoe.evaluation.losses.verdict import verdict
 from gavamoe.evaluation.metrics.registry import METRICS
 from gavamoe.evaluation.metrics_file import read_metrics, renamed
 
+System = TypeVar("System")
 COMPARISON_FILE = "comparison.json"
 REFERENCE = "full"
 """What the others are compared with, where it is among them; else the first."""
@@ -195,25 +196,35 @@ def at_equal_time(outcomes: Sequence[Outcome]) -> list[Outcome]:
 GIVEN, PAIR = "Told rating and features", "Told user and item alone"
 
 
-def blocks(comparison: Comparison) -> list[tuple[str, Comparison]]:
-    """Systems that may be ranked together, as comparisons of their own with a title.
+def apart_by_told(
+    systems: Sequence[System], told: Callable[[System], bool], guessed: Callable[[System], System | None]
+) -> list[tuple[str, list[System]]]:
+    """Systems that may be ranked together, with a title: what is told a row's features writes them, so systems that
+    read these stand apart from those that don't.
 
-    What is told a row's features writes them, so systems that read these stand apart from those that don't. Where the
-    protocol without them was evaluated too, all systems stand in the second block, with what they wrote under it.
+    Args:
+        told: whether a system was told the rating and features.
+        guessed: the system with what it wrote when told user and item alone; where all have that, all stand in the
+            second block too.
     """
-    outcomes = comparison.outcomes
+    given, guesses = [system for system in systems if told(system)], [guessed(system) for system in systems]
+    pair = [guess for guess in guesses if guess is not None]
+    if len(pair) < len(systems):
+        pair = [system for system in systems if not told(system)]
+    return [(title, own) for title, own in ((GIVEN, given), (PAIR, pair)) if own]
+
+
+def blocks(comparison: Comparison) -> list[tuple[str, Comparison]]:
+    """Systems that may be ranked together, as comparisons of their own with a title."""
     protocol = comparison.config.get("evaluation", {}).get("protocol")
-    told = [outcome for outcome in outcomes if outcome.told]
-    if protocol == "both" and all(outcome.predicted is not None for outcome in outcomes):
-        pair = [
-            outcome.model_copy(update={"scores": outcome.predicted, "intervals": outcome.predicted_intervals})
-            for outcome in outcomes
-        ]
-    else:
-        pair = [outcome for outcome in outcomes if not outcome.told]
-    if protocol == "predicted" or not (told and pair):
-        return [(PAIR if protocol == "predicted" or pair else GIVEN, comparison)]
-    return [(title, comparison.model_copy(update={"outcomes": own})) for title, own in ((GIVEN, told), (PAIR, pair))]
+
+    def guessed(outcome: Outcome) -> Outcome | None:
+        if protocol != "both" or outcome.predicted is None:
+            return None
+        return outcome.model_copy(update={"scores": outcome.predicted, "intervals": outcome.predicted_intervals})
+
+    found = apart_by_told(comparison.outcomes, lambda outcome: outcome.told and protocol != "predicted", guessed)
+    return [(title, comparison.model_copy(update={"outcomes": own})) for title, own in found]
 
 
 def compare_losses(outcomes: Sequence[Outcome], folder: Path, seed: int) -> LossComparison | None:

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from gavamoe.artifacts.files import save_png
-from gavamoe.evaluation.comparison import GIVEN, PAIR
+from gavamoe.evaluation.comparison import apart_by_told
 from gavamoe.evaluation.evaluated_run import RunData
 from gavamoe.evaluation.metrics.registry import METRICS
 from gavamoe.report.charts import COLORS, Series, line_chart
@@ -64,15 +64,13 @@ def sparsity_blocks(runs: Sequence[RunData]) -> list[Block]:
 
 
 def _of_one_dataset(runs: Sequence[RunData]) -> list[tuple[str, list[Line]]]:
-    told = [run for run in runs if run.told]
-    if all(run.metrics["predicted"] for run in runs):
-        pair = [_line(run, [metrics["predicted"] for metrics in run.seeds]) for run in runs]
-    else:
-        pair = [_line(run, run.seeds) for run in runs if not run.told]
-    if any(run.metrics["protocol"] == "predicted" for run in runs) or not told:
-        return [(PAIR, [_line(run, run.seeds) for run in runs])]
-    given = (GIVEN, [_line(run, run.seeds) for run in told])
-    return [given, (PAIR, pair)] if pair else [given]
+    def guessed(system: tuple[RunData, list[dict[str, Any]]]) -> tuple[RunData, list[dict[str, Any]]] | None:
+        run, seeds = system
+        return (run, [metrics["predicted"] for metrics in seeds]) if run.metrics["predicted"] else None
+
+    nothing = any(run.metrics["protocol"] == "predicted" for run in runs)
+    found = apart_by_told([(run, run.seeds) for run in runs], lambda system: system[0].told and not nothing, guessed)
+    return [(title, [_line(run, seeds) for run, seeds in systems]) for title, systems in found]
 
 
 def _line(run: RunData, seeds: Sequence[dict[str, Any]]) -> Line:
