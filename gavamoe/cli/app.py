@@ -139,13 +139,16 @@ def main() -> None:
 
 @contextmanager
 def _lost_interrupts_repeated() -> Iterator[None]:
-    """Press Ctrl-C again where Python could only report it, while the block runs: what a signal raises in a destructor
-    or in a callback of fork() ("Exception ignored in ...") goes no further, and the command would go on."""
+    """Send Ctrl-C or SIGTERM again where Python could only report it, while the block runs: what a signal raises in a
+    destructor or in a callback of fork() ("Exception ignored in ...") goes no further, and the command would go on."""
     before = sys.unraisablehook
 
     def report(unraisable: "sys.UnraisableHookArgs") -> None:
-        if unraisable.exc_type is KeyboardInterrupt:
+        lost = unraisable.exc_value
+        if isinstance(lost, KeyboardInterrupt):
             threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)).start()
+        elif isinstance(lost, SystemExit) and lost.code == signal.SIGTERM:  # of Ray's own handler, while Ray starts
+            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM)).start()
         else:
             before(unraisable)
 

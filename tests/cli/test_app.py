@@ -200,10 +200,13 @@ def test_signals_end_a_command_in_one_line(
 
 
 class Doomed:
-    """Is sent Ctrl-C while its destructor runs, where Python ignores exceptions."""
+    """Is sent a signal while its destructor runs, where Python ignores exceptions."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
 
     def __del__(self) -> None:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(self.number)
 
 
 def test_ctrl_c_that_python_ignores_comes_again(
@@ -213,13 +216,33 @@ def test_ctrl_c_that_python_ignores_comes_again(
     slept = []
 
     def describe(dataset: object) -> None:
-        Doomed()
-        slept.append(time.sleep(20))
+        Doomed(signal.SIGINT)
+        time.sleep(20)
+        slept.append(20)
 
     monkeypatch.setattr("gavamoe.data.describe.describe", describe)
     result = gavamoe("data", "describe", tiny_dataset)
     assert (result.code, slept) == (130, [])
     assert result.err.startswith("interrupted")
+
+
+def test_a_sigterm_that_python_ignores_while_ray_starts_comes_again(
+    gavamoe: Runner, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While Ray starts, the handler is Ray's, which raises SystemExit."""
+    slept = []
+
+    def describe(dataset: object) -> None:
+        ours = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        Doomed(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, ours)
+        time.sleep(20)
+        slept.append(20)
+
+    monkeypatch.setattr("gavamoe.data.describe.describe", describe)
+    result = gavamoe("data", "describe", tiny_dataset)
+    assert (result.code, slept) == (143, [])
+    assert result.err == "terminated\n"
 
 
 def test_ctrl_c_while_the_command_is_imported_is_one_line() -> None:

@@ -87,9 +87,9 @@ def test_ctrl_c_ends_a_search_and_it_goes_on(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").write_text(tiny_yaml("stage2.max_steps=60"))
-    tune = command("tune", "gates_beta", "tiny.yaml", "--dataset", tiny_dataset, "--run-dir", "search", "--trials", "2")
+    tune = command("tune", "gates_beta", "tiny.yaml", "--dataset", tiny_dataset, "--run-dir", "search", "--trials", "4")
     assert_interrupted(run_in_terminal(tune, lambda shown, seconds: seconds > 1))
-    moments: list[Moment] = [lambda shown, seconds: seconds > 15, lambda shown, seconds: "1 of 2 trials" in shown]
+    moments: list[Moment] = [lambda shown, seconds: seconds > 15, lambda shown, seconds: " of 4 trials" in shown]
     for moment in moments:
         again = ["--resume"] if Path("search").exists() else []
         assert_interrupted(run_in_terminal([*tune, *again], moment))
