@@ -102,9 +102,10 @@ class Study:
                 warnings.simplefilter("ignore", ExperimentalWarning)
                 self.study.set_metric_names(self._names)
             _ = self.records  # a trial that can't be read is found here, before anything is trained
-        if not self.study.trials:
+        if not self.study.user_attrs.get(_LISTED):
             self._list_points()
         self._listed = bool(self.study.user_attrs.get(_LISTED))
+        self._half_drawn: list[int] = []
         self._waiting = self._unfinished()
 
     def next(self, accept: Callable[[Values], str | None]) -> tuple[int, Values] | None:
@@ -116,11 +117,9 @@ class Study:
         if self._waiting:
             return self._waiting.pop(0)
         for failed in range(MAX_FAILED_DRAWS):
-            if self._listed and not self.study.get_trials(states=[TrialState.WAITING], deepcopy=False):
+            trial = self._ask(failed, accept)
+            if trial is None:
                 return None
-            if failed == MAX_REPEATS and self._points is not None and not self._queue_untried(accept):
-                return None
-            trial = self.study.ask()
             values = self._space.draw(trial, self._fixed)
             reason = accept(values) or self._repeated(values)
             if reason is None:
@@ -129,6 +128,16 @@ class Study:
             trial.set_user_attr(_FAILED_DRAW, True)
             self.fail(trial.number, reason)
         return None
+
+    def _ask(self, failed: int, accept: Callable[[Values], str | None]) -> optuna.Trial | None:
+        """The trial whose values are drawn next, after so many failed draws; None where no point is left."""
+        if self._half_drawn:
+            return self._trial(self._half_drawn.pop(0))
+        if self._listed and not self.study.get_trials(states=[TrialState.WAITING], deepcopy=False):
+            return None
+        if failed == MAX_REPEATS and self._points is not None and not self._queue_untried(accept):
+            return None
+        return self.study.ask()
 
     def _queue_untried(self, accept: Callable[[Values], str | None]) -> bool:
         """Make the next draw one of the points that were not tried, any of them; False when there is none."""
@@ -206,24 +215,28 @@ class Study:
         return sorted(front, key=lambda record: sign * (record.objectives or [0.0])[0])
 
     def _list_points(self) -> None:
-        """Queue every point of a grid, and of any space that the budget covers: drawing would only repeat some."""
-        points = self._points
-        if points is not None and (self._space.sampler == "grid" or len(points) <= self._space.budget.trials):
-            for values in points:
+        """Queue every point of a grid, and of any space that the budget covers: drawing would only repeat some. Killed
+        while it did so, a search is given the rest."""
+        points, queued = self._points, self.study.get_trials(deepcopy=False)
+        if points is None or any(trial.state != TrialState.WAITING for trial in queued):
+            return
+        if self._space.sampler == "grid" or len(points) <= self._space.budget.trials:
+            for values in points[len(queued) :]:
                 self.study.enqueue_trial(values)
             self.study.set_user_attr(_LISTED, True)
 
     def _unfinished(self) -> list[tuple[int, Values]]:
-        """Trials that an earlier process left running; those it was still drawing are given up."""
+        """Trials that an earlier process left running. Those it was still drawing are drawn on where their values stand
+        in the queue, so that the order stays, and else given up."""
         unfinished = []
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):
             values = trial.user_attrs.get(_DRAWN)
-            if values is None:
-                self.fail(trial.number, "the search was killed while it drew this")
-                if self._listed:
-                    self.study.enqueue_trial(trial.system_attrs.get("fixed_params", trial.params))
-            else:
+            if values is not None:
                 unfinished.append((trial.number, values))
+            elif self._listed:
+                self._half_drawn.append(trial.number)
+            else:
+                self.fail(trial.number, "the search was killed while it drew this")
         return unfinished
 
     def _repeated(self, values: Values) -> str | None:

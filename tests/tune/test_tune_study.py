@@ -1,6 +1,7 @@
 """The study: what is drawn, told and remembered, also by a process that comes after a killed one."""
 
 import sqlite3
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,49 @@ def test_a_grid_with_fewer_trials_than_points_tells_the_others_and_goes_on_with_
     assert again.next(anything) is None
 
 
-def test_a_point_of_a_grid_that_was_being_drawn_is_not_lost(tmp_path: Path) -> None:
-    of = space(parameters={"stage1.clusters": K}, sampler="grid")
-    open_study(tmp_path, of).study.ask()
+IN_ORDER = [(0, 2), (1, 3), (2, 4), (3, 5)]
+
+
+def drawn(study: Study) -> list[tuple[int, int]]:
+    """All that a study of K still has to try: trial number, K."""
+    found = []
+    while (trial := study.next(anything)) is not None:
+        found.append((trial[0], int(trial[1]["stage1.clusters"])))
+    return found
+
+
+@pytest.mark.parametrize("sampler", ["grid", "tpe"])
+@pytest.mark.parametrize("suggested", [False, True])
+def test_a_point_that_was_being_drawn_keeps_its_place(suggested: bool, sampler: str, tmp_path: Path) -> None:
+    of = space(parameters={"stage1.clusters": K}, sampler=sampler)
+    trial = open_study(tmp_path, of).study.ask()
+    if suggested:
+        of.draw(trial, {})
     again = open_study(tmp_path, of)
-    drawn = []
-    while (found := again.next(anything)) is not None:
-        drawn.append(found[1]["stage1.clusters"])
-    assert sorted(drawn) == [2, 3, 4, 5]
+    assert drawn(again) == IN_ORDER
+    assert len(again.study.trials) == 4
+
+
+@pytest.mark.parametrize("queued", range(5))
+def test_points_that_were_being_queued_keep_their_order(
+    queued: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once met in a chaos run: killed after the first point, the search drew the others at random."""
+    enqueue, left = optuna.Study.enqueue_trial, [None] * queued
+
+    def killed(study: optuna.Study, *values: Any) -> None:
+        if not left:
+            raise SystemExit
+        left.pop()
+        enqueue(study, *values)
+
+    of = space(parameters={"stage1.clusters": K})
+    with monkeypatch.context() as patch, suppress(SystemExit):
+        patch.setattr(optuna.Study, "enqueue_trial", killed)
+        open_study(tmp_path, of)
+    again = open_study(tmp_path, of)
+    assert drawn(again) == IN_ORDER
+    assert drawn(open_study(tmp_path, of)) == IN_ORDER  # none has ended: all are trained again
 
 
 def test_refused_draws_are_no_trials(tmp_path: Path) -> None:
