@@ -106,7 +106,7 @@ def main() -> None:
         raise KeyboardInterrupt
 
     try:
-        with _sigterm(on_sigterm), _lost_interrupts_repeated():
+        with _sigterm(on_sigterm), _lost_signals_repeated():
             try:
                 app(prog_name="gavamoe")
             finally:
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 @contextmanager
-def _lost_interrupts_repeated() -> Iterator[None]:
+def _lost_signals_repeated() -> Iterator[None]:
     """Send Ctrl-C or SIGTERM again where Python could only report it, while the block runs: what a signal raises in a
     destructor or in a callback of fork() ("Exception ignored in ...") goes no further, and the command would go on."""
     before = sys.unraisablehook
