@@ -114,6 +114,9 @@ class PromptConfig(Section):
     divide the parts; a model trained from nothing learns better by so short a prompt."""
     rating: bool = True
     """Whether the prompt names the sentiment of the rating, as a word."""
+    soft_rating: bool = False
+    """Whether the rating itself stands there as a soft token in place of the word: between five learned vectors, and
+    where stage 1 predicts it the mean over the ratings that may come (CIER's idea). Needs `rating`."""
     features: bool = True
     """Whether the prompt names the features that the explanation is to speak of."""
     max_features: PositiveInt = 5
@@ -131,6 +134,12 @@ class PromptConfig(Section):
     """Tokens of a prompt at most; titles, then features, are shortened to fit, the slots of user and item never."""
     max_explanation_tokens: Annotated[int, Field(ge=4)] = 64
     """Tokens of an explanation in training at most, the end of text included; longer ones are cut."""
+
+    @model_validator(mode="after")
+    def _soft_rating_is_a_rating(self) -> "PromptConfig":
+        if self.soft_rating and not self.rating:
+            raise ValueError("soft_rating: needs rating: true, for it is how the rating is shown")
+        return self
 
 
 class Stage2Config(Section):

@@ -37,6 +37,10 @@ class RatingScale(BaseModel):
             return min(self.values, key=lambda value: (abs(value - rating), value))
         return min(max(rating, self.low), self.high)
 
+    def share(self, rating: float) -> float:
+        """Where a rating lies between the lowest, 0, and the highest, 1."""
+        return (rating - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+
     def sentiment(self, rating: float) -> Sentiment:
         """Sentiment of a rating: negative below, neutral at, positive above the middle of the scale."""
         distance = rating - self.middle

@@ -26,12 +26,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from gavamoe.artifacts.files import versions, write_folder, write_json
 from gavamoe.artifacts.manifest import read_manifest
 from gavamoe.artifacts.run import Run
-from gavamoe.data.ratings import RatingScale
 from gavamoe.errors import InputError
 from gavamoe.export.plain_model import check_exportable, plain_model
 from gavamoe.export.slot_tokens import SlotRows, add_names, slot_names, slot_rows
 from gavamoe.generation.generator import ExplanationGenerator
-from gavamoe.generation.prompts import PromptBuilder
+from gavamoe.generation.prompts import PromptBuilder, PromptSpec
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.base_model import special_ids
 from gavamoe.model.decoders import GavamoeConfig
@@ -155,8 +154,7 @@ def _models(
     model, tokenizer = generator.model, generator.tokenizer
     forbidden = sorted((special_ids(tokenizer) - {generator.builder.end}) | set(range(slots.vocabulary, slots.size)))
     config = model.config
-    slot_list = list(slot_names(generator.catalog, config.n_users, config.n_items, config.n_cluster_slots))
-    add_names(tokenizer, slots.vocabulary, slot_list)
+    add_names(tokenizer, slots.vocabulary, list(slot_names(generator.catalog, config)))
     names = [f"gate-{gate}" if len(gates) > 1 else "model" for gate in gates]
     if form == "gguf":
         names = [f"{name}.gguf" for name in names]
@@ -204,7 +202,7 @@ def _write_tables(generator: ExplanationGenerator, routes: _Routes, out: Path) -
         "user": ids(routes.users, catalog.user_id),
         "item": ids(routes.items, catalog.item_id),
         "gate": pa.array(routes.gates, pa.int16()),
-        "rating": column(_on_scale(routes.ratings, spec.scale)),
+        "rating": column(_shown(routes.ratings, spec)),
     }
     pq.write_table(pa.table(columns), out / "routes.parquet")
     users = np.arange(model.config.n_users)
@@ -213,7 +211,7 @@ def _write_tables(generator: ExplanationGenerator, routes: _Routes, out: Path) -
         "user": pa.array([catalog.user_id(index) for index in users.tolist()], pa.string()),
         "token": pa.array(users + model.slots.vocabulary, pa.int32()),
         "gate": pa.array(gates, pa.int16()),
-        "rating": column(_on_scale(ratings, spec.scale)),
+        "rating": column(_shown(ratings, spec)),
     }
     pq.write_table(pa.table(columns), out / "users.parquet")
     items = range(model.config.n_items)
@@ -227,9 +225,10 @@ def _write_tables(generator: ExplanationGenerator, routes: _Routes, out: Path) -
     pq.write_table(pa.table(columns), out / "items.parquet")
 
 
-def _on_scale(ratings: np.ndarray, scale: RatingScale | None) -> np.ndarray:
-    """Predicted ratings as prompts have them: the scale's nearest."""
-    if scale is None:
+def _shown(ratings: np.ndarray, spec: PromptSpec) -> np.ndarray:
+    """Predicted ratings as prompts have them: the scale's nearest, or with soft ratings as they are."""
+    scale = spec.scale
+    if scale is None or spec.prompt.soft_rating:
         return ratings
     distinct, place = np.unique(ratings, return_inverse=True)
     return np.array([scale.nearest(float(value)) for value in distinct], dtype=np.float32)[place]
@@ -252,12 +251,12 @@ def _prompt(
 ) -> dict[str, Any]:
     model, spec = generator.model, generator.spec
     scale, ids = spec.scale, model.slots
-    overall = None if scale is None else scale.nearest(float(routes.ratings.mean()) if len(routes.ratings) else 0.0)
+    mean = float(routes.ratings.mean()) if len(routes.ratings) else 0.0
     return PromptBuilder(generator.tokenizer, ids, spec.prompt, scale).pieces() | {
         "format": form,
         "models": names if len(names) > 1 else names * max(1, model.config.n_cluster_slots),
         "gate": int(np.bincount(routes.gates).argmax()) if len(routes.gates) else 0,
-        "rating": overall,
+        "rating": None if scale is None else float(_shown(np.array([mean]), spec)[0]),
         "unknown_user": ids.unknown_user,
         "unknown_item": ids.unknown_item,
         "clusters": list(range(ids.cluster, slots.size)),

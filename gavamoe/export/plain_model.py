@@ -81,7 +81,10 @@ def plain_model(model: GavamoeForCausalLM, gate: int, slots: SlotRows) -> PreTra
     return _filled(*_with_experts(config, text, state, gate))
 
 
-_SLOT_MODULES = ("user_embedding.", "item_embedding.", "user_projection.", "item_projection.", "cluster_embedding.")
+_SLOT_MODULES = (
+    "user_embedding.", "item_embedding.", "user_projection.", "item_projection.", "cluster_embedding.",
+    "rating_embedding.",
+)  # fmt: skip
 _COMMON = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
     "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",

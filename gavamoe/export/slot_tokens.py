@@ -2,8 +2,9 @@
 
 A slot's embedding is the row of its table through its projection: a vector of the text tokens' own kind. So an exported
 model has one more token for each known user and item, one for all other users and one for all other items, in the
-explainer's own order of ids, and for each cluster where prompts name it. None is ever written: each has the output row
-of the text token that the model finds least likely, which it ties with and never beats the others.
+explainer's own order of ids, and for each soft rating and each cluster where prompts have such. None is ever written:
+each has the output row of the text token that the model finds least likely, which it ties with and never beats the
+others.
 """
 
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gavamoe.data.catalog import Catalog
 from gavamoe.errors import InputError
+from gavamoe.model.decoders import GavamoeConfig
 from gavamoe.model.explainer import GavamoeForCausalLM
 
 _CHUNK = 4096
@@ -28,7 +30,7 @@ class SlotRows:
     """What the slots add to a model's two tables."""
 
     embeddings: Tensor
-    """(S, D): users, the unknown user, items, the unknown item, clusters."""
+    """(S, D): users, the unknown user, items, the unknown item, ratings, clusters."""
     quietest: int
     """The text token of the lowest logits, whose output row all slots take."""
     vocabulary: int
@@ -70,19 +72,16 @@ def slot_rows(model: GavamoeForCausalLM, prompts: list[list[int]], clusters: Ten
     return SlotRows(torch.cat(parts), int(loudest.argmin()), slots.vocabulary)
 
 
-def slot_names(catalog: Catalog, users: int, items: int, clusters: int) -> Iterator[str]:
+def slot_names(catalog: Catalog, config: GavamoeConfig) -> Iterator[str]:
     """The tokens' names, in the order of their ids. Raw ids are percent-encoded, so that a name has no blank and
-    never ends early; the unknown ones have no colon, and so no raw id's name.
-
-    Args:
-        users, items: known ones, which are the catalog's first.
-        clusters: 0 where prompts have no slot for one.
-    """
-    yield from (f"<user:{quote(catalog.user_id(index), safe='')}>" for index in range(users))
+    never ends early; the unknown ones have no colon, and so no raw id's name. Known users and items are the catalog's
+    first."""
+    yield from (f"<user:{quote(catalog.user_id(index), safe='')}>" for index in range(config.n_users))
     yield "<user>"
-    yield from (f"<item:{quote(catalog.item_id(index), safe='')}>" for index in range(items))
+    yield from (f"<item:{quote(catalog.item_id(index), safe='')}>" for index in range(config.n_items))
     yield "<item>"
-    yield from (f"<cluster:{index}>" for index in range(clusters))
+    yield from (f"<{kind}:{place}>" for kind in ("rating", "expected") for place in range(config.rating_places))
+    yield from (f"<cluster:{index}>" for index in range(config.n_cluster_slots))
 
 
 def add_names(tokenizer: PreTrainedTokenizerBase, vocabulary: int, names: list[str]) -> None:

@@ -171,6 +171,7 @@ class ExplanationGenerator:
             users=[filled.request.user for filled in requests],
             items=[filled.request.item for filled in requests],
             ratings=[filled.rating for filled in requests],
+            expected=[filled.predicted_rating if filled.request.rating is None else None for filled in requests],
             features=[filled.features for filled in requests],
             titles=[filled.title for filled in requests],
             quotes=[filled.quotes for filled in requests],

@@ -16,6 +16,7 @@ And the one in marks (`instruction: false`), for a model trained from nothing, t
 
     [slot] [cluster] [slot] [: title] [, positive|neutral|negative] [; a, b] [| review | ...]
 
+With `soft_rating` a slot for the rating itself stands in place of its sentiment's word.
 Each piece is tokenized on its own and special tokens are never parsed in it, so no text of a user can
 forge a slot, end the prompt or start an answer; slots are single ids above the vocabulary. Too long a
 prompt loses quoted reviews first, then title tokens, then features from the last one on; slots and answer marker stay.
@@ -98,6 +99,9 @@ class PromptColumns:
     titles: Sequence[str | None]
     quotes: Sequence[Sequence[str]] | None = None
     """Training explanations that are quoted; None: none in any prompt."""
+    expected: Sequence[float | None] | None = None
+    """What is expected in place of ratings that nobody gave, as it is: soft ratings tell the two apart; None: all
+    ratings were given."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -170,9 +174,18 @@ class PromptBuilder:
             "answer": own.answer,
             "titles": self.config.title,
             "ratings": self.shows_ratings,
+            "soft_ratings": self._soft_ratings(),
             "max_features": self.config.max_features if self.config.features else 0,
             "max_tokens": self.config.max_tokens,
         }
+
+    def _soft_ratings(self) -> dict[str, Any] | None:
+        """Token ids of the places from the lowest rating to the highest, known and expected."""
+        if not (self.shows_ratings and self.config.soft_rating and self.scale is not None):
+            return None
+        first, count = self.slots.first_rating, self.slots.rating_places
+        known, expected = (list(range(start, start + count)) for start in (first, first + count))
+        return {"low": self.scale.low, "high": self.scale.high, "known": known, "expected": expected}
 
     def prompts(self, columns: PromptColumns) -> list[list[int]]:
         """Token ids of N prompts, each at most `max_tokens` long and ending in the answer marker."""
@@ -181,12 +194,13 @@ class PromptBuilder:
         words = self._encode_unique(word for words in kept for word in words) if self.config.features else {}
         quotes = columns.quotes if self.config.quotes and columns.quotes is not None else [()] * len(columns)
         quoted = self._encode_unique(text for texts in quotes for text in texts)
+        expected = columns.expected or [None] * len(columns)
         return [
             self._assemble(
                 self.slots.user_token(int(columns.users[row])),
                 self.slots.item_token(int(columns.items[row])),
                 titles.get(columns.titles[row] or "", ()),
-                self._sentiment(columns.ratings[row]),
+                self._rating(columns.ratings[row], expected[row]),
                 [words[word] for word in kept[row] if words.get(word)],
                 [quoted[text] for text in quotes[row][: self.config.quotes] if quoted.get(text)],
             )
@@ -199,10 +213,14 @@ class PromptBuilder:
         lines = [plain_line(text, room * _CHARACTERS_PER_TOKEN) for text in texts]
         return [[*ids[:room], self.end] for ids in encode_texts(self.tokenizer, lines)]
 
-    def _sentiment(self, rating: float | None) -> tuple[int, ...]:
+    def _rating(self, rating: float | None, expected: float | None) -> tuple[int, ...]:
         if not self.config.rating or self.scale is None or rating is None or math.isnan(rating):
             return ()
-        return self._sentiments[self.scale.sentiment(rating)]
+        if not self.config.soft_rating:
+            return self._sentiments[self.scale.sentiment(rating)]
+        shown = rating if expected is None else expected
+        token = self.slots.rating_token(self.scale.share(shown), expected=expected is not None)
+        return (*self._constants.rating, token)
 
     def _encode_unique(self, texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Ids of " text" for each distinct text: titles and features repeat, so each is tokenized once, and short ones
@@ -266,7 +284,8 @@ class PromptBuilder:
         return listed
 
     def _check_room(self) -> None:
-        longest = max(map(len, self._sentiments.values())) if self.shows_ratings else 0
+        shown = self._rating(self.scale.middle, None) if self.scale else ()
+        longest = max(len(shown), *map(len, self._sentiments.values())) if self.shows_ratings else 0
         fixed = (self.start, self._constants.item, self._constants.answer)
         needed = sum(map(len, fixed)) + 2 + len(self._cluster) + longest  # 2: the slots of user and item
         if needed > self.config.max_tokens:

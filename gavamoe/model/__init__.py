@@ -8,7 +8,7 @@
     output_head   hidden states -> logits, or the loss of labeled tokens
     explainer     the Hugging Face model class
     build         an explainer from a dense model, or from a saved folder
-    slots         token ids of users and items
+    slots         token ids of users, items and ratings
     base_model    from scratch, a folder, a hub id, GGUF; tokenizers
     base_config   a base model's config alone, shipped for known models
     base_weights  whether a base model's weights are whole

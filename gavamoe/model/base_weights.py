@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -26,9 +27,8 @@ _FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bi
 """Names of weights in a model folder, in the order in which transformers looks for them."""
 _ADAPTER = "base_model.model."
 """How the names of weights begin that were saved from inside a PEFT wrapper."""
-_GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Bytes of GGUF's scalar types by number; 8 is a string, 9 an array."""
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
+"""Numbers of GGUF's types that are no scalars."""
 _MOST_GGUF_VALUES = 4_000_000
 """Values in a GGUF file's arrays at most; its reader makes an object of each. The largest vocabularies have
 1.3 million, with their types, scores and merges."""
@@ -137,6 +137,10 @@ class _GGUFHeader:
     """A walk through a GGUF file's fields that never leaves the file."""
 
     def __init__(self, data: mmap.mmap, size: int, order: str) -> None:
+        from gguf import GGUFReader
+
+        scalars: dict[Any, Any] = GGUFReader.gguf_scalar_to_np
+        self._sizes = {int(kind): np.dtype(scalar).itemsize for kind, scalar in scalars.items()}
         self._data, self._size, self._at, self._values = data, size, 24, 0
         self._formats = {kind: struct.Struct(order + kind) for kind in "IQ"}
 
@@ -156,8 +160,8 @@ class _GGUFHeader:
         self.skip(self.number("Q"))
 
     def value(self, kind: int) -> None:
-        if kind in _GGUF_SIZES:
-            self.skip(_GGUF_SIZES[kind])
+        if kind in self._sizes:
+            self.skip(self._sizes[kind])
         elif kind == _GGUF_STRING:
             self.string()
         elif kind == _GGUF_ARRAY:
@@ -170,8 +174,8 @@ class _GGUFHeader:
         self._values += count
         if self._values > _MOST_GGUF_VALUES:
             raise ValueError(f"arrays of {self._values:,} values; {_MOST_GGUF_VALUES:,} at most")
-        if kind in _GGUF_SIZES:
-            self.skip(_GGUF_SIZES[kind] * count)
+        if kind in self._sizes:
+            self.skip(self._sizes[kind] * count)
         elif kind == _GGUF_STRING:
             for _ in range(count):
                 self.string()

@@ -1,7 +1,7 @@
 """Making an explainer: from a dense model (`build_explainer`), from a saved folder, strictly (`load_explainer`), or
 without weights, to be counted (`weightless_explainer`)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from gavamoe.model.conversion import ExplainerSizes, convert_block, explainer_co
 from gavamoe.model.decoders import GavamoeConfig
 from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.model.lora import ROUTED_MODULES, add_lora, freeze_base, slot_modules
+from gavamoe.model.slots import RATING_ANCHORS, rating_mix
 from gavamoe.model.tables.embedding import Table
 from gavamoe.model.tables.layout import TableLayout, mapped_tables
 
@@ -36,6 +37,7 @@ def build_explainer(
     *,
     user_table: Tensor | None = None,
     item_table: Tensor | None = None,
+    sentiments: Sequence[Sequence[int]] = (),
     empty_weights: bool = False,
 ) -> GavamoeForCausalLM:
     """Turn a dense LLaMA or GPT-2 into an explainer of these sizes; new weights are drawn by `config.seed`.
@@ -44,6 +46,7 @@ def build_explainer(
         base: the dense model. Its weights are taken over, not copied: don't train it afterward.
         user_table, item_table: (n + 1, E), stage 1's tables to copy. If stage 2 rather shares stage 1's embedding
             modules, it replaces `user_embedding` and `item_embedding` and then calls `calibrate_slots()`.
+        sentiments: token ids of the words for a low, a middling and a high rating, as which soft ratings start.
         empty_weights: `base` was loaded with empty weights: the new ones are left unset as well.
 
     Raises:
@@ -58,6 +61,8 @@ def build_explainer(
     _take_over(model, base)
     if not empty_weights:
         _draw_new_weights(model, config.seed)
+        if model_config.rating_places and sentiments:
+            _start_ratings(model, sentiments)
         if model_config.experts_enabled:
             dense_layers = _feed_forwards(base.base_model)
             for block, dense in zip(_feed_forwards(model.model), dense_layers, strict=True):
@@ -173,6 +178,15 @@ def _draw_new_weights(model: GavamoeForCausalLM, seed: int) -> None:
         for module in model.model.modules():
             if isinstance(module, ROUTED_MODULES):
                 model.model._init_weights(module)
+
+
+@torch.no_grad()
+def _start_ratings(model: GavamoeForCausalLM, sentiments: Sequence[Sequence[int]]) -> None:
+    """Start soft ratings as the sentiments' words: the lowest, middle and highest as these, others between them."""
+    table_VD = model.get_input_embeddings().weight
+    words_3D = torch.stack([table_VD[list(ids)].mean(0) for ids in sentiments])
+    mix_A3 = rating_mix(RATING_ANCHORS, len(sentiments), 0.0)[:RATING_ANCHORS]
+    model.rating_embedding.weight.copy_(torch.from_numpy(mix_A3).to(words_3D) @ words_3D)
 
 
 def _feed_forwards(decoder: PreTrainedModel) -> Iterator[Any]:

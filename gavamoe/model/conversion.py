@@ -23,6 +23,7 @@ from gavamoe.config.schema import ExpertsConfig, RunConfig
 from gavamoe.errors import InputError
 from gavamoe.model.block import MultiGateMoe
 from gavamoe.model.decoders import DECODERS, GavamoeConfig, dense_width
+from gavamoe.model.slots import RATING_PLACES
 from gavamoe.model.tables.layout import TableLayout
 
 SPLIT_ROUTER_STD = 1e-4
@@ -52,6 +53,8 @@ class ExplainerSizes:
     """K: gates of each router, one per cluster, or 1 without multi-gating."""
     tables: TableLayout = field(default_factory=TableLayout)
     """How stage 1 keeps the embedding tables."""
+    rating_spread: float = 0.0
+    """Standard deviation of ratings around stage 1's expectation, as a share of the scale's range, for soft ratings."""
 
 
 def explainer_config(config: RunConfig, base: PreTrainedConfig, sizes: ExplainerSizes) -> GavamoeConfig:
@@ -94,6 +97,8 @@ def explainer_config(config: RunConfig, base: PreTrainedConfig, sizes: Explainer
         gate_bias=experts.gate_bias,
         soft_routes=config.stage2.soft_routes,
         n_cluster_slots=config.stage1.clusters if config.stage2.prompt.cluster else 0,
+        rating_places=RATING_PLACES if config.stage2.prompt.soft_rating else 0,
+        rating_spread=sizes.rating_spread,
         load_balance_weight=experts.load_balance_weight,
         router_z_weight=experts.router_z_weight,
         expert_kernel=experts.implementation,

@@ -76,6 +76,10 @@ class GavamoeConfig(PreTrainedConfig):
     """Whether gate values are mixed by responsibilities: rows then come with those, not with cluster ids."""
     n_cluster_slots: int = 0
     """K: rows of the table of the prompt's slot for a cluster; 0: prompts have none."""
+    rating_places: int = 0
+    """R: places on the rating scale that prompts have soft tokens for; 0: they have none."""
+    rating_spread: float = 0.0
+    """Standard deviation of ratings around stage 1's expectation, as a share of the scale's range."""
     load_balance_weight: float = 0.0
     """Weight of the load-balancing loss in training."""
     router_z_weight: float = 0.0

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from gavamoe.model.decoders import GavamoeConfig, build_decoder
 from gavamoe.model.output_head import OutputHead
 from gavamoe.model.router import check_cluster_ids, load_balance_loss, router_z_loss
-from gavamoe.model.slots import SlotIds
+from gavamoe.model.slots import RATING_ANCHORS, SlotIds, rating_mix
 from gavamoe.model.tables.layout import some_vectors
 
 IGNORED = -100
@@ -67,7 +67,10 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         self.item_projection = nn.Linear(config.slot_size, text.hidden_size, bias=False)
         if config.n_cluster_slots:
             self.cluster_embedding = nn.Embedding(config.n_cluster_slots, text.hidden_size)
-        self.slots = SlotIds(config.vocab_size, config.n_users, config.n_items)
+        if config.rating_places:
+            self.rating_embedding = nn.Embedding(RATING_ANCHORS, text.hidden_size)
+            self._rating_mix = rating_mix(config.rating_places, RATING_ANCHORS, config.rating_spread)
+        self.slots = SlotIds(config.vocab_size, config.n_users, config.n_items, config.rating_places)
         table = "embed_tokens" if text.model_type == "llama" else "wte"
         self._tied_weights_keys = {"lm_head.weight": f"model.{table}.weight"}
         self.post_init()
@@ -125,7 +128,7 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         return self.slots.item_token(index)
 
     def embed(self, input_ids_BT: Tensor, clusters: Tensor | None = None) -> Tensor:
-        """Embeddings (B, T, D) of text tokens, users, items and, with such slots, clusters.
+        """Embeddings (B, T, D) of text tokens, users, items and, with such slots, ratings and clusters.
 
         All are computed for every position and one is chosen: shapes stay static, nothing waits for a GPU, and each
         table gets a gradient (perhaps zero) on every worker, as DDP and ZeRO need.
@@ -138,9 +141,15 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         """
         slots = self.slots
         first_user, first_item = slots.vocabulary, slots.first_item
-        is_cluster = input_ids_BT == slots.cluster if self.config.n_cluster_slots else None
-        if is_cluster is not None:
-            input_ids_BT = input_ids_BT.masked_fill(is_cluster, 0)
+        others: list[tuple[Tensor, Tensor]] = []  # where they are, and their embeddings
+        if self.config.n_cluster_slots:
+            others.append((input_ids_BT == slots.cluster, self._cluster_slots(clusters)[:, None]))
+        if self.config.rating_places:
+            is_rating = (input_ids_BT >= slots.first_rating) & (input_ids_BT < slots.cluster)
+            places_BT = (input_ids_BT - slots.first_rating).masked_fill(~is_rating, 0)
+            others.append((is_rating, functional.embedding(places_BT, self._rating_slots())))
+        for is_other, _ in others:
+            input_ids_BT = input_ids_BT.masked_fill(is_other, 0)
         is_item = input_ids_BT >= first_item
         is_user = (input_ids_BT >= first_user) & ~is_item
         tokens_BTD = self.get_input_embeddings()(input_ids_BT.masked_fill(is_user | is_item, 0))
@@ -150,11 +159,15 @@ class GavamoeForCausalLM(PreTrainedModel, GenerationMixin):
         items_BTD = self.item_projection(items_BTE.to(self.item_projection.weight.dtype)).to(tokens_BTD.dtype)
         slots_BTD = torch.where(is_item[..., None], items_BTD, users_BTD)
         embeds_BTD = torch.where((is_user | is_item)[..., None], slots_BTD, tokens_BTD)
-        if is_cluster is None:
-            return embeds_BTD
-        return torch.where(
-            is_cluster[..., None], self._cluster_slots(clusters)[:, None].to(embeds_BTD.dtype), embeds_BTD
-        )
+        for is_other, vectors in others:
+            embeds_BTD = torch.where(is_other[..., None], vectors.to(embeds_BTD.dtype), embeds_BTD)
+        return embeds_BTD
+
+    def _rating_slots(self) -> Tensor:
+        """Embeddings (2R, D) of all places on the rating scale, known ones before expected ones."""
+        # Read by the module, not off its weight, so that ZeRO-3 gathers it.
+        anchors_AD = self.rating_embedding(torch.arange(RATING_ANCHORS, device=self.rating_embedding.weight.device))
+        return torch.as_tensor(self._rating_mix, device=anchors_AD.device).to(anchors_AD.dtype) @ anchors_AD
 
     def _cluster_slots(self, clusters: Tensor | None) -> Tensor:
         """Embeddings (B, D) of the rows' clusters, or their means by responsibilities."""

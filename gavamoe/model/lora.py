@@ -56,8 +56,11 @@ def freeze_base(model: GavamoeForCausalLM) -> None:
 
 
 def slot_modules(model: GavamoeForCausalLM) -> list[nn.Module]:
-    """What reads users, items and clusters in prompts, which the base model has not."""
-    names = ("user_embedding", "item_embedding", "user_projection", "item_projection", "cluster_embedding")
+    """What reads users, items, ratings and clusters in prompts, which the base model has not."""
+    names = (
+        "user_embedding", "item_embedding", "user_projection", "item_projection", "cluster_embedding",
+        "rating_embedding",
+    )  # fmt: skip
     return [module for name, module in model.named_children() if name in names]
 
 

@@ -24,7 +24,7 @@ PERSISTENT = 10**5
 """Parameters of at most this many numbers stay whole on every device at ZeRO-3 (DeepSpeed's default)."""
 _PARTS = {
     r"lora_": "adapters",
-    r"user_embedding|item_embedding|cluster_embedding": "slot tables",
+    r"user_embedding|item_embedding|cluster_embedding|rating_embedding": "slot tables",
     r"^vae_gmm\.": "stage 1",
     r"_projection\.": "slot projections",
     r"\.experts\.": "experts",

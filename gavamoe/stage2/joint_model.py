@@ -20,7 +20,7 @@ EXPLAINER, VAE_GMM = "explainer.", "vae_gmm."
 _TABLES = ("user_embedding.", "item_embedding.")
 _FLOAT32 = (
     ".router.", ".user_embedding.", ".item_embedding.", ".user_projection.", ".item_projection.", ".cluster_embedding.",
-    ".lora_",
+    ".rating_embedding.", ".lora_",
 )  # fmt: skip
 """Marks of the explainer's parameters that stay float32 where the others are stored as bfloat16."""
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from gavamoe.artifacts.files import read_json
 from gavamoe.artifacts.manifest import Manifest
 from gavamoe.config.schema import RunConfig, Stage2Config
 from gavamoe.data.dataset import Dataset, open_dataset
+from gavamoe.data.ratings import SENTIMENTS
 from gavamoe.errors import InputError
 from gavamoe.generation.prompts import PromptBuilder, PromptSpec
-from gavamoe.model.base_model import load_base
+from gavamoe.model.base_model import encode_texts, load_base
 from gavamoe.model.build import adapt, build_explainer
 from gavamoe.model.conversion import ExplainerSizes
 from gavamoe.model.explainer import GavamoeForCausalLM
@@ -86,7 +88,7 @@ def prepare(config: RunConfig, dataset: Path, stage1: Path, *, empty_weights: bo
     data = open_dataset(dataset)
     vae_gmm, manifest = load_stage1(stage1)
     _check_stage1(config, data, Path(dataset), vae_gmm, manifest, Path(stage1))
-    explainer, tokenizer = _build_explainer(config, data, vae_gmm, empty_weights)
+    explainer, tokenizer = _build_explainer(config, data, vae_gmm, _rating_spread(Path(stage1), data), empty_weights)
     model = JointModel(explainer, vae_gmm, config.stage2.alpha, bf16=config.stage2.precision == "bf16")
     if not empty_weights:
         explainer.calibrate_slots()
@@ -146,7 +148,7 @@ def _check_stage1(
 
 
 def _build_explainer(
-    config: RunConfig, data: Dataset, vae_gmm: VaeGmm, empty_weights: bool
+    config: RunConfig, data: Dataset, vae_gmm: VaeGmm, rating_spread: float, empty_weights: bool
 ) -> tuple[GavamoeForCausalLM, PreTrainedTokenizerBase]:
     stage2 = config.stage2
     base, tokenizer = load_base(
@@ -158,13 +160,23 @@ def _build_explainer(
     )
     check_positions(config, base.config)
     sizes = ExplainerSizes(
-        vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates, vae_gmm.layout
+        vae_gmm.n_users, vae_gmm.n_items, vae_gmm.config.embedding_size, config.gates, vae_gmm.layout, rating_spread
     )
-    explainer = build_explainer(config, base, sizes, empty_weights=empty_weights)
+    words = encode_texts(tokenizer, [f" {word}" for word in SENTIMENTS])
+    explainer = build_explainer(config, base, sizes, sentiments=words, empty_weights=empty_weights)
     adapt(explainer, config)
     if stage2.gradient_checkpointing:
         explainer.activation_checkpointing_enable()
     return explainer, tokenizer
+
+
+def _rating_spread(stage1: Path, data: Dataset) -> float:
+    """Stage 1's error on validation rows, as a share of the scale's range; 0 for data without ratings."""
+    scale = rating_scale(data)
+    if scale is None or scale.high <= scale.low:
+        return 0.0
+    measured = read_json(stage1 / "metrics.json").get("valid", {})
+    return float(measured.get("rmse", 0.0)) / (scale.high - scale.low)
 
 
 def _routes(

@@ -16,7 +16,7 @@ from gavamoe.generation.evidence.quotes import Quotes
 from gavamoe.generation.prompts import PromptBuilder, PromptColumns, template_texts
 from gavamoe.model.base_config import base_shape
 from gavamoe.model.base_model import load_tokenizer
-from gavamoe.model.slots import SlotIds
+from gavamoe.model.slots import RATING_PLACES, SlotIds
 from gavamoe.stage2.batches import Ragged, TextRows
 
 _TEXTS_PER_TEMPLATE = 10
@@ -32,7 +32,12 @@ def prompt_builder(config: RunConfig, data: Dataset) -> PromptBuilder:
     stage2 = config.stage2
     tokenizer = load_tokenizer(stage2.base_model, stage2.scratch, tokenizer_texts(data, stage2.prompt))
     vocabulary = len(tokenizer) if stage2.base_model == "scratch" else base_shape(stage2).vocab_size
-    slots = SlotIds(vocabulary=vocabulary, n_users=data.catalog.known_users, n_items=data.catalog.known_items)
+    slots = SlotIds(
+        vocabulary=vocabulary,
+        n_users=data.catalog.known_users,
+        n_items=data.catalog.known_items,
+        rating_places=RATING_PLACES if stage2.prompt.soft_rating else 0,
+    )
     return PromptBuilder(tokenizer, slots, stage2.prompt, rating_scale(data))
 
 

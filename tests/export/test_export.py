@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gavamoe.generation.generator import ExplanationGenerator
 from gavamoe.generation.prompts import PromptBuilder, PromptColumns
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.model.base_model import special_ids
+from gavamoe.model.slots import RATING_PLACES
 
 WITHOUT_GAVAMOE = """
 import importlib.util, json, sys
@@ -114,14 +116,15 @@ def test_plain_transformers_write_the_same_texts_in_a_process_without_gavamoe() 
     assert len({answer["text"] for answer in theirs}) > 5
 
 
-def test_the_client_builds_prompts_in_marks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("settings", [{"instruction": False}, {"soft_rating": True}])
+def test_the_client_builds_all_kinds_of_prompts(settings: dict[str, bool], given: bool, tmp_path: Path) -> None:
     out = shutil.copytree(exported("hf", "float32"), tmp_path / "out")
     generator, asked_for = ExplanationGenerator.load(run().stage2), asked(10)[2]
-    marks = PromptBuilder(
-        generator.tokenizer, generator.model.slots, PromptConfig(instruction=False), generator.spec.scale
-    )
+    slots = replace(generator.model.slots, rating_places=RATING_PLACES)
+    builder = PromptBuilder(generator.tokenizer, slots, PromptConfig(**settings), generator.spec.scale)
     written = json.loads((out / "prompt.json").read_text())
-    (out / "prompt.json").write_text(json.dumps(written | marks.pieces()))
+    (out / "prompt.json").write_text(json.dumps(written | builder.pieces()))
     loaded = importlib.util.spec_from_file_location("client", out / "client.py")
     assert loaded is not None
     client = importlib.util.module_from_spec(loaded)
@@ -129,16 +132,19 @@ def test_the_client_builds_prompts_in_marks(tmp_path: Path) -> None:
     loaded.loader.exec_module(client)
     catalog = generator.catalog
     item = catalog.item_or_unknown(asked_for["item"])
-    [expected] = marks.prompts(
+    rating = 4.0 if given else client.route(asked_for["user"], asked_for["item"])["rating"]
+    [expected] = builder.prompts(
         PromptColumns(
             [catalog.user_or_unknown(asked_for["user"])],
             [item],
-            [4.0],
+            [rating],
             [("acting", "plot")],
             [catalog.item_title(item)],
+            expected=[None if given else rating],
         )
     )
-    found = client.prompt(generator.tokenizer, asked_for["user"], asked_for["item"], 4.0, ["acting", "plot"])
+    words, asked_rating = ["acting", "plot"], rating if given else None
+    found = client.prompt(generator.tokenizer, asked_for["user"], asked_for["item"], asked_rating, words)
     assert found == expected
 
 

@@ -15,7 +15,7 @@ from gavamoe.errors import InputError
 from gavamoe.generation import prompts
 from gavamoe.generation.prompts import PromptBuilder, PromptColumns, left_padded, template_texts
 from gavamoe.model.base_model import BOS, EOS, PAD, encode_texts, special_ids, train_tokenizer
-from gavamoe.model.slots import SlotIds
+from gavamoe.model.slots import RATING_PLACES, SlotIds
 
 SCALE = RatingScale(low=1, high=5, values=(1, 2, 3, 4, 5))
 VOCABULARY, USERS = 400, 10
@@ -34,7 +34,8 @@ TOKENIZER = make_tokenizer()
 
 def make_builder(scale: RatingScale | None = SCALE, **settings: object) -> PromptBuilder:
     config = PromptConfig.model_validate(settings)
-    return PromptBuilder(TOKENIZER, SlotIds(vocabulary=1000, n_users=USERS, n_items=20), config, scale)
+    places = RATING_PLACES if config.soft_rating else 0
+    return PromptBuilder(TOKENIZER, SlotIds(1000, n_users=USERS, n_items=20, rating_places=places), config, scale)
 
 
 def columns(
@@ -84,6 +85,24 @@ def test_each_part_is_an_option(settings: dict[str, bool], absent: str) -> None:
     [prompt] = make_builder(**settings).prompts(columns())
     assert absent not in readable(prompt)
     assert absent in readable(make_builder().prompts(columns())[0])
+
+
+@pytest.mark.parametrize("instruction", [True, False])
+def test_soft_ratings_say_the_rating_and_whether_it_is_known(instruction: bool) -> None:
+    builder = make_builder(soft_rating=True, instruction=instruction)
+    first = builder.slots.first_rating
+    row = columns(rating=2.0, features=())
+    [known], [expected] = builder.prompts(row), builder.prompts(replace(row, expected=[4.52]))
+    label = encode_texts(TOKENIZER, ["\nRating:" if instruction else ","])[0]
+    place = known.index(first + 10)  # a quarter of the scale of 1 to 5
+    assert known[place - len(label) : place] == label
+    assert expected == [*known[:place], first + RATING_PLACES + 35, *known[place + 1 :]]  # .88 of 40 places
+    words = make_builder(instruction=instruction).prompts(replace(row, expected=[4.52]))
+    assert words == make_builder(instruction=instruction).prompts(row)
+    for unrated in (columns(rating=None), columns(rating=float("nan"))):
+        assert max(builder.prompts(replace(unrated, expected=[None]))[0]) < first
+    [implicit] = make_builder(scale=None, soft_rating=True, instruction=instruction).prompts(row)
+    assert max(implicit) < first
 
 
 def test_implicit_data_have_no_sentiment_word() -> None:

@@ -31,6 +31,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "residual": ("stage2.shared_first=0.5", "stage2.experts.conversion=upcycle"),
     "residual-lora": ("stage2.shared_first=0.5", "stage2.experts.conversion=lora", "stage2.experts.lora_rank=2"),
     "token": ("stage2.experts.enabled=false", "stage2.prompt.cluster=true"),
+    "soft-rating": ("stage2.prompt.soft_rating=true",),
     "wide": ("stage2.experts.enabled=false", "stage2.extra_width=24"),
 }
 ENGINES = {
@@ -46,6 +47,7 @@ FAST = (
     ("upcycle", "zero-1"),
     ("residual", "zero-1"),
     ("token", "torch"),
+    ("soft-rating", "torch"),
     ("wide", "torch"),
 )
 
