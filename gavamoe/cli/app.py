@@ -178,10 +178,14 @@ def _with_uris(message: str) -> str:
 
 
 def _quiet_libraries(debug: bool) -> None:
-    """Libraries log to standard error by default, in the middle of progress bars."""
+    """Libraries log to standard error by default, in the middle of progress bars; of them errors alone are shown, of
+    gavamoe's own modules warnings too."""
     if debug:
         return
-    logging.basicConfig(level=logging.ERROR)
+    from gavamoe.cli.terminal import LogLines
+
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[LogLines()])
+    logging.getLogger("gavamoe").setLevel(logging.WARNING)
     # Ray Tune logs, with tracebacks, errors that it then raises and those of its own state, which nobody keeps.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):

@@ -1,6 +1,7 @@
 """What people see: rich tables and progress bars, on standard error; JSON for machines goes to standard output."""
 
 import json
+import logging
 import re
 import sys
 import time
@@ -29,6 +30,14 @@ class _SafeConsole(Console):
 console = _SafeConsole(stderr=True, highlight=False)
 
 _SECONDS_BETWEEN_LINES = 5.0
+
+
+class LogLines(logging.Handler):
+    """What modules log, as lines of the terminal, above progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        kind = record.levelname.lower()
+        console.print(f"[yellow]{kind}:[/] {escape(self.format(record))}", soft_wrap=True)
 
 
 class TerminalProgress:

@@ -1,5 +1,6 @@
 """Where texts are written, and in which number format: the device and the data type of an explainer that is loaded."""
 
+import logging
 import re
 
 import torch
@@ -8,17 +9,25 @@ from gavamoe.config.schema import RuntimeConfig
 from gavamoe.errors import InputError
 from gavamoe.runtime.connection import cluster_address
 
+_log = logging.getLogger(__name__)
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 
 def writing_device(asked: str | None, *, gpu: bool) -> str:
-    """The torch device to write on: `asked`, or else a GPU, if the run trains on one (`gpu`) and one is here.
+    """The torch device to write on: `asked`, or else a GPU, if the run trains on one (`gpu`) and one is here; that none
+    is here is said, for a large model takes hours on a CPU.
 
     Raises:
         InputError: no such device here.
     """
     if asked is None:
-        return "cuda" if gpu and torch.cuda.is_available() else "cpu"
+        seen = torch.cuda.is_available()
+        if gpu and not seen:
+            _log.warning(
+                "the run trains on GPUs, and torch sees none here: texts are written on the CPU (--device cpu says so"
+                " without this line; RAY_ADDRESS or --workers N has a cluster's GPUs write)"
+            )
+        return "cuda" if gpu and seen else "cpu"
     if not _DEVICE.fullmatch(asked):
         raise InputError(f"--device {asked}: expected cpu, cuda or cuda:N")
     here = torch.cuda.device_count() if torch.cuda.is_available() else 0

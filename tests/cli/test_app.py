@@ -42,6 +42,19 @@ def test_version(gavamoe: Runner) -> None:
     assert gavamoe("--version").out == f"gavamoe {__version__}\n"
 
 
+def test_warnings_of_our_own_are_shown_and_those_of_libraries_are_not() -> None:
+    program = (
+        "import logging\n"
+        "from gavamoe.cli.app import _quiet_libraries\n"
+        "_quiet_libraries(debug=False)\n"
+        "logging.getLogger('gavamoe.runtime.room').warning('waiting for %s', 'machines')\n"
+        "logging.getLogger('library').warning('something else')\n"
+        "logging.getLogger('library').error('a loss')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "warning: waiting for machines\nerror: a loss\n")
+
+
 @pytest.fixture
 def reviews(tmp_path: Path) -> Path:
     path = tmp_path / "reviews.csv"

@@ -1,5 +1,6 @@
 """What texts from files may do to a terminal: nothing."""
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -37,15 +38,22 @@ def progress() -> None:
         bars.line({"warning": HOSTILE, "phase": HOSTILE, "step": 1, "steps": 2})
 
 
+def log() -> None:
+    logger = logging.Logger("gavamoe.test")
+    logger.addHandler(terminal.LogLines())
+    logger.warning("waiting for %s", HOSTILE)
+
+
 @pytest.mark.parametrize(
     "show",
     [
         status,
         progress,
+        log,
         lambda: terminal.print_table(HOSTILE, ["", "x"], [(HOSTILE, HOSTILE)]),
         lambda: terminal.console.print(HOSTILE, markup=False),
     ],
-    ids=["status", "progress", "table", "line"],
+    ids=["status", "progress", "log", "table", "line"],
 )
 def test_nothing_that_is_shown_sends_escape_sequences(
     show: Callable[[], None], capsys: pytest.CaptureFixture[str]

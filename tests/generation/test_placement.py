@@ -23,12 +23,18 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
 
-def test_a_run_that_trains_on_a_gpu_is_written_on_one_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_trains_on_a_gpu_is_written_on_one_if_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     gpus(monkeypatch, 1)
     assert [writing_device(None, gpu=gpu) for gpu in (False, True)] == ["cpu", "cuda"]
     assert writing_device("cpu", gpu=True) == "cpu"
     gpus(monkeypatch, 0)
+    assert writing_device(None, gpu=False) == writing_device("cpu", gpu=True) == "cpu"
+    assert not caplog.messages
     assert writing_device(None, gpu=True) == "cpu"
+    [message] = caplog.messages
+    assert "on the CPU" in message
 
 
 @pytest.mark.parametrize("asked", ["cuda", "cuda:0", "cuda:7", "gpu", "mps", "cuda:", "", "cuda:-1"])
