@@ -34,10 +34,15 @@ from gavamoe.stage2.tokenized_rows import rows_with_text
 
 
 def write_artifact(
-    out: Path, config: RunConfig, setup: Setup, state: dict[str, Tensor], metrics: dict[str, Any]
+    out: Path,
+    config: RunConfig,
+    setup: Setup,
+    state: dict[str, Tensor],
+    metrics: dict[str, Any],
+    device: str = "cpu",
 ) -> None:
     """Write the folder whole, in float32, from the joint model's `state` (on the CPU) rather than from sharded
-    modules."""
+    modules; all pairs are routed on `device`, while other workers have theirs and wait."""
     state = _in_float32(state)
     vae_gmm = VaeGmm.from_spec(setup.model.vae_gmm.to_spec())
     vae_gmm.load_state_dict(part_of_state(state, VAE_GMM))
@@ -54,7 +59,8 @@ def write_artifact(
         setup.data.catalog.save(folder / CATALOG_FOLDER)
         shrink_interaction(vae_gmm, setup.pairs.held_out("valid"), "cpu")
         save_vae_gmm(folder, vae_gmm)
-        write_routes(folder / ROUTES_FILE, setup.data, vae_gmm)
+        write_routes(folder / ROUTES_FILE, setup.data, vae_gmm.to(device), device)
+        vae_gmm.to("cpu")
         _write_clusters(folder, config, setup, vae_gmm)
         write_json(folder / PROMPT_FILE, setup.spec.model_dump(mode="json"))
         single_authors(setup).save(folder)

@@ -82,7 +82,7 @@ def train_stage2(config: RunConfig, dataset: Path, stage1: Path, out: Path, cont
         metrics = training.metrics() | {"seconds": time.perf_counter() - started}
         state = training.kept_state()
         if context.rank == 0:
-            write_artifact(Path(out), config, setup, state, metrics)
+            write_artifact(Path(out), config, setup, state, metrics, context.device)
     finally:
         engine.close()
     return metrics
