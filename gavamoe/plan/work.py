@@ -150,7 +150,7 @@ def step_traffic(blueprint: Blueprint, scheme: Scheme, accumulation: int, shape:
     passes = accumulation if stage == 2 else 1
     tokens = 0.0
     if shared > 1:
-        word = HALF if scheme.halves else FLOAT
+        word = FLOAT if scheme.precision == "fp32" else HALF
         tokens = accumulation * word * _tokens_sent(blueprint, shape, shared, checkpointing)
     return Traffic(2 * passes * sent * numbers, after, tokens)
 

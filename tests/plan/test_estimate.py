@@ -319,7 +319,7 @@ def test_shared_experts_cost_tokens_instead_of_memory() -> None:
     others = found[0]["parameters"]["all"]["trained"] - experts
     # 8 passes, twice the share of the ring, bfloat16
     assert sent[1]["gradients"] == pytest.approx(8 * 2 * 2 * (7 / 8 * others + 1 / 2 * experts / 4))
-    tokens = 8 * 6 * 32 * 160 * 2 * 4096 * 4 * 3 / 4  # passes, exchanges, layers, tokens, experts, numbers, bytes
+    tokens = 8 * 6 * 32 * 160 * 2 * 4096 * 2 * 3 / 4  # passes, exchanges, layers, tokens, experts, numbers, bytes
     assert sent[1]["tokens"] == pytest.approx(tokens)
     assert sent[0]["tokens"] == 0
 

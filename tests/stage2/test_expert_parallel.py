@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -77,8 +78,24 @@ def _block_worker(rank: int, work: Path) -> None:
         output = built(hidden, clusters)
         output.pow(2).sum().backward()
         found[f"{gated} {kernel} {favorite}"] = [output.detach(), hidden.grad, gradients(built)]
+    found["sent under autocast"] = _sent_under_autocast(built, hidden, clusters)
     torch.save(found, work / f"{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def _sent_under_autocast(built: MultiGateMoe, hidden: Tensor, clusters: Tensor) -> list[str]:
+    """The data types that all-to-all sends, forward and backward."""
+    kinds, send = [], torch.distributed.all_to_all_single
+
+    def recorded(arriving: Tensor, sent: Tensor, *arguments: Any, **options: Any) -> Any:
+        kinds.append(str(sent.dtype))
+        return send(arriving, sent, *arguments, **options)
+
+    with mock.patch.object(torch.distributed, "all_to_all_single", recorded):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = built(hidden.detach().requires_grad_(), clusters)
+        output.float().pow(2).sum().backward()
+    return kinds
 
 
 CASES = [(True, "grouped_mm", None), (True, "eager", None), (False, "grouped_mm", None), (True, "grouped_mm", 2)]
@@ -88,6 +105,7 @@ def test_tokens_get_to_their_experts_and_gradients_back(tmp_path: Path) -> None:
     """Also where one worker's experts see no token at all."""
     multiprocessing.spawn(_block_worker, (tmp_path,), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert ranks[0]["sent under autocast"] == ["torch.int64", *["torch.bfloat16"] * 4]
     for gated, kernel, favorite in CASES:
         built = block(gated, kernel)
         rows = [inputs(rank, favorite) for rank in (0, 1)]

@@ -62,16 +62,17 @@ class ParallelExperts(MoE):
         #    its experts, since all-to-all needs the sizes first.
         expert_P = experts_MS.flatten()
         order_P = expert_P.argsort(stable=True)
-        sent_X = torch.bincount(expert_P, minlength=self.num_experts)
+        #    This is the one place where a layer waits for its device: nothing else here depends on what numbers are.
+        sent_X = expert_P.new_zeros(self.num_experts).index_add_(0, expert_P, torch.ones_like(expert_P))
         arriving_X = torch.empty_like(sent_X)
         distributed.all_to_all_single(arriving_X, sent_X, group=self.group)
-        sent_W, arriving_W = (counts.view(self.workers, -1).sum(1).tolist() for counts in (sent_X, arriving_X))
+        sent_W, arriving_W = torch.stack([sent_X, arriving_X]).view(2, self.workers, -1).sum(2).tolist()
 
         # 2. Send the hidden states, and run the local experts on what arrives: from each worker in turn, by expert.
         token_P = order_P // experts_MS.shape[1]
-        arrived_QD = _Exchange.apply(hidden_MD[token_P], sent_W, arriving_W, self.group)
+        arrived_QD = _Exchange.apply(_as_computed(hidden_MD)[token_P], sent_W, arriving_W, self.group)
         local_L = torch.arange(self.local.num_experts, device=expert_P.device)
-        local_Q1 = local_L.repeat(self.workers).repeat_interleave(arriving_X)[:, None]
+        local_Q1 = local_L.repeat(self.workers).repeat_interleave(arriving_X, output_size=sum(arriving_W))[:, None]
         # Gate values are applied by the token's own worker: neither they nor their gradients have to be sent.
         done_QD = self.local(arrived_QD, local_Q1, torch.ones_like(local_Q1, dtype=weights_MS.dtype))
         returned_PD = _Exchange.apply(done_QD, arriving_W, sent_W, self.group)
@@ -85,6 +86,12 @@ class ParallelExperts(MoE):
         parts = [torch.empty_like(local) for _ in range(self.workers)]
         distributed.all_gather(parts, local.detach().contiguous(), group=self.group)
         return torch.cat(parts)
+
+
+def _as_computed(hidden_MD: Tensor) -> Tensor:
+    """Hidden states in the data type that experts compute in: under bfloat16 autocast half the bytes travel."""
+    kind = hidden_MD.device.type
+    return hidden_MD.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else hidden_MD
 
 
 class _Exchange(torch.autograd.Function):
