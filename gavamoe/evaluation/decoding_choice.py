@@ -8,10 +8,10 @@ negative, and chance would choose.
 
 A way's score is the sum of what a reader wants of the texts, each from 0 to 1: nearness to the references (ROUGE-L),
 given features that are named, agreement with the rating (the mean over sentiments), less the shares of texts that
-repeat themselves and that are training texts word for word. A later way must lead an earlier one by MARGIN, since the
-earlier interferes less. Beam search is not among the ways: a service that writes token by token has none. Nor is a
-least length: a model that may not end its text after a short sentence goes on with another prompt ("User: ...
-Rating: ...").
+repeat themselves and that are training texts word for word. A later way interferes more than an earlier one, so it must
+lead by MARGIN, and by more than chance: by two standard errors of the difference, row by row. Beam search is not among
+the ways: a service that writes token by token has none. Nor is a least length: a model that may not end its text after
+a short sentence goes on with another prompt ("User: ... Rating: ...").
 """
 
 import shutil
@@ -39,7 +39,11 @@ from gavamoe.stage2.tokenized_rows import rating_scale
 ROWS = 96
 """Validation rows that are written for, at most."""
 MARGIN = 0.02
-"""A lead that counts: among 96 rows one row of the rarest sentiment is worth .01."""
+"""The least lead that counts: among 96 rows one row of the rarest sentiment is worth .01."""
+STANDARD_ERRORS = 2.0
+"""Standard errors of the rows' differences that a lead must have as well."""
+_SIGNS = {"rouge_l": 1, "feature_recall": 1, "sentiment_balanced": 1, "repeats": -1, "memorized": -1}
+"""How the parts enter the score."""
 DETAIL = "decoding"
 """Name of the table in the manifest's details."""
 
@@ -75,25 +79,31 @@ def choose_decoding(
         return None
     tried = ways(config.generation)
     judge = _Judge(dataset, rows, config.seed)
-    requests, table, kept = requests_of(rows, "given"), {}, RunFolder(run).texts_under_way
+    requests, kept = requests_of(rows, "given"), RunFolder(run).texts_under_way
+    worth_N, table = {}, {}
     with open_writer(run.absolute(), config) as (writer, _, _):
         for number, (name, generation) in enumerate(tried.items()):
             texts = KeptTexts(writer, kept, manifest.fingerprint).explain(requests, generation, seed=config.seed)
-            table[name] = judge.scores([written.text for written in texts])
+            parts = judge.worth([written.text for written in texts])
+            worth_N[name] = np.sum([_SIGNS[part] * values for part, values in parts.items()], axis=0)
+            table[name] = {part: float(values.mean()) for part, values in parts.items()}
+            table[name]["score"] = float(worth_N[name].mean())
             if on_progress is not None:
                 on_progress(number + 1, len(tried))
-    best = _best({name: scores["score"] for name, scores in table.items()})
+    best = _best(worth_N)
     _keep(stage2, manifest, tried[best], {"rows": len(rows.references), "chosen": best, "tried": table})
     shutil.rmtree(kept, ignore_errors=True)
     return tried[best]
 
 
-def _best(scores: dict[str, float]) -> str:
-    """The first way, unless a later one beats it by MARGIN; then that, unless a still later one does."""
-    names = iter(scores)
+def _best(worth_N: dict[str, np.ndarray]) -> str:
+    """The first way, unless a later one leads it; then that, unless a still later one does."""
+    names = iter(worth_N)
     best = next(names)
     for name in names:
-        if scores[name] >= scores[best] + MARGIN:
+        lead_N = worth_N[name] - worth_N[best]
+        chance = STANDARD_ERRORS * lead_N.std(ddof=1) / len(lead_N) ** 0.5 if len(lead_N) > 1 else np.inf
+        if lead_N.mean() >= max(MARGIN, chance):
             best = name
     return best
 
@@ -125,28 +135,30 @@ class _Judge:
             self._reader = reader_of(dataset, seed)
         self._training = TrainingTexts(text or "" for text in dataset.table("train", ["text"])["text"].to_pylist())
 
-    def scores(self, texts: list[str]) -> dict[str, float]:
-        """The parts, and their sum as "score"."""
+    def worth(self, texts: list[str]) -> dict[str, np.ndarray]:
+        """By part of the score what each row adds to it: (N,), so weighted that their mean is the part."""
         rows = self._rows
-        overlap = aggregate(measure(texts, rows.references))["rouge_l"]
-        parts = {"rouge_l": (overlap or 0.0) / 100}
+        measured = measure(texts, rows.references)
+        overlap = [aggregate(measured, np.array([row]))["rouge_l"] for row in range(len(texts))]
+        parts = {"rouge_l": np.array([each or 0.0 for each in overlap]) / 100}
         if self._mentions is not None:
-            wanted = self._mentions.wanted(rows.features, rows.references)
-            parts["feature_recall"] = _mean(self._mentions.recall(texts, wanted))
+            recall = self._mentions.recall(texts, self._mentions.wanted(rows.features, rows.references))
+            parts["feature_recall"] = _spread(recall, [np.flatnonzero(~np.isnan(recall))])
         if self._reader is not None:
             agreed = agreement(self._reader, texts, rows.pairs.rating)
-            groups = by_sentiment(self._reader, rows.pairs.rating).values()
-            parts["sentiment_balanced"] = float(np.mean([agreed[group].mean() for group in groups]))
-        minus = {
-            "repeats": _mean(np.array([float(repeats_itself(text)) for text in texts])),
-            "memorized": _mean(np.array([float(self._training.has(text)) for text in texts])),
-        }
-        return parts | minus | {"score": sum(parts.values()) - sum(minus.values())}
+            parts["sentiment_balanced"] = _spread(agreed, list(by_sentiment(self._reader, rows.pairs.rating).values()))
+        parts["repeats"] = np.array([float(repeats_itself(text)) for text in texts])
+        parts["memorized"] = np.array([float(self._training.has(text)) for text in texts])
+        return parts
 
 
-def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else 0.0
+def _spread(values: np.ndarray, groups: list[np.ndarray]) -> np.ndarray:
+    """Values (N,) so weighted that their mean over all rows is the mean of the groups' means."""
+    weighted = np.zeros(len(values))
+    for group in groups:
+        if len(group):
+            weighted[group] = values[group] * len(values) / (len(groups) * len(group))
+    return weighted
 
 
 def _keep(stage2: Path, manifest: Manifest, chosen: GenerationConfig, details: dict[str, Any]) -> None:

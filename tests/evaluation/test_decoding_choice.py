@@ -36,7 +36,8 @@ def scores(monkeypatch: pytest.MonkeyPatch, best: str) -> None:
     """Have the way of that name score best, without writing."""
     order = iter(ways(CONFIG.generation))
     monkeypatch.setattr(ExplanationGenerator, "explain", lambda *_, **__: [])
-    monkeypatch.setattr(decoding_choice._Judge, "scores", lambda *_: {"score": float(next(order) == best)})
+    worth = lambda *_: {"rouge_l": np.full(5, float(next(order) == best))}  # noqa: E731
+    monkeypatch.setattr(decoding_choice._Judge, "worth", worth)
 
 
 def test_the_best_way_is_kept_and_read_by_all(run: Path, planted: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,16 +57,26 @@ def test_the_best_way_is_kept_and_read_by_all(run: Path, planted: Dataset, monke
 
 
 @pytest.mark.parametrize(
-    ("lead", "chosen"), [(decoding_choice.MARGIN / 2, "as configured"), (decoding_choice.MARGIN * 2, "penalty")]
+    ("lead", "spread", "chosen"),
+    [(0.01, 0.0, "as configured"), (0.04, 0.0, "penalty"), (0.04, 0.3, "as configured"), (0.08, 0.3, "penalty")],
 )
 def test_a_later_way_must_lead_by_more_than_chance(
-    lead: float, chosen: str, run: Path, planted: Dataset, monkeypatch: pytest.MonkeyPatch
+    lead: float, spread: float, chosen: str, run: Path, planted: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Among 100 rows whose differences spread by .3, two standard errors are .06."""
     order = iter(ways(CONFIG.generation))
     monkeypatch.setattr(ExplanationGenerator, "explain", lambda *_, **__: [])
-    monkeypatch.setattr(decoding_choice._Judge, "scores", lambda *_: {"score": 1.5 + lead * (next(order) == "penalty")})
+    noise = spread * np.tile([-1.0, 1.0], 50)
+    worth = lambda *_: {"rouge_l": 1.5 + (lead + noise) * (next(order) == "penalty")}  # noqa: E731
+    monkeypatch.setattr(decoding_choice._Judge, "worth", worth)
     choose_decoding(run, CONFIG, planted)
     assert read_manifest(run / "stage2", "stage2").details["decoding"]["chosen"] == chosen
+
+
+def test_groups_count_alike_however_large() -> None:
+    values = np.array([1.0, 0.0, 1.0, 1.0, np.nan])
+    spread = decoding_choice._spread(values, [np.array([0, 1]), np.array([2]), np.array([3])])
+    assert spread.mean() == pytest.approx((0.5 + 1 + 1) / 3)
 
 
 def test_texts_are_judged_by_all_parts(run: Path, planted: Dataset) -> None:
