@@ -149,6 +149,10 @@ def quantiles(name: str, seconds: list[float]) -> Results:
     return {f"{name} p{q} ms": 1000 * float(np.quantile(seconds, q / 100)) for q in (50, 95, 99)}
 
 
+class Refused(SystemExit):
+    """The service has more under way than it takes: a figure in an open loop, the end of the benchmark elsewhere."""
+
+
 class Client:
     """Random requests to a service."""
 
@@ -164,6 +168,8 @@ class Client:
         """One request; anything but 200 ends the benchmark."""
         async with self.session.post(self.url + path, json=body) as response:
             answer: dict[str, Any] = await response.json()
+            if response.status in (429, 503):
+                raise Refused(f"{path}: {response.status} {answer}")
             if response.status != 200:
                 raise SystemExit(f"{path}: {response.status} {answer}")
             return answer
@@ -210,9 +216,12 @@ async def closed_loop(
 async def open_loop(client: Client, rate: float, requests: int, options: dict[str, Any]) -> Results:
     """Requests that arrive at random, `rate` a second, whether or not others have been answered."""
 
-    async def one() -> float:
+    async def one() -> float | None:
         started = time.perf_counter()
-        await client.explain(**options)
+        try:
+            await client.explain(**options)
+        except Refused:
+            return None
         return time.perf_counter() - started
 
     tasks, draw = [], random.Random(3)
@@ -221,7 +230,9 @@ async def open_loop(client: Client, rate: float, requests: int, options: dict[st
         at += draw.expovariate(rate)
         await asyncio.sleep(max(0.0, started + at - time.perf_counter()))
         tasks.append(asyncio.create_task(one()))
-    return {"offered requests/s": rate} | quantiles("answer", list(await asyncio.gather(*tasks)))
+    seconds = [answered for answered in await asyncio.gather(*tasks) if answered is not None]
+    found = {"offered requests/s": rate, "refused": 1 - len(seconds) / requests}
+    return found | (quantiles("answer", seconds) if seconds else {})
 
 
 async def measure_path(url: str, requests: int) -> dict[str, Results]:
