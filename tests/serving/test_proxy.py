@@ -227,6 +227,15 @@ def test_the_launcher_becomes_what_it_starts(folder: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def watchers(process: psutil.Process) -> list[psutil.Process]:
+    """Its children that watch; a child that ends meanwhile is none."""
+    found = []
+    for child in process.children():
+        with suppress(psutil.Error):
+            found += [child] if "watch" in child.cmdline() else []
+    return found
+
+
 @pytest.mark.parametrize("heeds", [True, False], ids=["finishes", "hangs"])
 def test_what_the_launcher_starts_follows_its_parent(
     heeds: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -243,7 +252,7 @@ def test_what_the_launcher_starts_follows_its_parent(
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
     try:
-        watcher = until(lambda: [each for each in child.children() if "watch" in each.cmdline()])[0]
+        watcher = until(lambda: watchers(child))[0]
         time.sleep(2)
         assert child.is_running()
         assert not told.exists()
@@ -264,7 +273,7 @@ def test_the_watcher_ends_with_what_it_watches(folder: Path) -> None:
     sleep = shutil.which("sleep")
     assert sleep is not None
     process = subprocess.Popen([proxy.write_launcher(folder, sleep), "60"])
-    watcher = until(lambda: [each for each in psutil.Process(process.pid).children() if "watch" in each.cmdline()])[0]
+    watcher = until(lambda: watchers(psutil.Process(process.pid)))[0]
     process.kill()
     process.wait()
     watcher.wait(30)
