@@ -284,8 +284,9 @@ class PromptBuilder:
         return listed
 
     def _check_room(self) -> None:
-        shown = self._rating(self.scale.middle, None) if self.scale else ()
-        longest = max(len(shown), *map(len, self._sentiments.values())) if self.shows_ratings else 0
+        scale = self.scale
+        shown = [] if scale is None else [self._rating(each, None) for each in (scale.low, scale.middle, scale.high)]
+        longest = max(map(len, shown), default=0)
         fixed = (self.start, self._constants.item, self._constants.answer)
         needed = sum(map(len, fixed)) + 2 + len(self._cluster) + longest  # 2: the slots of user and item
         if needed > self.config.max_tokens:
