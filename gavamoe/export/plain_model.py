@@ -27,6 +27,7 @@ from gavamoe.errors import InputError
 from gavamoe.export.slot_tokens import SlotRows
 from gavamoe.model.decoders import GavamoeConfig
 from gavamoe.model.explainer import GavamoeForCausalLM
+from gavamoe.model.slots import SLOT_MODULES
 
 State = dict[str, Tensor]
 
@@ -67,7 +68,7 @@ def plain_model(model: GavamoeForCausalLM, gate: int, slots: SlotRows) -> PreTra
     """
     config = model.config
     check_exportable(config)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_SLOT_MODULES)}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_SLOT_WEIGHTS)}
     text = config.text_config.to_dict()
     text |= {"vocab_size": slots.size, "tie_word_embeddings": False} | _special_ids(config)
     table = "model.embed_tokens.weight"
@@ -81,10 +82,7 @@ def plain_model(model: GavamoeForCausalLM, gate: int, slots: SlotRows) -> PreTra
     return _filled(*_with_experts(config, text, state, gate))
 
 
-_SLOT_MODULES = (
-    "user_embedding.", "item_embedding.", "user_projection.", "item_projection.", "cluster_embedding.",
-    "rating_embedding.",
-)  # fmt: skip
+_SLOT_WEIGHTS = tuple(f"{name}." for name in SLOT_MODULES)
 _COMMON = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
     "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",

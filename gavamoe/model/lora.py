@@ -14,6 +14,7 @@ from gavamoe.config.schema import LoraConfig
 from gavamoe.model.experts import LoraExperts, MlpExperts, SwiGluExperts
 from gavamoe.model.explainer import GavamoeForCausalLM
 from gavamoe.model.router import MultiGateRouter
+from gavamoe.model.slots import SLOT_MODULES
 
 ROUTED_MODULES = (MultiGateRouter, SwiGluExperts, MlpExperts, LoraExperts)
 """What a GaVaMoE block has and the base model has not."""
@@ -57,11 +58,7 @@ def freeze_base(model: GavamoeForCausalLM) -> None:
 
 def slot_modules(model: GavamoeForCausalLM) -> list[nn.Module]:
     """What reads users, items, ratings and clusters in prompts, which the base model has not."""
-    names = (
-        "user_embedding", "item_embedding", "user_projection", "item_projection", "cluster_embedding",
-        "rating_embedding",
-    )  # fmt: skip
-    return [module for name, module in model.named_children() if name in names]
+    return [module for name, module in model.named_children() if name in SLOT_MODULES]
 
 
 def _train_new(model: GavamoeForCausalLM) -> None:

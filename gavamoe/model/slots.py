@@ -5,6 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SLOT_MODULES = (
+    "user_embedding", "item_embedding", "user_projection", "item_projection", "cluster_embedding", "rating_embedding",
+)  # fmt: skip
+"""The explainer's modules that make vectors of these ids; the base model has none of them."""
 RATING_PLACES = 41
 """Places from one end of the rating scale to the other that a soft rating is moved to: tenths, on a scale of 1 to 5."""
 RATING_ANCHORS = 5

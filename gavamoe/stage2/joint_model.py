@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gavamoe.config.schema import Stage2Config
 from gavamoe.model.explainer import GavamoeForCausalLM
+from gavamoe.model.slots import SLOT_MODULES
 from gavamoe.stage1.vae_gmm import VaeGmm
 
 Losses = dict[str, Tensor]
@@ -18,10 +19,7 @@ Losses = dict[str, Tensor]
 EXPLAINER, VAE_GMM = "explainer.", "vae_gmm."
 """Prefixes of both parts' names in the joint state."""
 _TABLES = ("user_embedding.", "item_embedding.")
-_FLOAT32 = (
-    ".router.", ".user_embedding.", ".item_embedding.", ".user_projection.", ".item_projection.", ".cluster_embedding.",
-    ".rating_embedding.", ".lora_",
-)  # fmt: skip
+_FLOAT32 = (".router.", *(f".{name}." for name in SLOT_MODULES), ".lora_")
 """Marks of the explainer's parameters that stay float32 where the others are stored as bfloat16."""
 
 
