@@ -14,6 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.generation import (
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from gavamoe.baselines.frame import Baseline, Batch, Columns, Limits, Reader, Spec, up_to_end
 from gavamoe.config.schema import RunConfig
@@ -80,14 +85,20 @@ class LanguageBaseline(Baseline):
             max_new_tokens=limits.longest,
             do_sample=False,
             suppress_tokens=list(limits.banned) or None,
-            # These read token ids, of which a prefix of vectors has none: the text alone, as in `Texts`.
-            no_repeat_ngram_size=limits.no_repeat_ngram,
-            repetition_penalty=limits.repetition_penalty,
             min_new_tokens=limits.shortest or None,
             eos_token_id=limits.end,
             pad_token_id=limits.end,
         )
-        written_BT = self.lm.generate(inputs_embeds=padded_BPD, attention_mask=mask_BP, generation_config=settings)
+        # These read token ids, of which a prefix of vectors has none: the text alone, as in `Texts`. As settings they
+        # would make `generate` warn of that, and the penalty leave out as many tokens of the text as a row has padding.
+        rules = LogitsProcessorList()
+        if limits.repetition_penalty != 1.0:
+            rules.append(RepetitionPenaltyLogitsProcessor(limits.repetition_penalty))
+        if limits.no_repeat_ngram:
+            rules.append(NoRepeatNGramLogitsProcessor(limits.no_repeat_ngram))
+        written_BT = self.lm.generate(
+            inputs_embeds=padded_BPD, attention_mask=mask_BP, generation_config=settings, logits_processor=rules
+        )
         return [up_to_end(text, limits.end) for text in written_BT.tolist()]  # behind it is padding to the longest
 
 

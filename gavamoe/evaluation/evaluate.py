@@ -43,7 +43,7 @@ from gavamoe.evaluation.rows import (
 from gavamoe.evaluation.significance import intervals, not_better
 from gavamoe.evaluation.writers import ReadLosses, Scored, load_scored, open_writer
 from gavamoe.generation.batch.blocks import Writer
-from gavamoe.runtime.progress import OnProgress
+from gavamoe.runtime.progress import OnProgress, Parts
 from gavamoe.stage1.routes import ROUTES_FILE
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def evaluate(
         routes: stage 1's routes.parquet, for the recovery of planted groups; without it that is None.
         gates: measures the writer's gates, if it has any.
         losses: reads the rows' own texts, if the writer can; asked where `evaluation.row_losses` wants it.
-        on_progress: called with rows written and rows in all.
+        on_progress: called with rows written and rows in all, those that are written for another user among them.
 
     Raises:
         InputError: the split is unknown or has no rows, or BERTScore's model is not available.
@@ -161,7 +161,10 @@ def evaluate(
     options = config.evaluation
     chosen = select_rows(dataset, split, options.rows, config.seed)
     protocols = ("given", "predicted") if options.protocol == "both" else (options.protocol,)
-    texts = {protocol: _write_texts(explainer, chosen, protocol, config, on_progress) for protocol in protocols}
+    rows = len(chosen.references)
+    probes = min(options.probe_rows, rows)
+    progress = Parts(on_progress, len(protocols) * (rows + probes))
+    texts = {each: _write_texts(explainer, chosen, each, config, progress.part(rows)) for each in protocols}
     constant = most_frequent_text(dataset)
     measured, bert = _measure(dataset, chosen, texts, constant, config)
     row_losses = losses(dataset, chosen, config.seed) if losses and options.row_losses else None
@@ -169,8 +172,8 @@ def evaluate(
     training_rows = np.bincount(train.user, minlength=dataset.catalog.n_users)[chosen.pairs.user]
 
     def section(protocol: str) -> dict[str, Any]:
-        rows, written = measured[protocol], texts[protocol]
-        return _section(rows, measured["constant"], written, chosen, training_rows, config) | {
+        written = texts[protocol]
+        return _section(measured[protocol], measured["constant"], written, chosen, training_rows, config) | {
             "planted": recovered(
                 dataset,
                 routes,
@@ -179,7 +182,7 @@ def evaluate(
                 ratings=chosen.pairs.rating,
                 seed=config.seed,
             ),
-            "faithfulness": _faithfulness(explainer, dataset, chosen, written, gates, config)
+            "faithfulness": _faithfulness(explainer, dataset, chosen, written, gates, config, progress.part(probes))
             if options.probe_rows
             else None,
         }
@@ -190,7 +193,7 @@ def evaluate(
         "split": split,
         "protocol": protocols[0],
         "style": options.style,
-        "rows": len(chosen.references),
+        "rows": rows,
         "rows_in_split": dataset.size(split),
         "seed": config.seed,
         "generation": config.generation.model_dump(mode="json"),
@@ -203,6 +206,7 @@ def evaluate(
             "ratings": rating_baselines(train, chosen.pairs, dataset),
         },
     }
+    progress.end()
     metrics["not_measured"] = _not_measured(metrics)
     first, *second = (generations_table(dataset, split, chosen, texts[each].explanations) for each in protocols)
     return Evaluation(metrics, first, second[0] if second else None, row_losses)
@@ -221,7 +225,7 @@ def write_evaluation(out: Path, result: Evaluation, config: RunConfig, inputs: d
 
 
 def _write_texts(
-    explainer: Writer, rows: EvaluatedRows, protocol: str, config: RunConfig, on_progress: OnProgress | None
+    explainer: Writer, rows: EvaluatedRows, protocol: str, config: RunConfig, on_progress: OnProgress
 ) -> _WrittenTexts:
     requests = requests_of(rows, protocol)
     started = time.perf_counter()
@@ -261,12 +265,13 @@ def _faithfulness(
     written: _WrittenTexts,
     gates: Gates | None,
     config: RunConfig,
+    on_progress: OnProgress,
 ) -> dict[str, Any]:
     rows = Written(written.requests, written.explanations, chosen.references, chosen.pairs.rating, chosen.features)
     return measure_faithfulness(
         rows,
         dataset,
-        write=partial(explainer.explain, generation=config.generation, seed=config.seed),
+        write=partial(explainer.explain, generation=config.generation, seed=config.seed, on_progress=on_progress),
         gates=gates,
         probe_rows=config.evaluation.probe_rows,
         seed=config.seed,

@@ -33,3 +33,26 @@ class NoProgress:
     def line(self, line: Line) -> None: ...
 
     def count(self, done: int, total: int) -> None: ...
+
+
+class Parts:
+    """One count of rows for a job of several parts, each of which counts its own."""
+
+    def __init__(self, on_progress: OnProgress | None, total: int) -> None:
+        """`total`: rows of all parts together."""
+        self._tell, self._total, self._end = on_progress, total, 0
+
+    def part(self, rows: int) -> OnProgress:
+        """The count of the next part, of `rows` rows; those before it are done, whatever they have counted."""
+        start, self._end = self._end, self._end + rows
+        if start:
+            self._say(start)
+        return lambda done, _: self._say(start + min(done, rows))
+
+    def end(self) -> None:
+        """All parts are done."""
+        self._say(self._total)
+
+    def _say(self, done: int) -> None:
+        if self._tell is not None:
+            self._tell(done, self._total)

@@ -103,6 +103,7 @@ def test_decoding_is_the_explainers(system: str, planted: Dataset, trained: dict
     """A prompt's words may be said all the same, a text's own not again."""
     plain = small(system, "generation.max_new_tokens=12").generation
     once = plain.model_copy(update={"no_repeat_ngram": 1})
+    never = plain.model_copy(update={"repetition_penalty": 100.0})
     long = plain.model_copy(update={"min_new_tokens": 12})
     writer = BaselineWriter.load(trained[system])
     requests = [ExplanationRequest(user=0, item=1, rating=4.0, features=("battles",)), ExplanationRequest(1, 2)]
@@ -111,7 +112,7 @@ def test_decoding_is_the_explainers(system: str, planted: Dataset, trained: dict
         return [writer.reader.tokenizer(said.text)["input_ids"] for said in writer.explain(requests, generation)]
 
     assert any(len(set(each)) < len(each) for each in pieces(long))
-    assert all(len(set(each)) == len(each) for each in pieces(once))
+    assert all(len(set(each)) == len(each) for each in [*pieces(once), *pieces(never)])
     assert [said.new_tokens for said in writer.explain(requests, long)] == [12, 12]
 
 

@@ -134,6 +134,13 @@ def test_padding_and_batches_change_nothing(planted: Dataset, base: Path) -> Non
         assert model.write(one, prefixes[row : row + 1], Limits(6, END, [0])).tokens[0] == together[row]
 
 
+def test_the_penalty_counts_the_text_and_neither_prompt_nor_padding(planted: Dataset, base: Path) -> None:
+    model = pepler(planted, base=base)
+    limits = Limits(12, END, [0], repetition_penalty=1e9, shortest=12)
+    for text in model.write(a_batch(), [[5, 6, 7, 8, 9, 2], [2]], limits).tokens:
+        assert len(set(text)) == len(text) == 12
+
+
 def test_writing_with_a_cache_is_reading_everything_again(planted: Dataset) -> None:
     model, batch = pepler(planted), a_batch()
     for row, text in enumerate(model.write(batch, [[2], [2]], Limits(6, END, [0])).tokens):

@@ -205,7 +205,7 @@ def run(tmp_path: Path, planted: Dataset, monkeypatch: pytest.MonkeyPatch) -> Pa
 def test_evaluate_run_writes_a_whole_artifact_and_replaces_it(run: Path) -> None:
     calls: list[tuple[int, int]] = []
     metrics = evaluate_run(run, rows=7, on_progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(7, 7)]
+    assert calls == [(7, 14), (7, 14), (14, 14), (14, 14)]  # seven texts, then seven for other users
     assert metrics["faithfulness"]["gates"] is None
     folder = run / "evaluation"
     assert {path.name for path in folder.iterdir()} == {"metrics.json", "generations.parquet", "artifact.json"}
