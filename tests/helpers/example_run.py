@@ -2,10 +2,10 @@
 
 import functools
 import importlib.util
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from helpers.scratch import scratch_folder
 from helpers.tiny import tiny_yaml
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -31,7 +31,7 @@ def write_config(path: Path) -> Path:
 @functools.cache
 def example_run() -> Path:
     """The run folder that own_reviews.py leaves with that config, trained once a session, on its Ray."""
-    folder = Path(tempfile.mkdtemp(prefix="gavamoe-examples-"))
+    folder = scratch_folder("gavamoe-examples-")
     config = write_config(folder / "tiny.yaml")
     example("own_reviews")(["--config", str(config), "--run-dir", str(folder / "run")])
     return folder / "run"

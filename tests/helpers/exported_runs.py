@@ -1,7 +1,6 @@
 """For the tests of exports: a tiny run of three gates, trained once a session, and what it exports."""
 
 import functools
-import tempfile
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from gavamoe.export.exported_run import Format, export_run
 from gavamoe.runtime.context import LocalContext
 from gavamoe.stage1.train import train_stage1
 from gavamoe.stage2.train import train_stage2
+from helpers.scratch import scratch_folder
 from helpers.tiny import tiny
 
 CONFIG = (
@@ -25,7 +25,7 @@ CONFIG = (
 @functools.cache
 def trained(*overrides: str) -> Path:
     """A run folder with both stages, of 60 users and 40 items."""
-    work = Path(tempfile.mkdtemp(prefix="gavamoe-export-"))
+    work = scratch_folder("gavamoe-export-")
     dataset = synthesize(work / "data", users=60, items=40, ratings=1500, groups=3, seed=0)
     config: RunConfig = tiny(*CONFIG, *overrides)
     folder = work / "run"
@@ -43,6 +43,6 @@ def run(*overrides: str) -> Run:
 @functools.cache
 def exported(form: Format, dtype: str) -> Path:
     """The run's export, all gates."""
-    out = Path(tempfile.mkdtemp(prefix="gavamoe-export-")) / "out"
+    out = scratch_folder("gavamoe-export-") / "out"
     export_run(run(), out, form, dtype=dtype)
     return out

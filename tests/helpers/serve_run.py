@@ -2,7 +2,6 @@
 
 import functools
 import json
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from gavamoe.serving.backend import LocalBackend
 from gavamoe.serving.settings import ServeArgs
 from gavamoe.stage1.train import train_stage1
 from gavamoe.stage2.train import train_stage2
+from helpers.scratch import scratch_folder
 from helpers.tiny import tiny
 
 PAIR = {"user": "U000001", "item": "I000001"}
@@ -28,7 +28,7 @@ PAIR = {"user": "U000001", "item": "I000001"}
 @functools.cache
 def tiny_artifact() -> Path:
     """A stage-2 folder of 60 users and 40 items, K = 3."""
-    work = Path(tempfile.mkdtemp(prefix="gavamoe-serve-"))
+    work = scratch_folder("gavamoe-serve-")
     synthesize(work / "data", users=60, items=40, ratings=1500, groups=3, seed=0)
     config = tiny("stage2.max_steps=150", "stage2.evaluate_every=0", "stage2.checkpoint_every=0")
     train_stage1(config, work / "data", work / "stage1", LocalContext())

@@ -2,12 +2,12 @@
 
 import functools
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.scratch import scratch_folder
 from helpers.serve_run import client
 from helpers.stage2_runs import HALF_BATCHES, Trained, in_two_workers
 from helpers.tiny import tiny
@@ -43,7 +43,7 @@ PAIRS = [ExplanationRequest(user, item) for user, item in ((0, 0), (5, 3), (40, 
 @functools.cache
 def trained(*overrides: str) -> Path:
     """A run folder with both stages of 12 steps."""
-    work = Path(tempfile.mkdtemp(prefix="gavamoe-tables-"))
+    work = scratch_folder("gavamoe-tables-")
     dataset = synthesize(work / "data", users=60, items=40, ratings=1500, groups=3, seed=0)
     config = tiny("generation.max_new_tokens=8", *overrides)
     run = work / "run"
