@@ -2,7 +2,8 @@
 
 A system's rates are those of its own config, all times one factor. Each is a whole training; the best one becomes the
 system's run of the first seed, the others are removed, and `rates.json` keeps what was found. More factors may be named
-later, where the best was the first or the last: only these are trained then.
+later, where the best was the first or the last: only these are trained then. A run that was trained before rates were
+compared is the one of factor 1.
 """
 
 import math
@@ -54,24 +55,29 @@ def chosen_rate(folder: Path, factors: Sequence[float]) -> ChosenRate | None:
 def choose_rate(system: System, config: RunConfig, folder: Path, factors: Sequence[float], train: Train) -> ChosenRate:
     """Train a system with each factor that was not tried yet, and choose the one of the lowest validation loss.
 
-    Where that is another one than before, the system's runs at the former rate are removed.
+    Where that is another one than before, the system's runs at the former rate are removed. Without an earlier choice a
+    run of the first seed, finished or not, is taken for the training of factor 1.
 
     Args:
         config: the system's own, under the first seed.
         folder: the system's, with a run folder a seed; the best training is moved to that of `config.seed`.
 
     Raises:
-        InputError: the data have no validation rows, or `folder` has a choice among other factors.
+        InputError: the data have no validation rows, `folder` has a choice among other factors, or a run of factor 1,
+            which is not among these.
     """
     found = chosen_rate(folder, factors)
     kept = folder / f"seed-{config.seed}"
     if found is None:
         earlier = _found(folder)
         losses = {} if earlier is None else dict(earlier.losses)
-        if earlier is None and kept.exists():
-            raise InputError(f"{kept}: was trained before learning rates were compared; use another folder")
+        unscaled = earlier is None and kept.exists()
+        if unscaled and 1 not in factors:
+            raise InputError(
+                f"{kept}: was trained at the config's own rate; name the factor 1 too, or use another folder"
+            )
         for factor in sorted(set(factors) - set(losses)):
-            run = folder / f"rate-{factor:g}"
+            run = kept if unscaled and factor == 1 else folder / f"rate-{factor:g}"
             train(system, override_config(config, scaled_rates(config, factor)), run)
             loss = read_json(run / str(system.model) / METRICS_FILE)["validation_loss"]
             if loss is None:

@@ -60,9 +60,28 @@ def test_the_choice_is_kept_and_the_others_are_removed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"chosen among 0\.5, 1, 2, not 1, 4"):
         choose_rate(system, config, tmp_path, [1, 4], train)
     assert len(trained) == 3
-    (tmp_path / "rates.json").unlink()
-    with pytest.raises(InputError, match="trained before learning rates were compared"):
-        choose_rate(system, config, tmp_path, [0.5, 1, 2], train)
+
+
+@pytest.mark.parametrize(("best", "factor", "left"), [(0.001, 1, ["seed-0", "seed-1"]), (0.004, 4, ["seed-0"])])
+def test_a_run_from_before_rates_were_compared_is_that_of_factor_1(
+    tmp_path: Path, best: float, factor: float, left: list[str]
+) -> None:
+    [system] = find_systems(["peter"])
+    config, runs = tiny("system=peter"), []
+
+    def train(system: System, config: RunConfig, run: Path) -> None:
+        runs.append(run.name)
+        (run / "baseline").mkdir(parents=True, exist_ok=True)
+        loss = abs(config.baselines.peter.learning_rate - best)
+        (run / "baseline" / "metrics.json").write_text(f'{{"validation_loss": {loss}}}')
+
+    for seed in ("seed-0", "seed-1"):
+        (tmp_path / seed).mkdir()
+    with pytest.raises(InputError, match="seed-0: was trained at the config's own rate; name the factor 1 too"):
+        choose_rate(system, config, tmp_path, [0.25, 4], train)
+    assert choose_rate(system, config, tmp_path, [0.25, 1, 4], train).factor == factor
+    assert runs == ["rate-0.25", "seed-0", "rate-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rates.json", *left]
 
 
 def test_more_factors_are_tried_where_the_best_was_the_last(tmp_path: Path) -> None:
