@@ -33,6 +33,12 @@ settings.register_profile("same", derandomize=True, database=None)
 settings.load_profile("same")
 
 
+def pytest_unconfigure() -> None:
+    from helpers.scratch import remove_scratch_folders
+
+    remove_scratch_folders()  # xdist ends its workers so that nothing registered with atexit is called
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Side by side (`pytest -n 2`) a file's tests stay in one process, where they share what they trained.
