@@ -21,6 +21,8 @@ SPARSITY = {
     "ds3": "ds3 (least frequent)",
     "zero_shot": "zero-shot",
 }
+_AXIS = "test rows by training rows of their user"
+_TICKS = {"ds1": "ds1, most", "ds2": "ds2", "ds3": "ds3, fewest", "zero_shot": "zero-shot"}
 SCORES = ("bleu_4", "bertscore_f", "rouge_l", "rmse")
 """The paper's two scores, and two more; those that were not measured are left out."""
 _PANEL_INCHES = 3.4
@@ -94,7 +96,7 @@ def sparsity_rows(blocks: Sequence[Block]) -> Iterable[Sequence[Any]]:
             for group, scores in line.groups.items():
                 for name, value in scores.items():
                     if value is not None:
-                        yield block.title, line.label, group, line.rows[group], name, value
+                        yield block.title, line.label, SPARSITY[group], line.rows[group], name, value
 
 
 def sparsity_charts(blocks: Sequence[Block]) -> list[tuple[str, Markup]]:
@@ -105,7 +107,7 @@ def sparsity_charts(blocks: Sequence[Block]) -> list[tuple[str, Markup]]:
 def _chart(name: str, lines: Sequence[Line]) -> Markup:
     places = list(range(len(SPARSITY)))
     series = [Series(line.label, places, [line.groups[group].get(name) for group in SPARSITY]) for line in lines]
-    return line_chart(_title(name), series, ticks=[group.replace("_", "-") for group in SPARSITY])
+    return line_chart(_title(name), series, ticks=list(_TICKS.values()))
 
 
 def _title(name: str) -> str:
@@ -161,6 +163,6 @@ def _draw(axes: Any, name: str, lines: Sequence[Line], groups: Sequence[str], co
         color, marker = colors[line.label]
         shown = [float("nan") if value is None else value for value in values]
         axes.plot(range(len(groups)), shown, marker=marker, color=color, label=line.label)
-    axes.set_xticks(range(len(groups)), [group.replace("_", "-") for group in groups])
-    axes.set(title=_title(name), xlim=(-0.3, len(groups) - 0.7))
+    axes.set_xticks(range(len(groups)), [_TICKS[group] for group in groups], fontsize="small")
+    axes.set(title=_title(name), xlabel=_AXIS, xlim=(-0.3, len(groups) - 0.7))
     axes.spines[["top", "right"]].set_visible(False)

@@ -74,7 +74,7 @@ def test_seeds_are_averaged_where_they_have_a_score(run: RunData) -> None:
     third.metrics["sparsity"]["ds1"]["metrics"]["bleu_4"] = None
     averaged = replace(first, other_seeds=(second.metrics, third.metrics))
     rows = {row[2]: row for row in sparsity_rows(sparsity_blocks([averaged]))}
-    assert rows["ds1"] == (GIVEN, "told", "ds1", 4, "bleu_4", 1.5)
+    assert rows["ds1 (most frequent)"] == (GIVEN, "told", "ds1 (most frequent)", 4, "bleu_4", 1.5)
     assert rows["ds2"] == (GIVEN, "told", "ds2", 4, "bleu_4", 3.0)
 
 
