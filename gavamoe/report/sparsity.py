@@ -23,6 +23,7 @@ SPARSITY = {
 }
 _AXIS = "test rows by training rows of their user"
 _TICKS = {"ds1": "ds1, most", "ds2": "ds2", "ds3": "ds3, fewest", "zero_shot": "zero-shot"}
+"""The same for a figure's axis, where ds1 alone was read the wrong way round."""
 SCORES = ("bleu_4", "bertscore_f", "rouge_l", "rmse")
 """The paper's two scores, and two more; those that were not measured are left out."""
 _PANEL_INCHES = 3.4

@@ -107,8 +107,8 @@ def test_more_factors_are_tried_where_the_best_was_the_last(tmp_path: Path) -> N
 
 def in_this_process(config: RunConfig, dataset: Path, folder: Path, **rest: object) -> None:
     """A run of a baseline without Ray, which takes half a minute for each."""
+    claim_run(folder, config, dataset, open_dataset(dataset).fingerprint, continuing=True)
     if not (folder / "baseline").exists():
-        claim_run(folder, config, dataset, open_dataset(dataset).fingerprint, continuing=True)
         train_baseline(config, dataset, folder / "baseline", LocalContext())
 
 
@@ -120,6 +120,8 @@ def test_a_comparison_trains_all_seeds_at_the_chosen_rate(
     config = tiny("evaluation.rows=12", "evaluation.probe_rows=0", "stage2.max_steps=6", "generation.max_new_tokens=4")
     config = config.model_copy(update={"runtime": config.runtime.model_copy(update={"workers": 1})})
     asked = {"only": ["peter"], "seeds": 2, "rates": [0.01, 1]}
+    run_ablation(config, planted.path, tmp_path, only=["peter"], seeds=1)  # at the config's own rate, which is kept
+    before = (tmp_path / "peter" / "seed-0" / "baseline" / "artifact.json").read_text()
     found = run_ablation(config, planted.path, tmp_path, **asked)
     assert found.rates["peter"].factor == 1  # a hundredth learns next to nothing
     assert found.rates["peter"].at_the_edge
@@ -130,6 +132,7 @@ def test_a_comparison_trains_all_seeds_at_the_chosen_rate(
     assert kept["validation_loss"] == found.rates["peter"].losses[1]
     artifact = tmp_path / "peter" / "seed-0" / "baseline" / "artifact.json"
     made = artifact.read_text()
+    assert made == before
     assert run_ablation(config, planted.path, tmp_path, **asked) == found
     assert artifact.read_text() == made
     wider = run_ablation(config, planted.path, tmp_path, **(asked | {"rates": [0.001, 0.01, 1]}))
