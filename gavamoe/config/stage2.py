@@ -22,6 +22,8 @@ class ScratchModelConfig(Section):
     """Width of the scratch model's dense feed-forward layers."""
     vocabulary: Annotated[int, Field(ge=300, le=200_000)] = 2000
     """Tokens of the scratch model's byte-level BPE tokenizer at most, special ones included."""
+    tie_word_embeddings: bool = True
+    """Whether one matrix both reads words and predicts them. False: two, `vocabulary` x `hidden_size` weights more."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ScratchModelConfig":

@@ -153,7 +153,7 @@ def scratch_config(scratch: ScratchModelConfig, vocabulary: int) -> PreTrainedCo
         "hidden_size": scratch.hidden_size,
         "num_hidden_layers": scratch.layers,
         "num_attention_heads": scratch.heads,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": scratch.tie_word_embeddings,
         # Both families' usual .02 is for widths of some 600 and more: narrower models start too flat to learn fast.
         "initializer_range": 0.5 / math.sqrt(scratch.hidden_size),
     }

@@ -77,6 +77,16 @@ def test_scratch_model_and_tokenizer_agree() -> None:
         assert tokenizer.decode(encode_text(tokenizer, text)) == text
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_untied_scratch_model_has_a_word_matrix_more(family: str) -> None:
+    changes = {"family": family, "tie_word_embeddings": False}
+    tied, _ = load_base("scratch", SCRATCH.model_copy(update={"family": family}), TEXTS, seed=1)
+    untied, tokenizer = load_base("scratch", SCRATCH.model_copy(update=changes), TEXTS, seed=1)
+    assert tied.get_input_embeddings().weight is tied.lm_head.weight
+    assert not untied.get_input_embeddings().weight.equal(untied.lm_head.weight)
+    assert untied.num_parameters() == tied.num_parameters() + len(tokenizer) * SCRATCH.hidden_size
+
+
 def test_scratch_is_decided_by_texts_and_seed() -> None:
     first, one = load_base("scratch", SCRATCH, TEXTS, seed=1)
     torch.rand(3)
