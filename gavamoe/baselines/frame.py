@@ -177,6 +177,9 @@ class Baseline(nn.Module, ABC):
     spec_type: ClassVar[type[Spec]]
     equally_long: ClassVar[bool] = False
     """Whether `write` gets only prefixes of one length at a time."""
+    apart: ClassVar[tuple[str, ...]] = ()
+    """How the names of parameters begin that share no loss with the others: their gradients are clipped apart, or those
+    of one part, where they are large, would make the other's small."""
 
     spec: Spec
 

@@ -7,8 +7,9 @@ and the sentiment of the rating. Ratings are predicted by a network of its own, 
 Ours, not the paper's: subword tokens, so that the feature is the mean of its tokens' embeddings (equal to the paper's
 for one token); a learned vector where there is no feature; the sentiment is that of the row's rating in training, and
 of the predicted one where a request gives none (the published code trains on the sentence's own); rows for users and
-items never seen; predictions that start at the mean rating; both parts are trained at the same time, which is as good
-as one after the other, since they share no parameter.
+items never seen; predictions that start at the mean rating; vectors of words that start wider than the paper's
+(`word_spread`); both parts are trained at the same time, which is as good as one after the other, since they share no
+parameter and their gradients are clipped apart.
 
 Shapes: B rows, A tokens of an explanation, E embedding size, H hidden size, V vocabulary.
 """
@@ -39,7 +40,7 @@ from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError
 
 _INITIAL = 0.1
-"""Embeddings start uniform between minus this and this."""
+"""Embeddings, but for those of words, start uniform between minus this and this."""
 
 
 class NeteSpec(Spec):
@@ -60,6 +61,7 @@ class Nete(Baseline):
 
     spec_type = NeteSpec
     spec: NeteSpec
+    apart = ("rating",)
 
     def __init__(self, spec: NeteSpec) -> None:
         super().__init__()
@@ -85,9 +87,10 @@ class Nete(Baseline):
         self.fusion = nn.Linear(2 * width, 1, bias=False)
         self.output = nn.Linear(hidden, spec.vocabulary)
         self.dropout = nn.Dropout(size.dropout)
-        tables = (self.rating_users, self.rating_items, self.users, self.items, self.sentiments, self.words)
-        for weight in (*(table.weight for table in tables), self.no_feature):
-            nn.init.uniform_(weight, -_INITIAL, _INITIAL)
+        for table in (self.rating_users, self.rating_items, self.users, self.items, self.sentiments):
+            nn.init.uniform_(table.weight, -_INITIAL, _INITIAL)
+        for weight in (self.words.weight, self.no_feature):
+            nn.init.normal_(weight, std=size.word_spread)
         for linear in self.rating:
             if isinstance(linear, nn.Linear):
                 nn.init.trunc_normal_(linear.weight, std=0.1)

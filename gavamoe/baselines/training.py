@@ -11,7 +11,6 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -283,7 +282,7 @@ class Training:
                 f"{config.system}: the loss is {float(losses['loss'])} at step {step + 1}; lower its learning rate"
                 f" (baselines.{find_baseline(config.system).module})"
             )
-        torch.nn.utils.clip_grad_norm_(list(self._trained()), config.stage2.clip_norm)
+        clip_gradients(self._model, config.stage2.clip_norm)
         optimizer.step()
         self._unlogged.append(losses)
         progress = self._progress
@@ -291,9 +290,6 @@ class Training:
         progress.tokens += int(self._train.text.lengths[rows].sum())
         progress.seconds += time.perf_counter() - began
         progress.cpu_seconds[-1] += time.process_time() - cpu
-
-    def _trained(self) -> Iterable[torch.nn.Parameter]:
-        return (parameter for parameter in self._model.parameters() if parameter.requires_grad)
 
     def _losses(self, batch: Batch, step: int, start: int, end: int) -> Losses:
         device = self._context.device
@@ -356,6 +352,16 @@ class Training:
             state = {"model": self._model.state_dict(), "best": self._best, "optimizer": optimizer}
             torch.save(state, folder / _TENSORS)
             self._context.checkpoint(folder, {"step": self._progress.step, "steps": self.steps})
+
+
+def clip_gradients(model: Baseline, norm: float) -> None:
+    """Scale the gradients of what is trained to a norm of at most `norm`; those of `model.apart` on their own."""
+    parts: dict[bool, list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts.setdefault(name.startswith(model.apart), []).append(parameter)
+    for part in parts.values():
+        torch.nn.utils.clip_grad_norm_(part, norm)
 
 
 @torch.inference_mode()

@@ -66,6 +66,9 @@ class NeteConfig(Section):
     """Weight of half the squared norm of the rating predictor's parameters in its loss."""
     dropout: Rate = 0.2
     """Dropout rate on what NETE's recurrent networks read."""
+    word_spread: Positive = 1.0
+    """Standard deviation of NETE's vectors of words before training. The published code's, uniform between -.1 and .1,
+    have .058; with those, texts learn nothing but how frequent words are for the first hundreds of steps."""
     tied: bool = False
     """Whether both recurrent networks share weights, as the published code seems to have it; the paper has two."""
     learning_rate: Positive = 1e-3

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gavamoe.baselines.frame import Limits
 from gavamoe.baselines.nete import GruCell, Nete, NeteSpec
+from gavamoe.baselines.training import clip_gradients
 from gavamoe.config.schema import NeteConfig
 
 SIZE = NeteConfig(embedding_size=6, hidden_size=8, dropout=0.0, rating_layers=2)
@@ -80,6 +81,18 @@ def test_text_and_rating_share_no_parameter() -> None:
         moved = {name for name, p in model.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
         assert moved
         assert moved <= of_rating if learns else moved.isdisjoint(of_rating)
+
+
+def test_a_large_error_of_the_rating_takes_nothing_from_the_texts() -> None:
+    model, batch = nete(), a_batch()
+    norms = []
+    for rating in (2.0, 2000.0):
+        model.zero_grad()
+        model.losses(batch | {"ratings": torch.tensor([rating, math.nan])})["loss"].backward()
+        clip_gradients(model, 0.01)
+        gradients = {name: each.grad for name, each in model.named_parameters() if not name.startswith("rating")}
+        norms.append(float(torch.stack([each.norm() for each in gradients.values() if each is not None]).norm()))
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
 
 
 def test_losses_by_hand() -> None:
