@@ -40,6 +40,8 @@ class Line:
     """Its scores by group and metric; of several seeds the mean."""
     rows: dict[str, int]
     """Evaluated rows of each group, of one seed."""
+    told: bool
+    """Whether it reads a row's features; it guesses them where it was told user and item alone."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def _line(run: RunData, seeds: Sequence[dict[str, Any]]) -> Line:
         group: {name: _mean([one[group]["metrics"].get(name) for one in found]) for name in found[0][group]["metrics"]}
         for group in SPARSITY
     }
-    return Line(run.name, groups, {group: found[0][group]["counts"]["rows"] for group in SPARSITY})
+    return Line(run.name, groups, {group: found[0][group]["counts"]["rows"] for group in SPARSITY}, run.told)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -100,9 +102,19 @@ def sparsity_rows(blocks: Sequence[Block]) -> Iterable[Sequence[Any]]:
                         yield block.title, line.label, SPARSITY[group], line.rows[group], name, value
 
 
-def sparsity_charts(blocks: Sequence[Block]) -> list[tuple[str, Markup]]:
-    """For the page: each block's title and charts, with as many of its systems as there are colors."""
-    return [(block.title, Markup("").join(_chart(name, block.lines[:COLORS]) for name in SCORES)) for block in blocks]
+def sparsity_charts(blocks: Sequence[Block]) -> list[tuple[str, Markup, list[str]]]:
+    """For the page: each block's title and charts, with as many of its systems as there are colors, and the names of
+    those that are left out.
+
+    The first system is shown, and of the others those that read no features before those that had to guess them.
+    """
+    found = []
+    for block in blocks:
+        first, *others = block.lines
+        lines = [first, *sorted(others, key=lambda line: line.told)]
+        charts = Markup("").join(_chart(name, lines[:COLORS]) for name in SCORES)
+        found.append((block.title, charts, [line.label for line in lines[COLORS:]]))
+    return found
 
 
 def _chart(name: str, lines: Sequence[Line]) -> Markup:

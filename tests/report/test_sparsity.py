@@ -16,7 +16,7 @@ from gavamoe.data.dataset import Dataset
 from gavamoe.evaluation.comparison import GIVEN, PAIR
 from gavamoe.evaluation.evaluate import evaluate, write_evaluation
 from gavamoe.evaluation.evaluated_run import RunData, read_run
-from gavamoe.report.sparsity import SPARSITY, plot_sparsity, sparsity_blocks, sparsity_rows
+from gavamoe.report.sparsity import SPARSITY, plot_sparsity, sparsity_blocks, sparsity_charts, sparsity_rows
 
 
 def evaluated(folder: Path, dataset: Dataset, **settings: Any) -> RunData:
@@ -60,6 +60,17 @@ def test_what_reads_features_and_what_does_not_stand_apart(run: RunData) -> None
 def test_under_both_protocols_all_stand_in_the_second_block(run: RunData) -> None:
     told, pair = with_scores(run, "told", 2.0, 0.5), replace(with_scores(run, "pair", 1.0, 1.0), told=False)
     assert values([told, pair]) == {GIVEN: {"told": 2.0}, PAIR: {"told": 0.5, "pair": 1.0}}
+
+
+def test_charts_of_the_page_show_those_that_guess_no_features_first_and_name_the_rest(run: RunData) -> None:
+    told = [with_scores(run, f"told-{number}", 2.0, 0.5) for number in range(6)]
+    pair = [replace(with_scores(run, f"pair-{number}", 1.0, 1.0), told=False) for number in range(3)]
+    (_, given, left_of_given), (_, alone, left_of_alone) = sparsity_charts(sparsity_blocks([*told, *pair]))
+    assert left_of_given == []
+    assert left_of_alone == ["told-3", "told-4", "told-5"]
+    assert "told-5" in given
+    assert "told-5" not in alone
+    assert all(each.name in alone for each in [*told[:3], *pair])
 
 
 def test_runs_of_other_datasets_stand_apart(run: RunData) -> None:
