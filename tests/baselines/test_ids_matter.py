@@ -14,7 +14,7 @@ from gavamoe.data.dataset import Dataset, PairArrays
 from gavamoe.data.synthetic.generator import synthesize
 from gavamoe.runtime.context import LocalContext
 
-SYSTEMS = ("peter", "pepler", "pevae", "xrec", "cier", "g-refer")
+SYSTEMS = ("peter", "nete", "pepler", "pevae", "xrec", "cier", "g-refer")
 SETTINGS = (
     "stage2.max_steps=500", "stage2.evaluate_every=100", "stage2.checkpoint_every=0", "stage2.epochs=100",
     "stage2.learning_rate=0.003", "baselines.pevae.width=64", "baselines.xrec.graph.epochs=40",
