@@ -125,6 +125,9 @@ class PromptConfig(Section):
     """Features in a prompt at most; the first ones are kept."""
     title: bool = True
     """Whether the prompt names the item's title, where the dataset has one."""
+    title_last: bool = True
+    """Whether the title stands behind the features, so that these are at the same places in every prompt, which a model
+    with learned positions (GPT-2) copies from sooner. False: behind the item's slot."""
     quotes: Count = 0
     """Training explanations in the prompt at most: those of the rows most like what is asked for, by features and
     rating. The artifact holds all of them then."""

@@ -7,16 +7,17 @@ Outputs: lists of token ids.
 Two templates; parts in brackets appear where they are known. The one in words, which a pretrained model understands:
 
     Explain the recommendation.
-    User: [slot] [cluster] Item: [slot] [Title: ...] [Rating: positive|neutral|negative] [Features: a, b]
+    User: [slot] [cluster] Item: [slot] [Rating: positive|neutral|negative] [Features: a, b] [Title: ...]
     [Similar reviews:
     - ...]
     Explanation:
 
 And the one in marks (`instruction: false`), for a model trained from nothing, to which labels are only distance:
 
-    [slot] [cluster] [slot] [: title] [, positive|neutral|negative] [; a, b] [| review | ...]
+    [slot] [cluster] [slot] [, positive|neutral|negative] [; a, b] [: title] [| review | ...]
 
-With `soft_rating` a slot for the rating itself stands in place of its sentiment's word.
+Without `title_last` the title stands behind the item's slot. With `soft_rating` a slot for the rating itself stands in
+place of its sentiment's word.
 Each piece is tokenized on its own and special tokens are never parsed in it, so no text of a user can
 forge a slot, end the prompt or start an answer; slots are single ids above the vocabulary. Too long a
 prompt loses quoted reviews first, then title tokens, then features from the last one on; slots and answer marker stay.
@@ -29,7 +30,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from gavamoe.config.schema import PromptConfig
@@ -86,6 +87,14 @@ class PromptSpec(BaseModel):
     usual_features: Annotated[int, Field(ge=1)]
     """Features named where none are given: as many as training rows have, for more would be unlike any prompt read."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _titles_were_first(cls, stored: Any) -> Any:
+        """Models of before there was a choice were trained with titles behind the item's slot, and stay so."""
+        if isinstance(stored, dict) and isinstance(stored.get("prompt"), dict):
+            return stored | {"prompt": {"title_last": False} | stored["prompt"]}
+        return stored
+
 
 @dataclass(frozen=True)
 class PromptColumns:
@@ -115,8 +124,9 @@ def labels(config: PromptConfig) -> Labels[str]:
 def template_texts(config: PromptConfig) -> list[str]:
     """The constant texts of prompts: what a tokenizer trained for this task must know well."""
     own = labels(config)
+    first, last = ("", own.title) if config.title_last else (own.title, "")
     lines = [
-        f"{own.instruction}{own.item}{own.title}{own.rating} {word}{own.features}{own.comma}{own.answer}"
+        f"{own.instruction}{own.item}{first}{own.rating} {word}{own.features}{own.comma}{last}{own.answer}"
         for word in SENTIMENTS
     ]
     return ["".join(lines)]
@@ -173,6 +183,7 @@ class PromptBuilder:
             "comma": own.comma,
             "answer": own.answer,
             "titles": self.config.title,
+            "title_last": self.config.title_last,
             "ratings": self.shows_ratings,
             "soft_ratings": self._soft_ratings(),
             "max_features": self.config.max_features if self.config.features else 0,
@@ -256,7 +267,9 @@ class PromptBuilder:
         label = self._constants.title
         titled = (*label, *title)[: max(room, 0)] if title and room > len(label) else ()
         quoted = self._list_quotes(quotes, room - len(titled))
-        return [*self.start, *item, *titled, *sentiment, *listed, *quoted, *answer]
+        wanted = (*sentiment, *listed)
+        known = (*wanted, *titled) if self.config.title_last else (*titled, *wanted)
+        return [*self.start, *item, *known, *quoted, *answer]
 
     def _list_quotes(self, quotes: list[tuple[int, ...]], room: int) -> tuple[int, ...]:
         """Label and quoted reviews that fit into `room` tokens; those that don't fit whole are left out."""

@@ -117,7 +117,7 @@ def test_plain_transformers_write_the_same_texts_in_a_process_without_gavamoe() 
 
 
 @pytest.mark.parametrize("given", [True, False])
-@pytest.mark.parametrize("settings", [{"instruction": False}, {"soft_rating": True}])
+@pytest.mark.parametrize("settings", [{"instruction": False}, {"soft_rating": True}, {"title_last": False}])
 def test_the_client_builds_all_kinds_of_prompts(settings: dict[str, bool], given: bool, tmp_path: Path) -> None:
     out = shutil.copytree(exported("hf", "float32"), tmp_path / "out")
     generator, asked_for = ExplanationGenerator.load(run().stage2), asked(10)[2]
