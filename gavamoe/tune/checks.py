@@ -144,6 +144,7 @@ _REQUIREMENTS: tuple[tuple[str, str, Any], ...] = (
     ("stage2.experts.", "stage2.experts.enabled", True),
     ("stage2.scratch.", "stage2.base_model", "scratch"),
     ("stage2.prompt.max_features", "stage2.prompt.features", True),
+    ("stage2.prompt.title_last", "stage2.prompt.title", True),
     ("stage1.mixture_restarts", "stage1.mixture_init", "gmm"),
     ("stage1.user_agreement", "stage1.mixture_init", "gmm"),
 )
