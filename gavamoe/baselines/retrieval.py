@@ -5,7 +5,8 @@ rows. They stand where a trained explainer stands, so the same evaluation scores
 
 Nearest: the highest cosine between idf-weighted feature sets; among equals the rating closest to the asked one; among
 those a row of the same user or item; then the first in file order. What a request does not give (rating, features) is
-filled in as serving would: from the bias model, and with the item's usual features.
+filled in as for trained systems: from the bias model, and with the features that a review of the pair names most
+probably (`pair_features`).
 
 Shapes: N training rows, F distinct features, C candidate rows.
 """
@@ -15,15 +16,16 @@ from typing import Literal
 
 import numpy as np
 
-from gavamoe.config.schema import GenerationConfig
+from gavamoe.config.schema import GenerationConfig, PromptConfig
 from gavamoe.data.dataset import Dataset
 from gavamoe.evaluation.reference_scores import bias_model, most_frequent_text
+from gavamoe.generation.evidence.pair_features import PairFeatures
 from gavamoe.generation.evidence.quotes import FeatureIndex, ranked
 from gavamoe.generation.generator import Explanation
 from gavamoe.generation.request import ExplanationRequest
+from gavamoe.stage2.tokenized_rows import usual_features
 
 Source = Literal["constant", "user", "item", "features"]
-USUAL_FEATURES = 2
 _PROGRESS_EVERY = 256
 
 
@@ -41,6 +43,8 @@ class Copier:
         self._index = FeatureIndex(table["features"].to_pylist())
         self._of_user = _Grouped(self._pairs.user, self._spoken)
         self._of_item = _Grouped(self._pairs.item, self._spoken)
+        self._features = PairFeatures.read(dataset)
+        self._guessed = usual_features(dataset, PromptConfig().max_features)
         self._bias = bias_model(self._pairs, self.catalog.n_users, self.catalog.n_items)
 
     def explain(
@@ -64,7 +68,7 @@ class Copier:
         rating = request.rating if request.rating is not None or self._implicit else predicted
         features = request.features
         if features is None:
-            features = self.catalog.usual_features(request.user, request.item, USUAL_FEATURES)
+            features = self._features.rank(request.user, request.item, [1.0], self._guessed)
         text = self.constant
         if self.source != "constant":
             row = self._nearest(request.user, request.item, rating, features)

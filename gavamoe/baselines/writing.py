@@ -21,6 +21,7 @@ from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError, validated
 from gavamoe.generation.artifact import CATALOG_FOLDER, PROMPT_FILE, read_prompt_spec
 from gavamoe.generation.detokenize import clean_text
+from gavamoe.generation.evidence.pair_features import PairFeatures
 from gavamoe.generation.generator import Explanation
 from gavamoe.generation.prompts import PromptSpec
 from gavamoe.generation.request import ExplanationRequest
@@ -48,6 +49,8 @@ def write_artifact(
         model.save_more(aside)
         reader.tokenizer.save_pretrained(aside / TOKENIZER)
         data.catalog.save(aside / CATALOG_FOLDER)
+        if model.spec.features:
+            PairFeatures.read(data).save(aside)
         write_json(aside / PROMPT_FILE, prompt.model_dump(mode="json"))
         write_json(aside / METRICS_FILE, metrics)
         write_manifest(aside, "baseline", config, {"dataset": data.fingerprint}, {SYSTEM: config.system})
@@ -56,9 +59,18 @@ def write_artifact(
 class BaselineWriter:
     """Writes texts with a trained baseline; the interface of `ExplanationGenerator.explain`."""
 
-    def __init__(self, model: Baseline, reader: Reader, catalog: Catalog, prompt: PromptSpec, device: str) -> None:
+    def __init__(
+        self,
+        model: Baseline,
+        reader: Reader,
+        catalog: Catalog,
+        prompt: PromptSpec,
+        features: PairFeatures | None,
+        device: str,
+    ) -> None:
+        """`features`: what is named where a request names none; None, as in artifacts of before: the item's usual."""
         self.model, self.reader, self.catalog = model.to(device).eval(), reader, catalog
-        self._prompt, self._device = prompt, device
+        self._prompt, self._features, self._device = prompt, features, device
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "BaselineWriter":
@@ -78,7 +90,8 @@ class BaselineWriter:
         tokenizer = AutoTokenizer.from_pretrained(folder / TOKENIZER, trust_remote_code=False, local_files_only=True)
         prompt = read_prompt_spec(folder)
         reader = Reader(tokenizer, prompt.prompt, prompt.scale)
-        return cls(model, reader, Catalog.load(folder / CATALOG_FOLDER), prompt, device)
+        catalog = Catalog.load(folder / CATALOG_FOLDER)
+        return cls(model, reader, catalog, prompt, PairFeatures.load(folder, catalog, clusters=1), device)
 
     def explain(
         self,
@@ -145,7 +158,10 @@ class BaselineWriter:
         if not self.model.spec.features:
             return ()
         if request.features is None:
-            return self.catalog.usual_features(request.user, request.item, self._prompt.usual_features)
+            count = self._prompt.usual_features
+            if self._features is None:
+                return self.catalog.usual_features(request.user, request.item, count)
+            return self._features.rank(request.user, request.item, [1.0], count)
         return request.features[: self._prompt.prompt.max_features]
 
     def _batches(self, prefixes: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ class EvaluationConfig(Section):
     """Rows of the split that are evaluated, chosen by the seed; 0: all."""
     protocol: Literal["given", "predicted", "both"] = "given"
     """Origin of a request's rating and features. given: from the row (the paper's); predicted: stage 1's rating
-    and the item's usual features."""
+    and the features that a review of the pair names most probably."""
     style: Literal["sacrebleu", "peter", "both"] = "sacrebleu"
     """Family of BLEU and ROUGE: the libraries sacrebleu and rouge-score, or the PETER line of papers."""
     probe_rows: Count = 200

@@ -36,7 +36,7 @@ class ExplanationRequest:
     rating: float | None = None
     """None: stage 1's prediction takes its place."""
     features: tuple[str, ...] | None = None
-    """None: the item's usual features take their place; empty: none are named."""
+    """None: those that a review of the pair names most probably take their place; empty: none are named."""
     history: tuple[Entry, ...] = ()
     """What a user that training never saw tells of itself: it is then routed by that, and its rating predicted."""
 

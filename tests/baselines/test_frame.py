@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.tiny import tiny
 
+from gavamoe.artifacts.manifest import MANIFEST
 from gavamoe.baselines.registry import BASELINES
 from gavamoe.baselines.scores import evaluate_any
 from gavamoe.baselines.training import train_baseline
@@ -15,6 +17,7 @@ from gavamoe.baselines.writing import BaselineWriter
 from gavamoe.config.schema import GenerationConfig, RunConfig
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
+from gavamoe.generation.evidence.pair_features import FEATURES_FILE, PairFeatures
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.pipeline import train_run
 from gavamoe.runtime.context import LocalContext
@@ -87,15 +90,28 @@ def test_it_answers_as_an_explainer(system: str, planted: Dataset, trained: dict
     assert (given.rating, given.rating_given) == (4.0, True)
     assert given.features == (("battles",) if BASELINES[system].features else ())
     if BASELINES[system].features:
-        assert predicted.features == planted.catalog.usual_features(2, 3, len(predicted.features))
+        assert predicted.features == PairFeatures.read(planted).rank(2, 3, [1.0], len(predicted.features)) != ()
     assert not unknown.user_known
     if unknown.predicted_rating is None:  # the system predicts none
         assert predicted.rating is None
     else:
         assert np.isfinite(unknown.predicted_rating)
         assert predicted.rating in (planted.rating_values or ())
+    assert (trained[system] / FEATURES_FILE).is_file() == BASELINES[system].features
     with pytest.raises(InputError, match="rating 77"):
         writer.explain([ExplanationRequest(user=0, item=0, rating=77.0)], generation)
+
+
+def test_an_artifact_of_before_names_the_items_usual_features(
+    planted: Dataset, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    old = shutil.copytree(trained["peter-plus"], tmp_path / "old")
+    (old / FEATURES_FILE).unlink()
+    listed = json.loads((old / MANIFEST).read_text())
+    del listed["files"][FEATURES_FILE]
+    (old / MANIFEST).write_text(json.dumps(listed))
+    [said] = BaselineWriter.load(old).explain([ExplanationRequest(user=2, item=3)], small("peter-plus").generation)
+    assert said.features == planted.catalog.usual_features(2, 3, len(said.features)) != ()
 
 
 @pytest.mark.parametrize("system", ALL)

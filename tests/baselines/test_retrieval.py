@@ -13,12 +13,14 @@ from helpers.bare_dataset import bare_dataset
 
 from gavamoe.baselines.retrieval import Copier, Source
 from gavamoe.config.files import parse_config
-from gavamoe.config.schema import GenerationConfig
+from gavamoe.config.schema import GenerationConfig, PromptConfig
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.evaluation.evaluate import evaluate
 from gavamoe.evaluation.reference_scores import most_frequent_text
+from gavamoe.generation.evidence.pair_features import PairFeatures
 from gavamoe.generation.evidence.quotes import FeatureIndex
 from gavamoe.generation.request import ExplanationRequest
+from gavamoe.stage2.tokenized_rows import usual_features
 
 SOURCES: tuple[Source, ...] = ("constant", "user", "item", "features")
 GREEDY = GenerationConfig()
@@ -92,7 +94,9 @@ def test_what_is_not_given_is_filled_in(planted: Dataset) -> None:
     [answer] = Copier(planted, "features").explain(requests(planted, given=False)[:1], GREEDY)
     assert (answer.rating_given, answer.features_given) == (False, False)
     assert answer.rating == answer.predicted_rating
-    assert answer.features == planted.catalog.usual_features(*planted_pair(planted), 2)
+    count = usual_features(planted, PromptConfig().max_features)
+    assert len(answer.features) == count
+    assert answer.features == PairFeatures.read(planted).rank(*planted_pair(planted), [1.0], count)
     assert answer.text in planted.table("train", ["text"])["text"].to_pylist()
 
 

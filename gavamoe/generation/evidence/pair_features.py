@@ -52,14 +52,16 @@ class PairFeatures:
     """float64 (K, F)."""
 
     @classmethod
-    def read(cls, dataset: Dataset, home_U: np.ndarray, clusters: int) -> "PairFeatures":
-        """Count a dataset's training rows, a batch at a time; `home_U`: cluster of each known user (U,)."""
+    def read(cls, dataset: Dataset, home_U: np.ndarray | None = None, clusters: int = 1) -> "PairFeatures":
+        """Count a dataset's training rows, a batch at a time; `home_U`: cluster of each known user (U,); None: one
+        cluster has all, which then says nothing of its own."""
         totals: Counter[str] = Counter()
         for _, _, features in _named(dataset):
             totals.update(features)
         names = sorted(totals, key=lambda name: (-totals[name], name))
         place = {name: index for index, name in enumerate(names)}
         catalog = dataset.catalog
+        home_U = np.zeros(catalog.known_users, dtype=np.int64) if home_U is None else home_U
         sizes = {"user": catalog.known_users, "item": catalog.known_items, "cluster": clusters}
         counts = {kind: scipy.sparse.csr_matrix((size, len(names))) for kind, size in sizes.items()}
         for user_N, item_N, features in _named(dataset):
