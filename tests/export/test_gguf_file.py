@@ -22,6 +22,8 @@ from gavamoe.model.base_model import train_tokenizer
 from gavamoe.model.explainer import GavamoeForCausalLM
 
 TOKENS = 16
+TIE = 0.005
+"""Logits as near as this may change places: llama.cpp keeps keys and values in 16 bits."""
 
 
 def server(path: Path) -> Any:
@@ -42,13 +44,21 @@ def written(running: Any, ids: list[int], end: int) -> list[int]:
     return [step["id"] for step in steps if step["id"] != end]
 
 
+@torch.inference_mode()
+def parting_gap(model: Any, ids: list[int], ours: list[int], theirs: list[int]) -> float:
+    """By how much transformers' logit of its own token exceeds that of the other's, where two texts first differ."""
+    at = next(place for place, (own, other) in enumerate(zip(ours, theirs, strict=False)) if own != other)
+    logits_V = model(torch.tensor([[*ids, *ours[:at]]])).logits[0, -1]
+    return float(logits_V[ours[at]] - logits_V[theirs[at]])
+
+
 def test_llama_cpp_writes_the_same_greedy_texts_for_fifty_prompts() -> None:
     out, full = exported("hf", "float32"), exported("gguf", "f32")
     described = json.loads((full / "prompt.json").read_text())
     assert described["models"] == ["gate-0.gguf", "gate-1.gguf", "gate-2.gguf"]
     tokenizer = AutoTokenizer.from_pretrained(full / "tokenizer")
     users, items = (pq.read_table(full / f"{name}.parquet")["token"].to_pylist() for name in ("users", "items"))
-    texts = set()
+    texts, ties = set(), 0
     for gate in range(3):
         model = AutoModelForCausalLM.from_pretrained(out / f"gate-{gate}")
         running = server(full / f"gate-{gate}.gguf")
@@ -59,9 +69,13 @@ def test_llama_cpp_writes_the_same_greedy_texts_for_fifty_prompts() -> None:
             ids = [*start, users[number], *item, items[number % len(items)], *rating, *word, *answer]
             theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=TOKENS)[0, len(ids) :].tolist()
             expected = [token for token in theirs if token != model.generation_config.eos_token_id]
-            assert written(running, ids, model.generation_config.eos_token_id) == expected, number
+            told = written(running, ids, model.generation_config.eos_token_id)
+            if told != expected:
+                ties += 1
+                assert parting_gap(model, ids, expected, told) < TIE, number
             texts.add(tuple(expected))
     assert len(texts) > 5
+    assert ties <= 2
 
 
 @pytest.mark.parametrize(
