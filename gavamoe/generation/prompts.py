@@ -124,9 +124,8 @@ def labels(config: PromptConfig) -> Labels[str]:
 def template_texts(config: PromptConfig) -> list[str]:
     """The constant texts of prompts: what a tokenizer trained for this task must know well."""
     own = labels(config)
-    first, last = ("", own.title) if config.title_last else (own.title, "")
     lines = [
-        f"{own.instruction}{own.item}{first}{own.rating} {word}{own.features}{own.comma}{last}{own.answer}"
+        f"{own.instruction}{own.item}{own.title}{own.rating} {word}{own.features}{own.comma}{own.answer}"
         for word in SENTIMENTS
     ]
     return ["".join(lines)]

@@ -243,7 +243,8 @@ def test_pieces_of_a_stream_add_up_to_the_text(explainer: ExplanationGenerator, 
         stream = TextStream(tokenizer)
         pieces = [stream.piece(ids[: n + 1], last=n + 1 == len(ids)) for n in range(len(ids))]
         assert "".join(pieces) == clean_text(tokenizer, ids)
-        assert "\ufffd" not in "".join(pieces)
+        if "\ufffd" not in text:  # an untrained model may well write half a character
+            assert "\ufffd" not in "".join(pieces)
 
 
 @pytest.fixture

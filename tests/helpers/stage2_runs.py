@@ -74,13 +74,13 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float, *, but: 
         assert far.double().mean() <= but, f"{name}: {int(far.sum())} of {far.numel()} values differ"
 
 
-def check_equal_runs(run: Trained, expected: Trained, *, but: float = 0) -> None:
-    """Losses and weights to 1e-3: float32, whose sums the engines take in different orders, and tokens near the border
+def check_equal_runs(run: Trained, expected: Trained, *, but: float = 0, tolerance: float = 1e-3) -> None:
+    """Losses and weights to `tolerance`: float32, whose sums the engines take in different orders, and tokens near the border
     of two experts, of which another sum chooses the other. `but`: as in `close`."""
     for phase in ("train", "valid"):
         for line, wanted in zip(run.lines(phase), expected.lines(phase), strict=True):
-            assert line == pytest.approx(wanted, rel=1e-3)
-    close(run.weights(), expected.weights(), 1e-3, but=but)
+            assert line == pytest.approx(wanted, rel=tolerance)
+    close(run.weights(), expected.weights(), tolerance, but=but)
 
 
 def _worker(
