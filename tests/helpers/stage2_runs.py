@@ -75,8 +75,8 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float, *, but: 
 
 
 def check_equal_runs(run: Trained, expected: Trained, *, but: float = 0, tolerance: float = 1e-3) -> None:
-    """Losses and weights to `tolerance`: float32, whose sums the engines take in different orders, and tokens near the border
-    of two experts, of which another sum chooses the other. `but`: as in `close`."""
+    """Losses and weights to `tolerance`: float32, whose sums the engines take in different orders, and tokens near the
+    border of two experts, of which another sum chooses the other. `but`: as in `close`."""
     for phase in ("train", "valid"):
         for line, wanted in zip(run.lines(phase), expected.lines(phase), strict=True):
             assert line == pytest.approx(wanted, rel=tolerance)
