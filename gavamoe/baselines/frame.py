@@ -181,6 +181,10 @@ class Baseline(nn.Module, ABC):
     """How the names of parameters begin that share no loss with the others: their gradients are clipped apart, or those
     of one part, where they are large, would make the other's small."""
 
+    asks_rating: ClassVar[bool] = False
+    """Whether the prefix of the "+" form says the sentiment of the rating. Where a request gives none the bias model's
+    stands there: in training it was never missing."""
+
     spec: Spec
 
     @classmethod

@@ -66,6 +66,7 @@ class GRefer(AdaptedBaseline):
     """The language model with adapters, and the evidence that its prompts quote."""
 
     spec_type = GReferSpec
+    asks_rating = True
     spec: GReferSpec
     evidence: Evidence
     """What may be quoted; from `create` or `load_more`."""

@@ -66,6 +66,7 @@ class Pepler(LanguageBaseline):
     """The language model with its tables of ids, and the networks of ratings and aspects, if any."""
 
     spec_type = PeplerSpec
+    asks_rating = True
     spec: PeplerSpec
 
     def __init__(self, spec: PeplerSpec) -> None:

@@ -96,6 +96,7 @@ class Pevae(Baseline):
     """Pair encoder, word encoder, levels of latent variables, decoder, and the rating's network."""
 
     spec_type = PevaeSpec
+    asks_rating = True
     spec: PevaeSpec
 
     def __init__(self, spec: PevaeSpec) -> None:

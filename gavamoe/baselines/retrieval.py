@@ -18,7 +18,7 @@ import numpy as np
 
 from gavamoe.config.schema import GenerationConfig, PromptConfig
 from gavamoe.data.dataset import Dataset
-from gavamoe.evaluation.reference_scores import bias_model, most_frequent_text
+from gavamoe.evaluation.reference_scores import BiasModel, most_frequent_text
 from gavamoe.generation.evidence.pair_features import PairFeatures
 from gavamoe.generation.evidence.quotes import FeatureIndex, ranked
 from gavamoe.generation.generator import Explanation
@@ -45,7 +45,7 @@ class Copier:
         self._of_item = _Grouped(self._pairs.item, self._spoken)
         self._features = PairFeatures.read(dataset)
         self._guessed = usual_features(dataset, PromptConfig().max_features)
-        self._bias = bias_model(self._pairs, self.catalog.n_users, self.catalog.n_items)
+        self._bias = BiasModel.fit(self._pairs, self.catalog.n_users, self.catalog.n_items)
 
     def explain(
         self,
@@ -64,7 +64,7 @@ class Copier:
         return answers
 
     def _explain(self, request: ExplanationRequest) -> Explanation:
-        predicted = self._predict(request.user, request.item)
+        predicted = float(self._bias.predict(np.array([request.user]), np.array([request.item]))[0])
         rating = request.rating if request.rating is not None or self._implicit else predicted
         features = request.features
         if features is None:
@@ -86,11 +86,6 @@ class Copier:
             item_known=0 <= request.item < self.catalog.known_items,
             new_tokens=0,
         )
-
-    def _predict(self, user: int, item: int) -> float:
-        mean, of_user, of_item = self._bias
-        shift = of_user[user] if user < len(of_user) else 0.0
-        return float(mean + shift + (of_item[item] if item < len(of_item) else 0.0))
 
     def _nearest(self, user: int, item: int, rating: float | None, features: Sequence[str]) -> int | None:
         """Row of the training split; None where there is no candidate: an unknown user or item, no shared feature."""

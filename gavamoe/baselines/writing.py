@@ -4,6 +4,7 @@ The folder is complete in itself: spec, weights, tokenizer, catalog, prompt sett
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gavamoe.config.schema import GenerationConfig, RunConfig
 from gavamoe.data.catalog import Catalog
 from gavamoe.data.dataset import Dataset
 from gavamoe.errors import InputError, validated
+from gavamoe.evaluation.reference_scores import BiasModel
 from gavamoe.generation.artifact import CATALOG_FOLDER, PROMPT_FILE, read_prompt_spec
 from gavamoe.generation.detokenize import clean_text
 from gavamoe.generation.evidence.pair_features import PairFeatures
@@ -51,6 +53,9 @@ def write_artifact(
         data.catalog.save(aside / CATALOG_FOLDER)
         if model.spec.features:
             PairFeatures.read(data).save(aside)
+            if model.asks_rating and not data.implicit:
+                train = data.arrays("train")
+                BiasModel.fit(train, data.catalog.known_users, data.catalog.known_items).save(aside)
         write_json(aside / PROMPT_FILE, prompt.model_dump(mode="json"))
         write_json(aside / METRICS_FILE, metrics)
         write_manifest(aside, "baseline", config, {"dataset": data.fingerprint}, {SYSTEM: config.system})
@@ -66,11 +71,17 @@ class BaselineWriter:
         catalog: Catalog,
         prompt: PromptSpec,
         features: PairFeatures | None,
+        bias: BiasModel | None,
         device: str,
     ) -> None:
-        """`features`: what is named where a request names none; None, as in artifacts of before: the item's usual."""
+        """What is asked where a request says nothing.
+
+        Args:
+            features: None, as in artifacts of before: the item's usual ones are named.
+            bias: None, as in those and for systems that are asked no rating: none is.
+        """
         self.model, self.reader, self.catalog = model.to(device).eval(), reader, catalog
-        self._prompt, self._features, self._device = prompt, features, device
+        self._prompt, self._features, self._bias, self._device = prompt, features, bias, device
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "BaselineWriter":
@@ -91,7 +102,8 @@ class BaselineWriter:
         prompt = read_prompt_spec(folder)
         reader = Reader(tokenizer, prompt.prompt, prompt.scale)
         catalog = Catalog.load(folder / CATALOG_FOLDER)
-        return cls(model, reader, catalog, prompt, PairFeatures.load(folder, catalog, clusters=1), device)
+        features, bias = PairFeatures.load(folder, catalog, clusters=1), BiasModel.load(folder, catalog)
+        return cls(model, reader, catalog, prompt, features, bias, device)
 
     def explain(
         self,
@@ -115,7 +127,8 @@ class BaselineWriter:
             features=features,
             titles=[self.catalog.item_title(request.item) for request in requests],
         )
-        prefixes = self.model.prefixes(columns, self.reader)
+        asked = self._asked_ratings(columns)
+        prefixes = self.model.prefixes(replace(columns, ratings=asked), self.reader)
         end = self.reader.end
         limits = Limits(
             longest=generation.max_new_tokens,
@@ -129,8 +142,11 @@ class BaselineWriter:
         for batch in self._batches(prefixes, generation.batch_size):
             written = self._write(columns, prefixes, batch, limits)
             for place, row in enumerate(batch):
-                rating = None if written.ratings is None else written.ratings[place]
-                explanations[row] = self._explanation(requests[row], features[row], written.tokens[place], rating)
+                predicted = None if written.ratings is None else written.ratings[place]
+                filled = predicted if np.isnan(asked[row]) else float(asked[row])
+                explanations[row] = self._explanation(
+                    requests[row], features[row], written.tokens[place], predicted, filled
+                )
             if on_progress:
                 on_progress(len(explanations), len(requests))
         return [explanations[row] for row in range(len(requests))]
@@ -164,6 +180,13 @@ class BaselineWriter:
             return self._features.rank(request.user, request.item, [1.0], count)
         return request.features[: self._prompt.prompt.max_features]
 
+    def _asked_ratings(self, columns: Columns) -> np.ndarray:
+        """The ratings (N,) that prefixes may read: those given; for the others the bias model's, if it is kept."""
+        if self._bias is None:
+            return columns.ratings
+        predicted = self._bias.predict(columns.users, columns.items).astype(np.float32)
+        return np.where(np.isnan(columns.ratings), predicted, columns.ratings)
+
     def _batches(self, prefixes: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
         """Rows of similar length together; of equal length, where the baseline needs that."""
         batch: list[int] = []
@@ -177,10 +200,16 @@ class BaselineWriter:
             yield batch
 
     def _explanation(
-        self, request: ExplanationRequest, features: tuple[str, ...], tokens: list[int], predicted: float | None
+        self,
+        request: ExplanationRequest,
+        features: tuple[str, ...],
+        tokens: list[int],
+        predicted: float | None,
+        asked: float | None,
     ) -> Explanation:
+        """`predicted`: by the system; `asked`: the rating that the text is to agree with; None: there is none."""
         scale = self._prompt.scale
-        usual = None if scale is None or predicted is None else scale.nearest(predicted)
+        usual = None if scale is None or asked is None else scale.nearest(asked)
         return Explanation(
             text=clean_text(self.reader.tokenizer, tokens),
             cluster=0,

@@ -57,6 +57,7 @@ class Xrec(LanguageBaseline):
     """The language model, vectors of users and items, and their adapters."""
 
     spec_type = XrecSpec
+    asks_rating = True
     spec: XrecSpec
 
     def __init__(self, spec: XrecSpec) -> None:

@@ -17,10 +17,12 @@ from gavamoe.baselines.writing import BaselineWriter
 from gavamoe.config.schema import GenerationConfig, RunConfig
 from gavamoe.data.dataset import Dataset, open_dataset
 from gavamoe.errors import InputError
+from gavamoe.evaluation.reference_scores import BIAS_FILE, BiasModel
 from gavamoe.generation.evidence.pair_features import FEATURES_FILE, PairFeatures
 from gavamoe.generation.request import ExplanationRequest
 from gavamoe.pipeline import train_run
 from gavamoe.runtime.context import LocalContext
+from gavamoe.stage2.tokenized_rows import rating_scale
 
 SMALL = (
     "baselines.peter.embedding_size=16", "baselines.peter.feed_forward=32",
@@ -38,6 +40,11 @@ NEEDS_RATINGS = ("cier", "cier-plus")
 
 def small(system: str, *overrides: str) -> RunConfig:
     return tiny(f"system={system}", *SMALL, *overrides)
+
+
+def reads_rating(system: str) -> bool:
+    """Whether the system's prompts say the sentiment of the rating."""
+    return BASELINES[system].features and BASELINES[system].load().asks_rating
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +99,45 @@ def test_it_answers_as_an_explainer(system: str, planted: Dataset, trained: dict
     if BASELINES[system].features:
         assert predicted.features == PairFeatures.read(planted).rank(2, 3, [1.0], len(predicted.features)) != ()
     assert not unknown.user_known
-    if unknown.predicted_rating is None:  # the system predicts none
+    if unknown.predicted_rating is not None:  # else the system predicts none
+        assert np.isfinite(unknown.predicted_rating)
+    if unknown.predicted_rating is None and not reads_rating(system):
         assert predicted.rating is None
     else:
-        assert np.isfinite(unknown.predicted_rating)
         assert predicted.rating in (planted.rating_values or ())
     assert (trained[system] / FEATURES_FILE).is_file() == BASELINES[system].features
     with pytest.raises(InputError, match="rating 77"):
         writer.explain([ExplanationRequest(user=0, item=0, rating=77.0)], generation)
+
+
+@pytest.mark.parametrize("system", sorted(system for system in BASELINES if BASELINES[system].features))
+def test_a_prompt_that_says_the_rating_says_one_where_none_is_given(
+    system: str, planted: Dataset, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, asked = BaselineWriter.load(trained[system]), []
+    prefixes = writer.model.prefixes
+    monkeypatch.setattr(writer.model, "prefixes", lambda c, reader: asked.append(c.ratings) or prefixes(c, reader))
+    requests = [ExplanationRequest(2, 3), ExplanationRequest(10_000, 10_000), ExplanationRequest(2, 3, rating=1.0)]
+    known, stranger, told = writer.explain(requests, small(system).generation)
+    (ratings,) = asked
+    assert ratings[2] == told.rating == 1.0
+    assert (trained[system] / BIAS_FILE).is_file() == reads_rating(system)
+    if not reads_rating(system):
+        assert np.isnan(ratings[:2]).all()
+        return
+    bias = BiasModel.fit(planted.arrays("train"), planted.catalog.known_users, planted.catalog.known_items)
+    assert ratings[:2] == pytest.approx([bias.mean + bias.user_U[2] + bias.item_I[3], bias.mean])
+    assert [known.rating, stranger.rating] == [rating_scale(planted).nearest(float(r)) for r in ratings[:2]]
+
+
+def test_biases_of_other_users_are_refused(trained: dict[str, Path], planted: Dataset, tmp_path: Path) -> None:
+    few = planted.arrays("train")
+    BiasModel.fit(few, planted.catalog.known_users + 1, planted.catalog.known_items).save(tmp_path)
+    with pytest.raises(InputError, match="holds no biases of this artifact's users and items"):
+        BiasModel.load(tmp_path, planted.catalog)
+    (tmp_path / BIAS_FILE).write_bytes(b"no tensors")
+    with pytest.raises(InputError, match=r"rating_bias.safetensors: not readable"):
+        BiasModel.load(tmp_path, planted.catalog)
 
 
 def test_an_artifact_of_before_names_the_items_usual_features(

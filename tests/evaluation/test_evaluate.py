@@ -22,7 +22,7 @@ from gavamoe.evaluation.faithfulness.sentiment import agreement, planted_reader
 from gavamoe.evaluation.losses.row_losses import LOSSES_FILE, RowLosses
 from gavamoe.evaluation.metrics.bertscore import BertScore
 from gavamoe.evaluation.metrics_file import read_metrics
-from gavamoe.evaluation.reference_scores import bias_model, most_frequent_text
+from gavamoe.evaluation.reference_scores import BiasModel, most_frequent_text
 from gavamoe.evaluation.rows import EvaluatedRows, sparsity_thirds
 from gavamoe.generation.generator import ExplanationGenerator
 
@@ -145,11 +145,14 @@ def test_bias_model_finds_planted_biases() -> None:
     of_user, of_item = random.normal(size=200), random.normal(size=150)
     rating = (3 + of_user[user] + of_item[item]).astype(np.float32)
     rating[:5] = np.nan
-    mean, user_bias, item_bias = bias_model(PairArrays(user, item, rating), 201, 150)
-    assert np.corrcoef(user_bias[:200], of_user)[0, 1] > 0.999
-    assert np.corrcoef(item_bias, of_item)[0, 1] > 0.999
-    assert user_bias[200] == 0.0
-    assert mean == pytest.approx(float(np.nanmean(rating)), abs=1e-4)
+    bias = BiasModel.fit(PairArrays(user, item, rating), 201, 150)
+    assert np.corrcoef(bias.user_U[:200], of_user)[0, 1] > 0.999
+    assert np.corrcoef(bias.item_I, of_item)[0, 1] > 0.999
+    assert bias.user_U[200] == 0.0
+    assert bias.mean == pytest.approx(float(np.nanmean(rating)), abs=1e-4)
+    known, stranger = bias.predict(np.array([3, 201]), np.array([7, 150]))
+    assert known == bias.mean + bias.user_U[3] + bias.item_I[7]
+    assert stranger == bias.mean
 
 
 def test_implicit_data_without_features(tmp_path: Path) -> None:

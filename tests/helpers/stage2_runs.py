@@ -74,13 +74,22 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float, *, but: 
         assert far.double().mean() <= but, f"{name}: {int(far.sum())} of {far.numel()} values differ"
 
 
-def check_equal_runs(run: Trained, expected: Trained, *, but: float = 0, tolerance: float = 1e-3) -> None:
-    """Losses and weights to `tolerance`: float32, whose sums the engines take in different orders, and tokens near the
-    border of two experts, of which another sum chooses the other. `but`: as in `close`."""
+def check_equal_runs(run: Trained, expected: Trained, *, unsettled: bool = False) -> None:
+    """Losses and weights to 1e-3: float32, whose sums the engines take in different orders.
+
+    `unsettled`: routers that start beside idle experts, so that rounding decides to which of two a token near a
+    border goes; routers, experts and what is measured of them are then equal to 1e-2, but for one value in 100."""
+    names = ("routed_",) if unsettled else ()
     for phase in ("train", "valid"):
         for line, wanted in zip(run.lines(phase), expected.lines(phase), strict=True):
-            assert line == pytest.approx(wanted, rel=tolerance)
-    close(run.weights(), expected.weights(), tolerance, but=but)
+            assert line.keys() == wanted.keys()
+            for name, value in line.items():
+                assert value == pytest.approx(wanted[name], rel=1e-2 if name.startswith(names) else 1e-3), name
+    weights, others = run.weights(), expected.weights()
+    routed = {name for name in weights if unsettled and (".mlp.router." in name or ".mlp.experts." in name)}
+    settled = weights.keys() - routed
+    close({n: weights[n] for n in settled}, {n: t for n, t in others.items() if n not in routed}, 1e-3)
+    close({n: weights[n] for n in routed}, {n: others[n] for n in routed}, 1e-2, but=1e-2)
 
 
 def _worker(

@@ -130,8 +130,7 @@ def test_every_zero_stage_equals_torch(
     stage: int, lora_run: Trained, base: Path, tiny_dataset: Path, stage1: Path, tmp_path: Path
 ) -> None:
     config = config_with(base, "runtime.engine=deepspeed", f"stage2.zero_stage={stage}")
-    # As of two workers: a start moved by rounding moves a tenth of a router's values by more than 1e-3.
-    check_equal_runs(Trained(config, tiny_dataset, stage1, tmp_path), lora_run, but=0.01, tolerance=1e-2)
+    check_equal_runs(Trained(config, tiny_dataset, stage1, tmp_path), lora_run, unsettled=True)
 
 
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
