@@ -57,6 +57,10 @@ _WRONG_PATHS = (
 """What the system says of a path that was not the right one to name."""
 
 
+class _Terminated(KeyboardInterrupt):
+    """A SIGTERM, which ends a command as Ctrl-C does."""
+
+
 def _panel(name: str, commands: Sequence[Callable[..., None]], groups: dict[str, typer.Typer] | None = None) -> None:
     """A box of `gavamoe --help`."""
     for command in commands:
@@ -103,7 +107,7 @@ def main() -> None:
     def on_sigterm(number: int, frame: object) -> None:
         nonlocal terminated
         terminated = True
-        raise KeyboardInterrupt
+        raise _Terminated
 
     try:
         with _sigterm(on_sigterm), _lost_signals_repeated():
@@ -144,11 +148,11 @@ def _lost_signals_repeated() -> Iterator[None]:
     before = sys.unraisablehook
 
     def report(unraisable: "sys.UnraisableHookArgs") -> None:
-        lost = unraisable.exc_value
-        if isinstance(lost, KeyboardInterrupt):
-            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)).start()
-        elif isinstance(lost, SystemExit) and lost.code == signal.SIGTERM:  # of Ray's own handler, while Ray starts
+        lost, by_ray = unraisable.exc_value, signal.SIGTERM  # while Ray starts, the handler is Ray's, which exits
+        if isinstance(lost, _Terminated) or (isinstance(lost, SystemExit) and lost.code == by_ray):
             threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        elif isinstance(lost, KeyboardInterrupt):
+            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), signal.SIGINT)).start()
         else:
             before(unraisable)
 

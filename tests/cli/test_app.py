@@ -239,6 +239,27 @@ def test_ctrl_c_that_python_ignores_comes_again(
     assert result.err.startswith("interrupted")
 
 
+def test_a_sigterm_that_python_ignores_as_a_command_ends_comes_again_as_what_it_is(tiny_dataset: Path) -> None:
+    """Once met in data prepare: it came back as Ctrl-C, behind the command's end, where a scheduler sees exit code -2
+    for what it had ended by SIGTERM."""
+    program = (
+        "import signal, sys, time\n"
+        "class Doomed:\n"
+        "    def __del__(self):\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "import gavamoe.cli.app, gavamoe.data.describe\n"
+        "gavamoe.data.describe.describe = lambda dataset: Doomed() and None or sys.exit(0)\n"
+        f"sys.argv = ['gavamoe', 'data', 'describe', {str(tiny_dataset)!r}]\n"
+        "from gavamoe.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "finally:\n"
+        "    time.sleep(20)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, "")
+
+
 def test_a_sigterm_that_python_ignores_while_ray_starts_comes_again(
     gavamoe: Runner, tiny_dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers import chaos_serve
 from helpers.chaos import SERVE, WANTED, Chaos, Report, wrong_with
-from helpers.chaos_faults import DISK, INT, Attempt
+from helpers.chaos_faults import DISK, INT, TERM, Attempt
 from helpers.chaos_work import WORKS
 
 MINUTES = 120
@@ -30,17 +30,23 @@ def test_a_hundred_faults_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "shown", "right"),
+    ("fault", "code", "shown", "right"),
     [
-        (130, ["interrupted; --resume continues"], True),
-        (-signal.SIGINT, ["dataset: made"], True),  # after the command's end
-        (-signal.SIGINT, ["Traceback (most recent call last):", "KeyboardInterrupt"], False),
-        (130, ["dataset: made"], False),
-        (0, ["dataset: made"], False),
+        (INT, 130, ["interrupted; --resume continues"], True),
+        (INT, -signal.SIGINT, ["dataset: made"], True),  # after the command's end
+        (INT, -signal.SIGINT, ["Traceback (most recent call last):", "KeyboardInterrupt"], False),
+        (INT, 130, ["dataset: made"], False),
+        (INT, 0, ["dataset: made"], False),
+        (TERM, 143, ["terminated; --resume continues"], True),
+        (TERM, -signal.SIGTERM, ["dataset: made"], True),
+        (TERM, -signal.SIGINT, ["dataset: made"], False),
+        (TERM, 130, ["interrupted"], False),
     ],
 )
-def test_ctrl_c_is_said_in_one_line_or_comes_after_the_end(code: int, shown: list[str], right: bool) -> None:
-    assert (wrong_with(Attempt(code, shown, 1.0, struck=True), INT) == []) is right
+def test_a_signal_is_told_in_one_line_or_comes_after_the_end(
+    fault: str, code: int, shown: list[str], right: bool
+) -> None:
+    assert (wrong_with(Attempt(code, shown, 1.0, struck=True), fault) == []) is right
 
 
 def kinds_that_are_missing(report: Report) -> list[tuple[str, str]]:

@@ -262,11 +262,13 @@ def wrong_with(attempt: Attempt, fault: str) -> list[str]:
     if not attempt.struck:
         return problems + ([f"ends with {attempt.code}: {attempt.shown[-3:]}"] if attempt.code else [])
     last = attempt.shown[-1] if attempt.shown else ""
-    too_late = attempt.code == -signal.SIGINT and not attempt.traceback  # the command itself was over
-    if fault == INT and not (too_late or (attempt.code == 130 and "interrupted" in last)):
-        problems.append(f"ends with {attempt.code}: {attempt.shown[-3:]}")
-    if fault == TERM and not (attempt.code == 143 and "terminated" in last):
-        problems.append(f"ends with {attempt.code}: {attempt.shown[-3:]}")
+    for asked, number, code, word in (
+        (INT, signal.SIGINT, 130, "interrupted"),
+        (TERM, signal.SIGTERM, 143, "terminated"),
+    ):
+        too_late = attempt.code == -number and not attempt.traceback  # the command itself was over
+        if fault == asked and not (too_late or (attempt.code == code and word in last)):
+            problems.append(f"ends with {attempt.code}: {attempt.shown[-3:]}")
     if fault == DISK and not (attempt.code in (1, 2) and last.startswith("error:")):
         problems.append(f"ends with {attempt.code}: {attempt.shown[-3:]}")
     if fault == KILL_WORKER and not (attempt.code == 0 or (attempt.code == 1 and "--resume" in last)):
