@@ -79,17 +79,28 @@ def check_equal_runs(run: Trained, expected: Trained, *, unsettled: bool = False
 
     `unsettled`: routers that start beside idle experts, so that rounding decides to which of two a token near a
     border goes; routers, experts and what is measured of them are then equal to 1e-2, but for one value in 100."""
-    names = ("routed_",) if unsettled else ()
     for phase in ("train", "valid"):
-        for line, wanted in zip(run.lines(phase), expected.lines(phase), strict=True):
-            assert line.keys() == wanted.keys()
-            for name, value in line.items():
-                assert value == pytest.approx(wanted[name], rel=1e-2 if name.startswith(names) else 1e-3), name
-    weights, others = run.weights(), expected.weights()
-    routed = {name for name in weights if unsettled and (".mlp.router." in name or ".mlp.experts." in name)}
-    settled = weights.keys() - routed
-    close({n: weights[n] for n in settled}, {n: t for n, t in others.items() if n not in routed}, 1e-3)
-    close({n: weights[n] for n in routed}, {n: others[n] for n in routed}, 1e-2, but=1e-2)
+        equal_lines(run.lines(phase), expected.lines(phase), 1e-3, unsettled=unsettled)
+    equal_weights(run.weights(), expected.weights(), 1e-3, unsettled=unsettled)
+
+
+def equal_lines(
+    lines: list[dict[str, Any]], wanted: list[dict[str, Any]], tolerance: float, *, unsettled: bool = False
+) -> None:
+    """Log lines to `tolerance`, relative; `unsettled` as in `check_equal_runs`."""
+    loose = ("routed_",) if unsettled else ()
+    for line, other in zip(lines, wanted, strict=True):
+        assert line.keys() == other.keys()
+        for name, value in line.items():
+            rel = 1e-2 if name.startswith(loose) else tolerance
+            assert value == pytest.approx(other[name], rel=rel), f"{name} of step {line['step']}"
+
+
+def equal_weights(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float, *, unsettled: bool = False) -> None:
+    """Two states to `tolerance`; `unsettled` as in `check_equal_runs`."""
+    routed = {name for name in a if unsettled and (".mlp.router." in name or ".mlp.experts." in name)}
+    close({n: t for n, t in a.items() if n not in routed}, {n: t for n, t in b.items() if n not in routed}, tolerance)
+    close({n: a[n] for n in routed}, {n: b[n] for n in routed}, 1e-2, but=1e-2)
 
 
 def _worker(
