@@ -183,7 +183,7 @@ class Baseline(nn.Module, ABC):
 
     asks_rating: ClassVar[bool] = False
     """Whether the prefix of the "+" form says the sentiment of the rating. Where a request gives none the bias model's
-    stands there: in training it was never missing."""
+    stands there: in training it is missing only in rows that have none."""
 
     spec: Spec
 

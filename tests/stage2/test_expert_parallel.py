@@ -146,8 +146,7 @@ def test_what_cannot_work_is_refused(overrides: list[str], problem: str) -> None
 UNDIVIDED, SHARED = HALF_BATCHES, (*HALF_BATCHES, "stage2.expert_parallel=2")
 STEPS = (
     "stage2.max_steps=20", "stage2.evaluate_every=10", "stage2.checkpoint_every=10",
-    # With titles last one token comes so near the border of two experts that rounding, which AdamW makes steps of,
-    # sends it to the other (SGD's runs agree); with these prompts none does.
+    # With titles last AdamW's runs part by rounding, probably at a token near the border of two experts: SGD's agree.
     "stage2.prompt.title_last=false",
 )  # fmt: skip
 CLIPPED = (*STEPS, "stage2.clip_norm=0.05", "stage2.learning_rate=1.0", "stage2.alpha=0")
